@@ -1,0 +1,132 @@
+"""The arena: all parameters of a model in one contiguous buffer per role, the model's tensors being views of it.
+
+One kernel launch, one copy, one checksum then serve a whole model. Segments are aligned, the padding between
+them is zero in every role (parameters, optimizer slots, gradients, adjoints) and stays zero under every rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mgd_kernels.errors import BadArgument
+
+ALIGNMENT = 32  # elements: 64 bytes in 16-bit dtypes, 128 in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which stretch of a flat buffer belongs to which parameter group.
+
+    table: int64 `[R, 3]` on the CPU, rows `(start, stop, group)`, sorted and disjoint. Stretches of one group
+        are merged across padding, since padding is zero everywhere.
+    """
+
+    table: Tensor
+    groups: int
+
+    @classmethod
+    def single(cls, numel: int) -> Segments:
+        return cls(torch.tensor([[0, numel, 0]], dtype=torch.int64), 1)
+
+    @classmethod
+    def merged(cls, rows: Sequence[tuple[int, int, int]], groups: int) -> Segments:
+        merged: list[list[int]] = []
+        for start, stop, group in rows:
+            if merged and merged[-1][2] == group:
+                merged[-1][1] = stop
+            else:
+                merged.append([start, stop, group])
+        return cls(torch.tensor(merged, dtype=torch.int64).reshape(-1, 3), groups)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        return [tuple(row) for row in self.table.tolist()]
+
+
+class Arena:
+    """The layout of named tensors in one flat buffer.
+
+    names, shapes, dtypes: of the tensors, in order (dtypes are what `views` hands back).
+    dtype: of the flat buffer. Tensors in 16-bit dtypes get a float32 buffer, which is their master copy.
+    numel: length of the flat buffer, padding included.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None):
+        if not tensors:
+            raise BadArgument("expected at least one tensor to lay out; got none: does any parameter require a gradient?")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise BadArgument(f"expected floating-point tensors; {name!r} is {tensor.dtype}")
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) > 1:
+            raise BadArgument(f"expected all tensors on one device; got {sorted(map(str, devices))}")
+        self.device = devices.pop()
+        self.names = tuple(tensors)
+        self.shapes = tuple(tensor.shape for tensor in tensors.values())
+        self.dtypes = tuple(tensor.dtype for tensor in tensors.values())
+        self.dtype = dtype or (torch.float64 if torch.float64 in self.dtypes else torch.float32)
+        offsets, end = [], 0
+        for shape in self.shapes:
+            offsets.append(end)
+            end += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
+        self.offsets = tuple(offsets)
+        self.numel = end
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Arena:
+        """The layout of the model's trainable parameters (tied weights once, frozen ones left out)."""
+        return cls({name: p for name, p in model.named_parameters() if p.requires_grad}, dtype)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype in which the model produces gradients, where it is one; else that of the arena."""
+        return self.dtypes[0] if len(set(self.dtypes)) == 1 else self.dtype
+
+    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.numel, dtype=dtype or self.dtype, device=self.device)
+
+    def flatten(self, source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """A new flat buffer `[numel]` that holds a copy of the tensors of `source`."""
+        flat = self.zeros()
+        self.copy_(flat, source)
+        return flat
+
+    @torch.no_grad()
+    def copy_(self, flat: Tensor, source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> None:
+        """Copy the tensors of `source` into `flat`; padding is left alone."""
+        if isinstance(source, nn.Module):
+            source = dict(source.named_parameters())
+        if isinstance(source, Mapping):
+            missing = [name for name in self.names if name not in source]
+            if missing:
+                raise BadArgument(f"expected tensors for {list(self.names)}; missing {missing}")
+            source = [source[name] for name in self.names]
+        torch._foreach_copy_(self._slices(flat), [tensor.detach() for tensor in source])
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors, by name: views of `flat` where dtypes agree, else copies in the tensor's own dtype."""
+        return {
+            name: part.to(dtype)
+            for name, part, dtype in zip(self.names, self._slices(flat), self.dtypes, strict=True)
+        }
+
+    def _slices(self, flat: Tensor) -> list[Tensor]:
+        if flat.shape != (self.numel,):
+            raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
+        return [
+            flat[offset : offset + shape.numel()].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+    def segments(self, group_of: Sequence[int] | None = None, groups: int = 1) -> Segments:
+        """The group table, given the group of each tensor (all in group 0 when left out)."""
+        if group_of is None:
+            return Segments.single(self.numel)
+        rows = [
+            (offset, offset + shape.numel(), group)
+            for offset, shape, group in zip(self.offsets, self.shapes, group_of, strict=True)
+        ]
+        return Segments.merged(rows, groups)

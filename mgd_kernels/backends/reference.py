@@ -1,0 +1,186 @@
+"""The reference backend: plain torch, any dtype and device. In float64 it is the specification.
+
+Adam: Kingma & Ba 2015 (arXiv 1412.6980), decoupled weight decay after Loshchilov & Hutter 2019 (arXiv 1711.05101),
+`eps_root` inside the square root as in optax. SGD: as `torch.optim.SGD`. The VJPs are derived by hand; the tests
+compare them with autograd through the steps below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.arena import Segments
+from mgd_kernels.rules import Rule
+
+Hyper = Sequence[Any]  # floats, or 0-d tensors where autograd is to reach the hyperparameters
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
+    return None
+
+
+# --- Adam, AdamW ------------------------------------------------------------------------------------------------
+
+
+def _adam_terms(m, v, g, h: Hyper, k: int):
+    _, _, _, beta1, beta2, eps, eps_root = h
+    m1 = beta1 * m + (1 - beta1) * g
+    v1 = beta2 * v + (1 - beta2) * g * g
+    vhat = v1 / (1 - beta2**k) + eps_root
+    positive = vhat > 0
+    S = torch.where(positive, torch.where(positive, vhat, 1.0).sqrt(), 0.0)
+    D = S + eps
+    # 0/0 is 0: an element that never saw a gradient does not move, even with eps = eps_root = 0.
+    safe_D = torch.where(D > 0, D, 1.0)
+    n = torch.where(D > 0, (m1 / (1 - beta1**k)) / safe_D, 0.0)
+    return m1, v1, S, D, safe_D, n
+
+
+def adam_step(p: Tensor, m: Tensor, v: Tensor, g: Tensor, h: Hyper, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    lr, weight_decay, l2, *_ = h
+    m1, v1, _, _, _, n = _adam_terms(m, v, g + l2 * p, h, k)
+    return (1 - lr * weight_decay) * p - lr * n, m1, v1
+
+
+def adam_vjp(p, m, v, g, h: Hyper, k: int, ap, am, av):
+    """Cotangents `(u, ap, am, av, [one per hyperparameter])`, u being that of `g`, from those of the outputs."""
+    lr, weight_decay, l2, beta1, beta2, _, _ = h
+    c1, c2 = 1 - beta1**k, 1 - beta2**k
+    g = g + l2 * p
+    _, v1, S, D, safe_D, n = _adam_terms(m, v, g, h, k)
+    dn = torch.where(D > 0, -lr * ap, 0.0)
+    dD = -dn * n / safe_D
+    dvhat = torch.where(S > 0, dD / (2 * torch.where(S > 0, S, 1.0)), 0.0)
+    dm1 = am + dn / (c1 * safe_D)
+    dv1 = av + dvhat / c2
+    u = (1 - beta1) * dm1 + 2 * (1 - beta2) * g * dv1
+    dh = [
+        -_sum(ap, n + weight_decay * p),
+        -lr * _sum(ap, p),
+        _sum(u, p),
+        _sum(dm1, m - g) + k * beta1 ** (k - 1) / c1 * _sum(dn, n),
+        _sum(dv1, v - g * g) + k * beta2 ** (k - 1) / c2 * _sum(dvhat, v1 / c2),
+        _sum(dD),
+        _sum(dvhat),
+    ]
+    return u, (1 - lr * weight_decay) * ap + l2 * u, beta1 * dm1, beta2 * dv1, dh
+
+
+# --- SGD --------------------------------------------------------------------------------------------------------
+
+
+def sgd_step(p: Tensor, buf: Tensor | None, g: Tensor, h: Hyper, k: int, nesterov: bool):
+    lr, weight_decay, l2, momentum, dampening = h
+    g = g + l2 * p
+    if buf is None:
+        return (1 - lr * weight_decay) * p - lr * g, None
+    buf1 = g.clone() if k == 1 else momentum * buf + (1 - dampening) * g
+    d = g + momentum * buf1 if nesterov else buf1
+    return (1 - lr * weight_decay) * p - lr * d, buf1
+
+
+def sgd_vjp(p, buf, g, h: Hyper, k: int, nesterov: bool, ap, ab):
+    """Cotangents `(u, ap, ab, [one per hyperparameter])`, u being that of `g`, from those of the outputs."""
+    lr, weight_decay, l2, momentum, dampening = h
+    g = g + l2 * p
+    dd = -lr * ap
+    zero = torch.zeros((), dtype=torch.float64, device=p.device)
+    dmomentum = ddampening = zero
+    if buf is None:
+        d, u, ab = g, dd, None
+    else:
+        first = k == 1
+        buf1 = g if first else momentum * buf + (1 - dampening) * g
+        d = g + momentum * buf1 if nesterov else buf1
+        dbuf1 = ab + (momentum * dd if nesterov else dd)
+        u = dbuf1 if first else (1 - dampening) * dbuf1
+        if nesterov:
+            u = u + dd
+            dmomentum = _sum(dd, buf1)
+        if not first:
+            dmomentum = dmomentum + _sum(dbuf1, buf)
+            ddampening = -_sum(dbuf1, g)
+        ab = torch.zeros_like(ab) if first else momentum * dbuf1
+    dh = [-_sum(ap, d + weight_decay * p), -lr * _sum(ap, p), _sum(u, p), dmomentum, ddampening]
+    return u, (1 - lr * weight_decay) * ap + l2 * u, ab, dh
+
+
+def _sum(x: Tensor, y: Tensor | None = None) -> Tensor:
+    return (x.double() if y is None else x.double() * y.double()).sum()
+
+
+# --- The functions every backend has ----------------------------------------------------------------------------
+
+
+def step(rule: Rule, p: Tensor, slots: Sequence[Tensor], g: Tensor, h: Hyper, k: int) -> tuple[Tensor, ...]:
+    """One step as a differentiable function: the new `(params, *slots)`."""
+    if rule.name == "adam":
+        return adam_step(p, *slots, g, h, k)
+    new, buf = sgd_step(p, slots[0] if slots else None, g, h, k, rule.nesterov)
+    return (new, buf) if slots else (new,)
+
+
+def vjp(rule: Rule, p, slots, g, h: Hyper, k: int, adjoints: Sequence[Tensor]):
+    """`(u, [adjoint of params, *slots], [cotangent of each hyperparameter])`."""
+    if rule.name == "adam":
+        u, *rest, dh = adam_vjp(p, *slots, g, h, k, *adjoints)
+        return u, rest, dh
+    u, ap, ab, dh = sgd_vjp(p, slots[0] if slots else None, g, h, k, rule.nesterov, adjoints[0],
+                            adjoints[1] if slots else None)
+    return u, [ap, ab][: len(adjoints)], dh
+
+
+def step_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hyper: Tensor, k: int,
+          segments: Segments, grad_scale: float | Tensor = 1.0) -> None:
+    """Advance `params` and `slots` in place by step number `k` (1, 2, ...) with gradient `grad_scale * grad`.
+
+    params, slots: `[n]`, one dtype. grad: `[n]`, that dtype or a 16-bit one. hyper: float64 `[G, H]`, on the CPU or
+    on the device of params. grad_scale: a number or a 0-d float64 tensor.
+    """
+    for start, stop, group in segments.rows():
+        state = [tensor[start:stop] for tensor in (params, *slots)]
+        g = grad[start:stop].to(params.dtype) * grad_scale
+        for old, new in zip(state, step(rule, state[0], state[1:], g, hyper[group].tolist(), k), strict=True):
+            old.copy_(new)
+
+
+def vjp_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hyper: Tensor, k: int,
+         segments: Segments, adjoint_params: Tensor, adjoint_slots: Sequence[Tensor], u: Tensor,
+         grad_scale: float | Tensor = 1.0) -> Tensor:
+    """Turn the adjoints of the state after step `k` into those of the state before it, in place.
+
+    params and slots are the state before the step and stay as they are. `u` `[n]` receives the cotangent of `grad`
+    (with `grad_scale` held fixed). Returns float64 `[G, H + 1]` on the device of params: the cotangent of every
+    hyperparameter and, in the last column, that of `grad_scale`.
+    """
+    out = torch.zeros(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device=params.device)
+    for start, stop, group in segments.rows():
+        state = [tensor[start:stop] for tensor in (params, *slots)]
+        adjoints = [tensor[start:stop] for tensor in (adjoint_params, *adjoint_slots)]
+        raw = grad[start:stop].to(params.dtype)
+        du, new, dh = vjp(rule, state[0], state[1:], raw * grad_scale, hyper[group].tolist(), k, adjoints)
+        for old, value in zip(adjoints, new, strict=True):
+            old.copy_(value)
+        u[start:stop] = du * grad_scale
+        out[group] += torch.stack([*dh, _sum(du, raw)])
+    return out
+
+
+def replay_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grads: Sequence[Tensor], hypers: Tensor, k: int,
+            segments: Segments, grad_scales: Sequence[float | Tensor]) -> None:
+    """Steps `k, k + 1, ...` in place, one for each of `grads`; hypers: float64 `[len(grads), G, H]`."""
+    for i, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
+        step_(rule, params, slots, grad, hypers[i], k + i, segments, scale)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of two `[n]` tensors, accumulated in float64: a 0-d float64 tensor on their device."""
+    return _sum(x, y)

@@ -1,0 +1,40 @@
+"""The update rules: which hyperparameters each has, in which order, and which slots its state holds.
+
+A *rule* is a pure description that every backend shares. The element-wise mathematics lives in one place per
+language: `backends/reference.py` (torch, the specification), `csrc/optim/*.h` (C++ and CUDA) and
+`backends/triton_kernels.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An element-wise update rule.
+
+    hyper: the hyperparameters, in the column order of every hyperparameter table (float64, `[G, H]` for G
+        parameter groups). They are run-time values of each step.
+    slots: the tensors of optimizer state beside the parameters, each of the parameters' shape and dtype.
+    """
+
+    name: str
+    hyper: tuple[str, ...]
+    slots: tuple[str, ...]
+    nesterov: bool = False
+
+    def column(self, name: str) -> int:
+        return self.hyper.index(name)
+
+
+ADAM = Rule(
+    "adam",
+    hyper=("lr", "weight_decay", "l2", "beta1", "beta2", "eps", "eps_root"),
+    slots=("exp_avg", "exp_avg_sq"),
+)
+
+_SGD_HYPER = ("lr", "weight_decay", "l2", "momentum", "dampening")
+SGD_PLAIN = Rule("sgd", hyper=_SGD_HYPER, slots=())
+SGD_MOMENTUM = Rule("sgd", hyper=_SGD_HYPER, slots=("momentum_buffer",))
+SGD_NESTEROV = Rule("sgd", hyper=_SGD_HYPER, slots=("momentum_buffer",), nesterov=True)
