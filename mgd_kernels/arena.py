@@ -56,7 +56,9 @@ class Arena:
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None):
         if not tensors:
-            raise BadArgument("expected at least one tensor to lay out; got none: does any parameter require a gradient?")
+            raise BadArgument(
+                "expected at least one tensor to lay out; got none: does any parameter require a gradient?"
+            )
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise BadArgument(f"expected floating-point tensors; {name!r} is {tensor.dtype}")
@@ -104,16 +106,17 @@ class Arena:
             if missing:
                 raise BadArgument(f"expected tensors for {list(self.names)}; missing {missing}")
             source = [source[name] for name in self.names]
-        torch._foreach_copy_(self._slices(flat), [tensor.detach() for tensor in source])
+        torch._foreach_copy_(self.slices(flat), [tensor.detach() for tensor in source])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors, by name: views of `flat` where dtypes agree, else copies in the tensor's own dtype."""
         return {
             name: part.to(dtype)
-            for name, part, dtype in zip(self.names, self._slices(flat), self.dtypes, strict=True)
+            for name, part, dtype in zip(self.names, self.slices(flat), self.dtypes, strict=True)
         }
 
-    def _slices(self, flat: Tensor) -> list[Tensor]:
+    def slices(self, flat: Tensor) -> list[Tensor]:
+        """The tensors as views of `flat`, in its dtype, in order."""
         if flat.shape != (self.numel,):
             raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
         return [

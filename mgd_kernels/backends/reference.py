@@ -133,13 +133,22 @@ def vjp(rule: Rule, p, slots, g, h: Hyper, k: int, adjoints: Sequence[Tensor]):
     if rule.name == "adam":
         u, *rest, dh = adam_vjp(p, *slots, g, h, k, *adjoints)
         return u, rest, dh
-    u, ap, ab, dh = sgd_vjp(p, slots[0] if slots else None, g, h, k, rule.nesterov, adjoints[0],
-                            adjoints[1] if slots else None)
+    u, ap, ab, dh = sgd_vjp(
+        p, slots[0] if slots else None, g, h, k, rule.nesterov, adjoints[0], adjoints[1] if slots else None
+    )
     return u, [ap, ab][: len(adjoints)], dh
 
 
-def step_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hyper: Tensor, k: int,
-          segments: Segments, grad_scale: float | Tensor = 1.0) -> None:
+def step_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int,
+    segments: Segments,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
     """Advance `params` and `slots` in place by step number `k` (1, 2, ...) with gradient `grad_scale * grad`.
 
     params, slots: `[n]`, one dtype. grad: `[n]`, that dtype or a 16-bit one. hyper: float64 `[G, H]`, on the CPU or
@@ -152,9 +161,19 @@ def step_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hyp
             old.copy_(new)
 
 
-def vjp_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hyper: Tensor, k: int,
-         segments: Segments, adjoint_params: Tensor, adjoint_slots: Sequence[Tensor], u: Tensor,
-         grad_scale: float | Tensor = 1.0) -> Tensor:
+def vjp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int,
+    segments: Segments,
+    adjoint_params: Tensor,
+    adjoint_slots: Sequence[Tensor],
+    u: Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> Tensor:
     """Turn the adjoints of the state after step `k` into those of the state before it, in place.
 
     params and slots are the state before the step and stay as they are. `u` `[n]` receives the cotangent of `grad`
@@ -174,8 +193,16 @@ def vjp_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad: Tensor, hype
     return out
 
 
-def replay_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grads: Sequence[Tensor], hypers: Tensor, k: int,
-            segments: Segments, grad_scales: Sequence[float | Tensor]) -> None:
+def replay_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hypers: Tensor,
+    k: int,
+    segments: Segments,
+    grad_scales: Sequence[float | Tensor],
+) -> None:
     """Steps `k, k + 1, ...` in place, one for each of `grads`; hypers: float64 `[len(grads), G, H]`."""
     for i, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
         step_(rule, params, slots, grad, hypers[i], k + i, segments, scale)

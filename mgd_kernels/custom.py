@@ -1,0 +1,184 @@
+"""Any optimizer: an update written as a torch function, differentiated by autograd.
+
+RMSprop and Muon are written this way, as a user would write their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.errors import BadArgument
+from mgd_kernels.optimizer import Optimizer, OptimizerState
+
+Update = Callable[
+    [Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]
+]
+
+
+class UpdateRule(Optimizer):
+    """An optimizer from a torch function.
+
+    update(param, slots, grad, hyper, step) -> (param, slots): pure and differentiable in its tensors. `slots` maps
+        the names of `slots` to tensors of the parameter's shape (zero before the first step), `hyper` the names of
+        `defaults` to 0-d float64 tensors, and `step` counts 1, 2, ...
+    elementwise: the update treats every element alike, so it is called once a parameter group on the flat buffers
+        rather than once a parameter.
+    compile: run the update through `torch.compile`, which fuses it and its VJP.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        slots: Sequence[str] = (),
+        defaults: Mapping[str, float] = {"lr": 1e-3},
+        elementwise: bool = False,
+        compile: bool = False,
+        param_groups: Sequence[Mapping[str, Any]] = (),
+    ):
+        super().__init__(defaults, param_groups)
+        self.slots = tuple(slots)
+        self.update = torch.compile(update) if compile else update
+        self.elementwise = elementwise
+
+    def _pieces(self, state: OptimizerState, *buffers: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """`(group, views)` of the buffers, one entry for each call of the update."""
+        arena = state.arena
+        if self.elementwise:
+            for start, stop, group in state.segments.rows():
+                yield group, [buffer[start:stop] for buffer in buffers]
+        elif arena is None:
+            raise BadArgument(
+                "expected init(flat, arena): an update that is not element-wise needs the shapes"
+            )
+        else:
+            groups = self.group_of(arena.names)
+            for group, *views in zip(groups, *(arena.slices(buffer) for buffer in buffers), strict=True):
+                yield group, views
+
+    def _call(self, param: Tensor, slots: Sequence[Tensor], grad: Tensor, hyper: Sequence[Tensor], step: int):
+        new, new_slots = self.update(
+            param,
+            dict(zip(self.slots, slots, strict=True)),
+            grad,
+            dict(zip(self.defaults, hyper, strict=True)),
+            step,
+        )
+        if set(new_slots) != set(self.slots):
+            raise BadArgument(f"expected the update to return the slots {self.slots}; got {tuple(new_slots)}")
+        return [new, *(new_slots[name] for name in self.slots)]
+
+    def _step_(self, state, grad, table, grad_scale):
+        scaled = grad.to(state.params.dtype) * grad_scale
+        for group, (g, *views) in self._pieces(state, scaled, *state.tensors()):
+            new = self._call(views[0], views[1:], g, table[group].unbind(), state.step + 1)
+            for old, value in zip(views, new, strict=True):
+                old.copy_(value)
+
+    def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
+        out = torch.zeros(table.shape[0], self.width + 1, dtype=torch.float64, device=state.params.device)
+        raw = grad.to(state.params.dtype)
+        buffers = (raw, u, *state.tensors(), *adjoint.tensors())
+        count = len(self.slots) + 1
+        for group, (g, du, *views) in self._pieces(state, *buffers):
+            with torch.enable_grad():
+                leaves = [view.detach().requires_grad_() for view in (g * grad_scale, *views[:count])]
+                hyper = table[group].detach().clone().requires_grad_()
+                new = self._call(leaves[1], leaves[2:], leaves[0], hyper.unbind(), state.step + 1)
+                live = [(y, a) for y, a in zip(new, views[count:], strict=True) if y.requires_grad]
+                grads = torch.autograd.grad(
+                    [y for y, _ in live],
+                    [*leaves, hyper],
+                    [a for _, a in live],
+                    materialize_grads=True,
+                    allow_unused=True,
+                )
+            ug, *new_adjoints, dh = grads
+            for old, value in zip(views[count:], new_adjoints, strict=True):
+                old.copy_(value)
+            du.copy_(ug * grad_scale)
+            out[group, :-1] += dh.to(out)
+            out[group, -1] += (ug.double() * g.double()).sum()
+        return out
+
+
+def _rmsprop(param, slots, grad, hyper, step):
+    grad = grad + hyper["weight_decay"] * param
+    square_avg = hyper["alpha"] * slots["square_avg"] + (1 - hyper["alpha"]) * grad * grad
+    direction = grad / ((square_avg + hyper["eps_root"]).sqrt() + hyper["eps"])
+    buffer = hyper["momentum"] * slots["momentum_buffer"] + direction
+    return param - hyper["lr"] * buffer, {"square_avg": square_avg, "momentum_buffer": buffer}
+
+
+class RMSprop(UpdateRule):
+    """RMSprop as `torch.optim.RMSprop` (not centered), with `eps_root` inside the square root."""
+
+    def __init__(
+        self,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        eps_root: float = 1e-12,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        compile: bool = False,
+        param_groups: Sequence[Mapping[str, Any]] = (),
+    ):
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "eps_root": eps_root,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+        }
+        super().__init__(_rmsprop, ("square_avg", "momentum_buffer"), defaults, True, compile, param_groups)
+
+
+# Coefficients of the quintic Newton-Schulz iteration, from Keller Jordan's Muon (2024).
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Approximately `U V^T` for `matrix = U S V^T`, by Newton-Schulz iteration; differentiable."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / ((x * x).sum() + eps * eps).sqrt()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def _muon(param, slots, grad, hyper, step):
+    buffer = hyper["momentum"] * slots["momentum_buffer"] + grad
+    direction = grad + hyper["momentum"] * buffer  # Nesterov
+    if param.ndim >= 2:
+        matrix = direction.reshape(param.shape[0], -1)
+        scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        direction = scale * orthogonalize(matrix).reshape(param.shape)
+        lr = hyper["lr"]
+    else:
+        lr = hyper["vector_lr"]
+    return (1 - lr * hyper["weight_decay"]) * param - lr * direction, {"momentum_buffer": buffer}
+
+
+class Muon(UpdateRule):
+    """Muon (Keller Jordan 2024): Nesterov momentum, orthogonalised for every matrix (a convolution's weight is one,
+    `[out, rest]`). Vectors take the plain momentum step with `vector_lr`."""
+
+    def __init__(
+        self,
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        vector_lr: float = 1e-2,
+        compile: bool = False,
+        param_groups: Sequence[Mapping[str, Any]] = (),
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "vector_lr": vector_lr}
+        super().__init__(_muon, ("momentum_buffer",), defaults, False, compile, param_groups)

@@ -1,0 +1,87 @@
+"""Which backend runs a kernel, and why the others do not.
+
+The environment variable MGD_KERNELS_BACKEND, or `use_backend`, names one backend for everything; where it cannot
+serve, that is an error and never a silent change of backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from mgd_kernels.errors import BackendUnavailable
+from mgd_kernels.rules import Rule
+
+# Fastest first, by device type; the reference always works.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+_forced: ContextVar[str | None] = ContextVar("mgd_kernels_backend", default=None)
+
+
+@cache
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The backend's module, or None and the reason why it cannot be used in this process."""
+    if name not in NAMES:
+        raise BackendUnavailable(f"expected a backend among {', '.join(NAMES)}; got {name!r}")
+    try:
+        module = importlib.import_module(f"mgd_kernels.backends.{name}")
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+    reason = module.unavailable()
+    return (None, reason) if reason else (module, None)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend: None where it works in this process, else the reason why it does not and what to do."""
+    return {name: load(name)[1] for name in NAMES}
+
+
+def forced() -> str | None:
+    return _forced.get() or os.environ.get("MGD_KERNELS_BACKEND") or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every kernel of the block on the named backend; BackendUnavailable where it cannot serve."""
+    module, reason = load(name)
+    if module is None:
+        raise BackendUnavailable(f"backend {name!r} was asked for and cannot be used: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(rule: Rule, params: Tensor, grad: Tensor) -> ModuleType:
+    """The backend for this rule on these tensors: the one asked for, else the fastest that serves them."""
+    wanted = forced()
+    names = (wanted,) if wanted else PREFERENCE.get(params.device.type, ("reference",))
+    reasons = {}
+    for name in names:
+        module, reason = load(name)
+        if module is not None:
+            reason = module.unsupported(rule, params, grad)
+            if reason is None:
+                if reasons and name == "reference":
+                    _warn_once("; ".join(f"{other}: {why}" for other, why in reasons.items()))
+                return module
+        reasons[name] = reason
+    raise BackendUnavailable(
+        f"backend {wanted!r} was asked for and cannot serve {rule.name} on {params.dtype} parameters with "
+        f"{grad.dtype} gradients on {params.device}: {reasons[names[0]]}"
+    )
+
+
+@cache
+def _warn_once(reasons: str) -> None:
+    warnings.warn(f"mgd_kernels runs on the slow reference backend ({reasons})", RuntimeWarning, stacklevel=4)
