@@ -1,0 +1,16 @@
+// The extension module: raw pointers in, no torch.
+
+#include <pybind11/pybind11.h>
+
+namespace mgd {
+void bind_optim(pybind11::module_&);
+void bind_store(pybind11::module_&);
+}  // namespace mgd
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Native kernels and state store of mgd_kernels.";
+    mgd::bind_optim(m);
+#ifdef MGD_HAS_STORE
+    mgd::bind_store(m);
+#endif
+}
