@@ -1,0 +1,307 @@
+"""The Triton backend: NVIDIA and AMD GPUs, float32 states with float32, bfloat16 or float16 gradients.
+
+Everything runs on the tensors' device and the current stream without synchronising, and can be captured in a CUDA
+graph once one call has compiled the kernels, given hyperparameters (and, where they change, `k` and `grad_scale`) on
+the device. Workspaces come from torch's stream-ordered caching allocator.
+
+Without a GPU the kernels run in Triton's interpreter, slowly, where the environment asks for it: TRITON_INTERPRET=1
+before triton is first imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.arena import Segments
+from mgd_kernels.errors import BadArgument
+from mgd_kernels.rules import Rule
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _kernels() -> ModuleType:
+    from mgd_kernels.backends import triton_kernels
+
+    return triton_kernels
+
+
+def unavailable() -> str | None:
+    """None where the kernels can run in this process, else the reason and what to do."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install 'mgd-kernels[triton]'"
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "no GPU found; TRITON_INTERPRET=1 in the environment runs the kernels in Triton's (slow) interpreter"
+
+
+def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
+    """None where the kernels serve these tensors, else the reason."""
+    if params.device.type != "cuda" and not _interpreted():
+        return f"expected tensors on a GPU; got {params.device}"
+    if params.dtype != torch.float32:
+        return f"expected float32 parameters (16-bit ones get a float32 master copy); got {params.dtype}"
+    if grad.dtype not in GRADIENT_DTYPES:
+        return f"expected a float32, bfloat16 or float16 gradient; got {grad.dtype}"
+    return None
+
+
+# --- Tiles -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which stretch each program handles.
+
+    table: int64 `[count, 3]` on the device, rows `(start, stop, group)` ordered by group; None where the one segment
+        starts at 0 and tiles follow by counting. ranges: int64 `[G + 1]`, the first tile of each group; None likewise.
+    aligned: whether every boundary allows 128-bit accesses.
+    """
+
+    count: int
+    numel: int
+    table: Tensor | None
+    ranges: Tensor | None
+    aligned: bool
+
+
+_tiles: WeakKeyDictionary[Segments, dict[tuple[torch.device, int], Tiles]] = WeakKeyDictionary()
+
+
+def tiles_of(segments: Segments, size: int, device: torch.device) -> Tiles:
+    """Cut the segments into tiles of at most `size` elements, none across a boundary; cached with the segments."""
+    cached = _tiles.setdefault(segments, {})
+    if (device, size) not in cached:
+        cached[device, size] = _cut(segments, size, device)
+    return cached[device, size]
+
+
+def _cut(segments: Segments, size: int, device: torch.device) -> Tiles:
+    vector = _kernels().VECTOR.value
+    aligned = bool((segments.table[:, :2] % vector == 0).all())
+    rows = segments.rows()
+    if len(rows) == 1 and rows[0][0] == 0 and segments.groups == 1:
+        numel = rows[0][1]
+        return Tiles(-(-numel // size), numel, None, None, aligned)
+    cut = [
+        (begin, min(begin + size, stop), group)
+        for start, stop, group in sorted(rows, key=lambda row: (row[2], row[0]))
+        for begin in range(start, stop, size)
+    ]
+    table = torch.tensor(cut, dtype=torch.int64).reshape(-1, 3)
+    counts = torch.bincount(table[:, 2], minlength=segments.groups)
+    ranges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Tiles(len(cut), 0, table.to(device), ranges.to(device), aligned)
+
+
+# --- Launching ---------------------------------------------------------------------------------------------------
+
+
+def _variant(rule: Rule) -> str:
+    if rule.name == "adam":
+        return "adam"
+    return ("nesterov" if rule.nesterov else "momentum") if rule.slots else "sgd"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _options() -> dict[str, object]:
+    return {"num_warps": _kernels().WARPS, "enable_fp_fusion": False}
+
+
+def _check(n: int, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.shape != (n,) or not tensor.is_contiguous():
+            raise BadArgument(
+                f"expected contiguous tensors of shape [{n}]; got {list(tensor.shape)} with strides {tensor.stride()}"
+            )
+
+
+def _pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    return (*tensors, None, None)[:2]
+
+
+def _coefficients(
+    rule: Rule,
+    hypers: Tensor,
+    k: int | Tensor,
+    grad_scales: Sequence[float | Tensor],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The coefficient tables, float32 and float64, of hypers `[steps, G, H]`, made on the device."""
+    kernels = _kernels()
+    steps, groups, width = hypers.shape
+    hypers = hypers.to(device, torch.float64, non_blocking=True).contiguous()
+    scale, scales = 1.0, None
+    if any(isinstance(value, Tensor) for value in grad_scales):
+        scales = torch.stack(
+            [
+                value.to(device, torch.float64, non_blocking=True).reshape(())
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=torch.float64, device=device)
+                for value in grad_scales
+            ]
+        )
+    elif len(set(grad_scales)) > 1:
+        scales = torch.tensor(grad_scales, dtype=torch.float64).to(device, non_blocking=True)
+    else:
+        scale = float(grad_scales[0])
+    k_tensor = k.to(device, torch.int64, non_blocking=True) if isinstance(k, Tensor) else None
+    out32 = torch.empty(steps, groups, kernels.WIDTH.value, dtype=torch.float32, device=device)
+    out64 = torch.empty(steps, groups, kernels.WIDTH64.value, dtype=torch.float64, device=device)
+    kernels.coefficients_kernel[(steps * groups,)](
+        hypers, k_tensor, 0 if k_tensor is not None else k, scales, scale, out32, out64, groups, width,
+        RULE=_variant(rule), num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out32, out64
+
+
+def _spacing(grads: Sequence[Tensor], device: torch.device) -> tuple[int, Tensor | None, bool]:
+    """How far, in elements, each gradient lies from the first: `(pitch, offsets, aligned)`; offsets where uneven."""
+    size = grads[0].element_size()
+    distances = [grad.data_ptr() - grads[0].data_ptr() for grad in grads]
+    if any(distance % size for distance in distances):
+        raise BadArgument(f"expected gradients that are aligned to their element size of {size} bytes")
+    offsets = [distance // size for distance in distances]
+    aligned = all(offset % _kernels().VECTOR.value == 0 for offset in offsets)
+    pitch = offsets[1] if len(offsets) > 1 else 0
+    if all(offset == i * pitch for i, offset in enumerate(offsets)):
+        return pitch, None, aligned
+    return 0, torch.tensor(offsets, dtype=torch.int64).to(device, non_blocking=True), aligned
+
+
+# --- The functions every backend has -----------------------------------------------------------------------------
+
+
+def step_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    grad_scale: float | Tensor = 1.0,
+    low: Tensor | None = None,
+) -> None:
+    """As `reference.step_`. k: also a 0-d integer tensor on the device, which a CUDA graph can advance.
+    low: where given, a 16-bit `[n]` tensor that receives the new parameters in the same pass."""
+    _replay(rule, params, slots, [grad], hyper[None], k, segments, [grad_scale], low)
+
+
+def replay_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hypers: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    grad_scales: Sequence[float | Tensor],
+    low: Tensor | None = None,
+) -> None:
+    """As `reference.replay_`, in one pass over the state; k and low as in `step_`.
+
+    grads: a `[steps, n]` tensor or a list of `[n]` tensors, which may lie anywhere on the device.
+    """
+    done = 0
+    for _, run in itertools.groupby(grads, key=lambda grad: grad.dtype):
+        run = list(run)
+        end = done + len(run)
+        _replay(
+            rule, params, slots, run, hypers[done:end], k + done, segments, grad_scales[done:end], low
+        )  # fmt: skip
+        done = end
+
+
+def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -> None:
+    kernels = _kernels()
+    _check(params.numel(), params, *slots, *grads, *([] if low is None else [low]))
+    device, steps = params.device, len(grads)
+    with _on(device):
+        tiles = tiles_of(segments, kernels.BLOCK, device)
+        if not tiles.count:
+            return
+        table, _ = _coefficients(rule, hypers, k, grad_scales, device)
+        pitch, offsets, offsets_aligned = _spacing(grads, device)
+        kernels.replay_kernel[(tiles.count,)](
+            params, *_pair(slots), grads[0], pitch, offsets, low, table, tiles.table, tiles.numel,
+            table.shape[1], steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=tiles.aligned,
+            OFFSETS_ALIGNED=offsets_aligned, BLOCK=kernels.BLOCK, **_options(),
+        )  # fmt: skip
+
+
+def vjp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    adjoint_params: Tensor,
+    adjoint_slots: Sequence[Tensor],
+    u: Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """As `reference.vjp_`; k as in `step_`. `u` may be 16-bit."""
+    kernels = _kernels()
+    _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
+    device, columns = params.device, len(rule.hyper) + 1
+    with _on(device):
+        size = kernels.REDUCING_BLOCKS * kernels.BLOCK
+        tiles = tiles_of(segments, size, device)
+        if not tiles.count:
+            return torch.zeros(segments.groups, columns, dtype=torch.float64, device=device)
+        table, table64 = _coefficients(rule, hyper[None], k, [grad_scale], device)
+        partials = torch.empty(columns, tiles.count, dtype=torch.float64, device=device)
+        kernels.vjp_kernel[(tiles.count,)](
+            params, *_pair(slots), grad, adjoint_params, *_pair(adjoint_slots), u, table, table64, partials,
+            tiles.table, tiles.numel, tiles.count, RULE=_variant(rule), ALIGNED=tiles.aligned, TILE=size,
+            BLOCK=kernels.BLOCK, **_options(),
+        )  # fmt: skip
+        return _sum(partials, tiles.ranges, segments.groups)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """As `reference.dot`."""
+    kernels = _kernels()
+    _check(x.numel(), x, y)
+    with _on(x.device):
+        size = kernels.REDUCING_BLOCKS * kernels.BLOCK
+        count = -(-x.numel() // size)
+        if not count:
+            return torch.zeros((), dtype=torch.float64, device=x.device)
+        partials = torch.empty(1, count, dtype=torch.float64, device=x.device)
+        kernels.dot_kernel[(count,)](
+            x, y, partials, x.numel(), TILE=size, BLOCK=kernels.BLOCK, **_options()
+        )
+        return _sum(partials, None, 1).reshape(())
+
+
+def _sum(partials: Tensor, ranges: Tensor | None, groups: int) -> Tensor:
+    columns, count = partials.shape
+    out = torch.empty(groups, columns, dtype=torch.float64, device=partials.device)
+    kernels = _kernels()
+    kernels.sum_kernel[(groups, columns)](
+        partials, ranges, out, count, columns, BLOCK=kernels.BLOCK, **_options()
+    )
+    return out

@@ -1,0 +1,469 @@
+"""The Triton kernels: the element-wise mathematics of each rule once, and the passes over memory around it.
+
+Every kernel runs one program a *tile*: a stretch of one parameter group. Arithmetic is IEEE and is never contracted
+(`enable_fp_fusion=False` at every launch, division and square root rounded correctly), so a replayed step equals a
+single step bit by bit, and Triton's interpreter computes what the hardware does. Hyperparameters and step counts are
+read from memory: no value ever causes a compilation.
+
+Rules go by name: "adam", and "sgd", "momentum", "nesterov" for SGD without a buffer, with one, and with Nesterov's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Elements a program handles at a time, and warps: 8 elements a thread make one 128-bit access in 16-bit dtypes and
+# two in float32. No autotuning: these kernels work in place, and trial runs would advance the state.
+BLOCK = 1024
+WARPS = 4
+# Blocks a program of a reducing kernel walks through, so that few partial sums remain for the second stage.
+REDUCING_BLOCKS = 4
+# Boundaries that are multiples of this many elements let every access be 128 bits wide.
+VECTOR = tl.constexpr(16)
+
+# Columns of the coefficient tables, which `coefficients_kernel` fills: float32 for the element-wise mathematics,
+# float64 for the reductions.
+WIDTH = tl.constexpr(12)
+WIDTH64 = tl.constexpr(4)
+
+
+# --- Coefficients ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _power(base, n):
+    """base**n in float64 by squaring, n >= 0 (0**0 = 1)."""
+    result = base * 0.0 + 1.0
+    while n > 0:
+        result = tl.where(n % 2 == 1, result * base, result)
+        base = base * base
+        n = n // 2
+    return result
+
+
+@triton.jit(do_not_specialize=["groups", "width", "k", "scale"])
+def coefficients_kernel(
+    hyper, k_ptr, k, scales, scale, out32, out64, groups, width, RULE: tl.constexpr
+):  # fmt: skip
+    """Program i turns row i of `hyper` `[steps * groups, width]` into row i of the coefficient tables.
+
+    Step number and gradient scale come from memory where a pointer is given, else from the number beside it.
+    """
+    row = tl.program_id(0)
+    step = row // groups
+    if k_ptr is not None:
+        k = tl.load(k_ptr)
+    k = k.to(tl.int64) + step
+    if scales is not None:
+        scale = tl.load(scales + step)
+    hyper += row.to(tl.int64) * width
+    out32 += row.to(tl.int64) * WIDTH
+    out64 += row.to(tl.int64) * WIDTH64
+    lr = tl.load(hyper)
+    weight_decay = tl.load(hyper + 1)
+    tl.store(out32, 1.0 - lr * weight_decay)
+    tl.store(out32 + 1, lr)
+    tl.store(out32 + 2, tl.load(hyper + 2))
+    tl.store(out32 + 3, scale)
+    tl.store(out64, lr)
+    tl.store(out64 + 1, weight_decay)
+    if RULE == "adam":
+        beta1 = tl.load(hyper + 3)
+        beta2 = tl.load(hyper + 4)
+        power1 = _power(beta1, k - 1)
+        power2 = _power(beta2, k - 1)
+        c1 = 1.0 - power1 * beta1
+        c2 = 1.0 - power2 * beta2
+        tl.store(out32 + 4, beta1)
+        tl.store(out32 + 5, 1.0 - beta1)
+        tl.store(out32 + 6, beta2)
+        tl.store(out32 + 7, 1.0 - beta2)
+        tl.store(out32 + 8, 1.0 / c1)
+        tl.store(out32 + 9, 1.0 / c2)
+        tl.store(out32 + 10, tl.load(hyper + 5))
+        tl.store(out32 + 11, tl.load(hyper + 6))
+        # Derivatives of the bias corrections: d(1/c)/dbeta = k beta^(k-1) / c^2.
+        tl.store(out64 + 2, k.to(tl.float64) * power1 / c1)
+        tl.store(out64 + 3, k.to(tl.float64) * power2 / c2)
+    else:
+        momentum = tl.load(hyper + 3)
+        tl.store(out32 + 4, momentum)
+        tl.store(out32 + 5, 1.0 - tl.load(hyper + 4))
+        tl.store(out32 + 6, tl.where(k == 1, 1.0, 0.0))
+
+
+@triton.jit
+def _coefficients(table, row):
+    """One row of the float32 table, as the tuple that the element-wise functions take."""
+    table += row * WIDTH
+    return (
+        tl.load(table),
+        tl.load(table + 1),
+        tl.load(table + 2),
+        tl.load(table + 3),
+        tl.load(table + 4),
+        tl.load(table + 5),
+        tl.load(table + 6),
+        tl.load(table + 7),
+        tl.load(table + 8),
+        tl.load(table + 9),
+        tl.load(table + 10),
+        tl.load(table + 11),
+    )
+
+
+# --- The rules, element by element (design: mgd_kernels/backends/reference.py) -----------------------------------
+
+
+@triton.jit
+def _adam_terms(m, v, g, c):
+    _, _, _, _, beta1, rest1, beta2, rest2, inverse_c1, inverse_c2, eps, eps_root = c
+    m1 = beta1 * m + rest1 * g
+    v1 = beta2 * v + rest2 * g * g
+    v1c = v1 * inverse_c2
+    vhat = v1c + eps_root
+    S = tl.where(vhat > 0, tl.sqrt_rn(tl.where(vhat > 0, vhat, 1.0)), 0.0)
+    D = S + eps
+    # 0/0 is 0: an element that never saw a gradient does not move, even with eps = eps_root = 0.
+    safe_D = tl.where(D > 0, D, 1.0)
+    n = tl.where(D > 0, tl.div_rn(m1 * inverse_c1, safe_D), 0.0)
+    return m1, v1, v1c, S, D, safe_D, n
+
+
+@triton.jit
+def _adam_vjp(p, m, v, g, ap, am, av, c, bias2):
+    """u, the new adjoints, and the float64 terms whose sums are the hyperparameter cotangents (see vjp_kernel)."""
+    decay, lr, l2, _, beta1, rest1, beta2, rest2, inverse_c1, inverse_c2, _, _ = c
+    g = g + l2 * p
+    _, _, v1c, S, D, safe_D, n = _adam_terms(m, v, g, c)
+    dn = tl.where(D > 0, -lr * ap, 0.0)
+    dD = tl.div_rn(-dn * n, safe_D)
+    dvhat = tl.where(S > 0, tl.div_rn(dD, tl.where(S > 0, 2 * S, 1.0)), 0.0)
+    dm1 = am + tl.div_rn(dn * inverse_c1, safe_D)
+    dv1 = av + dvhat * inverse_c2
+    u = rest1 * dm1 + 2 * rest2 * g * dv1
+    dvhat64 = dvhat.to(tl.float64)
+    ap64 = ap.to(tl.float64)
+    p64 = p.to(tl.float64)
+    return (
+        u,
+        decay * ap + l2 * u,
+        beta1 * dm1,
+        beta2 * dv1,
+        ap64 * n.to(tl.float64),
+        ap64 * p64,
+        u.to(tl.float64) * p64,
+        dm1.to(tl.float64) * (m - g).to(tl.float64),
+        dv1.to(tl.float64) * (v - g * g).to(tl.float64) + bias2 * (dvhat64 * v1c.to(tl.float64)),
+        dD.to(tl.float64),
+        dvhat64,
+    )
+
+
+@triton.jit
+def _sgd_terms(buf, g, c, RULE: tl.constexpr):
+    """The direction of the step and the new buffer; g includes the L2 term."""
+    momentum, rest, first = c[4], c[5], c[6]
+    if RULE == "sgd":
+        return g, g
+    buf1 = tl.where(first > 0, g, momentum * buf + rest * g)
+    if RULE == "nesterov":
+        return g + momentum * buf1, buf1
+    return buf1, buf1
+
+
+@triton.jit
+def _sgd_vjp(p, buf, g, ap, ab, c, RULE: tl.constexpr):
+    """u, the new adjoints, and the float64 terms whose sums are the hyperparameter cotangents (see vjp_kernel)."""
+    decay, lr, l2, momentum, rest, first = c[0], c[1], c[2], c[4], c[5], c[6]
+    g = g + l2 * p
+    d, buf1 = _sgd_terms(buf, g, c, RULE)
+    dd = -lr * ap
+    ap64 = ap.to(tl.float64)
+    p64 = p.to(tl.float64)
+    dmomentum = ap64 * 0.0
+    ddampening = dmomentum
+    if RULE == "sgd":
+        u = dd
+    else:
+        dbuf1 = ab + (momentum * dd if RULE == "nesterov" else dd)
+        u = tl.where(first > 0, dbuf1, rest * dbuf1)
+        ab = tl.where(first > 0, 0.0, momentum * dbuf1)
+        # Where the buffer starts out as the gradient, neither its old value nor the dampening counts.
+        dbuf64 = tl.where(first > 0, 0.0, dbuf1).to(tl.float64)
+        dmomentum = dbuf64 * tl.where(first > 0, 0.0, buf).to(tl.float64)
+        ddampening = -dbuf64 * g.to(tl.float64)
+        if RULE == "nesterov":
+            u = u + dd
+            dmomentum += dd.to(tl.float64) * buf1.to(tl.float64)
+    return (
+        u,
+        decay * ap + l2 * u,
+        ab,
+        ap64 * d.to(tl.float64),
+        ap64 * p64,
+        u.to(tl.float64) * p64,
+        dmomentum,
+        ddampening,
+    )
+
+
+@triton.jit
+def _step(p, s0, s1, g, c, RULE: tl.constexpr):
+    """One step of any rule; slots the rule lacks pass through."""
+    decay, lr, l2 = c[0], c[1], c[2]
+    g = g + l2 * p
+    if RULE == "adam":
+        s0, s1, _, _, _, _, d = _adam_terms(s0, s1, g, c)
+    elif RULE == "sgd":
+        d, _ = _sgd_terms(s0, g, c, RULE)
+    else:
+        d, s0 = _sgd_terms(s0, g, c, RULE)
+    return decay * p - lr * d, s0, s1
+
+
+# --- Tiles -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(tiles, numel, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """(start, stop, group) of this program: from the tile table `[tiles, 3]`, or by counting where there is none."""
+    i = tl.program_id(0).to(tl.int64)
+    if tiles is None:
+        start = i * TILE
+        stop = tl.minimum(start + TILE, numel)
+        group = i * 0
+    else:
+        start = tl.load(tiles + 3 * i)
+        stop = tl.load(tiles + 3 * i + 1)
+        group = tl.load(tiles + 3 * i + 2)
+    if ALIGNED:
+        start = tl.multiple_of(start, VECTOR)
+        stop = tl.multiple_of(stop, VECTOR)
+    return start, stop, group
+
+
+@triton.jit
+def _load(pointer, at, mask):
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, at, value, mask):
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+# --- Steps and replay --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _replay_block(
+    params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+    RULE: tl.constexpr, SINGLE: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    mask = at < stop
+    p = _load(params, at, mask)
+    s0 = p
+    s1 = p
+    if slot0 is not None:
+        s0 = _load(slot0, at, mask)
+    if slot1 is not None:
+        s1 = _load(slot1, at, mask)
+    g = _load(grads, at, mask)
+    if SINGLE:
+        c = _coefficients(table, group)
+        p, s0, s1 = _step(p, s0, s1, g * c[3], c, RULE)
+    else:
+        for i in range(steps):
+            # The next gradient is under way while this step is computed.
+            following_i = group * 0 + tl.minimum(i + 1, steps - 1)
+            offset = following_i * pitch
+            if offsets is not None:
+                offset = tl.load(offsets + following_i)
+            if OFFSETS_ALIGNED:
+                offset = tl.multiple_of(offset, VECTOR)
+            following = _load(grads, offset + at, mask)
+            c = _coefficients(table, group + i * groups)
+            p, s0, s1 = _step(p, s0, s1, g * c[3], c, RULE)
+            g = following
+    _store(params, at, p, mask)
+    if slot0 is not None:
+        _store(slot0, at, s0, mask)
+    if slot1 is not None:
+        _store(slot1, at, s1, mask)
+    if low is not None:
+        _store(low, at, p, mask)
+
+
+@triton.jit(do_not_specialize=["groups", "steps"])
+def replay_kernel(
+    params, slot0, slot1, grads, pitch, offsets, low, table, tiles, numel, groups, steps,
+    RULE: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`steps` steps in place, the states in registers from the first to the last; SINGLE: one step.
+
+    Gradient i lies `offsets[i]` elements after `grads`, or `i * pitch` where there are no offsets. `low` receives
+    the new parameters once more in its own (16-bit) dtype. `table`: float32 coefficients `[steps, groups, WIDTH]`.
+    """
+    start, stop, group = _tile(tiles, numel, BLOCK, ALIGNED)
+    if ALIGNED:
+        _replay_block(
+            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
+        )  # fmt: skip
+    elif (start % VECTOR == 0) & (stop % VECTOR == 0):
+        _replay_block(
+            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps,
+            tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group,
+            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
+        )  # fmt: skip
+    else:
+        _replay_block(
+            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
+        )  # fmt: skip
+
+
+# --- Vector-Jacobian products ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fold(x, BLOCK: tl.constexpr):
+    """Sums over each thread's runs of four neighbours: the accumulators shrink, and nothing leaves the thread."""
+    return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
+
+
+@triton.jit
+def _vjp_tile(
+    params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u_ptr, table, table64, partials, tiles_total,
+    start, stop, group, RULE: tl.constexpr, VECTORISED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    c = _coefficients(table, group)
+    scale = c[3]
+    lr = tl.load(table64 + group * WIDTH64)
+    weight_decay = tl.load(table64 + group * WIDTH64 + 1)
+    zero = tl.zeros([BLOCK // 4], tl.float64)
+    sum_an, sum_ap, sum_up, sum_scale = zero, zero, zero, zero
+    sum3, sum4, sum5, sum6 = zero, zero, zero, zero
+    for begin in range(start, stop, BLOCK):
+        if VECTORISED:
+            begin = tl.multiple_of(begin, VECTOR)
+        at = begin + tl.arange(0, BLOCK)
+        mask = at < stop
+        p = _load(params, at, mask)
+        raw = _load(grad, at, mask)
+        ap = _load(adjoint, at, mask)
+        g = raw * scale
+        if RULE == "adam":
+            m = _load(slot0, at, mask)
+            v = _load(slot1, at, mask)
+            am = _load(adjoint0, at, mask)
+            av = _load(adjoint1, at, mask)
+            bias2 = tl.load(table64 + group * WIDTH64 + 3)
+            u, ap, am, av, an, app, up, t3, t4, t5, t6 = _adam_vjp(p, m, v, g, ap, am, av, c, bias2)
+            _store(adjoint0, at, am, mask)
+            _store(adjoint1, at, av, mask)
+            sum5 += _fold(t5, BLOCK)
+            sum6 += _fold(t6, BLOCK)
+        else:
+            buf = p
+            ab = ap
+            if slot0 is not None:
+                buf = _load(slot0, at, mask)
+                ab = _load(adjoint0, at, mask)
+            u, ap, ab, an, app, up, t3, t4 = _sgd_vjp(p, buf, g, ap, ab, c, RULE)
+            if slot0 is not None:
+                _store(adjoint0, at, ab, mask)
+        _store(adjoint, at, ap, mask)
+        _store(u_ptr, at, u * scale, mask)
+        sum_an += _fold(an, BLOCK)
+        sum_ap += _fold(app, BLOCK)
+        sum_up += _fold(up, BLOCK)
+        sum3 += _fold(t3, BLOCK)
+        sum4 += _fold(t4, BLOCK)
+        sum_scale += _fold(u.to(tl.float64) * raw.to(tl.float64), BLOCK)
+    # Column j of the hyperparameter cotangents, this tile's share, goes to partials[j, tile].
+    out = partials + tl.program_id(0)
+    total_an = tl.sum(sum_an, axis=0)
+    total_ap = tl.sum(sum_ap, axis=0)
+    tl.store(out, -(total_an + weight_decay * total_ap))
+    tl.store(out + tiles_total, -lr * total_ap)
+    tl.store(out + 2 * tiles_total, tl.sum(sum_up, axis=0))
+    if RULE == "adam":
+        bias1 = tl.load(table64 + group * WIDTH64 + 2)
+        tl.store(out + 3 * tiles_total, tl.sum(sum3, axis=0) - bias1 * lr * total_an)
+        tl.store(out + 4 * tiles_total, tl.sum(sum4, axis=0))
+        tl.store(out + 5 * tiles_total, tl.sum(sum5, axis=0))
+        tl.store(out + 6 * tiles_total, tl.sum(sum6, axis=0))
+        tl.store(out + 7 * tiles_total, tl.sum(sum_scale, axis=0))
+    else:
+        tl.store(out + 3 * tiles_total, tl.sum(sum3, axis=0))
+        tl.store(out + 4 * tiles_total, tl.sum(sum4, axis=0))
+        tl.store(out + 5 * tiles_total, tl.sum(sum_scale, axis=0))
+
+
+@triton.jit(do_not_specialize=["tiles_total"])
+def vjp_kernel(
+    params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles, numel, tiles_total,
+    RULE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The adjoints of the state after a step become those of the state before it, in place; `u` that of `grad`.
+
+    partials: float64 `[H + 1, tiles_total]`, each tile's share of the hyperparameter cotangents.
+    """
+    start, stop, group = _tile(tiles, numel, TILE, ALIGNED)
+    if ALIGNED:
+        _vjp_tile(
+            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            start, stop, group, RULE, True, BLOCK,
+        )  # fmt: skip
+    elif (start % VECTOR == 0) & (stop % VECTOR == 0):
+        _vjp_tile(
+            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group, RULE, True, BLOCK,
+        )  # fmt: skip
+    else:
+        _vjp_tile(
+            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            start, stop, group, RULE, False, BLOCK,
+        )  # fmt: skip
+
+
+# --- Reductions --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot_kernel(x, y, partials, numel, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """partials[tile]: the inner product over one tile, in float64."""
+    start = tl.program_id(0).to(tl.int64) * TILE
+    stop = tl.minimum(start + TILE, numel)
+    total = tl.zeros([BLOCK // 4], tl.float64)
+    for begin in range(start, stop, BLOCK):
+        at = tl.multiple_of(begin, VECTOR) + tl.arange(0, BLOCK)
+        mask = at < numel
+        product = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * tl.load(
+            y + at, mask=mask, other=0.0
+        ).to(tl.float64)
+        total += _fold(product, BLOCK)
+    tl.store(partials + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["tiles_total", "columns"])
+def sum_kernel(partials, ranges, out, tiles_total, columns, BLOCK: tl.constexpr):
+    """out[g, j]: the sum of partials[j] over the tiles of group g (`ranges[g]` to `ranges[g + 1]`), in fixed order."""
+    group = tl.program_id(0)
+    column = tl.program_id(1)
+    start = tl.zeros([], tl.int64)
+    stop = start + tiles_total
+    if ranges is not None:
+        start = tl.load(ranges + group)
+        stop = tl.load(ranges + group + 1)
+    row = partials + column.to(tl.int64) * tiles_total
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(start, stop, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        total += tl.load(row + at, mask=at < stop, other=0.0)
+    tl.store(out + group.to(tl.int64) * columns + column, tl.sum(total, axis=0))
