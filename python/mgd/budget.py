@@ -1,0 +1,122 @@
+"""What a plan may use (`Budget`), what its objects weigh (`Sizes`), and what its actions cost (`Costs`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+#: The tiers, fastest first. On a machine without an accelerator "device" and "host" are both plain memory.
+TIERS = ("device", "host", "disk")
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgtp", start=1)
+    for suffix, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes from a number or from text such as "1GB" (10**9), "512MiB" (2**20), "1.5 GB", "0"."""
+    if isinstance(text, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f'expected a size such as "1GB", "512MiB" or a number of bytes, got {text!r}')
+        number, unit = match[1], _UNITS[match[2]]
+        return int(number) * unit if number.isdigit() else int(float(number) * unit)
+    if isinstance(text, bool) or text != int(text) or text < 0:
+        raise ValueError(f"expected a whole, non-negative number of bytes, got {text!r}")
+    return int(text)
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, in decimal units: 1536 -> "1.54 kB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if count < 999.5 or unit == "PB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that snapshots and logged gradients may take, a tier each; a part left out is not used.
+
+    device, host: bytes, or text such as "1GB", "512MiB", "0". disk: a pair (directory, size).
+    `Budget()` stands for the default: host memory alone, up to the share of free memory the caller of
+    `plan` names as `default_host_bytes`.
+    """
+
+    device: int | str | None = None
+    host: int | str | None = None
+    disk: tuple[str | os.PathLike[str], int | str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.disk is not None and (isinstance(self.disk, str) or len(self.disk) != 2):
+            raise ValueError(f'expected disk=(directory, size), such as ("runs/log", "100GB"), got {self.disk!r}')
+        self.limits()  # malformed sizes are reported where they are written
+
+    @property
+    def directory(self) -> str | None:
+        """Where the disk tier lives."""
+        return None if self.disk is None else os.fspath(self.disk[0])
+
+    def limits(self, default_host_bytes: int | None = None) -> dict[str, int]:
+        """Bytes of every tier in use, fastest first. `default_host_bytes` is host's share when no part was given."""
+        parts = (self.device, self.host, None if self.disk is None else self.disk[1])
+        if all(part is None for part in parts):
+            return {} if default_host_bytes is None else {"host": parse_bytes(default_host_bytes)}
+        return {tier: parse_bytes(part) for tier, part in zip(TIERS, parts, strict=True) if part is not None}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one snapshot (parameters and optimizer state) and of one gradient, in the dtype the model produces."""
+
+    snapshot: int
+    gradient: int
+
+    def __post_init__(self) -> None:
+        if self.snapshot < 1 or self.gradient < 1:
+            raise ValueError(f"expected at least one byte a snapshot and a gradient, got {self}")
+
+
+def _rates(device: float, host: float, disk: float) -> Any:
+    defaults = MappingProxyType({"device": device, "host": host, "disk": disk})
+    return field(default_factory=lambda: defaults)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each piece of work and bytes per second of each tier. Measured values make measured predictions.
+
+    step: one training gradient and its update. hvp: one adjoint step, optimizer VJP and model HVP (default
+    3 steps). update: one elementwise update from a logged gradient (default 1/50 step). write, read: bytes per
+    second; tiers left out keep their default. overlap: the tiers whose transfers run behind the computation
+    (write-behind and prefetch); copies on the others take their time from it. A machine without an
+    accelerator has overlap=("disk",): there, memory copies are work of the same processor.
+    """
+
+    step: float = 1.0
+    hvp: float | None = None
+    update: float | None = None
+    write: Mapping[str, float] = _rates(device=5e11, host=1e10, disk=2e9)
+    read: Mapping[str, float] = _rates(device=5e11, host=1e10, disk=6e9)
+    overlap: tuple[str, ...] = ("host", "disk")
+
+    def __post_init__(self) -> None:
+        defaults = type(self).__dataclass_fields__
+        for name in ("write", "read"):
+            given, rates = getattr(self, name), defaults[name].default_factory()
+            if unknown := set(given) - set(TIERS):
+                raise ValueError(f"expected rates for {', '.join(TIERS)}; got one for {', '.join(sorted(unknown))}")
+            object.__setattr__(self, name, MappingProxyType({**rates, **given}))
+            if min(getattr(self, name).values()) <= 0:
+                raise ValueError(f"expected positive bytes per second, got {name}={dict(given)}")
+        object.__setattr__(self, "hvp", 3 * self.step if self.hvp is None else self.hvp)
+        object.__setattr__(self, "update", self.step / 50 if self.update is None else self.update)
+        if min(self.step, self.hvp, self.update) < 0:  # type: ignore[type-var]
+            raise ValueError(f"expected non-negative seconds, got {self}")
