@@ -1,0 +1,124 @@
+// Adam and AdamW, element by element: the step and its vector-Jacobian product.
+//
+// Kingma & Ba 2015 (arXiv 1412.6980); decoupled weight decay after Loshchilov & Hutter 2019 (arXiv 1711.05101);
+// eps_root inside the square root as in optax. With g = grad_scale * grad + l2 * p:
+//
+//     m' = b1 m + (1 - b1) g    v' = b2 v + (1 - b2) g^2    S = sqrt(v' / c2 + eps_root)    D = S + eps
+//     n = (m' / c1) / D         p' = (1 - lr wd) p - lr n   c1 = 1 - b1^k    c2 = 1 - b2^k
+//
+// 0/0 is 0 (an element that never saw a gradient does not move), and where S = 0 the derivative through v is 0.
+
+#pragma once
+
+#include "optim/element.h"
+
+namespace mgd {
+
+struct Adam {
+    static constexpr int slots = 2;    // exp_avg, exp_avg_sq
+    static constexpr int columns = 7;  // of the hyperparameter table, in the order of the enumeration
+    static constexpr int sums = 9;     // over all elements, from which the cotangents of the columns come
+    enum Column { lr, weight_decay, l2, beta1, beta2, eps, eps_root };
+    enum Sum { ap_n, ap_p, u_p, dm_m, dv_v, dvhat_v, dD, dvhat, u_grad };
+
+    template <class T>
+    struct Coefficients {
+        T lr, decay, l2, beta1, beta2, one_minus_beta1, one_minus_beta2, two_one_minus_beta2;
+        T inverse_c1, inverse_c2, eps, eps_root, grad_scale;
+    };
+
+    template <class V>
+    struct Terms {
+        V g, m1, v1, S, safe_D, n;
+        V ap;  // the given cotangent of p', 0 where D = 0 stops the element
+    };
+
+    // From one row of the table and the step number k >= 1: all in double, rounded to T once.
+    template <class T>
+    MGD_HD Coefficients<T> prepare(const double* h, double k, double grad_scale) {
+        Coefficients<T> c;
+        c.lr = T(h[lr]);
+        c.decay = T(1 - h[lr] * h[weight_decay]);
+        c.l2 = T(h[l2]);
+        c.beta1 = T(h[beta1]);
+        c.beta2 = T(h[beta2]);
+        c.one_minus_beta1 = T(1 - h[beta1]);
+        c.one_minus_beta2 = T(1 - h[beta2]);
+        c.two_one_minus_beta2 = T(2 * (1 - h[beta2]));
+        c.inverse_c1 = T(1 / (1 - pow(h[beta1], k)));
+        c.inverse_c2 = T(1 / (1 - pow(h[beta2], k)));
+        c.eps = T(h[eps]);
+        c.eps_root = T(h[eps_root]);
+        c.grad_scale = T(grad_scale);
+        return c;
+    }
+
+    template <class V, class T>
+    MGD_HD Terms<V> terms(const Coefficients<T>& c, V grad, V p, V m, V v, V ap) {
+        const V zero = V{}, one = V{} + T(1);
+        Terms<V> t;
+        t.g = grad * c.grad_scale + p * c.l2;
+        t.m1 = m * c.beta1 + t.g * c.one_minus_beta1;
+        t.v1 = v * c.beta2 + t.g * c.one_minus_beta2 * t.g;
+        const V vhat = t.v1 * c.inverse_c2 + c.eps_root;
+        t.S = root(vhat > zero ? vhat : zero);
+        const V D = t.S + c.eps;
+        t.safe_D = D > zero ? D : one;
+        t.n = D > zero ? t.m1 * c.inverse_c1 / t.safe_D : zero;
+        t.ap = D > zero ? ap : zero;
+        return t;
+    }
+
+    // state: p, m, v, before and after.
+    template <class V, class T>
+    MGD_HD void step(const Coefficients<T>& c, V grad, V* state) {
+        const Terms<V> t = terms(c, grad, state[0], state[1], state[2], V{});
+        state[0] = state[0] * c.decay - t.n * c.lr;
+        state[1] = t.m1;
+        state[2] = t.v1;
+    }
+
+    // state: p, m, v before the step. adjoint: cotangents of (p', m', v') in, of (p, m, v) out; u: that of grad.
+    template <class V, class T, class Sums>
+    MGD_HD void vjp(const Coefficients<T>& c, V grad, const V* state, V* adjoint, V& u, Sums&& sum) {
+        const V zero = V{};
+        const V p = state[0], m = state[1], v = state[2], ap = adjoint[0];
+        const Terms<V> t = terms(c, grad, p, m, v, ap);
+        const V lr_ap = t.ap * c.lr;  // = -dn
+        const V through_D = lr_ap * t.n / t.safe_D;
+        const V through_vhat = t.S > zero ? through_D / (t.S + t.S) : zero;
+        const V dm1 = adjoint[1] - lr_ap * c.inverse_c1 / t.safe_D;
+        const V dv1 = adjoint[2] + through_vhat * c.inverse_c2;
+        const V dg = dm1 * c.one_minus_beta1 + t.g * c.two_one_minus_beta2 * dv1;
+
+        sum.add(ap_n, ap, t.n);
+        sum.add(ap_p, ap, p);
+        sum.add(u_p, dg, p);
+        sum.add(dm_m, dm1, m - t.g);
+        sum.add(dv_v, dv1, v - t.g * t.g);
+        sum.add(dvhat_v, through_vhat, t.v1);
+        sum.add(dD, through_D);
+        sum.add(dvhat, through_vhat);
+        sum.add(u_grad, dg, grad);
+
+        adjoint[0] = ap * c.decay + dg * c.l2;
+        adjoint[1] = dm1 * c.beta1;
+        adjoint[2] = dv1 * c.beta2;
+        u = dg * c.grad_scale;
+    }
+
+    // The cotangents of the columns and, last, of grad_scale, from the sums: `out` has columns + 1 places.
+    MGD_HD void cotangents(const double* h, double k, const double* s, double* out) {
+        const double c1 = 1 - pow(h[beta1], k), c2 = 1 - pow(h[beta2], k);
+        out[lr] = -(s[ap_n] + h[weight_decay] * s[ap_p]);
+        out[weight_decay] = -h[lr] * s[ap_p];
+        out[l2] = s[u_p];
+        out[beta1] = s[dm_m] - k * pow(h[beta1], k - 1) / c1 * h[lr] * s[ap_n];
+        out[beta2] = s[dv_v] + k * pow(h[beta2], k - 1) / (c2 * c2) * s[dvhat_v];
+        out[eps] = s[dD];
+        out[eps_root] = s[dvhat];
+        out[columns] = s[u_grad];
+    }
+};
+
+}  // namespace mgd

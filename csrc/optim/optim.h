@@ -1,0 +1,39 @@
+// The optimizer kernels on whole flat buffers.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "optim/cpu.h"
+
+namespace mgd {
+
+// A table of hyperparameters and the stretches of the buffers that its rows govern.
+struct Problem {
+    int64_t n;                // elements of every tensor
+    const int64_t* segments;  // [rows][3]: start, stop, group
+    int64_t rows;
+    const double* hyper;  // [steps][groups][columns]
+    int64_t first_step;   // k of the first step: 1, 2, ...
+    int threads;
+};
+
+int columns(RuleId rule);
+
+// Steps first_step, first_step + 1, ... of `task` in place; grad_scales: one for each step.
+void run_replay(Task task, const Problem& problem, const double* grad_scales);
+
+// The VJP of one step; out: [groups][columns + 1], overwritten.
+void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
+
+double run_dot(const Dot& task, int64_t n, int threads);
+
+// Instruction sets that this machine can run, best last; the one in use; choosing another (std::invalid_argument where
+// it cannot run here). The first choice is the environment variable MGD_KERNELS_ISA, else the best.
+std::vector<std::string> isas();
+std::string isa();
+void use_isa(const std::string& name);
+
+}  // namespace mgd

@@ -1,0 +1,148 @@
+// A native vector register of floats or doubles for the instruction set this unit is compiled for: `Pack<T>`.
+// Arithmetic, comparison and ?: are the compiler's own on vector types (GCC and Clang); this header adds loading,
+// storing, widening to double, and conversion from 16-bit floats.
+
+#pragma once
+
+#include <cstdint>
+
+#include "optim/element.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace mgd {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#elif defined(__SSE2__)
+constexpr int kRegister = 16;
+#else
+constexpr int kRegister = 8;  // one double, or two floats that the compiler treats as it can
+#endif
+
+typedef float FloatPack __attribute__((vector_size(kRegister)));
+typedef double DoublePack __attribute__((vector_size(kRegister)));
+
+template <class T>
+struct Pack;
+template <>
+struct Pack<float> {
+    using type = FloatPack;
+    static constexpr int width = kRegister / 4;
+};
+template <>
+struct Pack<double> {
+    using type = DoublePack;
+    static constexpr int width = kRegister / 8;
+};
+
+// Unaligned loads and stores.
+template <class V>
+MGD_HD V load(const void* from) {
+    V x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+}
+template <class V>
+MGD_HD void store(void* to, V x) {
+    __builtin_memcpy(to, &x, sizeof x);
+}
+
+// Past the caches, for a buffer that is only written; `to` is aligned to a register. `fence` orders such stores.
+template <class V>
+MGD_HD void stream(void* to, V x) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
+#elif defined(__SSE2__)
+    _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
+#else
+    store(to, x);
+#endif
+}
+MGD_HD void fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#if defined(__AVX512F__)
+MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm512_sqrt_ps((__m512)x); }
+MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm512_sqrt_pd((__m512d)x); }
+#elif defined(__AVX2__)
+MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm256_sqrt_ps((__m256)x); }
+MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm_sqrt_ps((__m128)x); }
+MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm_sqrt_pd((__m128d)x); }
+#else
+MGD_HD FloatPack root(FloatPack x) { return FloatPack{sqrtf(x[0]), sqrtf(x[1])}; }
+MGD_HD DoublePack root(DoublePack x) { return DoublePack{sqrt(x[0])}; }
+#endif
+
+struct Widened {
+    DoublePack low, high;
+};
+MGD_HD Widened widen(FloatPack x) {
+#if defined(__AVX512F__)
+    return {(DoublePack)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+            (DoublePack)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
+#elif defined(__AVX2__)
+    return {(DoublePack)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
+            (DoublePack)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
+#elif defined(__SSE2__)
+    return {(DoublePack)_mm_cvtps_pd((__m128)x), (DoublePack)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x))};
+#else
+    return {DoublePack{x[0]}, DoublePack{x[1]}};
+#endif
+}
+
+// 16-bit floats to float, exactly, in registers.
+typedef uint16_t Bits16 __attribute__((vector_size(kRegister / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kRegister)));
+
+MGD_HD FloatPack convert(Bits16 bits, bf16) { return (FloatPack)(__builtin_convertvector(bits, Bits32) << 16); }
+
+MGD_HD FloatPack convert(Bits16 bits, f16) {
+    const Bits32 h = __builtin_convertvector(bits, Bits32), zero = Bits32{};
+    const Bits32 magnitude = (h & 0x7fffu) << 13, exponent = magnitude & (0x7c00u << 13);
+    const Bits32 rebiased = magnitude + (112u << 23);
+    // A subnormal half is 2^-14 * 0.fraction: lend it a leading one, then take that away again.
+    const FloatPack lent = (FloatPack)(rebiased + (1u << 23)), leading = (FloatPack)(zero + (113u << 23));
+    const Bits32 finite = exponent == zero ? (Bits32)(lent - leading) : rebiased;
+    const Bits32 value = exponent == zero + (0x7c00u << 13) ? rebiased + (112u << 23) : finite;
+    return (FloatPack)(value | ((h & 0x8000u) << 16));
+}
+
+// A register of gradients, converted to the dtype of the state.
+MGD_HD FloatPack load_as(const float* from, FloatPack) { return load<FloatPack>(from); }
+MGD_HD DoublePack load_as(const double* from, DoublePack) { return load<DoublePack>(from); }
+MGD_HD DoublePack load_as(const float* from, DoublePack) {
+    FloatPack x{};
+    __builtin_memcpy(&x, from, sizeof x / 2);
+    return widen(x).low;
+}
+template <class Half>
+MGD_HD FloatPack load_as(const Half* from, FloatPack) {
+    return convert(load<Bits16>(from), Half{});
+}
+template <class Half>
+MGD_HD DoublePack load_as(const Half* from, DoublePack) {
+    Bits16 bits{};
+    __builtin_memcpy(&bits, from, sizeof bits / 2);
+    return widen(convert(bits, Half{})).low;
+}
+
+}  // namespace mgd

@@ -1,0 +1,235 @@
+"""The C++ backend for tensors on the CPU: vector kernels chosen at run time (AVX-512, AVX2 or the baseline).
+
+Results are the same bits whatever the instruction set, the number of threads (`torch.get_num_threads()`) and the
+alignment. The environment variable MGD_KERNELS_ISA (`baseline`, `avx2`, `avx512`) overrides the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.arena import Segments
+from mgd_kernels.errors import BackendUnavailable, BadArgument
+from mgd_kernels.rules import Rule
+
+# The codes of mgd::DType and mgd::RuleId (csrc/optim/cpu.h).
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_HALVES = (torch.bfloat16, torch.float16)
+_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from mgd_kernels import _core
+    except ImportError as error:
+        return None, (
+            f"the extension module mgd_kernels._core does not load ({error}); build it with `pip install .` or "
+            "`pip install -e .` in the project's folder, with a C++17 compiler"
+        )
+    try:
+        _core.isa()
+    except ValueError as error:
+        return None, str(error)
+    return _core, None
+
+
+def unavailable() -> str | None:
+    """None where the backend works in this process, else the reason and what to do."""
+    return _load()[1]
+
+
+def _core() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise BackendUnavailable(f"the cpu backend cannot be used: {reason}")
+    return module
+
+
+def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
+    """None where these tensors are served, else the reason: tensors `[n]` of the CPU, contiguous, float32 or float64;
+    gradients of that dtype or a 16-bit one."""
+    if _rule(rule) is None:
+        return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
+    for name, tensor in (("params", params), ("grad", grad)):
+        if tensor.device.type != "cpu":
+            return f"expected {name} on the CPU; got {tensor.device}"
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"expected float32 or float64 params; got {params.dtype}"
+    if grad.dtype != params.dtype and grad.dtype not in _HALVES:
+        return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
+    return None
+
+
+def _rule(rule: Rule) -> int | None:
+    return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
+
+
+def _check(rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor], k: int) -> None:
+    """The kernels take addresses: what is not checked here would read or write memory that is not ours."""
+    params = state[0]
+    for grad in grads:
+        reason = unsupported(rule, params, grad)
+        if reason:
+            raise BadArgument(f"the cpu backend cannot serve these tensors: {reason}")
+        if grad.shape != params.shape:
+            raise BadArgument(f"expected a gradient {list(params.shape)}; got {list(grad.shape)}")
+        if grad.dtype != grads[0].dtype:
+            raise BadArgument(f"expected gradients of one dtype; got {grads[0].dtype} and {grad.dtype}")
+    if params.ndim != 1:
+        raise BadArgument(f"expected flat tensors [n]; got params {list(params.shape)}")
+    for tensor in state:
+        same = (tensor.dtype, tensor.shape, tensor.device) == (params.dtype, params.shape, params.device)
+        if not same or not tensor.is_contiguous():
+            raise BadArgument(
+                f"expected every slot, adjoint and u contiguous, {params.dtype} {list(params.shape)} on the CPU as "
+                f"params; got {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+            )
+    if k < 1:
+        raise BadArgument(f"expected a step number of at least 1; got {k}")
+
+
+def _slots(rule: Rule, slots: Sequence[Tensor], what: str) -> list[Tensor]:
+    if len(slots) != len(rule.slots):
+        raise BadArgument(f"expected {len(rule.slots)} {what} ({', '.join(rule.slots)}); got {len(slots)}")
+    return list(slots)
+
+
+def _table(rule: Rule, hyper: Tensor, *leading: int) -> Tensor:
+    shape = (*leading, len(rule.hyper))
+    if hyper.dtype != torch.float64 or hyper.shape != shape:
+        raise BadArgument(
+            f"expected hyperparameters as float64 {list(shape)}; got {hyper.dtype} {list(hyper.shape)}"
+        )
+    return hyper.cpu().contiguous()
+
+
+def _segments(segments: Segments) -> tuple[Tensor, int]:
+    table = segments.table
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.ndim != 2 or table.shape[1] != 3:
+        raise BadArgument(f"expected a segment table int64 [R, 3] on the CPU; got {table.dtype} {list(table.shape)}")
+    return table.contiguous(), table.shape[0]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def step_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int,
+    segments: Segments,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """As `reference.step_`."""
+    replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, [grad_scale])
+
+
+def replay_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hypers: Tensor,
+    k: int,
+    segments: Segments,
+    grad_scales: Sequence[float | Tensor],
+) -> None:
+    """As `reference.replay_`, in one pass over memory: `slots + 1 + len(grads)` reads, `slots + 1` writes an element.
+
+    Bit-identical to single steps.
+    """
+    core = _core()
+    if len(grad_scales) != len(grads):
+        raise BadArgument(f"expected {len(grads)} grad_scales, one a gradient; got {len(grad_scales)}")
+    if not grads:
+        return
+    state = [params, *_slots(rule, slots, "slots")]
+    _check(rule, state, grads, k)
+    hypers = _table(rule, hypers, len(grads), segments.groups)
+    table, rows = _segments(segments)
+    core.optim_replay(
+        _rule(rule),
+        _DTYPES[params.dtype],
+        _DTYPES[grads[0].dtype],
+        params.numel(),
+        _addresses(state),
+        _addresses(grads),
+        [float(scale) for scale in grad_scales],
+        hypers.data_ptr(),
+        segments.groups,
+        k,
+        table.data_ptr(),
+        rows,
+        torch.get_num_threads(),
+    )
+
+
+def vjp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int,
+    segments: Segments,
+    adjoint_params: Tensor,
+    adjoint_slots: Sequence[Tensor],
+    u: Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """As `reference.vjp_`, in one pass over memory."""
+    core = _core()
+    state = [params, *_slots(rule, slots, "slots")]
+    adjoint = [adjoint_params, *_slots(rule, adjoint_slots, "adjoints of slots")]
+    _check(rule, [*state, *adjoint, u], [grad], k)
+    hyper = _table(rule, hyper, segments.groups)
+    table, rows = _segments(segments)
+    out = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
+    core.optim_vjp(
+        _rule(rule),
+        _DTYPES[params.dtype],
+        _DTYPES[grad.dtype],
+        params.numel(),
+        _addresses(state),
+        grad.data_ptr(),
+        float(grad_scale),
+        hyper.data_ptr(),
+        segments.groups,
+        k,
+        table.data_ptr(),
+        rows,
+        _addresses(adjoint),
+        u.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """As `reference.dot`: `[n]` tensors of any two of float32, float64, bfloat16 and float16."""
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES or tensor.ndim != 1:
+            raise BadArgument(
+                f"expected {name} flat and floating-point on the CPU; got {tensor.dtype} {list(tensor.shape)} "
+                f"on {tensor.device}"
+            )
+    if x.shape != y.shape:
+        raise BadArgument(f"expected x and y of one length; got {x.numel()} and {y.numel()}")
+    x, y = x.contiguous(), y.contiguous()
+    value = _core().dot(
+        _DTYPES[x.dtype], _DTYPES[y.dtype], x.numel(), x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    )
+    return torch.tensor(value, dtype=torch.float64)
