@@ -18,7 +18,7 @@ from types import ModuleType
 from torch import Tensor
 
 from mgd_kernels.errors import BackendUnavailable
-from mgd_kernels.rules import Rule
+from mgd_kernels.rules import SGD_PLAIN, Rule
 
 # Fastest first, by device type; the reference always works.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -85,3 +85,10 @@ def choose(rule: Rule, params: Tensor, grad: Tensor) -> ModuleType:
 @cache
 def _warn_once(reasons: str) -> None:
     warnings.warn(f"mgd_kernels runs on the slow reference backend ({reasons})", RuntimeWarning, stacklevel=4)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of two flat buffers in float64, on the backend that serves them."""
+    if x.dtype.itemsize < 4:
+        return load("reference")[0].dot(x, y)
+    return choose(SGD_PLAIN, x, y).dot(x, y)

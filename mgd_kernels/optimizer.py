@@ -191,7 +191,7 @@ class Optimizer(ABC):
         """
         self._check(state, grad)
         u = torch.zeros_like(state.params) if u is None else u
-        out = self._vjp_(state, grad, self.table(hyper), adjoint, u, grad_scale)
+        out = self.vjp_table_(state, grad, self.table(hyper), adjoint, u, grad_scale)
         grads = {name: out[:, self.column(name)] for name in self.hyper_names}
         return u, {**grads, "grad_scale": out[:, -1]}
 
@@ -227,6 +227,19 @@ class Optimizer(ABC):
     def _step_(
         self, state: OptimizerState, grad: Tensor, table: Tensor, grad_scale: float | Tensor
     ) -> None: ...
+
+    @torch.no_grad()
+    def vjp_table_(
+        self,
+        state: OptimizerState,
+        grad: Tensor,
+        table: Tensor,
+        adjoint: OptimizerState,
+        u: Tensor,
+        grad_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """`step_vjp_` with hyperparameters and their cotangents as tables: float64 `[G, H]` in, `[G, H + 1]` out."""
+        return self._vjp_(state, grad, table, adjoint, u, grad_scale)
 
     @abstractmethod
     def _vjp_(

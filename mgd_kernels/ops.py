@@ -1,0 +1,393 @@
+"""The fused steps and their vector-Jacobian products as operators of torch: `torch.ops.mgd_kernels.*`.
+
+They work under any autograd graph and under `torch.compile`, and run on whichever backend fits their tensors. The
+functional steps are differentiable in params, slots, grad and the hyperparameter table; their backward pass is one
+VJP kernel, whose own derivative is that of the torch reference, so higher derivatives work too.
+
+Everywhere: params, slots and their adjoints `[n]` in one dtype; grad `[n]` in that dtype or a 16-bit one; hyper
+float64 `[G, H]` with the columns of the rule (`mgd_kernels.rules`); k the number of the step, 1, 2, ...; segments
+int64 `[R, 3]` on the CPU, rows `(start, stop, group)` (`Segments.table`); elements outside every segment stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgd_kernels import dispatch
+from mgd_kernels.arena import Segments
+from mgd_kernels.backends import reference
+from mgd_kernels.errors import BadArgument
+from mgd_kernels.rules import ADAM, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
+
+__all__ = [
+    "adam_step",
+    "adam_step_",
+    "adam_step_vjp",
+    "adam_step_vjp_",
+    "sgd_step",
+    "sgd_step_",
+    "sgd_step_vjp",
+    "sgd_step_vjp_",
+]
+
+
+# --- What both families share ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _segments_of(content: bytes, groups: int) -> Segments:
+    return Segments(torch.from_numpy(np.frombuffer(content, dtype=np.int64).reshape(-1, 3).copy()), groups)
+
+
+def _segments(table: Tensor, groups: int) -> Segments:
+    """The same object for the same table, so that what backends cache with it is found again."""
+    if table.device.type != "cpu" or table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != 3:
+        raise BadArgument(
+            f"expected segments int64 [R, 3] on the CPU; got {table.dtype} {list(table.shape)} on {table.device}"
+        )
+    return _segments_of(table.contiguous().numpy().tobytes(), groups)
+
+
+def _check(rule: Rule, params: Tensor, others: Sequence[Tensor], grad: Tensor, hyper: Tensor, k: int) -> None:
+    for tensor in (params, *others):
+        if tensor.shape != grad.shape or tensor.ndim != 1 or tensor.dtype != params.dtype:
+            raise BadArgument(
+                f"expected params, slots and adjoints of one dtype and the gradient's flat shape "
+                f"{list(grad.shape)}; got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if hyper.dtype != torch.float64 or hyper.ndim != 2 or hyper.shape[1] != len(rule.hyper):
+        raise BadArgument(
+            f"expected hyper float64 [groups, {len(rule.hyper)}] with the columns {list(rule.hyper)}; "
+            f"got {hyper.dtype} {list(hyper.shape)}"
+        )
+    if k < 1:
+        raise BadArgument(f"expected the number of the step, 1, 2, ...; got k={k}")
+
+
+def _step_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad, hyper, k: int, segments) -> None:
+    _check(rule, params, slots, grad, hyper, k)
+    backend = dispatch.choose(rule, params, grad)
+    backend.step_(rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)))
+
+
+def _step(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad, hyper, k: int, segments) -> list[Tensor]:
+    new = [tensor.clone() for tensor in (params, *slots)]
+    _step_(rule, new[0], new[1:], grad, hyper, k, segments)
+    return new
+
+
+def _vjp_(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, u: Tensor) -> Tensor:
+    _check(rule, params, [*slots, *adjoints], grad, hyper, k)
+    backend = dispatch.choose(rule, params, grad)
+    out = backend.vjp_(
+        rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)), adjoints[0], adjoints[1:], u
+    )
+    return out[:, :-1].to(hyper.device).contiguous()  # the last column belongs to a gradient scale
+
+
+def _vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints) -> list[Tensor]:
+    new = [tensor.clone() for tensor in adjoints]
+    u = torch.zeros_like(params)
+    dhyper = _vjp_(rule, params, slots, grad, hyper, k, segments, new, u)
+    return [*new, u, dhyper]
+
+
+def _fake_vjp(params: Tensor, hyper: Tensor, adjoints: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        *map(torch.empty_like, adjoints),
+        torch.empty_like(params),
+        torch.empty_like(hyper, memory_format=torch.contiguous_format),
+    ]
+
+
+def _reference_vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints) -> list[Tensor]:
+    """What `_vjp` computes, in differentiable torch operations."""
+    out = [tensor.clone() for tensor in adjoints] + [torch.zeros_like(params)]
+    dhyper = torch.zeros_like(hyper)
+    for start, stop, group in segments.tolist():
+        p, *state = (tensor[start:stop] for tensor in (params, *slots))
+        h = hyper[group].to(params.device).unbind()
+        g = grad[start:stop].to(params.dtype)
+        u, new, dh = reference.vjp(rule, p, state, g, h, k, [a[start:stop] for a in adjoints])
+        for whole, part in zip(out, [*new, u], strict=True):
+            whole[start:stop] = part
+        dhyper = dhyper.index_add(
+            0, torch.tensor([group], device=hyper.device), torch.stack(dh)[None].to(hyper.device)
+        )
+    return [*out, dhyper]
+
+
+def _differentiate(
+    function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of `function`, which reads `inputs`, differentiable in their turn where grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    with torch.enable_grad():
+        pairs = [
+            (out, cotangent)
+            for out, cotangent in zip(function(), cotangents, strict=True)
+            if cotangent is not None and out.requires_grad
+        ]
+        if not wanted or not pairs:
+            return [None] * len(inputs)
+        outputs, seeds = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
+        )
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _zeros_for_none(cotangents: Sequence[Tensor | None], outputs_like: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(like) if cotangent is None else cotangent.contiguous()
+        for cotangent, like in zip(cotangents, outputs_like, strict=True)
+    ]
+
+
+# --- Adam, AdamW -------------------------------------------------------------------------------------------------
+
+_ADAM_INPUTS = "Tensor grad, Tensor hyper, SymInt k, Tensor segments"
+
+
+@torch.library.custom_op(
+    "mgd_kernels::adam_step",
+    mutates_args=(),
+    schema=f"(Tensor params, Tensor exp_avg, Tensor exp_avg_sq, {_ADAM_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
+def adam_step(params, exp_avg, exp_avg_sq, grad, hyper, k, segments):
+    """One Adam step: the new `(params, exp_avg, exp_avg_sq)`."""
+    return tuple(_step(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments))
+
+
+@adam_step.register_fake
+def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments):
+    return torch.empty_like(params), torch.empty_like(exp_avg), torch.empty_like(exp_avg_sq)
+
+
+@torch.library.custom_op(
+    "mgd_kernels::adam_step_",
+    mutates_args=("params", "exp_avg", "exp_avg_sq"),
+    schema=f"(Tensor(a!) params, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_ADAM_INPUTS}) -> ()",
+)
+def adam_step_(params, exp_avg, exp_avg_sq, grad, hyper, k, segments):
+    """One Adam step, in place."""
+    _step_(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments)
+
+
+@adam_step_.register_fake
+def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments):
+    return None
+
+
+@torch.library.custom_op(
+    "mgd_kernels::adam_step_vjp",
+    mutates_args=(),
+    schema=(
+        f"(Tensor params, Tensor exp_avg, Tensor exp_avg_sq, {_ADAM_INPUTS}, Tensor adjoint_params, "
+        "Tensor adjoint_exp_avg, Tensor adjoint_exp_avg_sq) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def adam_step_vjp(
+    params, exp_avg, exp_avg_sq, grad, hyper, k, segments, adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq
+):
+    """The VJP of `adam_step`: the adjoints of `(params, exp_avg, exp_avg_sq)` before the step from those after it,
+    the cotangent of grad (in the parameters' dtype), and that of hyper `[G, H]`."""
+    adjoints = [adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq]
+    return tuple(_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments, adjoints))
+
+
+@adam_step_vjp.register_fake
+def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments, *adjoints):
+    return tuple(_fake_vjp(params, hyper, adjoints))
+
+
+@torch.library.custom_op(
+    "mgd_kernels::adam_step_vjp_",
+    mutates_args=("adjoint_params", "adjoint_exp_avg", "adjoint_exp_avg_sq", "u"),
+    schema=(
+        f"(Tensor params, Tensor exp_avg, Tensor exp_avg_sq, {_ADAM_INPUTS}, Tensor(a!) adjoint_params, "
+        "Tensor(b!) adjoint_exp_avg, Tensor(c!) adjoint_exp_avg_sq, Tensor(d!) u) -> Tensor"
+    ),
+)
+def adam_step_vjp_(
+    params,
+    exp_avg,
+    exp_avg_sq,
+    grad,
+    hyper,
+    k,
+    segments,
+    adjoint_params,
+    adjoint_exp_avg,
+    adjoint_exp_avg_sq,
+    u,
+):
+    """As `adam_step_vjp`, in place: the adjoints are overwritten, `u` receives the cotangent of grad; returns that
+    of hyper `[G, H]`."""
+    adjoints = [adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq]
+    return _vjp_(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments, adjoints, u)
+
+
+@adam_step_vjp_.register_fake
+def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments, *adjoints_and_u):
+    return torch.empty_like(hyper, memory_format=torch.contiguous_format)
+
+
+def _adam_setup(ctx, inputs, output):
+    *tensors, k, segments = inputs
+    ctx.save_for_backward(*tensors, segments)
+    ctx.k = k
+
+
+def _adam_backward(ctx, *cotangents):
+    params, exp_avg, exp_avg_sq, grad, hyper, segments = ctx.saved_tensors
+    cotangents = _zeros_for_none(cotangents, (params, exp_avg, exp_avg_sq))
+    dparams, dm, dv, u, dhyper = adam_step_vjp(
+        params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *cotangents
+    )
+    return dparams, dm, dv, u.to(grad.dtype), dhyper, None, None
+
+
+adam_step.register_autograd(_adam_backward, setup_context=_adam_setup)
+
+
+def _adam_vjp_setup(ctx, inputs, output):
+    *tensors, k, segments, ap, am, av = inputs
+    ctx.save_for_backward(*tensors, ap, am, av, segments)
+    ctx.k = k
+
+
+def _adam_vjp_backward(ctx, *cotangents):
+    *inputs, segments = ctx.saved_tensors
+    params, exp_avg, exp_avg_sq, grad, hyper, *adjoints = inputs
+
+    def function():
+        return _reference_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, ctx.k, segments, adjoints)
+
+    found = _differentiate(function, inputs, cotangents)
+    return *found[:5], None, None, *found[5:]
+
+
+adam_step_vjp.register_autograd(_adam_vjp_backward, setup_context=_adam_vjp_setup)
+
+
+# --- SGD: `slots` is `[momentum_buffer]`, or empty for plain SGD -------------------------------------------------
+
+_SGD_INPUTS = "Tensor grad, Tensor hyper, SymInt k, Tensor segments, bool nesterov"
+
+
+def _sgd(slots: Sequence[Tensor], nesterov: bool) -> Rule:
+    if len(slots) > 1 or (nesterov and not slots):
+        raise BadArgument(
+            f"expected slots [momentum_buffer], or [] for SGD without momentum (and Nesterov); got {len(slots)} "
+            f"slots with nesterov={nesterov}"
+        )
+    return (SGD_NESTEROV if nesterov else SGD_MOMENTUM) if slots else SGD_PLAIN
+
+
+@torch.library.custom_op(
+    "mgd_kernels::sgd_step",
+    mutates_args=(),
+    schema=f"(Tensor params, Tensor[] slots, {_SGD_INPUTS}) -> Tensor[]",
+)
+def sgd_step(params, slots, grad, hyper, k, segments, nesterov):
+    """One SGD step: the new `[params, *slots]`."""
+    return _step(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments)
+
+
+@sgd_step.register_fake
+def _(params, slots, grad, hyper, k, segments, nesterov):
+    return [torch.empty_like(tensor) for tensor in (params, *slots)]
+
+
+@torch.library.custom_op(
+    "mgd_kernels::sgd_step_",
+    mutates_args=("params", "slots"),
+    schema=f"(Tensor(a!) params, Tensor(b!)[] slots, {_SGD_INPUTS}) -> ()",
+)
+def sgd_step_(params, slots, grad, hyper, k, segments, nesterov):
+    """One SGD step, in place."""
+    _step_(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments)
+
+
+@sgd_step_.register_fake
+def _(params, slots, grad, hyper, k, segments, nesterov):
+    return None
+
+
+@torch.library.custom_op(
+    "mgd_kernels::sgd_step_vjp",
+    mutates_args=(),
+    schema=f"(Tensor params, Tensor[] slots, {_SGD_INPUTS}, Tensor[] adjoints) -> Tensor[]",
+)
+def sgd_step_vjp(params, slots, grad, hyper, k, segments, nesterov, adjoints):
+    """The VJP of `sgd_step`: the adjoints of `[params, *slots]` before the step from those after it, then the
+    cotangents of grad (in the parameters' dtype) and of hyper `[G, H]`."""
+    return _vjp(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments, adjoints)
+
+
+@sgd_step_vjp.register_fake
+def _(params, slots, grad, hyper, k, segments, nesterov, adjoints):
+    return _fake_vjp(params, hyper, adjoints)
+
+
+@torch.library.custom_op(
+    "mgd_kernels::sgd_step_vjp_",
+    mutates_args=("adjoints", "u"),
+    schema=(f"(Tensor params, Tensor[] slots, {_SGD_INPUTS}, Tensor(a!)[] adjoints, Tensor(b!) u) -> Tensor"),
+)
+def sgd_step_vjp_(params, slots, grad, hyper, k, segments, nesterov, adjoints, u):
+    """As `sgd_step_vjp`, in place: the adjoints are overwritten, `u` receives the cotangent of grad; returns that of
+    hyper `[G, H]`."""
+    return _vjp_(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments, adjoints, u)
+
+
+@sgd_step_vjp_.register_fake
+def _(params, slots, grad, hyper, k, segments, nesterov, adjoints, u):
+    return torch.empty_like(hyper, memory_format=torch.contiguous_format)
+
+
+def _sgd_setup(ctx, inputs, output):
+    params, slots, grad, hyper, ctx.k, segments, ctx.nesterov = inputs
+    ctx.save_for_backward(params, grad, hyper, segments, *slots)
+
+
+def _sgd_backward(ctx, cotangents):
+    params, grad, hyper, segments, *slots = ctx.saved_tensors
+    cotangents = _zeros_for_none(cotangents, (params, *slots))
+    dparams, *dslots, u, dhyper = sgd_step_vjp(
+        params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, cotangents
+    )
+    return dparams, dslots, u.to(grad.dtype), dhyper, None, None, None
+
+
+sgd_step.register_autograd(_sgd_backward, setup_context=_sgd_setup)
+
+
+def _sgd_vjp_setup(ctx, inputs, output):
+    params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, adjoints = inputs
+    ctx.save_for_backward(params, grad, hyper, segments, *slots, *adjoints)
+    ctx.slots = len(slots)
+
+
+def _sgd_vjp_backward(ctx, cotangents):
+    params, grad, hyper, segments, *rest = ctx.saved_tensors
+    slots, adjoints = rest[: ctx.slots], rest[ctx.slots :]
+
+    def function():
+        rule = _sgd(slots, ctx.nesterov)
+        return _reference_vjp(rule, params, slots, grad, hyper, ctx.k, segments, adjoints)
+
+    dparams, dgrad, dhyper, *drest = _differentiate(
+        function, [params, grad, hyper, *slots, *adjoints], cotangents
+    )
+    return dparams, drest[: ctx.slots], dgrad, dhyper, None, None, None, drest[ctx.slots :]
+
+
+sgd_step_vjp.register_autograd(_sgd_vjp_backward, setup_context=_sgd_vjp_setup)

@@ -1,0 +1,70 @@
+"""Batches: pytrees of tensors, split into microbatches; and the random stream of each step."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from mgd.errors import BadBatch
+
+
+def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
+    """`count` slices of the batch along its first dimension, each with its share of the examples.
+
+    The shares sum to 1, so that the weighted sum of per-microbatch means is the mean over the batch, also where the
+    slices are not of one length. Tensors without dimensions go to every microbatch.
+    """
+    if count == 1:
+        return [(batch, 1.0)]
+    leaves, spec = tree_flatten(batch)
+    lengths = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(lengths) != 1:
+        raise BadBatch(
+            f"microbatches={count} needs tensors with one common first dimension; batch {step} has {sorted(lengths)}"
+        )
+    length = lengths.pop()
+    if length < count:
+        raise BadBatch(
+            f"expected at least {count} examples for {count} microbatches; batch {step} has {length}"
+        )
+    split = [
+        leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count
+        for leaf in leaves
+    ]
+    sizes = [len(part) for part in torch.arange(length).tensor_split(count)]
+    return [
+        (tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)
+    ]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two batches hold the same bits."""
+    a, spec_a = tree_flatten(first)
+    b, spec_b = tree_flatten(second)
+    return spec_a == spec_b and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its floating-point tensors in `dtype`."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
+
+
+def seed_of(seed: int, step: int, microbatch: int = 0) -> int:
+    """The seed of a step's random stream: a hash of its arguments, so that streams of neighbours are unrelated."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, step, microbatch), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

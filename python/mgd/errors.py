@@ -1,0 +1,94 @@
+"""Errors of the metagradient layer: one class per violated promise.
+
+Every text says what was expected, what came (and at which step), and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mgd_kernels.errors import BadArgument, KernelError
+
+__all__ = [
+    "BadArgument",
+    "BadBatch",
+    "BadLoss",
+    "BadMetaparameter",
+    "BadObjective",
+    "BudgetTooSmall",
+    "KernelError",
+    "MetagradientError",
+    "NonFiniteState",
+    "NotDifferentiable",
+    "ParametersModified",
+    "ReplayDivergence",
+]
+
+
+class MetagradientError(RuntimeError):
+    """Base class of the errors that this package raises on purpose."""
+
+
+class BadMetaparameter(MetagradientError, ValueError):
+    """A metaparameter is unknown, missing, or of the wrong shape, dtype or device."""
+
+
+class BadBatch(MetagradientError, ValueError):
+    """A batch cannot be used: no tensors, no common length, or too few examples for the microbatches."""
+
+
+class BadLoss(MetagradientError, ValueError):
+    """The loss of a step is not a floating-point scalar, or does not depend on the parameters."""
+
+
+class BadObjective(MetagradientError, ValueError):
+    """The objective is not a scalar or a vector, or does not depend on the trained parameters."""
+
+
+class BudgetTooSmall(MetagradientError, ValueError):
+    """No plan fits the budget. `needs` and `has`: bytes, the least that would work and what was given."""
+
+    def __init__(self, needs: Mapping[str, int] | int, has: Mapping[str, int] | int, advice: str = ""):
+        self.needs, self.has = needs, has
+        super().__init__(f"the least budget that works is {needs} bytes; got {has} bytes. {advice}".rstrip())
+
+
+class ParametersModified(MetagradientError):
+    """The loss changed parameters in place."""
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(
+            f"the loss of step {step} changed parameters in place; expected it to only read them. "
+            "Let the optimizer change the parameters, and keep running averages in buffers."
+        )
+
+
+class NonFiniteState(MetagradientError, ArithmeticError):
+    """Training left the finite numbers at `step`; `where` names the quantity."""
+
+    def __init__(self, step: int, where: str):
+        self.step, self.where = step, where
+        super().__init__(
+            f"{where} is not finite at step {step}; a metagradient needs a finite training. Lower the learning rate, "
+            "set max_grad_norm, or look at the batch of this step."
+        )
+
+
+class ReplayDivergence(MetagradientError):
+    """A step that was evaluated twice gave different results."""
+
+    def __init__(self, step: int, cause: str):
+        self.step = step
+        super().__init__(f"step {step} did not repeat itself bit by bit: {cause}")
+
+
+class NotDifferentiable(MetagradientError):
+    """The Hessian-vector product of the loss meets an operator without the derivative formula it needs."""
+
+    def __init__(self, op: str, detail: str):
+        self.op = op
+        super().__init__(
+            f"the loss uses {op}, which has neither a forward-mode nor a second derivative: {detail} "
+            "Replace the operator with one that torch can differentiate twice."
+        )

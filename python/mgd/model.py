@@ -1,0 +1,132 @@
+"""The user's model as a function of parameters and buffers that live elsewhere.
+
+The model's own tensors are swapped for ours while the loss or the objective runs and are put back afterwards, also
+after an exception. Tied tensors are swapped in every place where they stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+Buffers = dict[str, Tensor]
+
+
+class Binding:
+    """The places in a model where its trainable parameters and buffers stand.
+
+    names: of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = tuple(trainable)
+        self.buffer_names = tuple(name for name, _ in model.named_buffers())
+        self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
+        self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
+        self.has_running_statistics = any(
+            isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
+            for module in model.modules()
+        )
+
+    @staticmethod
+    def _places(
+        model: nn.Module, tensors: Sequence[Tensor], attribute: str
+    ) -> list[tuple[dict[str, Any], str, int]]:
+        """`(the module's dict, key, index into tensors)` of every place where one of the tensors stands."""
+        index = {id(tensor): i for i, tensor in enumerate(tensors)}
+        return [
+            (getattr(module, attribute), key, index[id(tensor)])
+            for module in model.modules()
+            for key, tensor in getattr(module, attribute).items()
+            if tensor is not None and id(tensor) in index
+        ]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own trainable parameters."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def buffers(self) -> Buffers:
+        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+
+    @contextlib.contextmanager
+    def swapped(self, parameters: Sequence[Tensor], buffers: list[Tensor]) -> Iterator[None]:
+        """The model holds these tensors inside the block. A buffer that the model replaces is written back to
+        the list `buffers` at the end."""
+        saved = []
+        try:
+            for places, tensors in ((self._parameter_places, parameters), (self._buffer_places, buffers)):
+                for owner, key, i in places:
+                    saved.append((owner, key, owner[key]))
+                    owner[key] = tensors[i]
+            yield
+            for owner, key, i in self._buffer_places:
+                buffers[i] = owner[key]
+        finally:
+            for owner, key, tensor in saved:
+                owner[key] = tensor
+
+    def call(
+        self, function: Callable[..., Tensor], parameters: Sequence[Tensor], buffers: Buffers, *args: Any
+    ) -> tuple[Tensor, Buffers]:
+        """`function(model, *args)` with these parameters and buffers, and the buffers as the model leaves them.
+
+        The tensors in `buffers` may be changed in place by the model: hand over copies.
+        """
+        tensors = [buffers[name] for name in self.buffer_names]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.swapped(parameters, tensors))
+            # The fused attention kernels have neither forward-mode nor second derivatives.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.has_running_statistics:
+                stack.enter_context(DifferentiableRunningStatistics())
+            value = function(self.model, *args)
+        return value, dict(zip(self.buffer_names, tensors, strict=True))
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """The `training` flag of every module is as before at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class DifferentiableRunningStatistics(TorchFunctionMode):
+    """BatchNorm whose running mean and variance are differentiable functions of its input.
+
+    torch updates them inside the normalisation kernel, out of autograd's sight; here they are computed beside it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    if training and running_mean is not None:
+        dims = [d for d in range(input.ndim) if d != 1]
+        variance, mean = torch.var_mean(input, dims, correction=1)
+        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+        running_var.mul_(1 - momentum).add_(variance.to(running_var.dtype), alpha=momentum)
+        running_mean = running_var = None
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
+    """The names of the buffers that can carry an adjoint."""
+    return [name for name, buffer in buffers.items() if buffer.is_floating_point()]

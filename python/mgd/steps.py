@@ -1,0 +1,189 @@
+"""One training step: its gradient, and its second derivatives in given directions.
+
+A step is a pure function of the step number, parameters, buffers and metaparameters: its batch, its random stream and
+its microbatches are derived from the number alone, so that it can be evaluated again and give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.batches import microbatches, same, seed_generators, seed_of
+from mgd.derivatives import SecondDerivative, leaves
+from mgd.errors import BadLoss, MetagradientError, ParametersModified, ReplayDivergence
+from mgd.metaparameters import Metaparameters, Slices
+from mgd.model import Binding, Buffers, differentiable
+from mgd_kernels import Arena
+
+
+@dataclass
+class Evaluated:
+    """What the first evaluation of a step leaves behind.
+
+    gradient: flat `[n]`, in the dtype in which the model produced it. losses: `[microbatches]`, each times its share of
+    the batch. buffers: as they stood before each microbatch and after the last one.
+    norm: of the gradient, once somebody has computed it.
+    """
+
+    gradient: Tensor
+    losses: Tensor
+    buffers: list[Buffers]
+    norm: float | None = None
+
+
+class Steps:
+    """Evaluates the steps of one training."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        arena: Arena,
+        loss: Callable[..., Tensor],
+        batches: Sequence[Any],
+        microbatches: int,
+        seed: int,
+        autocast: torch.dtype | None,
+        second: SecondDerivative,
+    ):
+        self.binding, self.arena, self.loss, self.batches = binding, arena, loss, batches
+        self.microbatches, self.seed, self.autocast, self.second = microbatches, seed, autocast, second
+        self.evaluations = 0
+
+    def gradient(self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters) -> Evaluated:
+        """Evaluate step `t` at the flat `params`. Errors name the step."""
+        total: Tensor | None = None
+        losses, history = [], [buffers]
+        for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
+            parameters = leaves(list(self.arena.views(params).values()))
+            versions = [p._version for p in parameters]
+            slices = meta.at(batch, t)
+            copies = {name: b.clone() for name, b in history[-1].items()}
+            try:
+                loss, left = self._run(t, i, batch, share, slices, parameters, copies, slices.tensors)
+            except RuntimeError as error:
+                if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
+                    raise ParametersModified(t) from error
+                raise
+            if [p._version for p in parameters] != versions:
+                raise ParametersModified(t)
+            if not loss.requires_grad:
+                raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            total = self._accumulate(total, grads)
+            losses.append(loss.detach())
+            history.append(_settled(history[-1], left))
+        self.evaluations += 1
+        return Evaluated(total, torch.stack(losses), history)
+
+    def second_derivatives(
+        self,
+        t: int,
+        params: Tensor,
+        step: Evaluated,
+        meta: Metaparameters,
+        directions: Sequence[Tensor],
+        buffer_adjoints: list[list[Tensor]],
+        add: Callable[[int, list[Tensor | None], Slices, list[Tensor | None]], None],
+    ) -> list[list[Tensor]]:
+        """Derivatives of `<gradient, direction> + <buffers after, adjoint>` for each direction (flat `[n]`).
+
+        `add(objective, with respect to parameters, slices, with respect to the slices)` receives the terms of every
+        microbatch. Returns the adjoints of the buffers before the step. Raises ReplayDivergence where the loss is not
+        bit-equal to the first evaluation's.
+        """
+        parts = list(enumerate(microbatches(self.batches[t], self.microbatches, t)))
+        parameters = list(self.arena.views(params).values())
+        tangents = [list(self.arena.views(direction).values()) for direction in directions]
+        for i, (batch, share) in reversed(parts):
+            buffers = step.buffers[i]
+            names = differentiable(buffers)
+            slices = meta.at(batch, t)
+
+            def evaluate(
+                parameters, floats, tensors, i=i, batch=batch, share=share, slices=slices, buffers=buffers
+            ):
+                names = differentiable(buffers)
+                copies = {n: b.clone() for n, b in buffers.items() if n not in names}
+                copies |= dict(zip(names, floats, strict=True))
+                loss, left = self._run(t, i, batch, share, slices, parameters, copies, tensors)
+                return loss, [left[n] for n in names]
+
+            loss, results = self.second(
+                evaluate, parameters, [buffers[n] for n in names], slices.tensors, tangents, buffer_adjoints
+            )
+            if not torch.equal(loss, step.losses[i]):
+                raise ReplayDivergence(t, self._diagnose(t, i, float(step.losses[i]), float(loss)))
+            p, b = len(parameters), len(parameters) + len(names)
+            buffer_adjoints = [
+                [
+                    torch.zeros_like(buffers[n]) if a is None else a
+                    for n, a in zip(names, result[p:b], strict=True)
+                ]
+                for result in results
+            ]
+            for objective, result in enumerate(results):
+                add(objective, result[:p], slices, result[b:])
+        return buffer_adjoints
+
+    def _run(
+        self,
+        t: int,
+        i: int,
+        batch: Any,
+        share: float,
+        slices: Slices,
+        parameters: Sequence[Tensor],
+        buffers: Buffers,
+        tensors: list[Tensor],
+    ) -> tuple[Tensor, Buffers]:
+        """The loss of one microbatch times its share, and the buffers as the model leaves them."""
+        device = self.arena.device
+        seed_generators(seed_of(self.seed, t, i), device)
+        autocast = torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with autocast:
+            loss, left = self.binding.call(self.loss, parameters, buffers, batch, slices.mapping(tensors))
+        if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
+            got = (
+                f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            )
+            raise BadLoss(
+                f"expected the loss to be a floating-point scalar (shape []); got {got} at step {t}. "
+                "Reduce it, for instance with .mean()."
+            )
+        return (loss if share == 1.0 else loss * share), left
+
+    def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None]) -> Tensor:
+        if total is None:
+            total = self.arena.zeros(self.arena.gradient_dtype)
+        pairs = [(x, g) for x, g in zip(self.arena.slices(total), grads, strict=True) if g is not None]
+        targets, sources = [x for x, _ in pairs], [g for _, g in pairs]
+        torch._foreach_add_(targets, sources)
+        return total
+
+    def _diagnose(self, t: int, i: int, first: float, second: float) -> str:
+        if not same(self.batches[t], self.batches[t]):
+            return f"batches[{t}] differs each time it is asked for; expected the same tensors (fix the order and the augmentation)."
+        return (
+            f"the loss of microbatch {i} was {first!r} at first and {second!r} now. Either batches[{t}] gives other tensors "
+            "than before, or the loss reads something that changes: random numbers that do not come from torch's generators, "
+            "state kept outside the model, or a non-deterministic kernel (see torch.use_deterministic_algorithms)."
+        )
+
+
+def _settled(before: Buffers, after: Buffers) -> Buffers:
+    """The buffers after an evaluation, sharing memory with those before where nothing changed."""
+    return {
+        name: before[name]
+        if tensor._version == 0
+        and tensor.shape == before[name].shape
+        and not tensor.requires_grad
+        and torch.equal(tensor, before[name])
+        else tensor.detach()
+        for name, tensor in after.items()
+    }

@@ -1,0 +1,285 @@
+"""The two sweeps: training forward while the plan's log and snapshots are kept, then the adjoint backward.
+
+Going back over step t we hold the state s_t, the adjoint of s_{t+1} and the logged gradient g_t. The optimizer's VJP
+gives the direct part of the adjoint of s_t, the cotangent u_t of g_t and those of the hyperparameters; the second
+derivatives of the loss in direction u_t give the rest (arXiv 2503.13751, section 3, with the log of gradients in place
+of stored states).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
+from mgd.metaparameters import Gradients, Metaparameters
+from mgd.model import Binding, Buffers, differentiable, modes_kept
+from mgd.planner import Advance, Drop, Load, Reverse, Save
+from mgd.steps import Evaluated, Steps
+from mgd_kernels import Optimizer, OptimizerState
+from mgd_kernels.dispatch import dot
+
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+@dataclass
+class Snapshot:
+    state: OptimizerState
+    buffers: Buffers
+
+
+@dataclass
+class Adjoint:
+    """Cotangents of a training state: of the optimizer's tensors and of the floating-point buffers."""
+
+    state: OptimizerState
+    buffers: list[Tensor]
+
+
+@dataclass
+class Measured:
+    """Seconds and counts by phase, filled while the sweeps run."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: Counter = field(default_factory=Counter)
+
+    def timed(self, phase: str) -> _Timer:
+        return _Timer(self.seconds, phase)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.phase] += time.perf_counter() - self.start
+
+
+class Sweep:
+    """Interprets the actions of a plan on one training.
+
+    The current state is `self.state` with `self.buffers` at step `self.state.step`.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        optimizer: Optimizer,
+        meta: Metaparameters,
+        max_grad_norm: float | None,
+        tick: Callable[[str], None],
+    ):
+        self.steps, self.optimizer, self.meta = steps, optimizer, meta
+        self.max_grad_norm, self.tick = max_grad_norm, tick
+        self.arena = steps.arena
+        initial = steps.binding.parameters() | dict(meta.z.get("init", {}))
+        self.state = optimizer.init(self.arena.flatten(initial), self.arena)
+        self.buffers = steps.binding.buffers()
+        self.length = len(steps.batches)
+        self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
+        self.visited = 0
+        self.log: dict[int, Evaluated] = {}
+        self.snapshots: dict[int, Snapshot] = {}
+        self.measured = Measured()
+
+    # --- forward -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All steps, keeping nothing."""
+        self._advance(self.length, log=False)
+
+    def forward(self, actions: Iterator[Any]) -> None:
+        """Perform the plan's actions until the training is complete."""
+        while self.state.step < self.length:
+            self._perform(next(actions))
+
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, Advance):
+            self._advance(action.stop, action.log is not None)
+        elif isinstance(action, Save):
+            self.snapshots[action.step] = Snapshot(self.state.clone(), self.buffers)
+        elif isinstance(action, Load):
+            snapshot = self.snapshots[action.step]
+            self.state.copy_(snapshot.state)
+            self.buffers = snapshot.buffers
+        elif isinstance(action, Drop):
+            del self.snapshots[action.step]
+        else:
+            raise TypeError(f"unknown action {action!r}")
+
+    def _advance(self, stop: int, log: bool) -> None:
+        while self.state.step < stop:
+            if self.state.step in self.log:
+                self._rebuild(stop)
+            else:
+                evaluated = self._evaluate(self.state.step)
+                if log:
+                    self.log[self.state.step] = evaluated
+                with self.measured.timed("update"):
+                    self.optimizer.step_(
+                        self.state,
+                        evaluated.gradient,
+                        self.meta.hypers[self.state.step],
+                        self._clip(evaluated)[0],
+                    )
+                self.buffers = evaluated.buffers[-1]
+
+    def _rebuild(self, stop: int) -> None:
+        """Advance over logged steps by their updates alone, as far as the log reaches."""
+        start = self.state.step
+        run = list(itertools.takewhile(lambda step: step is not None, map(self.log.get, range(start, stop))))
+        with self.measured.timed("rebuild"):
+            self.optimizer.replay_(
+                self.state,
+                [step.gradient for step in run],
+                self.meta.hypers[start : start + len(run)],
+                [self._clip(step)[0] for step in run],
+            )
+        self.buffers = run[-1].buffers[-1]
+        self.measured.counts["rebuilt steps"] += len(run)
+
+    def _evaluate(self, t: int) -> Evaluated:
+        first = t >= self.visited
+        with self.measured.timed("training" if first else "replay"):
+            evaluated = self.steps.gradient(t, self.state.params, self.buffers, self.meta)
+        self.measured.counts["model steps"] += 1
+        losses = evaluated.losses.to("cpu", torch.float64)
+        if first:
+            if not bool(torch.isfinite(losses).all()):
+                raise NonFiniteState(t, "the loss")
+            self.losses[t] = losses
+            self.visited = t + 1
+            self.tick("train")
+        elif not torch.equal(self.losses[t], losses):
+            raise ReplayDivergence(t, self.steps._diagnose(t, 0, float(self.losses[t, 0]), float(losses[0])))
+        return evaluated
+
+    def _clip(self, step: Evaluated) -> tuple[float, float]:
+        """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""
+        if self.max_grad_norm is None:
+            return 1.0, 0.0
+        if step.norm is None:
+            step.norm = float(dot(step.gradient, step.gradient)) ** 0.5
+        norm = step.norm
+        factor = self.max_grad_norm / (norm + CLIP_EPSILON)
+        if factor >= 1.0:
+            return 1.0, 0.0
+        return factor, -factor / (norm + CLIP_EPSILON) / norm
+
+    # --- backward ----------------------------------------------------------------------------------------------
+
+    def reverse(self, actions: Iterator[Any], adjoints: list[Adjoint]) -> Gradients:
+        """Perform the rest of the plan with the adjoints of the final state; they become those of the first."""
+        gradients = Gradients(self.meta, len(adjoints))
+        directions = [torch.zeros_like(self.state.params) for _ in adjoints]
+        for action in actions:
+            if isinstance(action, Reverse):
+                self._reverse_step(action.step, adjoints, directions, gradients)
+                self.tick("reverse")
+                if action.step == self.meta.first_step:
+                    break
+            else:
+                self._perform(action)
+        return gradients
+
+    def _reverse_step(
+        self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients
+    ) -> None:
+        step = self.log.pop(t, None) or self._evaluate(t)
+        scale, clip = self._clip(step)
+        with self.measured.timed("optimizer vjp"):
+            for j, adjoint in enumerate(adjoints):
+                out = self.optimizer.vjp_table_(
+                    self.state, step.gradient, self.meta.hypers[t], adjoint.state, directions[j], scale
+                )
+                gradients.hyper[j, t] = out[:, :-1]
+                if clip:
+                    directions[j].add_(step.gradient, alpha=clip * float(out[:, -1].sum()))
+                if not bool(torch.isfinite(out).all()):
+                    raise NonFiniteState(t, "the adjoint")
+        if t == self.meta.first_step and not self._initial_adjoint_needed():
+            return
+
+        def add(j, with_parameters, slices, with_slices):
+            pairs = [
+                (x, dx.to(x.dtype))
+                for x, dx in zip(self.arena.slices(adjoints[j].state.params), with_parameters, strict=True)
+                if dx is not None
+            ]
+            if pairs:
+                torch._foreach_add_([x for x, _ in pairs], [dx for _, dx in pairs])
+            gradients.add(j, slices, with_slices)
+
+        with self.measured.timed("hvp"):
+            before = self.steps.second_derivatives(
+                t, self.state.params, step, self.meta, directions, [a.buffers for a in adjoints], add
+            )
+        for adjoint, buffers in zip(adjoints, before, strict=True):
+            adjoint.buffers = buffers
+        self.measured.counts["hvps"] += len(adjoints)
+
+    def _initial_adjoint_needed(self) -> bool:
+        return "init" in self.meta.z or bool(self.meta.loss_keys)
+
+
+def objective_adjoints(
+    binding: Binding, objective: Callable[..., Tensor], sweep: Sweep
+) -> tuple[Tensor, list[Adjoint]]:
+    """The objective's value at the trained state (`[]` or `[k]`) and, for each component, its adjoint."""
+    state, arena = sweep.state, sweep.arena
+    names = differentiable(sweep.buffers)
+    parameters = [view.detach().requires_grad_() for view in arena.views(state.params).values()]
+    floats = [sweep.buffers[name].detach().clone().requires_grad_() for name in names]
+    copies = {n: b.clone() for n, b in sweep.buffers.items()} | {
+        n: b.clone() for n, b in zip(names, floats, strict=True)
+    }
+    with modes_kept(binding.model):
+        value, _ = binding.call(objective, parameters, copies)
+    if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
+        got = (
+            f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        )
+        raise BadObjective(
+            f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteState(sweep.length, "the objective")
+    if not value.requires_grad:
+        raise BadObjective(
+            "the objective does not depend on the trained parameters: compute it from the model it is given, without "
+            "torch.no_grad() or .detach()"
+        )
+    adjoints = []
+    for component in value.reshape(-1):
+        grads = torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
+        if all(g is None for g in grads):
+            raise BadObjective("a component of the objective depends on no trained parameter")
+        adjoint = state.zeros_like()
+        pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
+        torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+        buffers = [
+            torch.zeros_like(b) if g is None else g
+            for b, g in zip(floats, grads[len(parameters) :], strict=True)
+        ]
+        adjoints.append(Adjoint(adjoint, [b.detach() for b in buffers]))
+    return value.detach(), adjoints
+
+
+def weighted_sum(adjoints: list[Adjoint], weights: list[float]) -> Adjoint:
+    """The adjoint of the weighted sum of the objectives, in the place of the first one's."""
+    total = adjoints[0]
+    tensors = [*total.state.tensors(), *total.buffers]
+    torch._foreach_mul_(tensors, weights[0])
+    for adjoint, weight in zip(adjoints[1:], weights[1:], strict=True):
+        torch._foreach_add_(tensors, [*adjoint.state.tensors(), *adjoint.buffers], alpha=weight)
+    return total
