@@ -10,10 +10,7 @@ from mgd_kernels.dispatch import forced
 
 def report() -> str:
     lines = [f"mgd-kernels {__version__}, torch {torch.__version__}"]
-    lines += [
-        f"  {name:10} {'ready' if why is None else 'not available: ' + why}"
-        for name, why in backends().items()
-    ]
+    lines += [f"  {name:10} {'ready' if why is None else 'not available: ' + why}" for name, why in backends().items()]
     if forced():
         lines.append(f"  MGD_KERNELS_BACKEND={forced()} asks for this backend everywhere")
     return "\n".join(lines)

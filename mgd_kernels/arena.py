@@ -111,8 +111,7 @@ class Arena:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors, by name: views of `flat` where dtypes agree, else copies in the tensor's own dtype."""
         return {
-            name: part.to(dtype)
-            for name, part, dtype in zip(self.names, self.slices(flat), self.dtypes, strict=True)
+            name: part.to(dtype) for name, part, dtype in zip(self.names, self.slices(flat), self.dtypes, strict=True)
         }
 
     def slices(self, flat: Tensor) -> list[Tensor]:

@@ -14,9 +14,7 @@ from torch import Tensor
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.optimizer import Optimizer, OptimizerState
 
-Update = Callable[
-    [Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]
-]
+Update = Callable[[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
 
 
 class UpdateRule(Optimizer):
@@ -51,9 +49,7 @@ class UpdateRule(Optimizer):
             for start, stop, group in state.segments.rows():
                 yield group, [buffer[start:stop] for buffer in buffers]
         elif arena is None:
-            raise BadArgument(
-                "expected init(flat, arena): an update that is not element-wise needs the shapes"
-            )
+            raise BadArgument("expected init(flat, arena): an update that is not element-wise needs the shapes")
         else:
             groups = self.group_of(arena.names)
             for group, *views in zip(groups, *(arena.slices(buffer) for buffer in buffers), strict=True):

@@ -105,41 +105,47 @@ def _fake_vjp(params: Tensor, hyper: Tensor, adjoints: Sequence[Tensor]) -> list
     ]
 
 
-def _reference_vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints) -> list[Tensor]:
-    """What `_vjp` computes, in differentiable torch operations."""
-    out = [tensor.clone() for tensor in adjoints] + [torch.zeros_like(params)]
-    dhyper = torch.zeros_like(hyper)
-    for start, stop, group in segments.tolist():
-        p, *state = (tensor[start:stop] for tensor in (params, *slots))
-        h = hyper[group].to(params.device).unbind()
-        g = grad[start:stop].to(params.dtype)
-        u, new, dh = reference.vjp(rule, p, state, g, h, k, [a[start:stop] for a in adjoints])
-        for whole, part in zip(out, [*new, u], strict=True):
-            whole[start:stop] = part
-        dhyper = dhyper.index_add(
-            0, torch.tensor([group], device=hyper.device), torch.stack(dh)[None].to(hyper.device)
-        )
-    return [*out, dhyper]
+def _differentiable_vjp(
+    rule: Rule, k: int, segments: Tensor, state: Sequence[Tensor], grad: Tensor, hyper: Tensor, adjoints
+) -> list[Tensor]:
+    """What `_vjp` computes, by autograd through the reference step; every element looks up its own row of hyper."""
+    wanted = [
+        tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+        for tensor in (*state, grad, hyper)
+    ]
+    *state, g, table = wanted
+    place = torch.arange(grad.shape[0])
+    row = torch.searchsorted(segments[:, 1].contiguous(), place, right=True).clamp(max=segments.shape[0] - 1)
+    inside = (place >= segments[row, 0]) & (place < segments[row, 1])
+    h = table[segments[row, 2].to(hyper.device)].to(grad.device).unbind(1)
+    new = reference.step(rule, state[0], state[1:], g.to(state[0].dtype), h, k)
+    new = [
+        torch.where(inside.to(grad.device), after.to(before.dtype), before)
+        for before, after in zip(state, new, strict=True)
+    ]
+    found = torch.autograd.grad(new, wanted, list(adjoints), create_graph=True, materialize_grads=True)
+    *old, u, dhyper = found
+    return [*old, u.to(old[0].dtype), dhyper]
 
 
 def _differentiate(
-    function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of `function`, which reads `inputs`, differentiable in their turn where grad mode is on."""
+    """The gradients of `function(*inputs)`, differentiable in their turn where grad mode is on."""
     create_graph = torch.is_grad_enabled()
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
     with torch.enable_grad():
+        # Views, so that one tensor that stands in two places gets two gradients.
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
         pairs = [
             (out, cotangent)
-            for out, cotangent in zip(function(), cotangents, strict=True)
+            for out, cotangent in zip(function(*inputs), cotangents, strict=True)
             if cotangent is not None and out.requires_grad
         ]
         if not wanted or not pairs:
             return [None] * len(inputs)
         outputs, seeds = zip(*pairs, strict=True)
-        found = iter(
-            torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True)
-        )
+        found = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
@@ -248,9 +254,7 @@ def _adam_setup(ctx, inputs, output):
 def _adam_backward(ctx, *cotangents):
     params, exp_avg, exp_avg_sq, grad, hyper, segments = ctx.saved_tensors
     cotangents = _zeros_for_none(cotangents, (params, exp_avg, exp_avg_sq))
-    dparams, dm, dv, u, dhyper = adam_step_vjp(
-        params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *cotangents
-    )
+    dparams, dm, dv, u, dhyper = adam_step_vjp(params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *cotangents)
     return dparams, dm, dv, u.to(grad.dtype), dhyper, None, None
 
 
@@ -265,10 +269,10 @@ def _adam_vjp_setup(ctx, inputs, output):
 
 def _adam_vjp_backward(ctx, *cotangents):
     *inputs, segments = ctx.saved_tensors
-    params, exp_avg, exp_avg_sq, grad, hyper, *adjoints = inputs
 
-    def function():
-        return _reference_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, ctx.k, segments, adjoints)
+    def function(params, exp_avg, exp_avg_sq, grad, hyper, *adjoints):
+        state = (params, exp_avg, exp_avg_sq)
+        return _differentiable_vjp(ADAM, ctx.k, segments, state, grad, hyper, adjoints)
 
     found = _differentiate(function, inputs, cotangents)
     return *found[:5], None, None, *found[5:]
@@ -361,9 +365,7 @@ def _sgd_setup(ctx, inputs, output):
 def _sgd_backward(ctx, cotangents):
     params, grad, hyper, segments, *slots = ctx.saved_tensors
     cotangents = _zeros_for_none(cotangents, (params, *slots))
-    dparams, *dslots, u, dhyper = sgd_step_vjp(
-        params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, cotangents
-    )
+    dparams, *dslots, u, dhyper = sgd_step_vjp(params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, cotangents)
     return dparams, dslots, u.to(grad.dtype), dhyper, None, None, None
 
 
@@ -378,15 +380,13 @@ def _sgd_vjp_setup(ctx, inputs, output):
 
 def _sgd_vjp_backward(ctx, cotangents):
     params, grad, hyper, segments, *rest = ctx.saved_tensors
-    slots, adjoints = rest[: ctx.slots], rest[ctx.slots :]
 
-    def function():
+    def function(params, grad, hyper, *rest):
+        slots, adjoints = rest[: ctx.slots], rest[ctx.slots :]
         rule = _sgd(slots, ctx.nesterov)
-        return _reference_vjp(rule, params, slots, grad, hyper, ctx.k, segments, adjoints)
+        return _differentiable_vjp(rule, ctx.k, segments, (params, *slots), grad, hyper, adjoints)
 
-    dparams, dgrad, dhyper, *drest = _differentiate(
-        function, [params, grad, hyper, *slots, *adjoints], cotangents
-    )
+    dparams, dgrad, dhyper, *drest = _differentiate(function, [params, grad, hyper, *rest], cotangents)
     return dparams, drest[: ctx.slots], dgrad, dhyper, None, None, None, drest[ctx.slots :]
 
 

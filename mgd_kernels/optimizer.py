@@ -70,9 +70,7 @@ class Optimizer(ABC):
         self.param_groups = [dict(group) for group in param_groups]
         for group in self.param_groups:
             if "params" not in group:
-                raise BadArgument(
-                    f"expected the key 'params' (name patterns) in every parameter group; got {group}"
-                )
+                raise BadArgument(f"expected the key 'params' (name patterns) in every parameter group; got {group}")
             self._check_names(set(group) - {"params"})
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
@@ -113,18 +111,14 @@ class Optimizer(ABC):
         for name, value in (hyper or {}).items():
             value = torch.as_tensor(value, dtype=torch.float64).detach()
             if value.shape not in ((), (self.groups,)):
-                raise BadArgument(
-                    f"expected {name!r} of shape [] or [{self.groups}]; got {list(value.shape)}"
-                )
+                raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(value.shape)}")
             table[:, self.column(name)] = value
         return table
 
     def _check_names(self, names: set[str]) -> None:
         unknown = sorted(names - set(self.defaults))
         if unknown:
-            raise BadArgument(
-                f"{type(self).__name__} has the hyperparameters {list(self.defaults)}; got {unknown}"
-            )
+            raise BadArgument(f"{type(self).__name__} has the hyperparameters {list(self.defaults)}; got {unknown}")
 
     def group_of(self, names: Sequence[str]) -> list[int]:
         """The group of each named parameter."""
@@ -141,9 +135,7 @@ class Optimizer(ABC):
         ]
         for i, group in enumerate(self.param_groups, 1):
             if i not in found:
-                raise BadArgument(
-                    f"parameter group {i} (params={group['params']!r}) matches none of {list(names)}"
-                )
+                raise BadArgument(f"parameter group {i} (params={group['params']!r}) matches none of {list(names)}")
         return found
 
     # --- the four methods --------------------------------------------------------------------------------------
@@ -151,13 +143,9 @@ class Optimizer(ABC):
     def init(self, params: Tensor, arena: Arena | None = None) -> OptimizerState:
         """The state before the first step. `params` (flat `[n]`) is taken as it is, not copied."""
         if params.ndim != 1 or not params.is_floating_point():
-            raise BadArgument(
-                f"expected a flat floating-point buffer [n]; got {params.dtype} {list(params.shape)}"
-            )
+            raise BadArgument(f"expected a flat floating-point buffer [n]; got {params.dtype} {list(params.shape)}")
         if self.param_groups and arena is None:
-            raise BadArgument(
-                "expected init(flat, arena): the arena knows the names that parameter groups match"
-            )
+            raise BadArgument("expected init(flat, arena): the arena knows the names that parameter groups match")
         if arena is None:
             segments = Segments.single(params.numel())
         else:
@@ -165,9 +153,7 @@ class Optimizer(ABC):
         return OptimizerState(params, tuple(torch.zeros_like(params) for _ in self.slots), 0, segments, arena)
 
     @torch.no_grad()
-    def step_(
-        self, state: OptimizerState, grad: Tensor, hyper: Hyper = None, grad_scale: float | Tensor = 1.0
-    ) -> None:
+    def step_(self, state: OptimizerState, grad: Tensor, hyper: Hyper = None, grad_scale: float | Tensor = 1.0) -> None:
         """Advance `state` by one step with the gradient `grad_scale * grad`, in place."""
         self._check(state, grad)
         self._step_(state, grad, self.table(hyper), grad_scale)
@@ -210,9 +196,7 @@ class Optimizer(ABC):
             self._check(state, grad)
         if not grads:
             return
-        tables = (
-            hypers if isinstance(hypers, Tensor) else torch.stack([self.table(hyper) for hyper in hypers])
-        )
+        tables = hypers if isinstance(hypers, Tensor) else torch.stack([self.table(hyper) for hyper in hypers])
         self._replay_(state, grads, tables, [1.0] * len(grads) if grad_scales is None else grad_scales)
         state.step += len(grads)
 
@@ -224,9 +208,7 @@ class Optimizer(ABC):
             )
 
     @abstractmethod
-    def _step_(
-        self, state: OptimizerState, grad: Tensor, table: Tensor, grad_scale: float | Tensor
-    ) -> None: ...
+    def _step_(self, state: OptimizerState, grad: Tensor, table: Tensor, grad_scale: float | Tensor) -> None: ...
 
     @torch.no_grad()
     def vjp_table_(

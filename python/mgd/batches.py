@@ -29,17 +29,10 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
         )
     length = lengths.pop()
     if length < count:
-        raise BadBatch(
-            f"expected at least {count} examples for {count} microbatches; batch {step} has {length}"
-        )
-    split = [
-        leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count
-        for leaf in leaves
-    ]
+        raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
+    split = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count for leaf in leaves]
     sizes = [len(part) for part in torch.arange(length).tensor_split(count)]
-    return [
-        (tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)
-    ]
+    return [(tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)]
 
 
 def same(first: Any, second: Any) -> bool:

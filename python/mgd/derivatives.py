@@ -24,9 +24,7 @@ from mgd.errors import NotDifferentiable
 # evaluate(parameters, buffers, metaparameters) -> (loss, buffers that the step leaves behind)
 Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 Tensors = Sequence[Tensor]
-Gradients = list[
-    list[Tensor | None]
-]  # one list for each objective, over [*parameters, *buffers, *metaparameters]
+Gradients = list[list[Tensor | None]]  # one list for each objective, over [*parameters, *buffers, *metaparameters]
 
 
 def leaves(tensors: Tensors) -> list[Tensor]:
@@ -112,9 +110,7 @@ class SecondDerivative:
             except NotImplementedError as error:
                 op = _operator(error, r"forward AD with (\S+)")
                 if self.mode == "forward":
-                    raise NotDifferentiable(
-                        op, "it has no forward-mode formula; hvp='auto' allows reverse mode."
-                    )
+                    raise NotDifferentiable(op, "it has no forward-mode formula; hvp='auto' allows reverse mode.")
                 self.fallback = op
         try:
             self.used = "reverse over reverse"
@@ -122,9 +118,7 @@ class SecondDerivative:
         except (NotImplementedError, RuntimeError) as error:
             if "derivative" not in str(error):
                 raise
-            raise NotDifferentiable(
-                _operator(error, r"derivative for '?(\S+?)'? is not"), str(error)
-            ) from error
+            raise NotDifferentiable(_operator(error, r"derivative for '?(\S+?)'? is not"), str(error)) from error
 
 
 def _operator(error: Exception, pattern: str) -> str:

@@ -82,9 +82,7 @@ class Metaparameters:
 
     def _check_init(self, init: Any) -> None:
         if not isinstance(init, Mapping):
-            raise BadMetaparameter(
-                f"expected z['init'] to map parameter names to tensors; got {type(init).__name__}"
-            )
+            raise BadMetaparameter(f"expected z['init'] to map parameter names to tensors; got {type(init).__name__}")
         shapes = dict(zip(self.arena.names, self.arena.shapes, strict=True))
         for name, value in init.items():
             if name not in shapes:
@@ -192,9 +190,7 @@ class Gradients:
         self.meta = meta
         steps, groups, width = meta.hypers.shape
         # The last column of a kernel's cotangents belongs to the gradient's scale, which is not a metaparameter.
-        self.hyper = torch.zeros(
-            objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device
-        )
+        self.hyper = torch.zeros(objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device)
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
 
     def add(self, objective: int, slices: Slices, tangents: list[Tensor | None]) -> None:
@@ -221,9 +217,7 @@ class Gradients:
                 grads[key] = _reduce_to(cotangents, value.shape).to(value)
             elif key == "init":
                 views = [meta.arena.views(adjoint) for adjoint in initial_adjoints]
-                grads[key] = {
-                    name: torch.stack([v[name] for v in views]).to(tensor) for name, tensor in value.items()
-                }
+                grads[key] = {name: torch.stack([v[name] for v in views]).to(tensor) for name, tensor in value.items()}
             else:
                 grads[key] = loss_part[key]
         return grads

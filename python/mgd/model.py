@@ -38,9 +38,7 @@ class Binding:
         )
 
     @staticmethod
-    def _places(
-        model: nn.Module, tensors: Sequence[Tensor], attribute: str
-    ) -> list[tuple[dict[str, Any], str, int]]:
+    def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
         """`(the module's dict, key, index into tensors)` of every place where one of the tensors stands."""
         index = {id(tensor): i for i, tensor in enumerate(tensors)}
         return [
@@ -115,9 +113,7 @@ class DifferentiableRunningStatistics(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if training and running_mean is not None:
         dims = [d for d in range(input.ndim) if d != 1]
         variance, mean = torch.var_mean(input, dims, correction=1)

@@ -105,9 +105,7 @@ class Steps:
             names = differentiable(buffers)
             slices = meta.at(batch, t)
 
-            def evaluate(
-                parameters, floats, tensors, i=i, batch=batch, share=share, slices=slices, buffers=buffers
-            ):
+            def evaluate(parameters, floats, tensors, i=i, batch=batch, share=share, slices=slices, buffers=buffers):
                 names = differentiable(buffers)
                 copies = {n: b.clone() for n, b in buffers.items() if n not in names}
                 copies |= dict(zip(names, floats, strict=True))
@@ -121,10 +119,7 @@ class Steps:
                 raise ReplayDivergence(t, self._diagnose(t, i, float(step.losses[i]), float(loss)))
             p, b = len(parameters), len(parameters) + len(names)
             buffer_adjoints = [
-                [
-                    torch.zeros_like(buffers[n]) if a is None else a
-                    for n, a in zip(names, result[p:b], strict=True)
-                ]
+                [torch.zeros_like(buffers[n]) if a is None else a for n, a in zip(names, result[p:b], strict=True)]
                 for result in results
             ]
             for objective, result in enumerate(results):
@@ -149,9 +144,7 @@ class Steps:
         with autocast:
             loss, left = self.binding.call(self.loss, parameters, buffers, batch, slices.mapping(tensors))
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
-            got = (
-                f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            )
+            got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise BadLoss(
                 f"expected the loss to be a floating-point scalar (shape []); got {got} at step {t}. "
                 "Reduce it, for instance with .mean()."

@@ -192,9 +192,7 @@ class Sweep:
                 self._perform(action)
         return gradients
 
-    def _reverse_step(
-        self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients
-    ) -> None:
+    def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
         step = self.log.pop(t, None) or self._evaluate(t)
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):
@@ -246,12 +244,8 @@ def objective_adjoints(
     with modes_kept(binding.model):
         value, _ = binding.call(objective, parameters, copies)
     if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
-        got = (
-            f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        )
-        raise BadObjective(
-            f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}"
-        )
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
     if not bool(torch.isfinite(value).all()):
         raise NonFiniteState(sweep.length, "the objective")
     if not value.requires_grad:
@@ -268,8 +262,7 @@ def objective_adjoints(
         pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
         torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
         buffers = [
-            torch.zeros_like(b) if g is None else g
-            for b, g in zip(floats, grads[len(parameters) :], strict=True)
+            torch.zeros_like(b) if g is None else g for b, g in zip(floats, grads[len(parameters) :], strict=True)
         ]
         adjoints.append(Adjoint(adjoint, [b.detach() for b in buffers]))
     return value.detach(), adjoints
