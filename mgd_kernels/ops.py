@@ -2,7 +2,8 @@
 
 They work under any autograd graph and under `torch.compile`, and run on whichever backend fits their tensors. The
 functional steps are differentiable in params, slots, grad and the hyperparameter table; their backward pass is one
-VJP kernel, whose own derivative is that of the torch reference, so higher derivatives work too.
+VJP kernel, whose own derivative is that of the torch reference, so higher derivatives work too. (`torch.func`
+transforms do not reach through operators with an autograd formula; `torch.autograd` does.)
 
 Everywhere: params, slots and their adjoints `[n]` in one dtype; grad `[n]` in that dtype or a 16-bit one; hyper
 float64 `[G, H]` with the columns of the rule (`mgd_kernels.rules`); k the number of the step, 1, 2, ...; segments
@@ -46,9 +47,10 @@ def _segments_of(content: bytes, groups: int) -> Segments:
 
 def _segments(table: Tensor, groups: int) -> Segments:
     """The same object for the same table, so that what backends cache with it is found again."""
-    if table.device.type != "cpu" or table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != 3:
+    shape = list(table.shape)
+    if table.device.type != "cpu" or table.dtype != torch.int64 or shape[1:] != [3] or shape[0] == 0:
         raise BadArgument(
-            f"expected segments int64 [R, 3] on the CPU; got {table.dtype} {list(table.shape)} on {table.device}"
+            f"expected segments int64 [R, 3], R > 0, on the CPU; got {table.dtype} {shape} on {table.device}"
         )
     return _segments_of(table.contiguous().numpy().tobytes(), groups)
 

@@ -291,9 +291,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         if not count:
             return torch.zeros((), dtype=torch.float64, device=x.device)
         partials = torch.empty(1, count, dtype=torch.float64, device=x.device)
-        kernels.dot_kernel[(count,)](
-            x, y, partials, x.numel(), TILE=size, BLOCK=kernels.BLOCK, **_options()
-        )
+        kernels.dot_kernel[(count,)](x, y, partials, x.numel(), TILE=size, BLOCK=kernels.BLOCK, **_options())
         return _sum(partials, None, 1).reshape(())
 
 
@@ -301,7 +299,5 @@ def _sum(partials: Tensor, ranges: Tensor | None, groups: int) -> Tensor:
     columns, count = partials.shape
     out = torch.empty(groups, columns, dtype=torch.float64, device=partials.device)
     kernels = _kernels()
-    kernels.sum_kernel[(groups, columns)](
-        partials, ranges, out, count, columns, BLOCK=kernels.BLOCK, **_options()
-    )
+    kernels.sum_kernel[(groups, columns)](partials, ranges, out, count, columns, BLOCK=kernels.BLOCK, **_options())
     return out

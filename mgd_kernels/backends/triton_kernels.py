@@ -262,7 +262,7 @@ def _replay_block(
     params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
     RULE: tl.constexpr, SINGLE: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = start + tl.arange(0, BLOCK)
+    at = start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
     mask = at < stop
     p = _load(params, at, mask)
     s0 = p
@@ -351,7 +351,7 @@ def _vjp_tile(
     for begin in range(start, stop, BLOCK):
         if VECTORISED:
             begin = tl.multiple_of(begin, VECTOR)
-        at = begin + tl.arange(0, BLOCK)
+        at = begin + tl.max_contiguous(tl.arange(0, BLOCK), 4)
         mask = at < stop
         p = _load(params, at, mask)
         raw = _load(grad, at, mask)
@@ -444,9 +444,9 @@ def dot_kernel(x, y, partials, numel, TILE: tl.constexpr, BLOCK: tl.constexpr):
     for begin in range(start, stop, BLOCK):
         at = tl.multiple_of(begin, VECTOR) + tl.arange(0, BLOCK)
         mask = at < numel
-        product = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * tl.load(
-            y + at, mask=mask, other=0.0
-        ).to(tl.float64)
+        product = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * tl.load(y + at, mask=mask, other=0.0).to(
+            tl.float64
+        )
         total += _fold(product, BLOCK)
     tl.store(partials + tl.program_id(0), tl.sum(total, axis=0))
 
