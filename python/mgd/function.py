@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.batches import seed_generators, seed_of
+from mgd.budget import Budget, Sizes
 from mgd.derivatives import SecondDerivative
 from mgd.errors import BadArgument
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, modes_kept
-from mgd.planner import Budget, Plan, Sizes, plan
+from mgd.planner import Plan, plan
 from mgd.progress import Progress
 from mgd.report import Report
 from mgd.steps import Steps

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd.actions import Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, Buffers, differentiable, modes_kept
-from mgd.planner import Advance, Drop, Load, Reverse, Save
 from mgd.steps import Evaluated, Steps
 from mgd_kernels import Optimizer, OptimizerState
 from mgd_kernels.dispatch import dot
