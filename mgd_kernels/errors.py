@@ -5,6 +5,9 @@ Every text says what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class KernelError(RuntimeError):
     """Base class of every error this package raises on purpose."""
@@ -16,3 +19,68 @@ class BadArgument(KernelError, ValueError):
 
 class BackendUnavailable(KernelError):
     """The backend asked for cannot run here, or not on these tensors; the text says why."""
+
+
+class CorruptState(KernelError):
+    """Stored data is not what was stored. `chunk` is the damaged chunk, None for the header or the whole file."""
+
+    def __init__(self, key: object, chunk: int | None, found: str) -> None:
+        self.key, self.chunk = key, chunk
+        where = "its file or header" if chunk is None else f"chunk {chunk}"
+        super().__init__(f"entry {key!r} is damaged in {where}: {found}. Delete the entry and store it again.")
+
+
+class StoreFull(KernelError):
+    """No tier that was asked for has room: `needs` and `has` in bytes, `tier` names it (or several)."""
+
+    def __init__(self, needs: int, has: int, tier: str) -> None:
+        self.needs, self.has, self.tier = needs, has, tier
+        super().__init__(
+            f"{needs:,} bytes of room were expected in tier {tier}, {has:,} are left. "
+            "Delete entries, or give the store a larger budget."
+        )
+
+
+class StoreBusy(KernelError):
+    """The directory belongs to another store that is open, in process `pid` (0: unknown)."""
+
+    def __init__(self, path: str, pid: int) -> None:
+        self.path, self.pid = path, pid
+        super().__init__(
+            f"{path} was expected to be free, but process {pid or 'unknown'} has it open. "
+            "Close that store or end that process, or name another directory."
+        )
+
+
+class UnknownFormat(KernelError):
+    """A directory or file is not in the format this version reads; nothing was changed."""
+
+    def __init__(self, path: str, found: str) -> None:
+        self.path = path
+        super().__init__(f"{path} was expected to be of the store's format, but: {found}.")
+
+
+class StoreIOError(KernelError, OSError):
+    """The system refused to read or write; `errno` and `filename` say what and where."""
+
+    def __init__(self, error: int, path: str, what: str) -> None:
+        # RuntimeError comes first in the order of bases and would keep OSError from setting its fields.
+        OSError.__init__(self, error, f"{what}: {os.strerror(error)}. {_IO_ADVICE.get(error, _IO_ADVICE[0])}", path)
+        self.path = path
+
+
+class StoreClosed(KernelError):
+    """The store was closed, or belongs to the process this one was forked from."""
+
+
+_IO_ADVICE = {
+    0: "Check the disk; what was stored before is untouched.",
+    errno.ENOSPC: "Free space on the file system, or lower the disk budget; the entry was not stored.",
+    errno.EDQUOT: "The quota is used up: free space, or lower the disk budget; the entry was not stored.",
+    errno.ENOENT: "The file was removed by somebody else; delete the entry and store it again.",
+    errno.EROFS: "Name a directory on a writable file system.",
+    errno.EACCES: "Name a directory this user may write.",
+    errno.ENOTDIR: "A directory was expected; name another path.",
+    errno.EEXIST: "A directory was expected; name another path.",
+    errno.ELOOP: "Replace the link by the file itself, or remove it.",
+}

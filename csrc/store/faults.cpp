@@ -1,0 +1,46 @@
+#include "store/faults.h"
+
+#include <atomic>
+#include <map>
+
+#include "store/errors.h"
+
+namespace mgd::faults {
+namespace {
+
+std::atomic<Kind> armed{Kind::none};
+std::atomic<long> first{0}, last{0}, seen{0};
+
+}  // namespace
+
+void arm(const std::string& kind, long nth, long times) {
+    static const std::map<std::string, Kind> kinds = {
+        {"none", Kind::none},
+        {"short_read", Kind::short_read},
+        {"short_write", Kind::short_write},
+        {"interrupted", Kind::interrupted},
+        {"read_error", Kind::read_error},
+        {"write_error", Kind::write_error},
+        {"no_space", Kind::no_space},
+        {"zero_write", Kind::zero_write},
+        {"open_read_only", Kind::open_read_only},
+        {"refuse_direct", Kind::refuse_direct},
+        {"sync_error", Kind::sync_error},
+        {"rename_error", Kind::rename_error},
+    };
+    const auto found = kinds.find(kind);
+    if (found == kinds.end()) throw BadStoreArgument("store_inject: unknown kind of fault '" + kind + "'");
+    armed = Kind::none;
+    first = nth;
+    last = nth + times;
+    seen = 0;
+    armed = found->second;
+}
+
+bool hit(Kind kind) {
+    if (armed.load(std::memory_order_relaxed) != kind) return false;
+    const long call = ++seen;
+    return call >= first && call < last;
+}
+
+}  // namespace mgd::faults

@@ -1,0 +1,30 @@
+// Faults on demand, for tests: the nth system call of a kind from now on fails in a chosen way.
+#pragma once
+
+#include <string>
+
+namespace mgd::faults {
+
+enum class Kind {
+    none,
+    short_read,
+    short_write,
+    interrupted,     // EINTR
+    read_error,      // EIO
+    write_error,     // EIO
+    no_space,        // ENOSPC
+    zero_write,      // a write that makes no progress
+    open_read_only,  // EROFS
+    refuse_direct,   // EINVAL to a transfer through O_DIRECT
+    sync_error,      // EIO from fsync
+    rename_error,    // EIO
+};
+
+// Arms one fault: calls nth, nth + 1, ... nth + times - 1 of that kind are hit (nth counts from 1).
+// "none" disarms. Throws BadStoreArgument on an unknown name.
+void arm(const std::string& kind, long nth, long times);
+
+// Whether this call is to fail. Costs one relaxed load when nothing is armed.
+bool hit(Kind kind);
+
+}  // namespace mgd::faults

@@ -1,0 +1,168 @@
+// The tiered store: entries of named tensors in host memory or on disk, written once and read back in an order known
+// beforehand. Every entry is cut into chunks; a chunk is the unit of buffering, of I/O and of checksums.
+//
+//   put       copies chunk by chunk into pool buffers. In the host tier they stay there; for the disk tier a thread
+//             writes each and lets go of its buffer, so a put returns when its last chunk is copied (write-behind).
+//   prefetch  reads chunks of the given entries, in order, into buffers that are free.
+//   get       takes each chunk from its buffer, or reads it there and then, a few chunks ahead.
+//
+// Why nothing blocks for ever: a thread waits for a buffer only while it holds none, or holds buffers of the host
+// tier, whose total is bounded below the pool's limit by `staging`. All other buffers are being written, read or
+// copied, which ends by itself, or are prefetched, and then a waiter drops them (they are still on disk).
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "store/direct_file.h"
+#include "store/directory.h"
+#include "store/format.h"
+#include "store/io_threads.h"
+#include "store/meter.h"
+#include "store/pool.h"
+
+namespace mgd {
+
+struct StoreOptions {
+    uint64_t host_bytes = 0;     // limit of the pool: host tier and staging together
+    uint64_t staging_bytes = 0;  // the part of it the host tier may not fill
+    uint64_t chunk_bytes = 0;    // of new entries; a multiple of kPage, at most staging_bytes where there is a disk
+    std::string directory;       // empty: no disk tier
+    uint64_t disk_bytes = 0;
+    bool persistent = false, durable = false;
+    unsigned threads = 2;
+};
+
+enum class Tier { host, disk };
+
+struct Entry;
+using EntryPtr = std::shared_ptr<Entry>;
+
+class TieredStore {
+  public:
+    explicit TieredStore(const StoreOptions& options);
+    ~TieredStore();
+
+    Header layout(std::string key, bool sequence, std::vector<TensorInfo> tensors) const;
+
+    // One pointer a tensor. put copies out of the pointers, get into them. put throws StoreFull (whose text is the
+    // tier's name) before it copies anything.
+    void put(Header header, const std::vector<const void*>& sources, Tier tier);
+    void get(const std::string& key, const std::vector<void*>& targets);
+    void prefetch(const std::vector<std::string>& keys);
+    void remove(const std::string& key);
+
+    struct Description {
+        Tier tier;
+        bool sequence;
+        std::vector<TensorInfo> tensors;
+    };
+    Description describe(const std::string& key) const;  // throws what get would about a damaged header
+    bool contains(const std::string& key) const;
+    std::vector<std::string> keys() const;  // sorted
+
+    void flush();  // waits for every write; throws the error of one that failed
+    void close();  // flush, then lets go of everything; idempotent. A scratch store forgets failed writes.
+
+    struct Stats {
+        BufferPool::Stats pool;
+        uint64_t host_limit, host_used, disk_limit, disk_used, disk_peak, entries, prefetch_hits, prefetch_drops;
+        Meter::Reading put, get, write, read;  // copies in and out of buffers; files
+        bool direct;
+        std::string why_buffered, directory;
+    };
+    Stats stats() const;
+    BufferPool& pool() { return *pool_; }
+
+    // The store belongs to the process that made it; in a fork only forgetting it is safe.
+    bool forked() const;
+
+  private:
+    friend class Put;
+    friend class Get;
+
+    void enter();  // a call begins; throws StoreClosed
+    void leave();
+    struct Use {
+        explicit Use(TieredStore& s) : store(&s) { s.enter(); }
+        ~Use() { end(); }
+        void end() {
+            if (store != nullptr) store->leave();
+            store = nullptr;
+        }
+        TieredStore* store;
+    };
+
+    void load_entries();
+    EntryPtr find(const std::string& key) const;  // with mutex_ held; throws MissingKey
+    BufferPtr acquire(size_t bytes);
+    bool drop_one_prefetched();
+    void pump();
+    BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait);
+    void read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to);
+    void load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr buffer, bool urgent);
+    void read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer);
+    void write_chunk(const EntryPtr& entry, uint32_t chunk, const BufferPtr& buffer);
+    void finish_part(const EntryPtr& entry, std::exception_ptr error);
+    void finish(const EntryPtr& entry);
+    void forget(Entry& entry);  // with mutex_ held
+
+    const StoreOptions options_;
+    std::shared_ptr<BufferPool> pool_;
+    std::optional<StoreDirectory> directory_;
+    IoMode mode_;
+    const int owner_;
+
+    std::mutex names_mutex_;  // orders renames and removals; taken before mutex_
+    mutable std::mutex mutex_;
+    mutable std::condition_variable changed_;  // an entry, a chunk or the number of calls changed state
+    std::map<std::string, EntryPtr> entries_;
+    std::deque<std::pair<EntryPtr, uint32_t>> wanted_;      // to prefetch: entry and its next chunk
+    std::deque<std::pair<EntryPtr, uint32_t>> prefetched_;  // in order of issue
+    uint64_t host_used_ = 0, disk_used_ = 0, disk_peak_ = 0, sequence_ = 0, hits_ = 0, drops_ = 0;
+    int calls_ = 0, writing_ = 0;
+    bool closing_ = false, closed_ = false;
+    Meter put_, get_, write_, read_;
+
+    IoThreads io_;  // last: its threads use everything above
+};
+
+// One entry on its way in: fill the buffer of each chunk and commit it, then close. Without close nothing is stored.
+class Put {
+  public:
+    Put(TieredStore& store, Header header, Tier tier);
+    ~Put() { abort(); }
+    const Header& header() const;
+    BufferPtr buffer(uint32_t chunk, bool wait);  // null when none is free and !wait; padding is zero already
+    void commit(uint32_t chunk, BufferPtr buffer);
+    void close();
+    void abort();  // no effect after close
+
+  private:
+    TieredStore::Use use_;
+    EntryPtr entry_;
+};
+
+// One entry on its way out.
+class Get {
+  public:
+    Get(TieredStore& store, const std::string& key);  // waits until the entry is written
+    const Header& header() const;
+    // The verified chunk; null when it needs a buffer, none is free and !wait.
+    BufferPtr chunk(uint32_t i, bool wait);
+    void end();
+
+  private:
+    TieredStore::Use use_;
+    EntryPtr entry_;
+};
+
+}  // namespace mgd
