@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from mgd.budget import Budget, Sizes
 from mgd.derivatives import SecondDerivative
 from mgd.errors import BadArgument
 from mgd.metaparameters import Metaparameters
-from mgd.model import Binding, modes_kept
+from mgd.model import Binding, model_kept
 from mgd.planner import Plan, plan
 from mgd.progress import Progress
 from mgd.report import Report
@@ -142,15 +143,23 @@ class TrainingFunction:
         """What a metagradient will store where, and what it will cost."""
         return self._plan(Arena.of(self.model))
 
+    def replaced(self, **changes: Any) -> TrainingFunction:
+        """The same training with other values of some of the constructor's arguments."""
+        arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return type(self)(**(arguments | changes))
+
     # --- private -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _guarded(self, progress: bool = False) -> Iterator[Callable[[str], None]]:
-        """Random generators and the model's modes are as before at the end. Yields the progress bar's tick."""
-        device = next(self.model.parameters()).device
+        """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
+        mode. Yields the progress bar's tick."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            modes_kept(self.model),
+            model_kept(self.model),
             Progress(len(self), progress) as bar,
         ):
             yield bar.tick

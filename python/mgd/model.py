@@ -101,26 +101,70 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class DifferentiableRunningStatistics(TorchFunctionMode):
-    """BatchNorm whose running mean and variance are differentiable functions of its input.
+@contextlib.contextmanager
+def model_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's parameters, buffers and `training` flag are the same objects at the end of the block as before."""
+    registered = [
+        (registry, dict(registry)) for module in model.modules() for registry in (module._parameters, module._buffers)
+    ]
+    with modes_kept(model):
+        try:
+            yield
+        finally:
+            for registry, before in registered:
+                registry.clear()
+                registry.update(before)
 
-    torch updates them inside the normalisation kernel, out of autograd's sight; here they are computed beside it.
+
+class DifferentiableRunningStatistics(TorchFunctionMode):
+    """BatchNorm and InstanceNorm whose running mean and variance are differentiable.
+
+    torch updates them inside the normalisation kernel, out of autograd's sight, and knows no derivative with respect to
+    them where they normalise. Here they are computed beside the kernel, and used by plain arithmetic.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
+        if func is F.instance_norm:
+            return _instance_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if training and running_mean is not None:
+    if not training:
+        return _normalized(input, running_mean, running_var, weight, bias, eps)
+    if running_mean is not None:
         dims = [d for d in range(input.ndim) if d != 1]
-        variance, mean = torch.var_mean(input, dims, correction=1)
-        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-        running_var.mul_(1 - momentum).add_(variance.to(running_var.dtype), alpha=momentum)
-        running_mean = running_var = None
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
+        _update(running_mean, running_var, mean, variance, momentum)
+    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return _normalized(input, running_mean, running_var, weight, bias, eps)
+    if running_mean is not None:
+        dims = list(range(2, input.ndim))
+        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
+        _update(running_mean, running_var, mean.mean(0), variance.mean(0), momentum)
+    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _update(running_mean, running_var, mean, variance, momentum):
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
+
+
+def _normalized(input, mean, variance, weight, bias, eps):
+    """`input` `[B, C, ...]` normalised by a mean and variance `[C]`."""
+    shape = [1, -1] + [1] * (input.ndim - 2)
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    result = (input - mean.view(shape)) * scale.view(shape)
+    return (result if bias is None else result + bias.view(shape)).to(input.dtype)
 
 
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
