@@ -12,6 +12,7 @@ from mgd_kernels.errors import BadArgument, KernelError
 __all__ = [
     "BadArgument",
     "BadBatch",
+    "BadData",
     "BadLoss",
     "BadMetaparameter",
     "BadObjective",
@@ -35,6 +36,10 @@ class BadMetaparameter(MetagradientError, ValueError):
 
 class BadBatch(MetagradientError, ValueError):
     """A batch cannot be used: no tensors, no common length, or too few examples for the microbatches."""
+
+
+class BadData(MetagradientError, ValueError):
+    """A data set is not where it was said to be, or its files are not in the expected format."""
 
 
 class BadLoss(MetagradientError, ValueError):
