@@ -1,0 +1,5 @@
+"""The workloads live in the package, so that `mgd bench` has them wherever it is installed."""
+
+from mgd.bench.workloads import WORKLOADS, Workload, convnet, gpt, mlp
+
+__all__ = ["WORKLOADS", "Workload", "convnet", "gpt", "mlp"]

@@ -1,0 +1,188 @@
+"""The workloads of every benchmark and every test of speed: float32, metaparameters lr [T], weight decay, data weights [n].
+
+Data is random: the time of dense training does not depend on it, and a benchmark must run anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgd import TrainingFunction
+from mgd_kernels import SGD, AdamW, Optimizer
+
+
+@dataclass
+class Workload:
+    """A training to differentiate. examples: length n of the data weights, which `batch[2]` indexes."""
+
+    name: str
+    model: nn.Module
+    batches: list[Any]
+    loss: Callable[..., Tensor]
+    objective: Callable[[nn.Module], Tensor]
+    optimizer: Optimizer
+    examples: int
+
+    def function(self, **options: Any) -> TrainingFunction:
+        return TrainingFunction(
+            self.model,
+            self.loss,
+            self.batches,
+            optimizer=self.optimizer,
+            objective=self.objective,
+            per_example={"data_weights": lambda batch: batch[2]},
+            **options,
+        )
+
+    def z(self) -> dict[str, Tensor]:
+        return {
+            "lr": torch.full((len(self.batches),), self.optimizer.defaults["lr"]),
+            "weight_decay": torch.tensor(self.optimizer.defaults["weight_decay"]),
+            "data_weights": torch.ones(self.examples),
+        }
+
+
+def _weighted(model: nn.Module, batch: Any, z: Any) -> Tensor:
+    """The mean of the weighted per-example losses; tokens of one example are averaged."""
+    x, y, _ = batch
+    losses = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none")
+    return (z["data_weights"] * losses.view(len(x), -1).mean(1)).mean()
+
+
+def _batches(inputs: Tensor, targets: Tensor, size: int, steps: int, generator: torch.Generator) -> list[Any]:
+    index = [torch.randint(len(inputs), (size,), generator=generator) for _ in range(steps)]
+    return [(inputs[i], targets[i], i) for i in index]
+
+
+def _held_out(inputs: Tensor, targets: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda model: F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
+def _build(name, model, inputs, targets, size, steps, optimizer, generator) -> Workload:
+    held_out = _held_out(inputs[:size], targets[:size])
+    batches = _batches(inputs, targets, size, steps, generator)
+    return Workload(name, model, batches, _weighted, held_out, optimizer, len(inputs))
+
+
+def _adamw() -> AdamW:
+    return AdamW(lr=1e-3, eps_root=1e-8, weight_decay=0.01)
+
+
+def mlp(steps: int = 64, seed: int = 0) -> Workload:
+    """(a) 784-512-512-10 with GELU, batch 128, AdamW."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(784, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10))
+    x, y = torch.randn(2048, 784, generator=g), torch.randint(10, (2048,), generator=g)
+    return _build("mlp", model, x, y, 128, steps, _adamw(), g)
+
+
+class _Residual(nn.Module):
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(channels // 8, channels)
+
+
+def resnet9(norm: str = "group", width: int = 16, classes: int = 10, channels: int = 3) -> nn.Sequential:
+    """A ResNet-9-style network for small images: four stages, two residual blocks, average pooling."""
+
+    def block(i: int, o: int, pool: bool = False) -> nn.Sequential:
+        layers = [nn.Conv2d(i, o, 3, padding=1, bias=False), _norm(norm, o), nn.GELU()]
+        return nn.Sequential(*layers, *([nn.AvgPool2d(2)] if pool else []))
+
+    w = width
+    return nn.Sequential(
+        block(channels, w),
+        block(w, 2 * w, pool=True),
+        _Residual(nn.Sequential(block(2 * w, 2 * w), block(2 * w, 2 * w))),
+        block(2 * w, 4 * w, pool=True),
+        block(4 * w, 8 * w, pool=True),
+        _Residual(nn.Sequential(block(8 * w, 8 * w), block(8 * w, 8 * w))),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * w, classes),
+    )
+
+
+def convnet(norm: str = "group", steps: int = 32, width: int = 16, seed: int = 0) -> Workload:
+    """(b) ResNet-9-style network for 32x32x3 images, batch 64, SGD with momentum."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(1024, 3, 32, 32, generator=g), torch.randint(10, (1024,), generator=g)
+    optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=5e-4)
+    return _build(f"convnet-{norm}", resnet9(norm, width), x, y, 64, steps, optimizer, g)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (p.view(b, t, self.heads, c // self.heads).transpose(1, 2) for p in self.qkv(x).split(c, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, c))
+
+
+class GPT(nn.Module):
+    """A pre-norm decoder with learned positions and tied embeddings (`[B, T]` tokens to `[B, T, V]` logits)."""
+
+    def __init__(self, vocabulary: int = 256, context: int = 64, layers: int = 4, width: int = 128, heads: int = 4):
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    _Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))),
+                    _Residual(
+                        nn.Sequential(
+                            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                        )
+                    ),
+                ]
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+        self.head.weight = self.token.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for attention, feed_forward in self.blocks:
+            x = feed_forward(attention(x))
+        return self.head(self.norm(x))
+
+
+def gpt(steps: int = 32, seed: int = 0) -> Workload:
+    """(c) GPT, 4 layers, width 128, 4 heads, sequence 64, batch 16, vocabulary 256, AdamW."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(256, (512, 65), generator=g)
+    return _build("gpt", GPT(), tokens[:, :-1], tokens[:, 1:].contiguous(), 16, steps, _adamw(), g)
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "mlp": mlp,
+    "convnet-group": lambda: convnet("group"),
+    "convnet-batch": lambda: convnet("batch"),
+    "gpt": gpt,
+}
