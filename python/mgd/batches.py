@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     split = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count for leaf in leaves]
     sizes = [len(part) for part in torch.arange(length).tensor_split(count)]
     return [(tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)]
+
+
+def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors of a batch, and the function that puts such tensors back in their places."""
+    leaves, spec = tree_flatten(batch)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: list[Tensor]) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return tree_unflatten(filled, spec)
+
+    return [leaves[i] for i in places], rebuild
 
 
 def same(first: Any, second: Any) -> bool:

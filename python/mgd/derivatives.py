@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -21,31 +22,42 @@ from torch import Tensor
 
 from mgd.errors import NotDifferentiable
 
-# evaluate(parameters, buffers, metaparameters) -> (loss, buffers that the step leaves behind)
-Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 Tensors = Sequence[Tensor]
-Gradients = list[list[Tensor | None]]  # one list for each objective, over [*parameters, *buffers, *metaparameters]
+Gradients = list[list[Tensor | None]]  # one list for each direction, over [*parameters, *buffers, *metaparameters]
+
+
+@dataclass
+class Point:
+    """Where the loss is evaluated, and in which directions its second derivatives are wanted.
+
+    constants: every other tensor that the evaluation reads. directions: for each objective, one tensor a parameter.
+    cotangents: for each objective, one tensor a buffer.
+    """
+
+    parameters: Tensors
+    buffers: Tensors
+    metaparameters: Tensors
+    constants: Tensors
+    directions: Sequence[Tensors]
+    cotangents: Sequence[Tensors]
+
+
+# evaluate(parameters, buffers, metaparameters, constants) -> (loss, buffers that the step leaves behind)
+Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 def leaves(tensors: Tensors) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def forward_over_reverse(
-    evaluate: Evaluate,
-    parameters: Tensors,
-    buffers: Tensors,
-    metaparameters: Tensors,
-    directions: Sequence[Tensors],
-    buffer_cotangents: Sequence[Tensors],
-) -> tuple[Tensor, Gradients]:
+def forward_over_reverse(evaluate: Evaluate, point: Point) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the tangents of the gradient; one dual evaluation each."""
     results: Gradients = []
-    for direction, cotangents in zip(directions, buffer_cotangents, strict=True):
+    for direction, cotangents in zip(point.directions, point.cotangents, strict=True):
         with fwAD.dual_level():
-            duals = [fwAD.make_dual(p, t) for p, t in zip(leaves(parameters), direction, strict=True)]
-            b, z = leaves(buffers), leaves(metaparameters)
-            loss, left = evaluate(duals, [x.clone() for x in b], z)
+            duals = [fwAD.make_dual(p, t) for p, t in zip(leaves(point.parameters), direction, strict=True)]
+            b, z = leaves(point.buffers), leaves(point.metaparameters)
+            loss, left = evaluate(duals, [x.clone() for x in b], z, list(point.constants))
             total = loss
             if left:
                 one = loss.new_ones(())
@@ -56,27 +68,20 @@ def forward_over_reverse(
     return loss, results
 
 
-def reverse_over_reverse(
-    evaluate: Evaluate,
-    parameters: Tensors,
-    buffers: Tensors,
-    metaparameters: Tensors,
-    directions: Sequence[Tensors],
-    buffer_cotangents: Sequence[Tensors],
-) -> tuple[Tensor, Gradients]:
+def reverse_over_reverse(evaluate: Evaluate, point: Point) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the gradient through the gradient's graph, which is built once."""
-    p, b, z = leaves(parameters), leaves(buffers), leaves(metaparameters)
+    p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
     inputs = [*p, *b, *z]
-    loss, left = evaluate(p, [x.clone() for x in b], z)
+    loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
     grads = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
     outputs = [*grads, *left]
     live = [i for i, output in enumerate(outputs) if output is not None and output.requires_grad]
     if not live:
-        return loss.detach(), [[None] * len(inputs) for _ in directions]
+        return loss.detach(), [[None] * len(inputs) for _ in point.directions]
     outputs = [outputs[i] for i in live]
     cotangents = [
         [[*direction, *cotangent][i] for i in live]
-        for direction, cotangent in zip(directions, buffer_cotangents, strict=True)
+        for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
     ]
     if len(cotangents) == 1:
         return loss.detach(), [list(torch.autograd.grad(outputs, inputs, cotangents[0], allow_unused=True))]
@@ -89,38 +94,46 @@ def _inner(x: Tensors, y: Tensors) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
 
 
-class SecondDerivative:
-    """Chooses the road: forward where every operator has a forward-mode formula, else reverse.
+ROADS = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
+NAMES = {"forward": "forward over reverse", "reverse": "reverse over reverse"}
 
-    mode: "forward", "reverse" or "auto" (forward for one direction, reverse for several, which share its graph).
-    fallback: the operator that made "auto" turn to reverse, once it has. used: the road taken last.
+
+class SecondDerivative:
+    """Chooses the road of the second derivatives, and goes the other way where an operator blocks it.
+
+    mode: "forward", "reverse" or "auto". Both roads cost the same matmuls once dead code is eliminated; "auto" goes in
+    reverse, which torch runs with fewer and larger operators (docs/speed.md has the measurements).
+    used: the road taken last. fallback: the operator that blocked the road asked for, if one did.
     """
 
     def __init__(self, mode: str):
-        self.mode = mode
+        self.road = "reverse" if mode == "auto" else mode
         self.fallback: str | None = None
-        self.used = ""
 
-    def __call__(self, *args) -> tuple[Tensor, Gradients]:
-        directions = args[4]
-        if self.mode == "forward" or (self.mode == "auto" and not self.fallback and len(directions) == 1):
-            try:
-                self.used = "forward over reverse"
-                return forward_over_reverse(*args)
-            except NotImplementedError as error:
-                op = _operator(error, r"forward AD with (\S+)")
-                if self.mode == "forward":
-                    raise NotDifferentiable(op, "it has no forward-mode formula; hvp='auto' allows reverse mode.")
-                self.fallback = op
+    @property
+    def used(self) -> str:
+        return NAMES[self.road]
+
+    def __call__(self, evaluate: Evaluate, point: Point, restart: Callable[[], None]) -> tuple[Tensor, Gradients]:
+        """`restart` puts the random generators back before a second attempt."""
         try:
-            self.used = "reverse over reverse"
-            return reverse_over_reverse(*args)
-        except (NotImplementedError, RuntimeError) as error:
-            if "derivative" not in str(error):
+            return ROADS[self.road](evaluate, point)
+        except RuntimeError as error:
+            op = _blocking_operator(error)
+            if op is None:
                 raise
-            raise NotDifferentiable(_operator(error, r"derivative for '?(\S+?)'? is not"), str(error)) from error
+            if self.fallback:
+                raise NotDifferentiable(op, str(error).partition("\n")[0]) from error
+            self.fallback, self.road = op, "reverse" if self.road == "forward" else "forward"
+        restart()
+        return self(evaluate, point, restart)
 
 
-def _operator(error: Exception, pattern: str) -> str:
-    found = re.search(pattern, str(error))
-    return found.group(1) if found else "an operator that torch does not name"
+# How torch says that an operator has no forward-mode formula, or no derivative of its backward.
+_BLOCKED = (r"forward AD with (\S+)", r"derivative for '?(?:aten::)?(\S+?)'? is not implemented")
+
+
+def _blocking_operator(error: Exception) -> str | None:
+    """The operator that torch cannot differentiate, if that is what the error says."""
+    found = next(filter(None, (re.search(pattern, str(error)) for pattern in _BLOCKED)), None)
+    return found.group(1) if found else None

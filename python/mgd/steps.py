@@ -7,6 +7,7 @@ its microbatches are derived from the number alone, so that it can be evaluated 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.batches import microbatches, same, seed_generators, seed_of
-from mgd.derivatives import SecondDerivative, leaves
+from mgd.batches import microbatches, same, seed_generators, seed_of, split_tensors
+from mgd.derivatives import Point, SecondDerivative, leaves
 from mgd.errors import BadLoss, MetagradientError, ParametersModified, ReplayDivergence
 from mgd.metaparameters import Metaparameters, Slices
 from mgd.model import Binding, Buffers, differentiable
@@ -65,7 +66,8 @@ class Steps:
             slices = meta.at(batch, t)
             copies = {name: b.clone() for name, b in history[-1].items()}
             try:
-                loss, left = self._run(t, i, batch, share, slices, parameters, copies, slices.tensors)
+                self._seed(t, i)
+                loss, left = self._run(t, share, batch, slices, parameters, copies, slices.tensors)
             except RuntimeError as error:
                 if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
                     raise ParametersModified(t) from error
@@ -97,52 +99,61 @@ class Steps:
         microbatch. Returns the adjoints of the buffers before the step. Raises ReplayDivergence where the loss is not
         bit-equal to the first evaluation's.
         """
-        parts = list(enumerate(microbatches(self.batches[t], self.microbatches, t)))
         parameters = list(self.arena.views(params).values())
         tangents = [list(self.arena.views(direction).values()) for direction in directions]
-        for i, (batch, share) in reversed(parts):
-            buffers = step.buffers[i]
-            names = differentiable(buffers)
+        for i, (batch, share) in reversed(list(enumerate(microbatches(self.batches[t], self.microbatches, t)))):
+            before = step.buffers[i]
+            names = differentiable(before)
+            others = [name for name in before if name not in names]
             slices = meta.at(batch, t)
+            batch_tensors, rebuild = split_tensors(batch)
 
-            def evaluate(parameters, floats, tensors, i=i, batch=batch, share=share, slices=slices, buffers=buffers):
-                names = differentiable(buffers)
-                copies = {n: b.clone() for n, b in buffers.items() if n not in names}
-                copies |= dict(zip(names, floats, strict=True))
-                loss, left = self._run(t, i, batch, share, slices, parameters, copies, tensors)
-                return loss, [left[n] for n in names]
+            def evaluate(p, b, z, constants, slices=slices, share=share, names=names, others=others, rebuild=rebuild):
+                buffers = dict(zip(names, b, strict=True))
+                buffers |= {name: tensor.clone() for name, tensor in zip(others, constants, strict=False)}
+                loss, left = self._run(t, share, rebuild(constants[len(others) :]), slices, p, buffers, z)
+                return loss, [left[name] for name in names]
 
-            loss, results = self.second(
-                evaluate, parameters, [buffers[n] for n in names], slices.tensors, tangents, buffer_adjoints
+            point = Point(
+                parameters,
+                [before[name] for name in names],
+                slices.tensors,
+                [before[name] for name in others] + batch_tensors,
+                tangents,
+                buffer_adjoints,
             )
+            restart = functools.partial(self._seed, t, i)
+            restart()
+            loss, results = self.second(evaluate, point, restart)
             if not torch.equal(loss, step.losses[i]):
-                raise ReplayDivergence(t, self._diagnose(t, i, float(step.losses[i]), float(loss)))
+                raise ReplayDivergence(t, self.diagnose(t, i, float(step.losses[i]), float(loss)))
             p, b = len(parameters), len(parameters) + len(names)
             buffer_adjoints = [
-                [torch.zeros_like(buffers[n]) if a is None else a for n, a in zip(names, result[p:b], strict=True)]
+                [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, result[p:b], strict=True)]
                 for result in results
             ]
             for objective, result in enumerate(results):
                 add(objective, result[:p], slices, result[b:])
         return buffer_adjoints
 
+    def _seed(self, t: int, i: int) -> None:
+        """Put torch's generators at the beginning of the random stream of microbatch `i` of step `t`."""
+        seed_generators(seed_of(self.seed, t, i), self.arena.device)
+
     def _run(
         self,
         t: int,
-        i: int,
-        batch: Any,
         share: float,
+        batch: Any,
         slices: Slices,
         parameters: Sequence[Tensor],
         buffers: Buffers,
-        tensors: list[Tensor],
+        tensors: Sequence[Tensor],
     ) -> tuple[Tensor, Buffers]:
         """The loss of one microbatch times its share, and the buffers as the model leaves them."""
-        device = self.arena.device
-        seed_generators(seed_of(self.seed, t, i), device)
-        autocast = torch.autocast(device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        autocast = torch.autocast(self.arena.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with autocast:
-            loss, left = self.binding.call(self.loss, parameters, buffers, batch, slices.mapping(tensors))
+            loss, left = self.binding.call(self.loss, parameters, buffers, batch, slices.mapping(list(tensors)))
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise BadLoss(
@@ -159,13 +170,17 @@ class Steps:
         torch._foreach_add_(targets, sources)
         return total
 
-    def _diagnose(self, t: int, i: int, first: float, second: float) -> str:
+    def diagnose(self, t: int, i: int, first: float, second: float) -> str:
         if not same(self.batches[t], self.batches[t]):
-            return f"batches[{t}] differs each time it is asked for; expected the same tensors (fix the order and the augmentation)."
+            return (
+                f"batches[{t}] differs each time it is asked for; expected the same tensors "
+                "(fix the order of the examples and their augmentation)."
+            )
         return (
-            f"the loss of microbatch {i} was {first!r} at first and {second!r} now. Either batches[{t}] gives other tensors "
-            "than before, or the loss reads something that changes: random numbers that do not come from torch's generators, "
-            "state kept outside the model, or a non-deterministic kernel (see torch.use_deterministic_algorithms)."
+            f"the loss of microbatch {i} was {first!r} at first and {second!r} now. Either batches[{t}] gives other "
+            "tensors than before, or the loss reads something that changes: random numbers that do not come from "
+            "torch's generators, state kept outside the model, or a non-deterministic kernel "
+            "(see torch.use_deterministic_algorithms)."
         )
 
 

@@ -161,7 +161,7 @@ class Sweep:
             self.visited = t + 1
             self.tick("train")
         elif not torch.equal(self.losses[t], losses):
-            raise ReplayDivergence(t, self.steps._diagnose(t, 0, float(self.losses[t, 0]), float(losses[0])))
+            raise ReplayDivergence(t, self.steps.diagnose(t, 0, float(self.losses[t, 0]), float(losses[0])))
         return evaluated
 
     def _clip(self, step: Evaluated) -> tuple[float, float]:
