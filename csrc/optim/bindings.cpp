@@ -69,8 +69,7 @@ void bind_optim(py::module_& m) {
             py::gil_scoped_release release;
             const Addresses grads{grad};
             Task made = task(rule, dtype, grad_dtype, state, grads, groups);
-            for (size_t i = 0; i < adjoint.size() && i < 3; ++i)
-                made.adjoint[i] = reinterpret_cast<void*>(adjoint[i]);
+            for (size_t i = 0; i < adjoint.size() && i < 3; ++i) made.adjoint[i] = reinterpret_cast<void*>(adjoint[i]);
             made.u = reinterpret_cast<void*>(u);
             run_vjp(made, all, grad_scale, reinterpret_cast<double*>(out));
         },
@@ -79,8 +78,8 @@ void bind_optim(py::module_& m) {
         "dot",
         [](int x_dtype, int y_dtype, int64_t n, Address x, Address y, int threads) {
             py::gil_scoped_release release;
-            return run_dot({static_cast<DType>(x_dtype), static_cast<DType>(y_dtype),
-                            reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(y)},
+            return run_dot({static_cast<DType>(x_dtype), static_cast<DType>(y_dtype), reinterpret_cast<const void*>(x),
+                            reinterpret_cast<const void*>(y)},
                            n, threads);
         },
         "The inner product of two vectors, in double.");

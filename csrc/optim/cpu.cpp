@@ -102,10 +102,13 @@ void parallel(int threads, int64_t items, F body) {
 template <class F>
 auto with_rule(RuleId rule, F f) {
     switch (rule) {
-        case RuleId::sgd_plain: return f(SgdPlain{});
+        case RuleId::sgd_plain:
+            return f(SgdPlain{});
         case RuleId::sgd_momentum:
-        case RuleId::sgd_nesterov: return f(SgdMomentum{});
-        default: return f(Adam{});
+        case RuleId::sgd_nesterov:
+            return f(SgdMomentum{});
+        default:
+            return f(Adam{});
     }
 }
 
@@ -183,9 +186,8 @@ double run_dot(const Dot& task, int64_t n, int threads) {
     static thread_local std::vector<double> kept;
     double* const partial = workspace(kept, tiles);
     const Kernels& kernels = current().kernels;
-    parallel(threads, tiles, [&](int64_t tile) {
-        kernels.dot(task, tile * kTile, std::min((tile + 1) * kTile, n), partial + tile);
-    });
+    parallel(threads, tiles,
+             [&](int64_t tile) { kernels.dot(task, tile * kTile, std::min((tile + 1) * kTile, n), partial + tile); });
     double sum = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) sum += partial[tile];
     return sum;

@@ -29,9 +29,7 @@ struct LaneSums<double> {
     int at;
     MGD_HD LaneSums make(DoublePack (*lanes)[kDoublePacks], int pack) { return {lanes, pack}; }
     inline __attribute__((always_inline)) void add(int i, DoublePack x) const { lanes[i][at] += x; }
-    inline __attribute__((always_inline)) void add(int i, DoublePack x, DoublePack y) const {
-        lanes[i][at] += x * y;
-    }
+    inline __attribute__((always_inline)) void add(int i, DoublePack x, DoublePack y) const { lanes[i][at] += x * y; }
 };
 
 template <>
@@ -225,10 +223,14 @@ struct Type {
 template <class F>
 void with_float(DType dtype, F f) {
     switch (dtype) {
-        case DType::f32: return f(Type<float>{});
-        case DType::f64: return f(Type<double>{});
-        case DType::bf16: return f(Type<bf16>{});
-        case DType::f16: return f(Type<f16>{});
+        case DType::f32:
+            return f(Type<float>{});
+        case DType::f64:
+            return f(Type<double>{});
+        case DType::bf16:
+            return f(Type<bf16>{});
+        case DType::f16:
+            return f(Type<f16>{});
     }
 }
 
@@ -239,9 +241,12 @@ void with_types(const Task& task, F f) {
             using R = typename decltype(rule)::type;
             using T = typename decltype(state)::type;
             switch (task.grad_dtype) {
-                case DType::bf16: return f(Over<R, T, bf16>{});
-                case DType::f16: return f(Over<R, T, f16>{});
-                default: return f(Over<R, T, T>{});
+                case DType::bf16:
+                    return f(Over<R, T, bf16>{});
+                case DType::f16:
+                    return f(Over<R, T, f16>{});
+                default:
+                    return f(Over<R, T, T>{});
             }
         };
         if (task.dtype == DType::f64)
@@ -250,10 +255,13 @@ void with_types(const Task& task, F f) {
             with_state(Type<float>{});
     };
     switch (task.rule) {
-        case RuleId::adam: return with_rule(Type<Adam>{});
-        case RuleId::sgd_plain: return with_rule(Type<SgdPlain>{});
+        case RuleId::adam:
+            return with_rule(Type<Adam>{});
+        case RuleId::sgd_plain:
+            return with_rule(Type<SgdPlain>{});
         case RuleId::sgd_momentum:
-        case RuleId::sgd_nesterov: return with_rule(Type<SgdMomentum>{});
+        case RuleId::sgd_nesterov:
+            return with_rule(Type<SgdMomentum>{});
     }
 }
 
@@ -288,8 +296,8 @@ void dot(const Dot& task, int64_t begin, int64_t end, double* sums) {
             using X = typename decltype(x_type)::type;
             using Y = typename decltype(y_type)::type;
             using T = typename Wider<X, Y>::type;
-            sums[0] = dot_tile<T>(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin,
-                                  end - begin);
+            sums[0] =
+                dot_tile<T>(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin, end - begin);
         });
     });
 }

@@ -105,9 +105,7 @@ def _slots(rule: Rule, slots: Sequence[Tensor], what: str) -> list[Tensor]:
 def _table(rule: Rule, hyper: Tensor, *leading: int) -> Tensor:
     shape = (*leading, len(rule.hyper))
     if hyper.dtype != torch.float64 or hyper.shape != shape:
-        raise BadArgument(
-            f"expected hyperparameters as float64 {list(shape)}; got {hyper.dtype} {list(hyper.shape)}"
-        )
+        raise BadArgument(f"expected hyperparameters as float64 {list(shape)}; got {hyper.dtype} {list(hyper.shape)}")
     return hyper.cpu().contiguous()
 
 
