@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mgd.errors import NotDifferentiable
 
@@ -44,20 +45,34 @@ class Point:
 
 # evaluate(parameters, buffers, metaparameters, constants) -> (loss, buffers that the step leaves behind)
 Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+Restart = Callable[[], None]  # puts the random generators back to the beginning of the evaluation's stream
+
+
+class StopGradient(TorchFunctionMode):
+    """What is computed under torch.no_grad() is a constant for forward mode too, where torch lets tangents through."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        with fwAD._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
 
 
 def leaves(tensors: Tensors) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def forward_over_reverse(evaluate: Evaluate, point: Point) -> tuple[Tensor, Gradients]:
+def forward_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the tangents of the gradient; one dual evaluation each."""
     results: Gradients = []
     for direction, cotangents in zip(point.directions, point.cotangents, strict=True):
+        if results:
+            restart()
         with fwAD.dual_level():
             duals = [fwAD.make_dual(p, t) for p, t in zip(leaves(point.parameters), direction, strict=True)]
             b, z = leaves(point.buffers), leaves(point.metaparameters)
-            loss, left = evaluate(duals, [x.clone() for x in b], z, list(point.constants))
+            with StopGradient():
+                loss, left = evaluate(duals, [x.clone() for x in b], z, list(point.constants))
             total = loss
             if left:
                 one = loss.new_ones(())
@@ -68,7 +83,7 @@ def forward_over_reverse(evaluate: Evaluate, point: Point) -> tuple[Tensor, Grad
     return loss, results
 
 
-def reverse_over_reverse(evaluate: Evaluate, point: Point) -> tuple[Tensor, Gradients]:
+def reverse_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the gradient through the gradient's graph, which is built once."""
     p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
     inputs = [*p, *b, *z]
@@ -114,10 +129,10 @@ class SecondDerivative:
     def used(self) -> str:
         return NAMES[self.road]
 
-    def __call__(self, evaluate: Evaluate, point: Point, restart: Callable[[], None]) -> tuple[Tensor, Gradients]:
-        """`restart` puts the random generators back before a second attempt."""
+    def __call__(self, evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
+        """`restart` puts the random generators back before a second evaluation."""
         try:
-            return ROADS[self.road](evaluate, point)
+            return ROADS[self.road](evaluate, point, restart)
         except RuntimeError as error:
             op = _blocking_operator(error)
             if op is None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 Buffers = dict[str, Tensor]
@@ -32,10 +33,7 @@ class Binding:
         self.buffer_names = tuple(name for name, _ in model.named_buffers())
         self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
         self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
-        self.has_running_statistics = any(
-            isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
-            for module in model.modules()
-        )
+        self.needs_exact_formulas = any(map(_needs_exact_formulas, model.modules()))
 
     @staticmethod
     def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
@@ -56,9 +54,8 @@ class Binding:
         return {name: b.detach().clone() for name, b in self.model.named_buffers()}
 
     @contextlib.contextmanager
-    def swapped(self, parameters: Sequence[Tensor], buffers: list[Tensor]) -> Iterator[None]:
-        """The model holds these tensors inside the block. A buffer that the model replaces is written back to
-        the list `buffers` at the end."""
+    def swapped(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+        """The model holds these tensors inside the block."""
         saved = []
         try:
             for places, tensors in ((self._parameter_places, parameters), (self._buffer_places, buffers)):
@@ -66,27 +63,35 @@ class Binding:
                     saved.append((owner, key, owner[key]))
                     owner[key] = tensors[i]
             yield
-            for owner, key, i in self._buffer_places:
-                buffers[i] = owner[key]
         finally:
             for owner, key, tensor in saved:
                 owner[key] = tensor
 
     def call(
-        self, function: Callable[..., Tensor], parameters: Sequence[Tensor], buffers: Buffers, *args: Any
+        self,
+        function: Callable[..., Tensor],
+        parameters: Sequence[Tensor],
+        buffers: Buffers,
+        *args: Any,
+        until: contextlib.ExitStack | None = None,
     ) -> tuple[Tensor, Buffers]:
         """`function(model, *args)` with these parameters and buffers, and the buffers as the model leaves them.
 
         The tensors in `buffers` may be changed in place by the model: hand over copies.
+        until: the model keeps the tensors until this stack is closed. A backward pass must lie inside where the
+        function may use activation checkpointing, which calls the model again.
         """
         tensors = [buffers[name] for name in self.buffer_names]
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as own:
+            stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
             # The fused attention kernels have neither forward-mode nor second derivatives.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.has_running_statistics:
-                stack.enter_context(DifferentiableRunningStatistics())
+            if self.needs_exact_formulas:
+                stack.enter_context(ExactFormulas())
             value = function(self.model, *args)
+            for owner, key, i in self._buffer_places:
+                tensors[i] = owner[key]  # the model may have replaced it
         return value, dict(zip(self.buffer_names, tensors, strict=True))
 
 
@@ -116,19 +121,25 @@ def model_kept(model: nn.Module) -> Iterator[None]:
                 registry.update(before)
 
 
-class DifferentiableRunningStatistics(TorchFunctionMode):
-    """BatchNorm and InstanceNorm whose running mean and variance are differentiable.
+class ExactFormulas(TorchFunctionMode):
+    """Functions of torch whose derivatives are incomplete, by others that are whole.
 
-    torch updates them inside the normalisation kernel, out of autograd's sight, and knows no derivative with respect to
-    them where they normalise. Here they are computed beside the kernel, and used by plain arithmetic.
+    BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
+    autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside the
+    kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm for
+    a constant (torch 2.13; `gradgradcheck` fails).
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        if func is F.instance_norm:
-            return _instance_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return _EXACT.get(func, func)(*args, **(kwargs or {}))
+
+
+def _needs_exact_formulas(module: nn.Module) -> bool:
+    return (
+        (isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None)
+        or isinstance(module, nn.utils.parametrizations._WeightNorm)
+        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+    )
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -165,6 +176,13 @@ def _normalized(input, mean, variance, weight, bias, eps):
     scale = scale if weight is None else scale * weight
     result = (input - mean.view(shape)) * scale.view(shape)
     return (result if bias is None else result + bias.view(shape)).to(input.dtype)
+
+
+def _weight_norm(v, g, dim=0):
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_EXACT = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, torch._weight_norm: _weight_norm}
 
 
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.batches import microbatches, same, seed_generators, seed_of, split_tensors
-from mgd.derivatives import Point, SecondDerivative, leaves
+from mgd.batches import microbatches, same, seed_generators, seed_of, split_tensors, structure
+from mgd.derivatives import Evaluate, Gradients, Point, Restart, SecondDerivative, leaves
 from mgd.errors import BadLoss, MetagradientError, ParametersModified, ReplayDivergence
 from mgd.metaparameters import Metaparameters, Slices
 from mgd.model import Binding, Buffers, differentiable
+from mgd.tracing import Traces
 from mgd_kernels import Arena
 
 
@@ -51,9 +52,11 @@ class Steps:
         seed: int,
         autocast: torch.dtype | None,
         second: SecondDerivative,
+        traces: Traces | None = None,
     ):
         self.binding, self.arena, self.loss, self.batches = binding, arena, loss, batches
         self.microbatches, self.seed, self.autocast, self.second = microbatches, seed, autocast, second
+        self.traces = traces
         self.evaluations = 0
 
     def gradient(self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters) -> Evaluated:
@@ -65,21 +68,22 @@ class Steps:
             versions = [p._version for p in parameters]
             slices = meta.at(batch, t)
             copies = {name: b.clone() for name, b in history[-1].items()}
-            try:
-                self._seed(t, i)
-                loss, left = self._run(t, share, batch, slices, parameters, copies, slices.tensors)
-            except RuntimeError as error:
-                if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
-                    raise ParametersModified(t) from error
-                raise
-            if [p._version for p in parameters] != versions:
-                raise ParametersModified(t)
-            if not loss.requires_grad:
-                raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            with contextlib.ExitStack() as stack:
+                try:
+                    self._seed(t, i)
+                    loss, left = self._run(t, share, batch, slices, parameters, copies, slices.tensors, stack)
+                except RuntimeError as error:
+                    if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
+                        raise ParametersModified(t) from error
+                    raise
+                if [p._version for p in parameters] != versions:
+                    raise ParametersModified(t)
+                if not loss.requires_grad:
+                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             total = self._accumulate(total, grads)
             losses.append(loss.detach())
-            history.append(_settled(history[-1], left))
+            history.append(_settled(history[-1], copies, left))
         self.evaluations += 1
         return Evaluated(total, torch.stack(losses), history)
 
@@ -108,10 +112,14 @@ class Steps:
             slices = meta.at(batch, t)
             batch_tensors, rebuild = split_tensors(batch)
 
-            def evaluate(p, b, z, constants, slices=slices, share=share, names=names, others=others, rebuild=rebuild):
+            stack = contextlib.ExitStack()
+
+            def evaluate(
+                p, b, z, constants, slices=slices, share=share, names=names, others=others, rebuild=rebuild, stack=stack
+            ):
                 buffers = dict(zip(names, b, strict=True))
                 buffers |= {name: tensor.clone() for name, tensor in zip(others, constants, strict=False)}
-                loss, left = self._run(t, share, rebuild(constants[len(others) :]), slices, p, buffers, z)
+                loss, left = self._run(t, share, rebuild(constants[len(others) :]), slices, p, buffers, z, stack)
                 return loss, [left[name] for name in names]
 
             point = Point(
@@ -124,9 +132,8 @@ class Steps:
             )
             restart = functools.partial(self._seed, t, i)
             restart()
-            loss, results = self.second(evaluate, point, restart)
-            if not torch.equal(loss, step.losses[i]):
-                raise ReplayDivergence(t, self.diagnose(t, i, float(step.losses[i]), float(loss)))
+            with stack:
+                results = self._differentiate(evaluate, point, restart, batch, share, t, i, step.losses[i])
             p, b = len(parameters), len(parameters) + len(names)
             buffer_adjoints = [
                 [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, result[p:b], strict=True)]
@@ -135,6 +142,30 @@ class Steps:
             for objective, result in enumerate(results):
                 add(objective, result[:p], slices, result[b:])
         return buffer_adjoints
+
+    def _differentiate(
+        self,
+        evaluate: Evaluate,
+        point: Point,
+        restart: Restart,
+        batch: Any,
+        share: float,
+        t: int,
+        i: int,
+        expected: Tensor,
+    ) -> Gradients:
+        """The second derivatives at a point, from a replayed graph where there is one, whose loss is as expected."""
+        if self.traces is not None:
+            modes = tuple(module.training for module in self.binding.model.modules())
+            key = (share, modes, torch.is_autocast_enabled(self.arena.device.type), structure(batch))
+            traced = self.traces(self.second, evaluate, point, restart, key)
+            if traced and self.traces.accepts(traced[0], expected, t):
+                return traced[1]
+            restart()
+        loss, results = self.second(evaluate, point, restart)
+        if not torch.equal(loss, expected):
+            raise ReplayDivergence(t, self.diagnose(t, i, float(expected), float(loss)))
+        return results
 
     def _seed(self, t: int, i: int) -> None:
         """Put torch's generators at the beginning of the random stream of microbatch `i` of step `t`."""
@@ -149,11 +180,13 @@ class Steps:
         parameters: Sequence[Tensor],
         buffers: Buffers,
         tensors: Sequence[Tensor],
+        until: contextlib.ExitStack,
     ) -> tuple[Tensor, Buffers]:
-        """The loss of one microbatch times its share, and the buffers as the model leaves them."""
+        """The loss of one microbatch times its share, and the buffers as the model leaves them. See Binding.call."""
         autocast = torch.autocast(self.arena.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with autocast:
-            loss, left = self.binding.call(self.loss, parameters, buffers, batch, slices.mapping(list(tensors)))
+            mapping = slices.mapping(list(tensors))
+            loss, left = self.binding.call(self.loss, parameters, buffers, batch, mapping, until=until)
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise BadLoss(
@@ -184,14 +217,12 @@ class Steps:
         )
 
 
-def _settled(before: Buffers, after: Buffers) -> Buffers:
-    """The buffers after an evaluation, sharing memory with those before where nothing changed."""
-    return {
-        name: before[name]
-        if tensor._version == 0
-        and tensor.shape == before[name].shape
-        and not tensor.requires_grad
-        and torch.equal(tensor, before[name])
-        else tensor.detach()
-        for name, tensor in after.items()
-    }
+def _settled(before: Buffers, copies: Buffers, after: Buffers) -> Buffers:
+    """The buffers after an evaluation on `copies` of those before, sharing memory where nothing changed."""
+
+    def settled(name: str, tensor: Tensor) -> Tensor:
+        if tensor is not copies[name]:  # replaced by the model, and perhaps a view of something that will change
+            return tensor.detach().clone()
+        return before[name] if tensor._version == 0 else tensor.detach()
+
+    return {name: settled(name, tensor) for name, tensor in after.items()}

@@ -8,6 +8,7 @@ of stored states).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import Counter, defaultdict
@@ -241,21 +242,17 @@ def objective_adjoints(
     copies = {n: b.clone() for n, b in sweep.buffers.items()} | {
         n: b.clone() for n, b in zip(names, floats, strict=True)
     }
-    with modes_kept(binding.model):
-        value, _ = binding.call(objective, parameters, copies)
-    if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
-    if not bool(torch.isfinite(value).all()):
-        raise NonFiniteState(sweep.length, "the objective")
-    if not value.requires_grad:
-        raise BadObjective(
-            "the objective does not depend on the trained parameters: compute it from the model it is given, without "
-            "torch.no_grad() or .detach()"
-        )
+    versions = [p._version for p in parameters]
+    with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        value = _checked(binding.call(objective, parameters, copies, until=stack)[0], sweep.length)
+        if [p._version for p in parameters] != versions:
+            raise BadObjective("the objective changed parameters in place; expected it to only read them")
+        found = [
+            torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
+            for component in value.reshape(-1)
+        ]
     adjoints = []
-    for component in value.reshape(-1):
-        grads = torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
+    for grads in found:
         if all(g is None for g in grads):
             raise BadObjective("a component of the objective depends on no trained parameter")
         adjoint = state.zeros_like()
@@ -266,6 +263,21 @@ def objective_adjoints(
         ]
         adjoints.append(Adjoint(adjoint, [b.detach() for b in buffers]))
     return value.detach(), adjoints
+
+
+def _checked(value: Any, steps: int) -> Tensor:
+    """The objective's value, if it is one."""
+    if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteState(steps, "the objective")
+    if not value.requires_grad:
+        raise BadObjective(
+            "the objective does not depend on the trained parameters: compute it from the model it is given, without "
+            "torch.no_grad() or .detach()"
+        )
+    return value
 
 
 def weighted_sum(adjoints: list[Adjoint], weights: list[float]) -> Adjoint:
