@@ -50,6 +50,12 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
     return [leaves[i] for i in places], rebuild
 
 
+def structure(batch: Any) -> Any:
+    """What a batch holds beside its tensors, as a hashable value."""
+    leaves, spec = tree_flatten(batch)
+    return spec, tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+
+
 def same(first: Any, second: Any) -> bool:
     """Whether two batches hold the same bits."""
     a, spec_a = tree_flatten(first)

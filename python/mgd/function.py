@@ -23,8 +23,11 @@ from mgd.progress import Progress
 from mgd.report import Report
 from mgd.steps import Steps
 from mgd.sweep import Adjoint, Sweep, objective_adjoints, weighted_sum
+from mgd.tracing import Traces
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
+
+WORTH_TRACING = 32  # evaluations; a trace takes as long as some 10 to 30 of them
 
 
 @dataclass
@@ -69,6 +72,8 @@ class TrainingFunction:
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.planner`).
     hvp: "auto", "forward" or "reverse" (see `mgd.derivatives`).
+    trace: replay the second derivatives from a graph that is traced once (see `mgd.tracing`); by default for trainings
+        long enough to win the time of the trace back. compile: compile that graph with `torch.compile`.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class TrainingFunction:
         budget: Budget | None = None,
         schedule: str = "auto",
         hvp: str = "auto",
+        trace: bool | None = None,
+        compile: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise BadArgument(f"expected model to be a torch.nn.Module; got {type(model).__name__}")
@@ -107,6 +114,9 @@ class TrainingFunction:
         self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
         self.per_example, self.autocast = dict(per_example or {}), autocast
         self.budget, self.schedule, self.hvp = budget or Budget(), schedule, hvp
+        self.trace, self.compile = trace, compile
+        long = len(batches) * microbatches >= WORTH_TRACING
+        self._traces = Traces(compile) if compile or (long if trace is None else trace) else None
 
     def __len__(self) -> int:
         """The number of training steps."""
@@ -177,6 +187,7 @@ class TrainingFunction:
             self.seed,
             self.autocast,
             SecondDerivative(self.hvp),
+            self._traces,
         )
         return Sweep(steps, self.optimizer, meta, self.max_grad_norm, tick)
 
@@ -224,6 +235,7 @@ class TrainingFunction:
             counts=dict(sweep.measured.counts),
             hvp=second.used,
             hvp_fallback=second.fallback,
+            execution=self._traces.describe() if self._traces else "eager",
             backend=backend,
             plan=run.plan.to_dict(),
         )

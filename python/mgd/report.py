@@ -9,7 +9,7 @@ from typing import Any
 @dataclass
 class Report:
     """steps: T. objectives: k. seconds, counts: by phase. hvp: the road the second derivatives took, and the operator that
-    forced a fallback. backend: of the optimizer's kernels. plan: what was kept where (see Plan.to_dict)."""
+    forced a fallback. execution: eager, traced or compiled, and why not traced where that was given up. backend: of the optimizer's kernels. plan: what was kept where (see Plan.to_dict)."""
 
     steps: int
     objectives: int
@@ -17,6 +17,7 @@ class Report:
     counts: dict[str, int]
     hvp: str
     hvp_fallback: str | None
+    execution: str
     backend: str
     plan: dict[str, Any] = field(default_factory=dict)
 
@@ -29,5 +30,5 @@ class Report:
         counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         return (
             f"{self.steps} steps, {self.objectives} objective(s), {sum(self.seconds.values()):.2f} s: {phases}\n"
-            f"{counts}; second derivatives by {road}; kernels: {self.backend}"
+            f"{counts}; second derivatives by {road}, {self.execution}; kernels: {self.backend}"
         )
