@@ -1,0 +1,247 @@
+"""Does the metagradient hold? Directional finite differences and Taylor remainders of the training function, in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from mgd.batches import to_dtype
+from mgd.errors import BadArgument
+from mgd.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mgd.function import Metagradient, TrainingFunction
+
+#: Two first losses further apart than this (relative) belong to different trainings, not to different precisions.
+SAME_TRAINING = 1e-3
+
+#: Rounding of a float64 training's value, relative: what a few hundred well-conditioned steps make of 1e-16.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class KeyCheck:
+    """One key of z along its direction v.
+
+    analytic: <∇f, v> in float64. finite_difference: (f(z+hv) - f(z-hv)) / 2h at the best step size, `h`.
+    relative_error: of the two. order: how the remainder |f(z+hv) - f(z) - h<∇f, v>| falls with h, 2 where the gradient is
+    right; None where the remainder is lost in rounding. float32_error: |g - g64| / |g64| over the whole key, g being
+    the metagradient in the function's own precision; None where the two trainings differ from the first step on.
+    errors, remainders: at every step size.
+    """
+
+    analytic: float
+    finite_difference: float
+    relative_error: float
+    h: float
+    order: float | None
+    float32_error: float | None
+    errors: tuple[float, ...]
+    remainders: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """keys: the findings. value: f(z) in float64. steps: the step sizes. trainings: in float64, the metagradient's included.
+    `passed`: every relative error is within `tolerance`, every order within 1/2 of 2 and every float32 error within
+    `float32_tolerance`."""
+
+    keys: dict[str, KeyCheck]
+    value: float
+    steps: tuple[float, ...]
+    trainings: int
+    seconds: float
+    tolerance: float
+    float32_tolerance: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(self._holds(key) for key in self.keys.values())
+
+    def _holds(self, key: KeyCheck) -> bool:
+        # Comparisons are written so that NaN fails them.
+        return (
+            key.relative_error <= self.tolerance
+            and (key.order is None or abs(key.order - 2) <= 0.5)
+            and (key.float32_error is None or key.float32_error <= self.float32_tolerance)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+    def __str__(self) -> str:
+        rows = [("", "analytic", "finite difference", "rel. error", "order", "float32 error", "")]
+        for name, key in self.keys.items():
+            rows.append(
+                (
+                    name,
+                    f"{key.analytic:.10e}",
+                    f"{key.finite_difference:.10e}",
+                    f"{key.relative_error:.1e}",
+                    "-" if key.order is None else f"{key.order:.2f}",
+                    "-" if key.float32_error is None else f"{key.float32_error:.1e}",
+                    "holds" if self._holds(key) else "FAILS",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, f"{self.trainings} trainings in float64, {self.seconds:.1f} s", *self.notes])
+
+
+def check(
+    f: TrainingFunction,
+    z: Mapping[str, Any],
+    *,
+    keys: Sequence[str] | None = None,
+    steps: Sequence[float] = (1e-2, 1e-3, 1e-4),
+    seed: int = 0,
+    tolerance: float = 1e-5,
+    float32_tolerance: float = 1e-2,
+    metagradient: Metagradient | None = None,
+    progress: bool = False,
+) -> CheckResult:
+    """Compare the metagradient of `f` at `z` with finite differences of `f` itself, in float64.
+
+    A copy of the training is made in float64 (model, batches and z; floats that loss or objective feed to the model are
+    cast on the way in). Its metagradient is computed once; then each key gets one random direction v, normal and of the
+    scale of z (root mean square, a leaf each; 1 where that is 0), and the objective is evaluated at z ± hv for
+    every h in `steps`. Where f has k objectives, a random combination of them is checked.
+
+    Cost: one metagradient in float64, `2 len(steps)` trainings in float64 for each key, and one metagradient of `f`
+    unless it is handed over as `metagradient`.
+
+    keys: which ones to check; all by default. steps: relative step sizes, falling. seed: of the directions.
+    """
+    names = list(z) if keys is None else list(keys)
+    if unknown := [name for name in names if name not in z]:
+        raise BadArgument(f"expected keys of z, {list(z)}; got {unknown}")
+    if not steps or list(steps) != sorted(steps, reverse=True) or min(steps) <= 0:
+        raise BadArgument(f"expected positive, falling step sizes; got {list(steps)}")
+    start = time.perf_counter()
+    own = f.metagradient(z, progress=progress) if metagradient is None else metagradient
+    double, z64 = in_double(f), to_dtype(dict(z), torch.float64)
+    exact = double.metagradient(z64, progress=progress)
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(exact.value.shape, generator=generator, dtype=torch.float64) if exact.value.ndim else torch.ones(())
+    mix = mix.to(exact.value)
+    same = math.isclose(float(own.losses[0]), float(exact.losses[0]), rel_tol=SAME_TRAINING)
+    notes = [] if same else ["the first loss differs in float64: the model draws other random numbers there"]
+
+    def value(moved: Any) -> float:
+        bar.tick("check")
+        return float((double.value({**z64, **moved}) * mix).sum())
+
+    def examine(name: str) -> KeyCheck:
+        direction = tree_map(lambda leaf: _direction(leaf, generator), z64[name])
+        gradient = tree_map(lambda g: torch.tensordot(mix, g, dims=mix.ndim), exact.grads[name])
+        analytic = _inner(gradient, direction)
+        differences, remainders = [], []
+        for h in steps:
+            plus, minus = (value({name: _moved(z64[name], direction, s * h)}) for s in (1, -1))
+            differences.append((plus - minus) / (2 * h))
+            remainders.append(abs(plus - base - h * analytic))
+        errors = [_relative(difference, analytic) for difference in differences]
+        best = min(range(len(steps)), key=errors.__getitem__)
+        return KeyCheck(
+            analytic=analytic,
+            finite_difference=differences[best],
+            relative_error=errors[best],
+            h=steps[best],
+            order=_order(steps, remainders, base),
+            float32_error=_distance(own.grads[name], exact.grads[name]) if same else None,
+            errors=tuple(errors),
+            remainders=tuple(remainders),
+        )
+
+    base = float((exact.value * mix).sum())
+    with Progress(2 * len(steps) * len(names), progress) as bar:
+        found = {name: examine(name) for name in names}
+    return CheckResult(
+        keys=found,
+        value=base,
+        steps=tuple(steps),
+        trainings=1 + 2 * len(steps) * len(names),
+        seconds=time.perf_counter() - start,
+        tolerance=tolerance,
+        float32_tolerance=float32_tolerance,
+        notes=notes,
+    )
+
+
+def in_double(f: TrainingFunction) -> TrainingFunction:
+    """The same training in float64: a copy of the model, and batches cast as they are read."""
+    model = copy.deepcopy(f.model).double()
+
+    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return to_dtype(args, torch.float64), to_dtype(kwargs, torch.float64)
+
+    # On every module, since loss and objective may call parts of the model.
+    for module in model.modules():
+        module.register_forward_pre_hook(cast, with_kwargs=True)
+    return f.replaced(model=model, batches=_Double(f.batches), autocast=None)
+
+
+class _Double(Sequence):
+    """Batches whose floating-point tensors are float64."""
+
+    def __init__(self, batches: Sequence[Any]):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, t: Any) -> Any:
+        return to_dtype(self.batches[t], torch.float64)
+
+
+def _direction(leaf: Any, generator: torch.Generator) -> Tensor:
+    leaf = torch.as_tensor(leaf, dtype=torch.float64)
+    scale = leaf.square().mean().sqrt()
+    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+    return noise * (scale if scale > 0 else 1.0)
+
+
+def _moved(value: Any, direction: Any, h: float) -> Any:
+    return tree_map(lambda x, v: x + h * v, value, direction)
+
+
+def _inner(x: Any, y: Any) -> float:
+    return sum(float((a * b).sum()) for a, b in zip(tree_flatten(x)[0], tree_flatten(y)[0], strict=True))
+
+
+def _relative(x: float, reference: float) -> float:
+    difference = abs(x - reference)
+    return difference / max(abs(x), abs(reference)) if difference else 0.0
+
+
+def _distance(x: Any, reference: Any) -> float:
+    """|x - reference| / |reference| over all leaves."""
+    pairs = list(zip(tree_flatten(x)[0], tree_flatten(reference)[0], strict=True))
+    difference = math.sqrt(sum(float((a.double() - b).square().sum()) for a, b in pairs))
+    norm = math.sqrt(sum(float(b.square().sum()) for _, b in pairs))
+    return difference / norm if norm else math.inf if difference else 0.0
+
+
+def _order(steps: Sequence[float], remainders: Sequence[float], value: float) -> float | None:
+    """The slope of log remainder against log h between the two smallest step sizes whose remainders stand clear of
+    rounding."""
+    floor = ROUNDING * abs(value)
+    clear = [(h, r) for h, r in zip(steps, remainders, strict=True) if r > floor]
+    if len(clear) < 2:
+        return None
+    (h0, r0), (h1, r1) = clear[-2:]
+    return math.log(r0 / r1) / math.log(h0 / h1)

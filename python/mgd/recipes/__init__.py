@@ -1,0 +1,1 @@
+"""Complete uses of metagradients, each a function and a command: `mgd demo`, `mgd recipe ...`."""
