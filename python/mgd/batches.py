@@ -20,9 +20,11 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     The shares sum to 1, so that the weighted sum of per-microbatch means is the mean over the batch, also where the
     slices are not of one length. Tensors without dimensions go to every microbatch.
     """
+    leaves, spec = tree_flatten(batch)
+    if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves):
+        raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
     if count == 1:
         return [(batch, 1.0)]
-    leaves, spec = tree_flatten(batch)
     lengths = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     if len(lengths) != 1:
         raise BadBatch(

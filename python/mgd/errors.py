@@ -19,6 +19,7 @@ __all__ = [
     "BudgetTooSmall",
     "KernelError",
     "MetagradientError",
+    "MissingPackage",
     "NonFiniteState",
     "NotDifferentiable",
     "ParametersModified",
@@ -59,14 +60,21 @@ class BudgetTooSmall(MetagradientError, ValueError):
 
 
 class ParametersModified(MetagradientError):
-    """The loss changed parameters in place."""
+    """The loss changed parameters, or metaparameters, in place."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, what: str = "parameters"):
         self.step = step
         super().__init__(
-            f"the loss of step {step} changed parameters in place; expected it to only read them. "
+            f"the loss of step {step} changed {what} in place; expected it to only read them. "
             "Let the optimizer change the parameters, and keep running averages in buffers."
         )
+
+
+class MissingPackage(MetagradientError, ImportError):
+    """An optional package is needed for what was asked for."""
+
+    def __init__(self, purpose: str, package: str, extra: str):
+        super().__init__(f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]'")
 
 
 class NonFiniteState(MetagradientError, ArithmeticError):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mgd.batches import seed_generators, seed_of
 from mgd.budget import Budget, Sizes
 from mgd.derivatives import SecondDerivative
-from mgd.errors import BadArgument
+from mgd.errors import BadArgument, BadMetaparameter
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, model_kept
 from mgd.planner import Plan, plan
@@ -146,6 +146,8 @@ class TrainingFunction:
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
         """The objective as a node of the autograd graph: `backward` fills the gradients of the tensors in `z`."""
+        if not isinstance(z, Mapping):
+            raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
         leaves, spec = tree_flatten(dict(z))
         return _Differentiable.apply(self, spec, *leaves)
 
@@ -263,20 +265,25 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function: TrainingFunction, spec, *leaves: Any) -> Tensor:
-        ctx.function = function
-        ctx.z = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
+        ctx.function, ctx.spec = function, spec
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
         with function._guarded() as tick:
-            ctx.run = function._forward(ctx.z, tick)
+            ctx.run = function._forward(tree_unflatten(leaves, spec), tick)
         return ctx.run.value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent: Tensor):
+        # Unpacking the saved tensors raises where z has changed since.
+        leaves = [x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+        z = tree_unflatten(leaves, ctx.spec)
         with ctx.function._guarded() as tick:
             # The log is consumed by a reverse sweep; a second backward trains again.
-            run, ctx.run = ctx.run or ctx.function._forward(ctx.z, tick), None
+            run, ctx.run = ctx.run or ctx.function._forward(z, tick), None
             grads = run.reverse([weighted_sum(run.adjoints, cotangent.reshape(-1).tolist())])
-        return (None, None, *(g[0] for g in tree_flatten({key: grads[key] for key in ctx.z})[0]))
+        found = tree_flatten({key: grads[key] for key in z})[0]
+        return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, found, strict=True))
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -36,7 +36,7 @@ class Metaparameters:
     ):
         if not isinstance(z, Mapping):
             raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
-        self.z = {key: _tensors(key, value) for key, value in z.items()}
+        self.z = {key: _tensors(key, value, arena.device) for key, value in z.items()}
         self.optimizer, self.arena = optimizer, arena
         self.per_example = {key: index for key, index in per_example.items() if key in self.z}
         self._check_reserved()
@@ -89,9 +89,9 @@ class Metaparameters:
                 raise BadMetaparameter(
                     f"z['init'][{name!r}] is not a trainable parameter{_hint(name, shapes)}; they are {list(shapes)}"
                 )
-            if value.shape != shapes[name]:
+            if not isinstance(value, Tensor) or value.shape != shapes[name]:
                 raise BadMetaparameter(
-                    f"expected z['init'][{name!r}] of shape {list(shapes[name])}; got {list(value.shape)}"
+                    f"expected z['init'][{name!r}] to be a tensor of shape {list(shapes[name])}; got {_describe(value)}"
                 )
 
     def _check_leaves(self) -> None:
@@ -139,6 +139,11 @@ class Metaparameters:
         if "init" in self.z or self.hyper_keys:
             return 0
         return min(self.first_read.values(), default=0)
+
+
+    def reads_at(self, step: int) -> bool:
+        """Whether something beside the optimizer reads `z` at this step or before it."""
+        return "init" in self.z or min(self.first_read.values(), default=step + 1) <= step
 
 
 class Slices:
@@ -203,6 +208,11 @@ class Gradients:
             else:
                 total[objective].index_put_((index,), tangent.to(total.dtype), accumulate=True)
 
+    def finite(self, initial_adjoints: list[Tensor]) -> bool:
+        """Whether everything that `collect` would return is."""
+        tensors = [self.hyper, *self.leaves, *(initial_adjoints if "init" in self.meta.z else ())]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
     def collect(self, initial_adjoints: list[Tensor]) -> dict[str, Any]:
         """Gradients with the keys and shapes of `z`, a first dimension `[k]` added.
 
@@ -235,7 +245,7 @@ def _reduce_to(cotangents: Tensor, shape: torch.Size) -> Tensor:
     return cotangents
 
 
-def _tensors(key: str, value: Any) -> Any:
+def _tensors(key: str, value: Any, device: torch.device) -> Any:
     """The value of a key with its numbers made tensors; every leaf must be a real floating-point tensor."""
 
     def convert(path: Any, leaf: Any) -> Tensor:
@@ -249,6 +259,8 @@ def _tensors(key: str, value: Any) -> Any:
                 f"expected a floating-point tensor, since only those have gradients; {name} is {leaf.dtype}. "
                 "Convert it with .float(), or put it into the batches."
             )
+        if leaf.is_meta:
+            raise BadMetaparameter(f"expected {name} on {device}, where the model is; got {leaf.device}, without values")
         if not bool(torch.isfinite(leaf).all()):
             raise BadMetaparameter(f"expected finite values; {name} holds NaN or infinity")
         return leaf

@@ -30,6 +30,7 @@ class Binding:
         self.model = model
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.buffer_names = tuple(name for name, _ in model.named_buffers())
         self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
         self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")

@@ -65,8 +65,13 @@ class Steps:
         losses, history = [], [buffers]
         for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
             parameters = leaves(list(self.arena.views(params).values()))
-            versions = [p._version for p in parameters]
             slices = meta.at(batch, t)
+            watched = {
+                "parameters": parameters,
+                "parameters that do not require a gradient": self.binding.frozen,
+                "metaparameters": slices.tensors,
+            }
+            versions = _versions(watched)
             copies = {name: b.clone() for name, b in history[-1].items()}
             with contextlib.ExitStack() as stack:
                 try:
@@ -76,8 +81,9 @@ class Steps:
                     if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
                         raise ParametersModified(t) from error
                     raise
-                if [p._version for p in parameters] != versions:
-                    raise ParametersModified(t)
+                for what, version in _versions(watched).items():
+                    if version != versions[what]:
+                        raise ParametersModified(t, what)
                 if not loss.requires_grad:
                     raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -215,6 +221,11 @@ class Steps:
             "torch's generators, state kept outside the model, or a non-deterministic kernel "
             "(see torch.use_deterministic_algorithms)."
         )
+
+
+def _versions(tensors: dict[str, Sequence[Tensor]]) -> dict[str, list[int]]:
+    """How often each tensor has been changed in place."""
+    return {what: [tensor._version for tensor in group] for what, group in tensors.items()}
 
 
 def _settled(before: Buffers, copies: Buffers, after: Buffers) -> Buffers:

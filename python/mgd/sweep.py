@@ -191,6 +191,8 @@ class Sweep:
                     break
             else:
                 self._perform(action)
+        if not gradients.finite([adjoint.state.params for adjoint in adjoints]):
+            raise NonFiniteState(self.meta.first_step, "the metagradient")
         return gradients
 
     def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
@@ -206,7 +208,7 @@ class Sweep:
                     directions[j].add_(step.gradient, alpha=clip * float(out[:, -1].sum()))
                 if not bool(torch.isfinite(out).all()):
                     raise NonFiniteState(t, "the adjoint")
-        if t == self.meta.first_step and not self._initial_adjoint_needed():
+        if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
         def add(j, with_parameters, slices, with_slices):
@@ -226,9 +228,6 @@ class Sweep:
         for adjoint, buffers in zip(adjoints, before, strict=True):
             adjoint.buffers = buffers
         self.measured.counts["hvps"] += len(adjoints)
-
-    def _initial_adjoint_needed(self) -> bool:
-        return "init" in self.meta.z or bool(self.meta.loss_keys)
 
 
 def objective_adjoints(
