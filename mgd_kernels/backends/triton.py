@@ -123,8 +123,18 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _options() -> dict[str, object]:
-    return {"num_warps": _kernels().WARPS, "enable_fp_fusion": False}
+def _options(block: int, rule: str | None = None) -> dict[str, object]:
+    if _interpreted():
+        return {}
+    from triton.runtime import driver
+
+    return _kernels().options(block, rule, driver.active.get_current_target().backend)
+
+
+def _reducing_tile(n: int) -> int:
+    """A function of the length alone: the partition, and with it every sum, is fixed."""
+    kernels = _kernels()
+    return kernels.SMALL_TILE if n < kernels.SMALL else kernels.TILE
 
 
 def _check(n: int, *tensors: Tensor) -> None:
@@ -245,7 +255,7 @@ def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -
         kernels.replay_kernel[(tiles.count,)](
             params, *_pair(slots), grads[0], pitch, offsets, low, table, tiles.table, tiles.numel,
             table.shape[1], steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=tiles.aligned,
-            OFFSETS_ALIGNED=offsets_aligned, BLOCK=kernels.BLOCK, **_options(),
+            OFFSETS_ALIGNED=offsets_aligned, BLOCK=kernels.BLOCK, **_options(kernels.BLOCK),
         )  # fmt: skip
 
 
@@ -267,7 +277,7 @@ def vjp_(
     _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
     device, columns = params.device, len(rule.hyper) + 1
     with _on(device):
-        size = kernels.REDUCING_BLOCKS * kernels.BLOCK
+        size, block = _reducing_tile(params.numel()), kernels.VJP_BLOCK
         tiles = tiles_of(segments, size, device)
         if not tiles.count:
             return torch.zeros(segments.groups, columns, dtype=torch.float64, device=device)
@@ -276,7 +286,7 @@ def vjp_(
         kernels.vjp_kernel[(tiles.count,)](
             params, *_pair(slots), grad, adjoint_params, *_pair(adjoint_slots), u, table, table64, partials,
             tiles.table, tiles.numel, tiles.count, RULE=_variant(rule), ALIGNED=tiles.aligned, TILE=size,
-            BLOCK=kernels.BLOCK, **_options(),
+            BLOCK=block, **_options(block, _variant(rule)),
         )  # fmt: skip
         return _sum(partials, tiles.ranges, segments.groups)
 
@@ -286,12 +296,12 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     kernels = _kernels()
     _check(x.numel(), x, y)
     with _on(x.device):
-        size = kernels.REDUCING_BLOCKS * kernels.BLOCK
+        size, block = _reducing_tile(x.numel()), kernels.VJP_BLOCK
         count = -(-x.numel() // size)
         if not count:
             return torch.zeros((), dtype=torch.float64, device=x.device)
         partials = torch.empty(1, count, dtype=torch.float64, device=x.device)
-        kernels.dot_kernel[(count,)](x, y, partials, x.numel(), TILE=size, BLOCK=kernels.BLOCK, **_options())
+        kernels.dot_kernel[(count,)](x, y, partials, x.numel(), TILE=size, BLOCK=block, **_options(block))
         return _sum(partials, None, 1).reshape(())
 
 
@@ -299,5 +309,6 @@ def _sum(partials: Tensor, ranges: Tensor | None, groups: int) -> Tensor:
     columns, count = partials.shape
     out = torch.empty(groups, columns, dtype=torch.float64, device=partials.device)
     kernels = _kernels()
-    kernels.sum_kernel[(groups, columns)](partials, ranges, out, count, columns, BLOCK=kernels.BLOCK, **_options())
+    block = kernels.BLOCK
+    kernels.sum_kernel[(groups, columns)](partials, ranges, out, count, columns, BLOCK=block, **_options(block))
     return out

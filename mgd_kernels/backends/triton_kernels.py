@@ -13,12 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Elements a program handles at a time, and warps: 8 elements a thread make one 128-bit access in 16-bit dtypes and
-# two in float32. No autotuning: these kernels work in place, and trial runs would advance the state.
+# Elements a program handles at a time. No autotuning: these kernels work in place, and trial runs would advance the
+# state. With 512 elements the VJP of Adam fits 128 registers without a spill on sm_80 to sm_100; with 1024 it takes 246.
 BLOCK = 1024
-WARPS = 4
-# Blocks a program of a reducing kernel walks through, so that few partial sums remain for the second stage.
-REDUCING_BLOCKS = 4
+VJP_BLOCK = 512
+# Elements a program of a reducing kernel walks through: many in large buffers, so that few partial sums remain for
+# the second stage, and few in small ones, so that every multiprocessor has work.
+TILE, SMALL_TILE, SMALL = 4096, 512, 1 << 22
 # Boundaries that are multiples of this many elements let every access be 128 bits wide.
 VECTOR = tl.constexpr(16)
 
@@ -26,6 +27,18 @@ VECTOR = tl.constexpr(16)
 # float64 for the reductions.
 WIDTH = tl.constexpr(12)
 WIDTH64 = tl.constexpr(4)
+
+
+def options(block: int, rule: str | None = None, backend: str = "cuda") -> dict[str, object]:
+    """Launch options for kernels of `block` elements; rule: of the VJP kernel; backend: "cuda" or "hip".
+
+    Threads hold 4 or 8 elements each, at least one 128-bit access in float32.
+    """
+    wave = 64 if backend == "hip" else 32
+    found = {"num_warps": min(4, block // (4 * wave)), "enable_fp_fusion": False}
+    if rule not in (None, "adam") and backend == "cuda":
+        found["maxnreg"] = 128  # left alone, ptxas squeezes some of these into 64 registers and spills one
+    return found
 
 
 # --- Coefficients ------------------------------------------------------------------------------------------------
@@ -259,12 +272,12 @@ def _store(pointer, at, value, mask):
 
 @triton.jit
 def _replay_block(
-    params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+    param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
     RULE: tl.constexpr, SINGLE: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
     mask = at < stop
-    p = _load(params, at, mask)
+    p = _load(param, at, mask)
     s0 = p
     s1 = p
     if slot0 is not None:
@@ -288,7 +301,7 @@ def _replay_block(
             c = _coefficients(table, group + i * groups)
             p, s0, s1 = _step(p, s0, s1, g * c[3], c, RULE)
             g = following
-    _store(params, at, p, mask)
+    _store(param, at, p, mask)
     if slot0 is not None:
         _store(slot0, at, s0, mask)
     if slot1 is not None:
@@ -299,7 +312,7 @@ def _replay_block(
 
 @triton.jit(do_not_specialize=["groups", "steps"])
 def replay_kernel(
-    params, slot0, slot1, grads, pitch, offsets, low, table, tiles, numel, groups, steps,
+    param, slot0, slot1, grads, pitch, offsets, low, table, tiles, numel, groups, steps,
     RULE: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -311,18 +324,18 @@ def replay_kernel(
     start, stop, group = _tile(tiles, numel, BLOCK, ALIGNED)
     if ALIGNED:
         _replay_block(
-            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
             RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
         )  # fmt: skip
     elif (start % VECTOR == 0) & (stop % VECTOR == 0):
         _replay_block(
-            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps,
+            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps,
             tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group,
             RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
         )  # fmt: skip
     else:
         _replay_block(
-            params, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
+            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
             RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
         )  # fmt: skip
 
@@ -338,13 +351,15 @@ def _fold(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def _vjp_tile(
-    params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u_ptr, table, table64, partials, tiles_total,
+    param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u_ptr, table, table64, partials, tiles_total,
     start, stop, group, RULE: tl.constexpr, VECTORISED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = _coefficients(table, group)
     scale = c[3]
     lr = tl.load(table64 + group * WIDTH64)
     weight_decay = tl.load(table64 + group * WIDTH64 + 1)
+    bias1 = tl.load(table64 + group * WIDTH64 + 2)
+    bias2 = tl.load(table64 + group * WIDTH64 + 3)
     zero = tl.zeros([BLOCK // 4], tl.float64)
     sum_an, sum_ap, sum_up, sum_scale = zero, zero, zero, zero
     sum3, sum4, sum5, sum6 = zero, zero, zero, zero
@@ -353,7 +368,7 @@ def _vjp_tile(
             begin = tl.multiple_of(begin, VECTOR)
         at = begin + tl.max_contiguous(tl.arange(0, BLOCK), 4)
         mask = at < stop
-        p = _load(params, at, mask)
+        p = _load(param, at, mask)
         raw = _load(grad, at, mask)
         ap = _load(adjoint, at, mask)
         g = raw * scale
@@ -362,7 +377,6 @@ def _vjp_tile(
             v = _load(slot1, at, mask)
             am = _load(adjoint0, at, mask)
             av = _load(adjoint1, at, mask)
-            bias2 = tl.load(table64 + group * WIDTH64 + 3)
             u, ap, am, av, an, app, up, t3, t4, t5, t6 = _adam_vjp(p, m, v, g, ap, am, av, c, bias2)
             _store(adjoint0, at, am, mask)
             _store(adjoint1, at, av, mask)
@@ -393,7 +407,6 @@ def _vjp_tile(
     tl.store(out + tiles_total, -lr * total_ap)
     tl.store(out + 2 * tiles_total, tl.sum(sum_up, axis=0))
     if RULE == "adam":
-        bias1 = tl.load(table64 + group * WIDTH64 + 2)
         tl.store(out + 3 * tiles_total, tl.sum(sum3, axis=0) - bias1 * lr * total_an)
         tl.store(out + 4 * tiles_total, tl.sum(sum4, axis=0))
         tl.store(out + 5 * tiles_total, tl.sum(sum5, axis=0))
@@ -407,7 +420,7 @@ def _vjp_tile(
 
 @triton.jit(do_not_specialize=["tiles_total"])
 def vjp_kernel(
-    params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles, numel, tiles_total,
+    param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles, numel, tiles_total,
     RULE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The adjoints of the state after a step become those of the state before it, in place; `u` that of `grad`.
@@ -417,17 +430,17 @@ def vjp_kernel(
     start, stop, group = _tile(tiles, numel, TILE, ALIGNED)
     if ALIGNED:
         _vjp_tile(
-            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
             start, stop, group, RULE, True, BLOCK,
         )  # fmt: skip
     elif (start % VECTOR == 0) & (stop % VECTOR == 0):
         _vjp_tile(
-            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
             tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group, RULE, True, BLOCK,
         )  # fmt: skip
     else:
         _vjp_tile(
-            params, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
+            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
             start, stop, group, RULE, False, BLOCK,
         )  # fmt: skip
 
@@ -442,7 +455,7 @@ def dot_kernel(x, y, partials, numel, TILE: tl.constexpr, BLOCK: tl.constexpr):
     stop = tl.minimum(start + TILE, numel)
     total = tl.zeros([BLOCK // 4], tl.float64)
     for begin in range(start, stop, BLOCK):
-        at = tl.multiple_of(begin, VECTOR) + tl.arange(0, BLOCK)
+        at = tl.multiple_of(begin, VECTOR) + tl.max_contiguous(tl.arange(0, BLOCK), 4)
         mask = at < numel
         product = tl.load(x + at, mask=mask, other=0.0).to(tl.float64) * tl.load(y + at, mask=mask, other=0.0).to(
             tl.float64
