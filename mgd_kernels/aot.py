@@ -88,9 +88,7 @@ def compile_only(target: str) -> Iterator[list[Any]]:
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
     except ImportError as error:
-        raise BackendUnavailable(
-            f"compiling needs triton ({error}); pip install 'mgd-kernels[triton]'"
-        ) from error
+        raise BackendUnavailable(f"compiling needs triton ({error}); pip install 'mgd-kernels[triton]'") from error
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -118,6 +116,7 @@ def launch(
     steps: int = 10,
     segments: Segments | None = None,
     low: torch.dtype | None = None,
+    grad_scale: float = 1.0,
 ) -> None:
     """Call the backend's step, VJP or replay on tensors without contents, for `compile_only` to see."""
     from mgd_kernels.backends import triton
@@ -131,16 +130,16 @@ def launch(
     table = torch.tensor([hyper or [0.1] * len(rule.hyper)], dtype=torch.float64).repeat(segments.groups, 1)
     copy = None if low is None else empty(low)
     if pass_ == "step":
-        triton.step_(rule, empty(), slots, empty(gradient), table, k, segments, low=copy)
+        triton.step_(rule, empty(), slots, empty(gradient), table, k, segments, grad_scale, copy)
     elif pass_ == "vjp":
         adjoints = [empty() for _ in rule.slots]
         triton.vjp_(
-            rule, empty(), slots, empty(gradient), table, k, segments, empty(), adjoints, empty(gradient)
+            rule, empty(), slots, empty(gradient), table, k, segments, empty(), adjoints, empty(gradient), grad_scale
         )
     else:
         grads = torch.empty(steps, n, dtype=gradient, device="meta")
         tables = table.expand(steps, -1, -1)
-        triton.replay_(rule, empty(), slots, grads, tables, k, segments, [1.0] * steps, low=copy)
+        triton.replay_(rule, empty(), slots, grads, tables, k, segments, [grad_scale] * steps, copy)
 
 
 @cache

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 # Elements a program handles at a time. No autotuning: these kernels work in place, and trial runs would advance the
-# state. With 512 elements the VJP of Adam fits 128 registers without a spill on sm_80 to sm_100; with 1024 it takes 246.
+# state. With 512 elements the VJP of Adam fits 128 registers on sm_80 to sm_100 without a spill; 1024 take 246.
 BLOCK = 1024
 VJP_BLOCK = 512
 # Elements a program of a reducing kernel walks through: many in large buffers, so that few partial sums remain for
