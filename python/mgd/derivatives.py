@@ -12,7 +12,9 @@ reverse: reverse over reverse, through the graph of the gradient. Every operator
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +64,17 @@ def leaves(tensors: Tensors) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
+@functools.cache
+def _load_forward_formulas() -> None:
+    """What torch imports with the first dual number, without the deprecation warnings that this import gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch._decomp import decompositions_for_jvp  # noqa: F401
+
+
 def forward_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the tangents of the gradient; one dual evaluation each."""
+    _load_forward_formulas()
     results: Gradients = []
     for direction, cotangents in zip(point.directions, point.cotangents, strict=True):
         if results:
