@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import comb, isqrt
 from typing import NamedTuple, Protocol
 
@@ -159,7 +160,7 @@ class Slots:
 
     counts: tuple[int, ...]
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.counts)
 
@@ -172,7 +173,12 @@ class Slots:
 
     def tier(self, depth: int) -> int:
         """Index of the tier that holds the snapshot at `depth`."""
-        return self.between(depth, depth + 1).index(1)
+        above = self.total - 1 - depth
+        for i, count in enumerate(self.counts):
+            if above < count:
+                return i
+            above -= count
+        raise IndexError(f"depth {depth} of {self.total} slots")
 
     def between(self, low: int, high: int) -> tuple[int, ...]:
         """How many of the slots of depths low..high-1 are on each tier."""
@@ -257,9 +263,12 @@ def _paired(length: int, s: int, depth: int, slots: Slots) -> list[int]:
 def advances_from(n: int, s: int, position: int) -> int:
     """How many of the t(n, s) advances of the revolve schedule are over steps at or after `position`."""
     total = 0
-    while n > max(1, position):
-        if n <= s + 1:
-            return total + n - 1 - position
+    while n - 1 > position:
+        if position == 0:
+            return total + advances(n, s)
+        if n <= 2 * s + 1:  # see _kept and _paired
+            pairs = max(0, n - s - 1)
+            return total + n - 1 - position + max(0, pairs - (position + 1) // 2)
         if s == 1:
             return total + (n - position) * (n - position - 1) // 2
         m = split(n, s)
