@@ -96,7 +96,9 @@ class CheckResult:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            ).rstrip()
             for row in rows
         ]
         return "\n".join([*lines, f"{self.trainings} trainings in float64, {self.seconds:.1f} s", *self.notes])
@@ -136,7 +138,9 @@ def check(
     double, z64 = in_double(f), to_dtype(dict(z), torch.float64)
     exact = double.metagradient(z64, progress=progress)
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(exact.value.shape, generator=generator, dtype=torch.float64) if exact.value.ndim else torch.ones(())
+    mix = (
+        torch.randn(exact.value.shape, generator=generator, dtype=torch.float64) if exact.value.ndim else torch.ones(())
+    )
     mix = mix.to(exact.value)
     same = math.isclose(float(own.losses[0]), float(exact.losses[0]), rel_tol=SAME_TRAINING)
     notes = [] if same else ["the first loss differs in float64: the model draws other random numbers there"]

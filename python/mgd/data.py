@@ -77,7 +77,9 @@ def installed() -> dict[str, str | None]:
     """The data sets that `load` knows: None where it is there, else what to do."""
     sklearn = importlib.util.find_spec("sklearn") is not None
     return {
-        "Fashion-MNIST": None if FASHION_MNIST.is_dir() else f"not in {FASHION_MNIST}; apt-get install dataset-fashion-mnist",
+        "Fashion-MNIST": None
+        if FASHION_MNIST.is_dir()
+        else f"not in {FASHION_MNIST}; apt-get install dataset-fashion-mnist",
         "digits": None if sklearn else "needs scikit-learn; pip install 'mgd-kernels[demo]'",
     }
 
