@@ -110,7 +110,8 @@ def zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
         of_kind = [i for i, kind in enumerate(kinds) if kind == (device, dtype)]
         shapes = [leaves[i].shape for i in of_kind]
         flat = torch.zeros(sum(shape.numel() for shape in shapes), dtype=dtype, device=device)
-        found.update(zip(of_kind, views(flat, shapes), strict=True))
+        parts = flat.split([shape.numel() for shape in shapes])
+        found.update((i, part.view(shape).detach()) for i, part, shape in zip(of_kind, parts, shapes, strict=True))
     return [found[i] for i in range(len(leaves))]
 
 
@@ -165,9 +166,7 @@ def _update(call: Call, hyper: Tensor, rate: Tensor, tensors: Sequence[Tensor]) 
         flat, copied = flatten(slot)
         flats.append(flat if copied or call.inplace else buffers.clone(flat))
     segments = Segments.single(call.numel)
-    dispatch.choose(call.rule, update, grad).step_(
-        call.rule, update, flats, grad, hyper[None], call.k, segments
-    )
+    dispatch.choose(call.rule, update, grad).step_(call.rule, update, flats, grad, hyper[None], call.k, segments)
     new = [leaf for flat in flats for leaf in call.views(flat)]
     if call.inplace:
         old = [leaf for slot in slots for leaf in slot]
@@ -249,7 +248,5 @@ def _differentiable_vjp(call: Call, hyper: Tensor, kept: Sequence[Tensor], adjoi
         _, *new, u, dhyper = ops.adam_step_vjp(params, *slots, grad, hyper[None], call.k, segments, *adjoints)
     else:
         nesterov = call.rule.nesterov
-        _, *new, u, dhyper = ops.sgd_step_vjp(
-            params, slots, grad, hyper[None], call.k, segments, nesterov, adjoints
-        )
+        _, *new, u, dhyper = ops.sgd_step_vjp(params, slots, grad, hyper[None], call.k, segments, nesterov, adjoints)
     return u, new, dhyper[0]

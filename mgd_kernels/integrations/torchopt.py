@@ -83,9 +83,7 @@ def adamw(
     """
     hyper = _adam_hyper(lr, betas, eps, eps_root)
     decay = _checked("weight_decay", weight_decay)
-    return _transformation(
-        ADAM, hyper, AdamState, maximize, moment_requires_grad, weight_decay=decay, mask=mask
-    )
+    return _transformation(ADAM, hyper, AdamState, maximize, moment_requires_grad, weight_decay=decay, mask=mask)
 
 
 def adam(
@@ -121,10 +119,10 @@ def sgd(
     by a flag of the transformation, which a second `init` does not reset.
     """
     _checked("momentum", momentum)
-    if nesterov and (not float(momentum) > 0 or float(dampening) != 0):
+    if nesterov and (not _number(momentum) > 0 or _number(dampening) != 0):
         raise BadArgument(
-            f"Nesterov needs a momentum above 0 and no dampening; got momentum={float(momentum)}, "
-            f"dampening={float(dampening)}"
+            f"Nesterov needs a momentum above 0 and no dampening; got momentum={_number(momentum)}, "
+            f"dampening={_number(dampening)}"
         )
     plain = not isinstance(momentum, Tensor) and momentum == 0
     rule = SGD_PLAIN if plain else SGD_NESTEROV if nesterov else SGD_MOMENTUM
@@ -144,10 +142,14 @@ def _checked(name: str, value: Any, below: float | None = None) -> Any:
         return value
     if isinstance(value, Tensor) and value.ndim:
         raise BadArgument(f"expected {name} to be a number or a 0-d tensor; got shape {list(value.shape)}")
-    number = float(value)
+    number = _number(value)
     if not number >= 0 or (below is not None and not number < below):
         raise BadArgument(f"expected {name} {'>= 0' if below is None else f'in [0, {below:g})'}; got {number}")
     return value
+
+
+def _number(value: Scalar) -> float:
+    return float(value.item() if isinstance(value, Tensor) else value)
 
 
 def _is_zero(value: Scalar) -> bool:
@@ -159,7 +161,7 @@ def _row(rule: Rule, values: dict[str, Any]) -> Tensor:
     row = [values.get(name, 0.0) for name in rule.hyper]
     if any(isinstance(value, Tensor) and value.requires_grad for value in row):
         return torch.stack([_scalar(value) for value in row])
-    return torch.tensor([float(value) for value in row], dtype=torch.float64)
+    return torch.tensor([_number(value) for value in row], dtype=torch.float64)
 
 
 def _scalar(value: Scalar) -> Tensor:
@@ -189,7 +191,7 @@ def _transformation(
         for _ in rule.slots:
             slot: list[Tensor | None] = [None] * len(leaves)
             for i, leaf in zip(there, zeros([leaves[i] for i in there]), strict=True):
-                slot[i] = leaf.requires_grad_(moment_requires_grad)
+                slot[i] = leaf.requires_grad_() if moment_requires_grad else leaf
             slots.append(slot)
         count = torch.zeros(len(leaves), dtype=torch.int64)
         return (state_type(*slots, count) if slots else state_type([], count),)

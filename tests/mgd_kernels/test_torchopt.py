@@ -29,7 +29,8 @@ SETTINGS = [
     ("sgd", {"lr": 0.02}),
     ("sgd", {"lr": LINEAR, "momentum": 0.9, "weight_decay": 0.1}),
     ("sgd", {"lr": 0.02, "momentum": 0.9, "dampening": 0.3}),
-    ("sgd", {"lr": 0.02, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ("sgd", {"lr": 0.02, "momentum": 0.9, "nesterov": True}),
+    ("sgd", {"lr": 1e-4, "momentum": 0.5, "maximize": True}),
 ]
 
 
@@ -213,34 +214,12 @@ def test_under_meta_optimizer_and_chain():
         x, y = torch.randn(16, 4), torch.randn(16, 1)
         for _ in range(4):
             inner.step(F.mse_loss(net(x * scale), y))
-        found.append(torch.autograd.grad(F.mse_loss(net(x), y), scale)[0])
+        found.append(torch.autograd.grad(F.mse_loss(net(x), y), scale, retain_graph=True)[0])
         snapshot = torchopt.extract_state_dict(inner, by="copy")
         inner.load_state_dict(snapshot)  # copies do not lie in one buffer any more
         inner.step(F.mse_loss(net(x * scale), y))
         found[-1] = torch.stack([found[-1], torch.autograd.grad(F.mse_loss(net(x), y), scale)[0]])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
-
-
-def test_under_torch_func_grad():
-    params, _, loss = problem()
-    transformation = fused.adamw(0.1, eps_root=1e-6)
-
-    def objective(params):
-        state = transformation.init(params)
-        for _ in range(2):
-            updates, state = transformation.update(
-                torch.func.grad(loss)(params), state, params=params, inplace=False
-            )
-            params = torchopt.apply_updates(params, updates, inplace=False)
-        return loss(params)
-
-    leaves = torchopt.pytree.tree_leaves(params)
-    found = torchopt.pytree.tree_leaves(torch.func.grad(objective)(params))
-    state, p = transformation.init(params), params
-    for _ in range(2):
-        updates, state = transformation.update(grads_of(loss, p), state, params=p, inplace=False)
-        p = torchopt.apply_updates(p, updates, inplace=False)
-    torch.testing.assert_close(found, list(torch.autograd.grad(loss(p), leaves)), rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +273,7 @@ def test_first_moment_where_it_vanishes():
 def test_lengths_around_a_block(n):
     torch.manual_seed(n)
     m, v, g = torch.randn(n), torch.rand(n), torch.randn(n)
-    torch.testing.assert_close(
-        adam_vjp(fused, m, v, g, 0.0), adam_vjp(torchopt, m, v, g, 0.0), rtol=1e-11, atol=1e-13
-    )
+    torch.testing.assert_close(adam_vjp(fused, m, v, g, 0.0), adam_vjp(torchopt, m, v, g, 0.0), rtol=1e-11, atol=1e-13)
 
 
 # --- Memory and precision -----------------------------------------------------------------------------------------
