@@ -303,8 +303,8 @@ class Store:
         self._device.clear()
         self._devices.clear()
         self._finalizer.detach()
-        self._core.close()
         self._closed = True
+        self._core.close()
 
     _closed = False
 

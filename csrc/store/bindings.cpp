@@ -284,7 +284,8 @@ void bind_store(py::module_& m) {
              [](Put& p, uint32_t chunk, const HeldBuffer& buffer) {
                  BufferPtr copy = buffer.buffer;
                  py::gil_scoped_release unlocked;
-                 p.commit(chunk, std::move(copy));
+                 const uint64_t sum = checksum(copy->data(), p.header().chunk_size(chunk));
+                 p.commit(chunk, std::move(copy), sum);
              })
         .def("close", &Put::close, Unlocked())
         .def("abort", &Put::abort, Unlocked());
@@ -298,6 +299,7 @@ void bind_store(py::module_& m) {
                  {
                      py::gil_scoped_release unlocked;
                      buffer = g.chunk(chunk, wait);
+                     if (buffer) g.verify(chunk, checksum(buffer->data(), g.header().chunk_size(chunk)));
                  }
                  return held(std::move(buffer));
              })

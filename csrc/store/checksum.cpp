@@ -3,6 +3,10 @@
 #include <cstring>
 #include <stdexcept>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // One source, compiled for several instruction sets; the loader picks one when the program starts.
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define MGD_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
@@ -17,6 +21,8 @@ constexpr uint64_t kPrime32[3] = {0x9E3779B1u, 0x85EBCA77u, 0xC2B2AE3Du};
 constexpr uint64_t kPrime64[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0x85EBCA77C2B2AE63u,
                                   0x27D4EB2F165667C5u};
 constexpr size_t kStripe = 64, kSecretBytes = 192, kStripesPerBlock = (kSecretBytes - kStripe) / 8;
+constexpr size_t kBlock = kStripe * kStripesPerBlock;
+constexpr size_t kLargeCopy = 1 << 20;
 
 constexpr unsigned char kSecret[kSecretBytes] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4,
@@ -51,11 +57,26 @@ inline __attribute__((always_inline)) void accumulate(uint64_t* lanes, const uns
     for (int i = 0; i < 8; ++i) lanes[i] += data[i ^ 1] + (mixed[i] & 0xFFFFFFFFu) * (mixed[i] >> 32);
 }
 
+// Copies that do not touch the cache, or do.
+inline __attribute__((always_inline)) void copy(unsigned char* to, const unsigned char* from, size_t bytes,
+                                                bool past_cache) {
+#ifdef __SSE2__
+    if (past_cache) {
+        for (size_t i = 0; i < bytes; i += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        return;
+    }
+#endif
+    std::memcpy(to, from, bytes);
+}
+
+// Block by block: hashed, and copied while it is in the first-level cache.
 MGD_CLONES
-void consume(uint64_t* state, const unsigned char* p, size_t bytes) {
+void consume(uint64_t* state, const unsigned char* p, size_t bytes, unsigned char* to, bool past_cache) {
     uint64_t lanes[8];
     std::memcpy(lanes, state, sizeof lanes);
-    const size_t blocks = (bytes - 1) / (kStripe * kStripesPerBlock);
+    const size_t blocks = (bytes - 1) / kBlock;
     for (size_t b = 0; b < blocks; ++b) {
         for (size_t s = 0; s < kStripesPerBlock; ++s, p += kStripe) accumulate(lanes, p, kSecret + 8 * s);
         for (int i = 0; i < 8; ++i) {
@@ -63,20 +84,24 @@ void consume(uint64_t* state, const unsigned char* p, size_t bytes) {
             lanes[i] ^= load(kSecret + kSecretBytes - kStripe + 8 * i);
             lanes[i] *= kPrime32[0];
         }
+        if (to != nullptr) copy(to, p - kBlock, kBlock, past_cache), to += kBlock;
     }
-    const size_t rest = bytes - blocks * kStripe * kStripesPerBlock;
+    const size_t rest = bytes - blocks * kBlock;
     for (size_t s = 0; s < (rest - 1) / kStripe; ++s) accumulate(lanes, p + s * kStripe, kSecret + 8 * s);
     accumulate(lanes, p + rest - kStripe, kSecret + kSecretBytes - kStripe - 7);
+    if (to != nullptr) std::memcpy(to, p, rest);
     std::memcpy(state, lanes, sizeof lanes);
 }
 
-}  // namespace
-
-uint64_t checksum(const void* data, size_t bytes) {
+uint64_t hash_and_copy(const void* data, size_t bytes, void* to) {
     if (bytes <= 240) throw std::invalid_argument("checksum: expected more than 240 bytes");
     uint64_t lanes[8] = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2],
                          kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
-    consume(lanes, static_cast<const unsigned char*>(data), bytes);
+    consume(lanes, static_cast<const unsigned char*>(data), bytes, static_cast<unsigned char*>(to),
+            bytes >= kLargeCopy);
+#ifdef __SSE2__
+    if (to != nullptr) _mm_sfence();
+#endif
     uint64_t hash = bytes * kPrime64[0];
     for (int i = 0; i < 4; ++i) {
         const unsigned char* secret = kSecret + 11 + 16 * i;
@@ -86,5 +111,11 @@ uint64_t checksum(const void* data, size_t bytes) {
     hash *= 0x165667919E3779F9u;
     return hash ^ (hash >> 32);
 }
+
+}  // namespace
+
+uint64_t checksum(const void* data, size_t bytes) { return hash_and_copy(data, bytes, nullptr); }
+
+uint64_t copy_with_checksum(void* to, const void* from, size_t bytes) { return hash_and_copy(from, bytes, to); }
 
 }  // namespace mgd

@@ -11,4 +11,8 @@ namespace mgd {
 // Throws std::invalid_argument when bytes <= 240.
 uint64_t checksum(const void* data, size_t bytes);
 
+// The same while copying to `to`, in one pass over memory. Large copies go past the cache: what is written there is
+// next read by a device, or much later. `to` is aligned to 16 bytes.
+uint64_t copy_with_checksum(void* to, const void* from, size_t bytes);
+
 }  // namespace mgd

@@ -236,6 +236,12 @@ void StoreDirectory::rename(const std::string& from, const std::string& to) cons
     if (renameat(fd_, from.c_str(), fd_, to.c_str()) != 0) fail(path_of(to), "cannot rename a finished file");
 }
 
+bool StoreDirectory::move_aside(const std::string& from, const std::string& to) const {
+    if (renameat(fd_, from.c_str(), fd_, to.c_str()) == 0) return true;
+    if (errno != ENOENT) fail(path_of(from), "cannot remove the file");
+    return false;
+}
+
 void StoreDirectory::unlink(const std::string& name) const {
     if (unlinkat(fd_, name.c_str(), 0) != 0 && errno != ENOENT) fail(path_of(name), "cannot remove the file");
 }

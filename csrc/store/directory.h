@@ -29,7 +29,8 @@ class StoreDirectory {
     std::vector<File> entries() const;  // the files named as entries are
     void remove_unfinished() const;     // temporary files of writers that did not finish
     void rename(const std::string& from, const std::string& to) const;
-    void unlink(const std::string& name) const;  // silent when the file is gone already
+    bool move_aside(const std::string& from, const std::string& to) const;  // false when there is no such file
+    void unlink(const std::string& name) const;                             // silent when the file is gone already
     void sync() const;
     // Removes a scratch directory; lets go of the lock. Errors are swallowed: the next start sweeps again.
     void close();

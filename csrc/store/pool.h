@@ -6,9 +6,11 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -17,6 +19,17 @@ namespace mgd {
 constexpr size_t kPage = 4096;  // alignment of memory, file offsets and lengths: what O_DIRECT asks for everywhere
 
 constexpr uint64_t round_up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Page-aligned memory outside any pool, for headers. Throws std::bad_alloc.
+struct FreeMemory {
+    void operator()(char* p) const { std::free(p); }
+};
+using AlignedBytes = std::unique_ptr<char, FreeMemory>;
+inline AlignedBytes aligned_bytes(size_t bytes) {
+    auto* p = static_cast<char*>(std::aligned_alloc(kPage, round_up(bytes, kPage)));
+    if (p == nullptr) throw std::bad_alloc();
+    return AlignedBytes(p);
+}
 
 class BufferPool;
 

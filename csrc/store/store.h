@@ -11,7 +11,6 @@
 // copied, which ends by itself, or are prefetched, and then a waiter drops them (they are still on disk).
 #pragma once
 
-#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -24,6 +23,7 @@
 
 #include "store/direct_file.h"
 #include "store/directory.h"
+#include "store/entry.h"
 #include "store/format.h"
 #include "store/io_threads.h"
 #include "store/meter.h"
@@ -40,11 +40,6 @@ struct StoreOptions {
     bool persistent = false, durable = false;
     unsigned threads = 2;
 };
-
-enum class Tier { host, disk };
-
-struct Entry;
-using EntryPtr = std::shared_ptr<Entry>;
 
 class TieredStore {
   public:
@@ -109,8 +104,9 @@ class TieredStore {
     BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait);
     void read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to);
     void load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr buffer, bool urgent);
-    void read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer);
-    void write_chunk(const EntryPtr& entry, uint32_t chunk, const BufferPtr& buffer);
+    void read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer);  // unverified
+    void write_chunk(const EntryPtr& entry, uint32_t chunk, const Buffer& buffer);
+    void discard_file(Entry& entry);  // with names_mutex_ held
     void finish_part(const EntryPtr& entry, std::exception_ptr error);
     void finish(const EntryPtr& entry);
     void forget(Entry& entry);  // with mutex_ held
@@ -129,6 +125,7 @@ class TieredStore {
     std::deque<std::pair<EntryPtr, uint32_t>> prefetched_;  // in order of issue
     uint64_t host_used_ = 0, disk_used_ = 0, disk_peak_ = 0, sequence_ = 0, hits_ = 0, drops_ = 0;
     int calls_ = 0, writing_ = 0;
+    int removing_ = 0;  // files that will be gone soon: a put that lacks room waits for them
     bool closing_ = false, closed_ = false;
     Meter put_, get_, write_, read_;
 
@@ -142,7 +139,7 @@ class Put {
     ~Put() { abort(); }
     const Header& header() const;
     BufferPtr buffer(uint32_t chunk, bool wait);  // null when none is free and !wait; padding is zero already
-    void commit(uint32_t chunk, BufferPtr buffer);
+    void commit(uint32_t chunk, BufferPtr buffer, uint64_t sum);  // sum: checksum of the buffer
     void close();
     void abort();  // no effect after close
 
@@ -156,8 +153,9 @@ class Get {
   public:
     Get(TieredStore& store, const std::string& key);  // waits until the entry is written
     const Header& header() const;
-    // The verified chunk; null when it needs a buffer, none is free and !wait.
+    // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
+    void verify(uint32_t i, uint64_t sum) const;  // throws CorruptState unless it is the checksum of chunk i
     void end();
 
   private:
