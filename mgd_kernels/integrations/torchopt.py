@@ -11,7 +11,7 @@ Beyond TorchOpt: every hyperparameter may be a 0-d tensor, and where it requires
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ except ImportError:
 
 __all__ = ["AdamState", "TraceState", "adam", "adamw", "sgd"]
 
-Scalar = float | Tensor
-Schedule = Callable[[Tensor], Scalar]
+Scalar: TypeAlias = float | Tensor
+Schedule: TypeAlias = Callable[[Tensor], Scalar]
 
 
 class AdamState(NamedTuple):
@@ -76,7 +76,8 @@ def adamw(
     """AdamW as `torchopt.adamw`.
 
     mask: a pytree of booleans (or a prefix of one) with the structure of the parameters, or a function from the
-        updates to one: which leaves have weight decay. moment_requires_grad: the initial moments are leaves of the graph.
+        updates to one: which leaves have weight decay.
+    moment_requires_grad: the initial moments are leaves of the graph.
     use_accelerated_op: accepted for the signature's sake; the fused kernel is what always runs.
 
     Raises BadArgument (a ValueError) for a hyperparameter out of range.
@@ -164,7 +165,7 @@ def _row(rule: Rule, values: dict[str, Any]) -> Tensor:
     return torch.tensor([_number(value) for value in row], dtype=torch.float64)
 
 
-def _scalar(value: Scalar) -> Tensor:
+def _scalar(value: Any) -> Tensor:
     return torch.as_tensor(value).to("cpu", torch.float64).reshape(())
 
 
@@ -215,7 +216,8 @@ def _transformation(
         if maximize:
             grads = [None if g is None else -g for g in grads]
         if not _is_zero(l2):
-            grads = [None if g is None else g + (l2 * p).to(g.dtype) for g, p in zip(grads, leaves, strict=True)]
+            decay = lambda g, p: g + (l2 * p).to(g.dtype)
+            grads = [None if g is None else decay(g, p) for g, p in zip(grads, leaves, strict=True)]
         decayed = [False] * len(grads) if _is_zero(weight_decay) else _decayed(mask, updates, len(grads))
 
         new: list[Tensor | None] = [None] * len(grads)

@@ -1,4 +1,4 @@
-"""The drop-in for TorchOpt: same numbers and derivatives as TorchOpt's own transformations, less memory, no wrong cases.
+"""The drop-in for TorchOpt: the numbers and derivatives of TorchOpt's own transformations, in less time and memory.
 
 TorchOpt computes its bias corrections `1 - beta^k` in the default dtype, whatever the parameters' dtype: under float32
 they are off by up to 6e-5 at beta2 = 0.999. Comparisons therefore run with float64 as the default dtype.
