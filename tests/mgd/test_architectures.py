@@ -1,0 +1,241 @@
+"""Models with everything that makes a step more than a formula, against the unrolled reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    CLASSES,
+    adamw,
+    assert_exact,
+    convnet,
+    cross_entropy,
+    gpt,
+    initial,
+    language,
+    lstm,
+    mlp,
+    seeded,
+    supervised,
+    weighted,
+    weights,
+)
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from mgd_kernels import SGD
+
+ROADS = ["forward", "reverse"]
+
+
+def with_everything(case):
+    return case.but({"data_weights": weights(), "init": initial(case.model)}, loss=weighted)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_mlp_with_dropout(hvp):
+    assert_exact(with_everything(supervised(mlp(0.3), (5,), 12)), hvp=hvp)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_running_statistics_that_the_objective_reads(hvp, microbatches):
+    case = with_everything(supervised(convnet(), (1, 6, 6), microbatches=microbatches))
+    assert_exact(case, hvp=hvp)
+
+
+def test_running_statistics_carry_derivatives_by_themselves():
+    """Only they depend on the metaparameter: the trained weights stand behind the normalisation's own scale."""
+
+    def objective(model):
+        return (model[1].running_mean ** 2).sum() + model[1].running_var.log().sum() + 0 * model[0].weight.sum()
+
+    case = supervised(convnet(), (1, 6, 6))
+    assert_exact(case.but({"init": initial(case.model)}, objective=objective))
+
+
+def test_running_statistics_used_by_the_loss():
+    """Some steps train in eval mode, so that running statistics enter the loss as well."""
+
+    def loss(model, batch, z):
+        model.train(bool(batch[2].sum() % 2))
+        return cross_entropy(model, batch, z)
+
+    case = supervised(convnet(), (1, 6, 6))
+    odd = [bool(batch[2].sum() % 2) for batch in case.batches]
+    assert any(odd) and not all(odd)
+    assert_exact(case.but({"init": initial(case.model)}, loss=loss, trace=False))
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_lstm(hvp):
+    assert_exact(with_everything(supervised(lstm(), (4, 5))), hvp=hvp)
+
+
+def test_an_operator_without_forward_formula_is_named_in_the_report():
+    case = supervised(lstm(), (4, 5)).to(torch.float32)
+    report = case.metagradient(hvp="forward").report
+    assert report.hvp == "reverse over reverse"
+    assert report.hvp_fallback == "mkldnn_rnn_layer"
+    assert "mkldnn_rnn_layer" in str(report)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_gpt_with_tied_embedding_dropout_and_attention(hvp):
+    case = language()
+    assert_exact(case.but({"init": initial(case.model)}), hvp=hvp)
+
+
+def test_a_tied_weight_has_one_gradient():
+    names = set(initial(gpt()))
+    assert "embedding.weight" in names and "head.weight" not in names
+
+
+def test_frozen_parameters():
+    case = supervised(mlp(0.2), (5,))
+    case.model[0].weight.requires_grad_(False)
+    case = with_everything(case)
+    assert "0.weight" not in case.z["init"]
+    assert_exact(case)
+
+
+class _Adapter(nn.Module):
+    """W + B A with W frozen (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, linear, rank=2):
+        super().__init__()
+        self.base = linear.requires_grad_(False)
+        self.a = nn.Parameter(0.3 * torch.randn(rank, linear.in_features))
+        self.b = nn.Parameter(0.1 * torch.randn(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@seeded
+def adapted():
+    return nn.Sequential(_Adapter(nn.Linear(5, 8)), nn.Tanh(), _Adapter(nn.Linear(8, CLASSES)))
+
+
+class _LowRank(nn.Module):
+    def __init__(self, rows, columns, rank=2):
+        super().__init__()
+        self.a = nn.Parameter(0.3 * torch.randn(rank, columns))
+        self.b = nn.Parameter(0.1 * torch.randn(rows, rank))
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+@seeded
+def parametrized():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).requires_grad_(False)
+    for layer in (model[0], model[2]):
+        parametrize.register_parametrization(layer, "weight", _LowRank(*layer.weight.shape))
+    return model
+
+
+@pytest.mark.parametrize("make", [adapted, parametrized])
+def test_adapters(make):
+    case = with_everything(supervised(make(), (5,)))
+    assert len(case.z["init"]) == 4
+    assert_exact(case)
+
+
+@seeded
+def weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+class _PlainWeightNorm(nn.Module):
+    def forward(self, magnitude, direction):
+        return magnitude * direction / direction.norm(dim=1, keepdim=True)
+
+
+def test_weight_normalisation():
+    """torch's fused weight normalisation has a wrong second derivative; the reference uses the plain formula."""
+    case = supervised(weight_normed(), (5,))
+    plain = case.but(model=weight_normed())
+    plain.model[0].parametrizations.weight[0].__class__ = _PlainWeightNorm
+    result, expected = case.metagradient(), plain.unrolled()
+    assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=0)
+
+
+def test_instance_norm_with_running_statistics():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.norm = nn.Linear(5, 5), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+            self.head = nn.Linear(20, CLASSES)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.norm(self.mix(x))).flatten(1))
+
+    f = supervised(seeded(Net)(), (4, 5), optimizer=SGD(lr=0.1)).function()
+    lr, h = torch.full((8,), 0.1, dtype=torch.float64), 1e-5
+    difference = (f.value({"lr": lr + h}) - f.value({"lr": lr - h})) / (2 * h)
+    # Central differences at h = 1e-5: h^2 + 1e-16/h, both about 1e-10, times a few hundred.
+    assert f.metagradient({"lr": lr}).grads["lr"].sum().item() == pytest.approx(difference.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_activation_checkpointing_recomputes_with_the_parameters_of_the_step(hvp):
+    class Net(nn.Module):
+        def __init__(self, saving):
+            super().__init__()
+            self.saving, self.head = saving, nn.Linear(8, CLASSES)
+            self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=False) if self.saving else self.body(x))
+
+    saving, plain = (supervised(seeded(Net)(on), (5,)) for on in (True, False))
+    assert_exact(plain, (torch.float64,), hvp=hvp)
+    result, expected = saving.metagradient(hvp=hvp), plain.unrolled()
+    assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_what_the_loss_computes_without_gradients_is_a_constant(hvp):
+    """Both roads agree with autograd; torch lets forward-mode tangents pass through no_grad."""
+
+    def loss(model, batch, z):
+        logits = model(batch[0])
+        with torch.no_grad():
+            confidence = model(batch[0]).softmax(1).amax(1)
+        return (confidence * F.cross_entropy(logits, batch[1], reduction="none")).mean()
+
+    assert_exact(supervised(mlp(), (5,)).but(loss=loss), hvp=hvp)
+
+
+def test_a_buffer_that_is_a_view_of_a_parameter_keeps_its_value():
+    """The buffer remembers the weights of the step; the optimizer then changes the weights, not the memory."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, CLASSES)
+            self.register_buffer("last", torch.zeros(CLASSES, 5))
+
+        def forward(self, x):
+            drift = ((self.linear.weight - self.last) ** 2).sum()
+            self.last = self.linear.weight.detach()
+            return self.linear(x) + 0.1 * drift * torch.tensor([1.0, 0.0, -1.0]).to(x)
+
+    assert_exact(supervised(seeded(Net)(), (5,)).but(per_example={}, trace=False))
+
+
+def test_a_gradient_penalty_inside_the_loss():
+    def loss(model, batch, z):
+        x = batch[0].clone().requires_grad_()
+        value = F.cross_entropy(model(x), batch[1])
+        (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        return value + z["penalty"] * (slope**2).sum()
+
+    case = supervised(mlp(), (5,), 5).but({"penalty": torch.tensor(0.5, dtype=torch.float64)}, loss=loss)
+    assert_exact(case)
+
+
+def test_fifty_steps():
+    case = with_everything(supervised(mlp(0.1), (5,), 50, optimizer=adamw(lr=5e-3)))
+    assert_exact(case)
