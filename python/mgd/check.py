@@ -1,4 +1,4 @@
-"""Does the metagradient hold? Directional finite differences and Taylor remainders of the training function, in float64."""
+"""Does the metagradient hold? Finite differences and Taylor remainders of the whole training, in float64."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class KeyCheck:
     """One key of z along its direction v.
 
     analytic: <∇f, v> in float64. finite_difference: (f(z+hv) - f(z-hv)) / 2h at the best step size, `h`.
-    relative_error: of the two. order: how the remainder |f(z+hv) - f(z) - h<∇f, v>| falls with h, 2 where the gradient is
-    right; None where the remainder is lost in rounding. float32_error: |g - g64| / |g64| over the whole key, g being
-    the metagradient in the function's own precision; None where the two trainings differ from the first step on.
+    relative_error: of the two. order: the power of h with which |f(z+hv) - f(z) - h<∇f, v>| falls, 2 where the
+    gradient is right; None where that remainder is lost in rounding. float32_error: |g - g64| / |g64| over the whole
+    key, g being the metagradient in the function's own precision; None where the two trainings differ from the first
+    step on.
     errors, remainders: at every step size.
     """
 
@@ -52,9 +53,9 @@ class KeyCheck:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """keys: the findings. value: f(z) in float64. steps: the step sizes. trainings: in float64, the metagradient's included.
-    `passed`: every relative error is within `tolerance`, every order within 1/2 of 2 and every float32 error within
-    `float32_tolerance`."""
+    """keys: the findings. value: f(z) in float64. steps: the step sizes. trainings: how many ran in float64, the
+    metagradient's included. `passed`: every relative error is within `tolerance`, every order within 1/2 of 2 and
+    every float32 error within `float32_tolerance`."""
 
     keys: dict[str, KeyCheck]
     value: float

@@ -32,7 +32,7 @@ INSTALL = (
 
 @dataclass(frozen=True)
 class Images:
-    """name: of the data set. images: uint8 `[n, channels, height, width]`. labels: int64 `[n]`, indices into classes."""
+    """images: uint8 `[n, channels, height, width]`. labels: int64 `[n]`, indices into `classes`."""
 
     name: str
     images: Tensor
@@ -107,7 +107,7 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def fashion_mnist(folder: str | Path = FASHION_MNIST, train: bool = True) -> Images:
-    """The 60,000 (or 10,000 test) images 28×28 of Fashion-MNIST (arXiv 1708.07747), or any set in the same four files."""
+    """The 60,000 (or 10,000 test) images of Fashion-MNIST (arXiv 1708.07747), or any set in the same four files."""
     folder, part = Path(folder), "train" if train else "t10k"
 
     def find(stem: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, processor, backends, memory and data sets, with what to do where one is missing."""
+"""What this machine offers: versions, processor, backends, memory, data sets; and what to do where one is missing."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _extension() -> dict[str, Any]:
     reason = cpu.unavailable()
     if reason is not None:
         return {"unavailable": reason, "isa": None, "isas": []}
-    from mgd_kernels import _core
+    from mgd_kernels import _core  # type: ignore[attr-defined]
 
     return {"unavailable": None, "isa": _core.isa(), "isas": list(_core.isas())}
 

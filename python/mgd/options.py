@@ -16,8 +16,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="A folder with IDX files (MNIST, Fashion-MNIST) or CIFAR-10's Python batches. Without it: Fashion-MNIST where "
-        "it is installed, else scikit-learn's digits.",
+        help="A folder with IDX files (MNIST, Fashion-MNIST) or CIFAR-10's Python batches. Without it: Fashion-MNIST "
+        "where it is installed, else scikit-learn's digits.",
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps.")]

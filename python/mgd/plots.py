@@ -76,7 +76,7 @@ def separation(harm: Tensor, wrong: Tensor) -> Figure:
     Right: how many of the wrong labels are found when so many images are looked at, the most harmful first."""
     fig, (left, right) = figure(10, 4, columns=2)
     values, unit = _scaled(harm.double())
-    edges = torch.linspace(float(values.min()), float(values.max()), 41)
+    edges = torch.linspace(float(values.min()), float(values.max()), 41, dtype=torch.float64)
     for mask, colour in ((~wrong, SOFT), (wrong, BAD)):
         left.hist(values[mask], bins=edges, color=colour, alpha=0.75)
     left.axvline(0, color=INK, linewidth=0.8)
@@ -99,7 +99,7 @@ def separation(harm: Tensor, wrong: Tensor) -> Figure:
 
 
 def gallery(title: str, images: Tensor, given: Sequence[str], true: Sequence[str], columns: int = 8) -> Figure:
-    """Images (uint8 `[k, channels, height, width]`) with the label that training saw, and the true one where it differs."""
+    """Images (uint8 `[k, channels, height, width]`) with the label that training saw, and the true one."""
     rows = -(-len(images) // columns)
     fig, axes = figure(1.25 * columns, 1.62 * rows + 0.4, rows=rows, columns=columns, squeeze=False)
     fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -131,7 +131,7 @@ def _scaled(values: Tensor) -> tuple[Tensor, str]:
     if -2 < power < 4:
         return values, ""
     exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return values / 10.0**power, f", 10{exponent}"
+    return values / 10.0**power, f" (×10{exponent})"
 
 
 def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:

@@ -30,7 +30,7 @@ EPS_ROOT = 1e-6  # smooths AdamW where gradients vanish; with 1e-8 the training 
 
 
 def network(images: Images) -> nn.Module:
-    """Convolutions of stride 2, with GroupNorm and GELU, down to 4×4 pixels or fewer, and a linear layer. All smooth."""
+    """Convolutions of stride 2 with GroupNorm and GELU, down to 4×4 pixels or fewer, and a linear layer: all smooth."""
     channels, side = images.images.shape[1], images.images.shape[2]
     layers: list[nn.Module] = []
     width, kernel = 8, 5
@@ -239,7 +239,7 @@ def run(
 
 
 def auc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half (Mann-Whitney)."""
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
     values, index = score.double().unique(return_inverse=True)
     counts = torch.bincount(index, minlength=len(values)).double()
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[index]

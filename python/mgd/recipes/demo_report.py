@@ -15,7 +15,7 @@ from mgd.recipes.demo import Demo, auc
 Table = list[list[str]]
 
 _NAMES = {
-    "lr": "learning rate, one a step",
+    "lr": "learning rate of each step",
     "weight_decay": "weight decay",
     "data_weights": "weight of each training image",
 }
@@ -25,16 +25,16 @@ def headline(demo: Demo) -> str:
     problem = demo.problem
     parameters = sum(p.numel() for p in problem.function.model.parameters())
     return (
-        f"{problem.train.name}: {len(problem.train):,} training images, {int(problem.wrong.sum())} of them with a wrong "
-        f"label, on purpose; a convolutional network of {parameters:,} parameters, trained by {len(problem.function):,} "
-        f"steps of AdamW. Its loss on {len(problem.held_out):,} held-out images is {float(demo.result.value):.4f}. "
-        f"One metagradient says how that loss depends on every choice below."
+        f"{problem.train.name}: {len(problem.train):,} training images, {int(problem.wrong.sum())} of them mislabelled "
+        f"on purpose; a convolutional network of {parameters:,} parameters, {len(problem.function):,} steps of AdamW. "
+        f"Its loss on {len(problem.held_out):,} held-out images is {float(demo.result.value):.4f}. "
+        "One metagradient says how that loss depends on every choice below."
     )
 
 
 def gradients(demo: Demo) -> Table:
     """Each metaparameter: how many numbers, the norm of its gradient, and what finite differences say."""
-    rows = [["metaparameter", "numbers", "gradient norm", "finite-difference error", "Taylor order", "float32 error"]]
+    rows = [["", "numbers", "gradient\nnorm", "finite-diff.\nerror", "Taylor\norder", "float32\nerror"]]
     for key, gradient in demo.result.grads.items():
         found = demo.check.keys[key]
         rows.append(
@@ -94,13 +94,14 @@ def cost(demo: Demo) -> Table:
 
 def show(demo: Demo, console) -> None:
     """The tables, in the terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
-    console.print(headline(demo), style="bold", highlight=False)
+    console.print(headline(demo), highlight=False)
     for title, rows in _tables(demo):
-        table = RichTable(title=title, title_justify="left", title_style="bold", header_style="", min_width=60)
+        table = RichTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
         for i, name in enumerate(rows[0]):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(name, justify="left" if i == 0 else "right", vertical="bottom")
         for row in rows[1:]:
             table.add_row(*row)
         console.print()
@@ -127,9 +128,9 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
     sections = [
         plots.Section(
             "The most harmful training images",
-            f"More weight on these images raises the held-out loss the most; {in_first}. In red, in quotation marks: the "
-            "wrong label that the training saw; below it what the image is. The metagradient knows nothing of the "
-            "true labels of the training images.",
+            f"More weight on these images raises the held-out loss the most; {in_first}. In red, in quotation "
+            "marks: the wrong label that the training saw; below it what the image is. The metagradient knows nothing "
+            "of the true labels of the training images.",
             plots.gallery(
                 "Most harmful. Above, in red: the wrong label that training was given. Below: what it is.",
                 *_captions(problem.train, problem.given, first),
@@ -158,8 +159,8 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
         ),
         plots.Section(
             "The learning rate of every step",
-            f"The same metagradient holds the derivative with respect to each of the {len(problem.function):,} learning "
-            "rates: where the bars are green the training would have profited from larger steps.",
+            f"The same metagradient holds the derivative with respect to each of the {len(problem.function):,} "
+            "learning rates: where the bars are green the training would have profited from larger steps.",
             plots.schedule(problem.z["lr"], demo.result.grads["lr"]),
             "learning-rate",
         ),
@@ -172,8 +173,8 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
         ),
         plots.Section(
             "What it cost",
-            "In seconds, and in units of one plain training. Memory is the process's high-water mark at the end of each "
-            "phase.",
+            "In seconds, and in units of one plain training. Memory is the process's high-water mark at the end of "
+            "each phase.",
             table=cost(demo),
         ),
     ]
