@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 #: The tiers, fastest first. On a machine without an accelerator "device" and "host" are both plain memory.
 TIERS = ("device", "host", "disk")
@@ -84,9 +83,8 @@ class Sizes:
             raise ValueError(f"expected at least one byte a snapshot and a gradient, got {self}")
 
 
-def _rates(device: float, host: float, disk: float) -> Any:
-    defaults = MappingProxyType({"device": device, "host": host, "disk": disk})
-    return field(default_factory=lambda: defaults)
+_WRITE = {"device": 5e11, "host": 1e10, "disk": 2e9}
+_READ = {"device": 5e11, "host": 1e10, "disk": 6e9}
 
 
 @dataclass(frozen=True)
@@ -101,22 +99,25 @@ class Costs:
     """
 
     step: float = 1.0
-    hvp: float | None = None
-    update: float | None = None
-    write: Mapping[str, float] = _rates(device=5e11, host=1e10, disk=2e9)
-    read: Mapping[str, float] = _rates(device=5e11, host=1e10, disk=6e9)
+    hvp: float = None  # type: ignore[assignment]
+    update: float = None  # type: ignore[assignment]
+    write: Mapping[str, float] = field(default_factory=dict)
+    read: Mapping[str, float] = field(default_factory=dict)
     overlap: tuple[str, ...] = ("host", "disk")
 
     def __post_init__(self) -> None:
-        defaults = type(self).__dataclass_fields__
-        for name in ("write", "read"):
-            given, rates = getattr(self, name), defaults[name].default_factory()
-            if unknown := set(given) - set(TIERS):
-                raise ValueError(f"expected rates for {', '.join(TIERS)}; got one for {', '.join(sorted(unknown))}")
-            object.__setattr__(self, name, MappingProxyType({**rates, **given}))
-            if min(getattr(self, name).values()) <= 0:
-                raise ValueError(f"expected positive bytes per second, got {name}={dict(given)}")
+        given = {*self.write, *self.read, *self.overlap}
+        if unknown := given - set(TIERS):
+            raise ValueError(f"expected the tiers {', '.join(TIERS)}; got {', '.join(sorted(unknown))}")
+        derived = {
+            "write": MappingProxyType(_WRITE | dict(self.write)),
+            "read": MappingProxyType(_READ | dict(self.read)),
+        }
+        if min(*derived["write"].values(), *derived["read"].values()) <= 0:
+            raise ValueError(f"expected positive bytes per second, got write={self.write}, read={self.read}")
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "hvp", 3 * self.step if self.hvp is None else self.hvp)
         object.__setattr__(self, "update", self.step / 50 if self.update is None else self.update)
-        if min(self.step, self.hvp, self.update) < 0:  # type: ignore[type-var]
+        if not min(self.step, self.hvp, self.update) >= 0:
             raise ValueError(f"expected non-negative seconds, got {self}")

@@ -1,11 +1,11 @@
 """The shape of a plan: the chain in logged segments, and the place of every object in the tiers.
 
-T training steps and the objective make a chain of N = T + 1 steps, reversed from the objective backwards. The chain is cut
-into n segments of L steps (the first may be shorter). An *outer* schedule reverses the chain of segments. Turning a
-segment means to log the gradients of its steps as the model advances over it, all but the last one, which is turned on
-the spot (it is the objective, or its gradient is computed as it is reversed), and then to go back over it by an *inner* schedule
-whose advances are elementwise updates. So the log holds L - 1 gradients. L = N is the full log: the model runs T
-times. L = 1 is plain checkpointing.
+T training steps and the objective make a chain of N = T + 1 steps, reversed from the objective backwards. It
+is cut into n segments of L steps (the first may be shorter), and an *outer* schedule reverses the chain of
+segments. Turning a segment means to log its gradients as the model advances over it, all but the last one, whose
+step is turned on the spot (it is the objective, or its gradient is computed as it is reversed), and then to go
+back over it by an *inner* schedule whose advances are elementwise updates. So the log holds L - 1 gradients.
+L = N is the full log: the model runs T times. L = 1 is plain checkpointing.
 
 With revolve outside, s snapshots and r its repetitions, the model advances over r N - L C(s+r, s+1) chain steps.
 """
@@ -42,8 +42,8 @@ class Phase:
     read: tuple[int, ...]
 
     def seconds(self, tiers: Sequence[str], costs: Costs) -> float:
-        """The computation with the copies it must make itself, or the slowest transfer beside it, whichever is longer."""
-        busy = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp  # type: ignore[operator]
+        """The computation with the copies it makes itself, or the slowest transfer beside it if that is longer."""
+        busy = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
         beside = 0.0
         for tier, written, read in zip(tiers, self.written, self.read, strict=True):
             transfer = written / costs.write[tier] + read / costs.read[tier]
@@ -85,7 +85,7 @@ class Layout:
         free = list(limits.values())
 
         def place(count: int, size: int) -> tuple[int, ...]:
-            placed = []
+            placed: list[int] = []
             for i, room in enumerate(free):
                 placed.append(min(count - sum(placed), room // size))
                 free[i] -= placed[-1] * size
@@ -154,7 +154,7 @@ class Layout:
                     yield Reverse(step)
 
     def _pieces(self, entries: int) -> Iterator[tuple[int, int, int]]:
-        """(tier index, low, high) of the log of a segment with `entries` entries; the fastest tier has the last ones."""
+        """(tier index, low, high) of a segment's log of so many entries; the fastest tier has the last ones."""
         high = entries
         for i, room in enumerate(self.log):
             low = max(0, high - room)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from math import isqrt
 from typing import Any
 
@@ -142,17 +141,17 @@ class Plan:
         if layout.segments == 1:
             lines.append("The log holds every gradient that is needed: the model runs each step once.")
         elif layout.length == 1:
-            lines.append(f"No gradient is logged. {layout.outer.total:,} snapshots hold the states to start over from.")
+            lines.append(f"No gradient is logged. {_count(layout.outer.total)} for the states to start over from.")
         else:
             lines.append(
                 f"The chain of {back:,} steps and the objective is cut into {layout.segments:,} segments of"
                 f" {layout.length:,} steps; each in its turn is logged ({layout.length - 1:,} gradients, "
-                f"{(layout.length - 1) / back:.1%} of the training) and taken back. {layout.outer.total:,} snapshots"
-                " hold segment starts."
+                f"{(layout.length - 1) / back:.1%} of the training) and taken back. {_count(layout.outer.total)}"
+                " for segment starts."
             )
         if layout.inner.total:
             lines.append(
-                f"Inside the log, {layout.inner.total:,} snapshots; {self.update_steps:,} elementwise updates"
+                f"Inside the log, {_count(layout.inner.total)}; {self.update_steps:,} elementwise updates"
                 " rebuild the states between them."
             )
         lines.append(
@@ -171,7 +170,7 @@ class Plan:
             moved = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
             counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
             rows.append([phase.name, *counts, *moved, _seconds(phase.seconds(tiers, self.costs))])
-        return _table(head, rows)
+        return table(head, rows)
 
     def _memory_table(self) -> list[str]:
         layout = self.layout
@@ -183,7 +182,7 @@ class Plan:
             [tier, format_bytes(limit), *(f"{x:,}" for x in held), format_bytes(self.peak[tier])]
             for (tier, limit), held in zip(self.limits.items(), columns, strict=True)
         ]
-        return ["", *_table(head, rows)]
+        return ["", *table(head, rows)]
 
 
 def plan(
@@ -198,10 +197,10 @@ def plan(
 ) -> Plan:
     """Plan the metagradient of T training steps within `budget`.
 
-    schedule: "auto" (least predicted time), or one kind alone: "log" (every gradient), "revolve" (no gradient; the binomial
-    optimum), "kary" or "kary:K" (REPLAY's tree), "sqrt", "binary", "all" (every state).
+    schedule: "auto" (least predicted time), or one kind alone: "log" (every gradient), "revolve" (no gradient; the
+    binomial optimum), "kary" or "kary:K" (REPLAY's tree), "sqrt", "binary", "all" (every state).
     stop_at: the sweep ends at Reverse(stop_at); the steps before are only trained.
-    default_host_bytes: what `Budget()` stands for, a share of free memory; without it host memory is taken as unlimited.
+    default_host_bytes: what `Budget()` stands for, a share of free memory; without it, unlimited host memory.
 
     Raises BudgetTooSmall, naming the least budget that works, and ValueError for arguments that mean nothing.
     """
@@ -253,8 +252,14 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:
-    advice = f"This schedule holds {what}, of {format_bytes(search.sizes.snapshot)} a snapshot, and breaks none across tiers"
+    advice = (
+        f"This schedule holds {what}, of {format_bytes(search.sizes.snapshot)} a snapshot, and breaks none across tiers"
+    )
     return BudgetTooSmall(needs, dict(search.limits), f"{advice}: raise device, host or disk of mgd.Budget.")
+
+
+def _count(snapshots: int) -> str:
+    return f"{snapshots:,} snapshot{'s' * (snapshots != 1)}"
 
 
 def _seconds(seconds: float) -> str:
@@ -263,7 +268,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.3g} s"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of an aligned table: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:

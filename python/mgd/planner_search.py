@@ -1,8 +1,9 @@
 """The search for the quickest layout under a budget.
 
-A layout is three numbers: segments of L steps, s snapshots of segment starts, c snapshots inside a segment. The model's share
-of its time has a closed form, r N - L C(s+r, s+1), and so have the updates'; so candidates are compared by a lower
-bound that costs microseconds, and only the most promising are counted in full, with the traffic of every tier.
+A layout is three numbers: segments of L steps, s snapshots of segment starts, c snapshots inside a segment. The
+model's share of its time has a closed form, r N - L C(s+r, s+1), and so have the updates'; so candidates are
+compared by a lower bound that costs microseconds, and only the most promising are counted in full, with the
+traffic of every tier.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Search:
 
     def _time(self, candidates: list[Candidate], best: float, tag: int) -> list[tuple[float, int, int, Layout]]:
         """Count the most promising in full: (seconds, peak, tag, layout)."""
-        timed = []
+        timed: list[tuple[float, int, int, Layout]] = []
 
         def count(some: list[Candidate]) -> None:
             nonlocal best
@@ -109,7 +110,7 @@ class Search:
     def segmented(self) -> Iterator[Candidate]:
         """Several segments. For c snapshots inside: the s worth trying, the longest segments, and some shorter ones."""
         for used in range(1, len(self.limits) + 1):
-            found = []
+            found: list[Candidate] = []
             slots = min(self._slots(used), self.chain)
             for inner in _spread(slots - 1, 6):
                 for outer in self._outers(used, inner, slots - inner):
@@ -124,8 +125,8 @@ class Search:
     def _outers(self, used: int, inner: int, most: int) -> set[int]:
         """Numbers s of outer snapshots to try. Each takes room from the log.
 
-        With r repetitions the model's share is r N - L C(s+r, s+1): for given r it is best at about most (r-1)/r, or where r
-        begins to be enough, N <= L C(s+r, s); that product peaks at about most r/(r+1).
+        With r repetitions the model's share is r N - L C(s+r, s+1). For given r it is best at about most (r-1)/r, or
+        where r begins to be enough, N <= L C(s+r, s); that product peaks at about most r/(r+1).
         """
         chosen: set[int] = set()
         for r in _spread(self.chain, 12):
@@ -150,7 +151,9 @@ class Search:
         # take back with fewer repetitions, need fewer updates. Across tiers room breaks, and costs some entries.
         lengths = {longest, -(-self.chain // -(-self.chain // longest))}
         lengths.update(reach(inner, r) for r in _spread(repetitions(longest, inner) - 1, 4))
-        lengths.update(longest - i for i in range(1, used * (used > 1) * (self.sizes.snapshot // self.sizes.gradient) + 1))
+        lengths.update(
+            longest - i for i in range(1, used * (used > 1) * (self.sizes.snapshot // self.sizes.gradient) + 1)
+        )
         for length in lengths:
             if 2 <= length <= longest:
                 segments = -(-self.chain // length)
@@ -184,7 +187,7 @@ class Search:
         logged = self.chain - n
         written = state * (saves(n, outer) + (n - 1) * saves(length, inner)) + grad * logged
         read = state * (self.chain - 1) + grad * (updates + logged)
-        work = model * costs.step + updates * costs.update + (self.chain - 1) * costs.hvp  # type: ignore[operator]
+        work = model * costs.step + updates * costs.update + (self.chain - 1) * costs.hvp
         tiers = list(self.limits)[:used]
         moving = written * min(1 / costs.write[t] for t in tiers) + read * min(1 / costs.read[t] for t in tiers)
         if not set(tiers) & set(costs.overlap):

@@ -80,7 +80,9 @@ def _gamma(s: int, r: int) -> int:
 class Rule(Protocol):
     """How to split a chain of n steps. A label carries what the rule remembers between splits."""
 
-    root: int
+    @property
+    def root(self) -> int:
+        """The label of the whole chain."""
 
     def divide(self, n: int, label: int) -> tuple[int, int, int]:
         """The split m, and the labels of the left and the right part."""
@@ -127,8 +129,8 @@ class KAry:
 class Move(NamedTuple):
     """One move of a reversal: "save", "load", "advance" or "turn", at position `at`.
 
-    `depth` is the place of the snapshot on the stack of those held. A turn with depth >= 0 is at a snapshot which is not
-    needed again and must now be dropped; with depth -1, at none.
+    `depth` is the place of the snapshot on the stack of those held. A turn with depth >= 0 is at a snapshot, which
+    is not needed again and must now be dropped; with depth -1, at none.
     """
 
     kind: str

