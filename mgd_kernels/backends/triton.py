@@ -69,16 +69,16 @@ def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
 class Tiles:
     """Which stretch each program handles.
 
-    table: int64 `[count, 3]` on the device, rows `(start, stop, group)` ordered by group; None where the one segment
-        starts at 0 and tiles follow by counting. ranges: int64 `[G + 1]`, the first tile of each group; None likewise.
-    aligned: whether every boundary allows 128-bit accesses.
+    parts: one launch each, `(tiles, table, size, aligned)`: aligned tiles of up to `size` elements, then the ragged
+        ends of segments. A table is int64 `[tiles, 4]` on the device, rows `(start, stop, group, place)`; None where
+        the one segment starts at 0 and tiles follow by counting.
+    count: of all tiles. They have places in order of group and start, and `ranges`, int64 `[G + 1]`, says where the
+        places of each group begin (None where all are of one group).
     """
 
+    parts: tuple[tuple[int, Tensor | None, int, bool], ...]
     count: int
-    numel: int
-    table: Tensor | None
     ranges: Tensor | None
-    aligned: bool
 
 
 _tiles: WeakKeyDictionary[Segments, dict[tuple[torch.device, int], Tiles]] = WeakKeyDictionary()
@@ -94,20 +94,31 @@ def tiles_of(segments: Segments, size: int, device: torch.device) -> Tiles:
 
 def _cut(segments: Segments, size: int, device: torch.device) -> Tiles:
     vector = _kernels().VECTOR.value
-    aligned = bool((segments.table[:, :2] % vector == 0).all())
     rows = segments.rows()
-    if len(rows) == 1 and rows[0][0] == 0 and segments.groups == 1:
-        numel = rows[0][1]
-        return Tiles(-(-numel // size), numel, None, None, aligned)
-    cut = [
-        (begin, min(begin + size, stop), group)
-        for start, stop, group in sorted(rows, key=lambda row: (row[2], row[0]))
-        for begin in range(start, stop, size)
-    ]
-    table = torch.tensor(cut, dtype=torch.int64).reshape(-1, 3)
-    counts = torch.bincount(table[:, 2], minlength=segments.groups)
-    ranges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Tiles(len(cut), 0, table.to(device), ranges.to(device), aligned)
+    if len(rows) == 1 and segments.groups == 1 and rows[0][0] == 0 and rows[0][1] % vector == 0:
+        count = -(-rows[0][1] // size)
+        return Tiles(((count, None, size, True),) if count else (), count, None)
+    whole: list[tuple[int, int, int, int]] = []
+    ragged: list[tuple[int, int, int, int]] = []
+    counts = torch.zeros(segments.groups, dtype=torch.int64)
+    for start, stop, group in sorted(rows, key=lambda row: (row[2], row[0])):
+        first, last = min(-(-start // vector) * vector, stop), stop // vector * vector
+        for begin, end in (
+            (start, first),
+            *((i, min(i + size, last)) for i in range(first, last, size)),
+            (max(first, last), stop),
+        ):
+            if begin < end:
+                place = len(whole) + len(ragged)
+                (ragged if begin % vector or end % vector else whole).append((begin, end, group, place))
+                counts[group] += 1
+    ranges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
+    parts = tuple(
+        (len(tiles), torch.tensor(tiles, dtype=torch.int64).to(device), longest, aligned)
+        for tiles, longest, aligned in ((whole, size, True), (ragged, vector, False))
+        if tiles
+    )
+    return Tiles(parts, len(whole) + len(ragged), ranges)
 
 
 # --- Launching ---------------------------------------------------------------------------------------------------
@@ -154,10 +165,16 @@ def _coefficients(
     hypers: Tensor,
     k: int | Tensor,
     grad_scales: Sequence[float | Tensor],
+    segments: Segments,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The coefficient tables, float32 and float64, of hypers `[steps, G, H]`, made on the device."""
     kernels = _kernels()
+    if hypers.shape != (len(grad_scales), segments.groups, len(rule.hyper)):
+        raise BadArgument(
+            f"expected hyperparameters [{len(grad_scales)}, {segments.groups}, {len(rule.hyper)}] (steps, groups, "
+            f"{', '.join(rule.hyper)}); got {list(hypers.shape)}"
+        )
     steps, groups, width = hypers.shape
     hypers = hypers.to(device, torch.float64, non_blocking=True).contiguous()
     scale, scales = 1.0, None
@@ -250,13 +267,14 @@ def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -
         tiles = tiles_of(segments, kernels.BLOCK, device)
         if not tiles.count:
             return
-        table, _ = _coefficients(rule, hypers, k, grad_scales, device)
+        table, _ = _coefficients(rule, hypers, k, grad_scales, segments, device)
         pitch, offsets, offsets_aligned = _spacing(grads, device)
-        kernels.replay_kernel[(tiles.count,)](
-            params, *_pair(slots), grads[0], pitch, offsets, low, table, tiles.table, tiles.numel,
-            table.shape[1], steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=tiles.aligned,
-            OFFSETS_ALIGNED=offsets_aligned, BLOCK=kernels.BLOCK, **_options(kernels.BLOCK),
-        )  # fmt: skip
+        for count, where, block, aligned in tiles.parts:
+            kernels.replay_kernel[(count,)](
+                params, *_pair(slots), grads[0], pitch, offsets, low, table, where, params.numel(), segments.groups,
+                steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=aligned,
+                OFFSETS_ALIGNED=aligned and offsets_aligned, BLOCK=block, **_options(block),
+            )  # fmt: skip
 
 
 def vjp_(
@@ -277,17 +295,18 @@ def vjp_(
     _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
     device, columns = params.device, len(rule.hyper) + 1
     with _on(device):
-        size, block = _reducing_tile(params.numel()), kernels.VJP_BLOCK
-        tiles = tiles_of(segments, size, device)
+        tiles = tiles_of(segments, _reducing_tile(params.numel()), device)
         if not tiles.count:
             return torch.zeros(segments.groups, columns, dtype=torch.float64, device=device)
-        table, table64 = _coefficients(rule, hyper[None], k, [grad_scale], device)
+        table, table64 = _coefficients(rule, hyper[None], k, [grad_scale], segments, device)
         partials = torch.empty(columns, tiles.count, dtype=torch.float64, device=device)
-        kernels.vjp_kernel[(tiles.count,)](
-            params, *_pair(slots), grad, adjoint_params, *_pair(adjoint_slots), u, table, table64, partials,
-            tiles.table, tiles.numel, tiles.count, RULE=_variant(rule), ALIGNED=tiles.aligned, TILE=size,
-            BLOCK=block, **_options(block, _variant(rule)),
-        )  # fmt: skip
+        for count, where, size, aligned in tiles.parts:
+            block = min(size, kernels.VJP_BLOCK)
+            kernels.vjp_kernel[(count,)](
+                params, *_pair(slots), grad, adjoint_params, *_pair(adjoint_slots), u, table, table64, partials,
+                where, params.numel(), tiles.count, RULE=_variant(rule), ALIGNED=aligned, TILE=size, BLOCK=block,
+                **_options(block, _variant(rule)),
+            )  # fmt: skip
         return _sum(partials, tiles.ranges, segments.groups)
 
 

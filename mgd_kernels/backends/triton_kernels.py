@@ -20,7 +20,8 @@ VJP_BLOCK = 512
 # Elements a program of a reducing kernel walks through: many in large buffers, so that few partial sums remain for
 # the second stage, and few in small ones, so that every multiprocessor has work.
 TILE, SMALL_TILE, SMALL = 4096, 512, 1 << 22
-# Boundaries that are multiples of this many elements let every access be 128 bits wide.
+# Tiles whose boundaries are multiples of VECTOR elements have every access 128 bits wide. The ragged ends of segments,
+# shorter than that, are tiles of their own for a small variant of each kernel.
 VECTOR = tl.constexpr(16)
 
 # Columns of the coefficient tables, which `coefficients_kernel` fills: float32 for the element-wise mathematics,
@@ -35,7 +36,7 @@ def options(block: int, rule: str | None = None, backend: str = "cuda") -> dict[
     Threads hold 4 or 8 elements each, at least one 128-bit access in float32.
     """
     wave = 64 if backend == "hip" else 32
-    found = {"num_warps": min(4, block // (4 * wave)), "enable_fp_fusion": False}
+    found = {"num_warps": max(1, min(4, block // (4 * wave))), "enable_fp_fusion": False}
     if rule not in (None, "adam") and backend == "cuda":
         found["maxnreg"] = 128  # left alone, ptxas squeezes some of these into 64 registers and spills one
     return found
@@ -241,20 +242,23 @@ def _step(p, s0, s1, g, c, RULE: tl.constexpr):
 
 @triton.jit
 def _tile(tiles, numel, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """(start, stop, group) of this program: from the tile table `[tiles, 3]`, or by counting where there is none."""
+    """(start, stop, group, place) of this program, from the tile table `[tiles, 4]` or by counting where there is none;
+    `place` is where its sums go in the workspace."""
     i = tl.program_id(0).to(tl.int64)
     if tiles is None:
         start = i * TILE
         stop = tl.minimum(start + TILE, numel)
         group = i * 0
+        place = i
     else:
-        start = tl.load(tiles + 3 * i)
-        stop = tl.load(tiles + 3 * i + 1)
-        group = tl.load(tiles + 3 * i + 2)
+        start = tl.load(tiles + 4 * i)
+        stop = tl.load(tiles + 4 * i + 1)
+        group = tl.load(tiles + 4 * i + 2)
+        place = tl.load(tiles + 4 * i + 3)
     if ALIGNED:
         start = tl.multiple_of(start, VECTOR)
         stop = tl.multiple_of(stop, VECTOR)
-    return start, stop, group
+    return start, stop, group, place
 
 
 @triton.jit
@@ -270,11 +274,18 @@ def _store(pointer, at, value, mask):
 # --- Steps and replay --------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _replay_block(
-    param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
-    RULE: tl.constexpr, SINGLE: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["groups", "steps"])
+def replay_kernel(
+    param, slot0, slot1, grads, pitch, offsets, low, table, tiles, numel, groups, steps,
+    RULE: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`steps` steps in place, the states in registers from the first to the last; SINGLE: one step.
+
+    Gradient i lies `offsets[i]` elements after `grads`, or `i * pitch` where there are no offsets. `low` receives
+    the new parameters once more in its own (16-bit) dtype. `table`: float32 coefficients `[steps, groups, WIDTH]`.
+    """
+    start, stop, group, _ = _tile(tiles, numel, BLOCK, ALIGNED)
     at = start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
     mask = at < stop
     p = _load(param, at, mask)
@@ -310,36 +321,6 @@ def _replay_block(
         _store(low, at, p, mask)
 
 
-@triton.jit(do_not_specialize=["groups", "steps"])
-def replay_kernel(
-    param, slot0, slot1, grads, pitch, offsets, low, table, tiles, numel, groups, steps,
-    RULE: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OFFSETS_ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`steps` steps in place, the states in registers from the first to the last; SINGLE: one step.
-
-    Gradient i lies `offsets[i]` elements after `grads`, or `i * pitch` where there are no offsets. `low` receives
-    the new parameters once more in its own (16-bit) dtype. `table`: float32 coefficients `[steps, groups, WIDTH]`.
-    """
-    start, stop, group = _tile(tiles, numel, BLOCK, ALIGNED)
-    if ALIGNED:
-        _replay_block(
-            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
-            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
-        )  # fmt: skip
-    elif (start % VECTOR == 0) & (stop % VECTOR == 0):
-        _replay_block(
-            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps,
-            tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group,
-            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
-        )  # fmt: skip
-    else:
-        _replay_block(
-            param, slot0, slot1, grads, pitch, offsets, low, table, groups, steps, start, stop, group,
-            RULE, SINGLE, OFFSETS_ALIGNED, BLOCK,
-        )  # fmt: skip
-
-
 # --- Vector-Jacobian products ------------------------------------------------------------------------------------
 
 
@@ -349,11 +330,16 @@ def _fold(x, BLOCK: tl.constexpr):
     return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), axis=1)
 
 
-@triton.jit
-def _vjp_tile(
-    param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u_ptr, table, table64, partials, tiles_total,
-    start, stop, group, RULE: tl.constexpr, VECTORISED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["tiles_total"])
+def vjp_kernel(
+    param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles, numel, tiles_total,
+    RULE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The adjoints of the state after a step become those of the state before it, in place; `u` that of `grad`.
+
+    partials: float64 `[H + 1, tiles_total]`, each tile's share of the hyperparameter cotangents.
+    """
+    start, stop, group, place = _tile(tiles, numel, TILE, ALIGNED)
     c = _coefficients(table, group)
     scale = c[3]
     lr = tl.load(table64 + group * WIDTH64)
@@ -364,7 +350,7 @@ def _vjp_tile(
     sum_an, sum_ap, sum_up, sum_scale = zero, zero, zero, zero
     sum3, sum4, sum5, sum6 = zero, zero, zero, zero
     for begin in range(start, stop, BLOCK):
-        if VECTORISED:
+        if ALIGNED:
             begin = tl.multiple_of(begin, VECTOR)
         at = begin + tl.max_contiguous(tl.arange(0, BLOCK), 4)
         mask = at < stop
@@ -377,7 +363,7 @@ def _vjp_tile(
             v = _load(slot1, at, mask)
             am = _load(adjoint0, at, mask)
             av = _load(adjoint1, at, mask)
-            u, ap, am, av, an, app, up, t3, t4, t5, t6 = _adam_vjp(p, m, v, g, ap, am, av, c, bias2)
+            du, ap, am, av, an, app, up, t3, t4, t5, t6 = _adam_vjp(p, m, v, g, ap, am, av, c, bias2)
             _store(adjoint0, at, am, mask)
             _store(adjoint1, at, av, mask)
             sum5 += _fold(t5, BLOCK)
@@ -388,19 +374,19 @@ def _vjp_tile(
             if slot0 is not None:
                 buf = _load(slot0, at, mask)
                 ab = _load(adjoint0, at, mask)
-            u, ap, ab, an, app, up, t3, t4 = _sgd_vjp(p, buf, g, ap, ab, c, RULE)
+            du, ap, ab, an, app, up, t3, t4 = _sgd_vjp(p, buf, g, ap, ab, c, RULE)
             if slot0 is not None:
                 _store(adjoint0, at, ab, mask)
         _store(adjoint, at, ap, mask)
-        _store(u_ptr, at, u * scale, mask)
+        _store(u, at, du * scale, mask)
         sum_an += _fold(an, BLOCK)
         sum_ap += _fold(app, BLOCK)
         sum_up += _fold(up, BLOCK)
         sum3 += _fold(t3, BLOCK)
         sum4 += _fold(t4, BLOCK)
-        sum_scale += _fold(u.to(tl.float64) * raw.to(tl.float64), BLOCK)
-    # Column j of the hyperparameter cotangents, this tile's share, goes to partials[j, tile].
-    out = partials + tl.program_id(0)
+        sum_scale += _fold(du.to(tl.float64) * raw.to(tl.float64), BLOCK)
+    # Column j of the hyperparameter cotangents, this tile's share, goes to partials[j, place].
+    out = partials + place
     total_an = tl.sum(sum_an, axis=0)
     total_ap = tl.sum(sum_ap, axis=0)
     tl.store(out, -(total_an + weight_decay * total_ap))
@@ -416,33 +402,6 @@ def _vjp_tile(
         tl.store(out + 3 * tiles_total, tl.sum(sum3, axis=0))
         tl.store(out + 4 * tiles_total, tl.sum(sum4, axis=0))
         tl.store(out + 5 * tiles_total, tl.sum(sum_scale, axis=0))
-
-
-@triton.jit(do_not_specialize=["tiles_total"])
-def vjp_kernel(
-    param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles, numel, tiles_total,
-    RULE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The adjoints of the state after a step become those of the state before it, in place; `u` that of `grad`.
-
-    partials: float64 `[H + 1, tiles_total]`, each tile's share of the hyperparameter cotangents.
-    """
-    start, stop, group = _tile(tiles, numel, TILE, ALIGNED)
-    if ALIGNED:
-        _vjp_tile(
-            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
-            start, stop, group, RULE, True, BLOCK,
-        )  # fmt: skip
-    elif (start % VECTOR == 0) & (stop % VECTOR == 0):
-        _vjp_tile(
-            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
-            tl.multiple_of(start, VECTOR), tl.multiple_of(stop, VECTOR), group, RULE, True, BLOCK,
-        )  # fmt: skip
-    else:
-        _vjp_tile(
-            param, slot0, slot1, grad, adjoint, adjoint0, adjoint1, u, table, table64, partials, tiles_total,
-            start, stop, group, RULE, False, BLOCK,
-        )  # fmt: skip
 
 
 # --- Reductions --------------------------------------------------------------------------------------------------
