@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mgd import memory
 from mgd.batches import seed_generators, seed_of
-from mgd.budget import Budget, Sizes
+from mgd.budget import Budget, Costs, Sizes
 from mgd.derivatives import SecondDerivative
 from mgd.errors import BadArgument, BadMetaparameter
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, model_kept
-from mgd.planner import Plan, plan
+from mgd.planner import Plan
 from mgd.progress import Progress
 from mgd.report import Report
 from mgd.steps import Steps
@@ -115,6 +116,7 @@ class TrainingFunction:
         self.per_example, self.autocast = dict(per_example or {}), autocast
         self.budget, self.schedule, self.hvp = budget or Budget(), schedule, hvp
         self.trace, self.compile = trace, compile
+        self._costs: Costs | None = None  # measured by the last metagradient
         long = len(batches) * microbatches >= WORTH_TRACING
         self._traces = Traces(compile) if compile or (long if trace is None else trace) else None
 
@@ -153,7 +155,7 @@ class TrainingFunction:
 
     def plan(self) -> Plan:
         """What a metagradient will store where, and what it will cost."""
-        return self._plan(Arena.of(self.model))
+        return self._plan(Arena.of(self.model))[0]
 
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
@@ -176,9 +178,9 @@ class TrainingFunction:
         ):
             yield bar.tick
 
-    def _sweep(self, z: Mapping[str, Any], tick: Callable[[str], None]) -> Sweep:
+    def _sweep(self, z: Mapping[str, Any], tick: Callable[[str], None], arena: Arena | None = None) -> Sweep:
         """A fresh training, at step 0."""
-        arena = Arena.of(self.model)
+        arena = arena or Arena.of(self.model)
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example)
         steps = Steps(
             Binding(self.model),
@@ -202,22 +204,22 @@ class TrainingFunction:
 
     def _forward(self, z: Mapping[str, Any], tick: Callable[[str], None]) -> Run:
         """A training run to its end, with what its reverse sweep needs."""
-        sweep = self._sweep(z, tick)
-        chosen = self._plan(sweep.arena)
+        arena = Arena.of(self.model)
+        chosen, size = self._plan(arena)
+        sweep = self._sweep(z, tick, arena)
+        sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena)
         actions = iter(chosen.actions())
-        sweep.forward(actions)
-        sweep.meta.check_all_read()
-        trained = _trained(sweep)
-        return Run(sweep, chosen, actions, trained, *self._objective(sweep))
+        try:
+            sweep.forward(actions)
+            sweep.meta.check_all_read()
+            return Run(sweep, chosen, actions, _trained(sweep), *self._objective(sweep))
+        except BaseException:
+            sweep.tape.close()
+            raise
 
-    def _plan(self, arena: Arena) -> Plan:
-        buffers = sum(b.numel() * b.element_size() for b in self.model.buffers())
-        flat = arena.numel * arena.dtype.itemsize
-        sizes = Sizes(
-            snapshot=flat * (1 + len(self.optimizer.slots)) + buffers,
-            gradient=arena.numel * arena.gradient_dtype.itemsize + self.microbatches * buffers,
-        )
-        return plan(len(self), sizes, self.budget, schedule=self.schedule)
+    def _plan(self, arena: Arena) -> tuple[Plan, Sizes]:
+        size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches)
+        return memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device), size
 
     def _objective(self, sweep: Sweep):
         seed_generators(seed_of(self.seed, len(self)), sweep.arena.device)
@@ -256,7 +258,10 @@ class Run:
 
     def reverse(self, adjoints: list[Adjoint]) -> dict[str, Any]:
         """Gradients of as many objectives as adjoints of the trained state are given, `[len(adjoints), ...]`."""
-        gradients = self.sweep.reverse(self.actions, adjoints)
+        try:
+            gradients = self.sweep.reverse(self.actions, adjoints)
+        finally:
+            self.sweep.tape.close()
         return gradients.collect([adjoint.state.params for adjoint in adjoints])
 
 

@@ -9,7 +9,6 @@ of stored states).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -22,18 +21,13 @@ from torch import Tensor
 from mgd.actions import Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
 from mgd.metaparameters import Gradients, Metaparameters
-from mgd.model import Binding, Buffers, differentiable, modes_kept
+from mgd.model import Binding, differentiable, modes_kept
 from mgd.steps import Evaluated, Steps
+from mgd.tape import Tape, read_ahead
 from mgd_kernels import Optimizer, OptimizerState
 from mgd_kernels.dispatch import dot
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
-
-
-@dataclass
-class Snapshot:
-    state: OptimizerState
-    buffers: Buffers
 
 
 @dataclass
@@ -69,7 +63,8 @@ class _Timer:
 class Sweep:
     """Interprets the actions of a plan on one training.
 
-    The current state is `self.state` with `self.buffers` at step `self.state.step`.
+    The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
+    unless another one is put in its place.
     """
 
     def __init__(
@@ -89,15 +84,14 @@ class Sweep:
         self.length = len(steps.batches)
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
         self.visited = 0
-        self.log: dict[int, Evaluated] = {}
-        self.snapshots: dict[int, Snapshot] = {}
+        self.tape = Tape(None, self.buffers, torch.empty(0), on_device=False)
         self.measured = Measured()
 
     # --- forward -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """All steps, keeping nothing."""
-        self._advance(self.length, log=False)
+        self._advance(self.length, None)
 
     def forward(self, actions: Iterator[Any]) -> None:
         """Perform the plan's actions until the training is complete."""
@@ -106,39 +100,39 @@ class Sweep:
 
     def _perform(self, action: Any) -> None:
         if isinstance(action, Advance):
-            self._advance(action.stop, action.log is not None)
+            self._advance(action.stop, action.log)
         elif isinstance(action, Save):
-            self.snapshots[action.step] = Snapshot(self.state.clone(), self.buffers)
+            with self.measured.timed("store"):
+                self.tape.save(self.state, self.buffers, action.tier)
         elif isinstance(action, Load):
-            snapshot = self.snapshots[action.step]
-            self.state.copy_(snapshot.state)
-            self.buffers = snapshot.buffers
+            with self.measured.timed("store"):
+                self.buffers = self.tape.load(action.step, self.state)
         elif isinstance(action, Drop):
-            del self.snapshots[action.step]
+            self.tape.drop(action.step)
         else:
             raise TypeError(f"unknown action {action!r}")
 
-    def _advance(self, stop: int, log: bool) -> None:
-        while self.state.step < stop:
-            if self.state.step in self.log:
+    def _advance(self, stop: int, tier: str | None) -> None:
+        """Run to `stop`, by logged gradients where there are, else by the model; then log them on `tier`, if any."""
+        while (t := self.state.step) < stop:
+            if self.tape.logged(t):
                 self._rebuild(stop)
-            else:
-                evaluated = self._evaluate(self.state.step)
-                if log:
-                    self.log[self.state.step] = evaluated
-                with self.measured.timed("update"):
-                    self.optimizer.step_(
-                        self.state,
-                        evaluated.gradient,
-                        self.meta.hypers[self.state.step],
-                        self._clip(evaluated)[0],
-                    )
-                self.buffers = evaluated.buffers[-1]
+                continue
+            step = self._evaluate(t)
+            if tier is not None:
+                with self.measured.timed("store"):
+                    self.tape.log(t, step, tier)
+            with self.measured.timed("update"):
+                self.optimizer.step_(self.state, step.gradient, self.meta.hypers[t], self._clip(step)[0])
+            self.buffers = step.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
-        """Advance over logged steps by their updates alone, as far as the log reaches."""
+        """Advance over logged steps by their updates alone: as many as lie in memory in one pass, or one from the store."""
         start = self.state.step
-        run = list(itertools.takewhile(lambda step: step is not None, map(self.log.get, range(start, stop))))
+        run = self.tape.held(start, stop)
+        if not run:
+            with self.measured.timed("store"):
+                run = [self.tape.read(start)]
         with self.measured.timed("rebuild"):
             self.optimizer.replay_(
                 self.state,
@@ -183,7 +177,7 @@ class Sweep:
         """Perform the rest of the plan with the adjoints of the final state; they become those of the first."""
         gradients = Gradients(self.meta, len(adjoints))
         directions = [torch.zeros_like(self.state.params) for _ in adjoints]
-        for action in actions:
+        for action in read_ahead(actions, self.tape, self.state.step):
             if isinstance(action, Reverse):
                 self._reverse_step(action.step, adjoints, directions, gradients)
                 self.tick("reverse")
@@ -196,7 +190,12 @@ class Sweep:
         return gradients
 
     def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
-        step = self.log.pop(t, None) or self._evaluate(t)
+        logged = self.tape.logged(t)
+        with self.measured.timed("store"):
+            step = self.tape.read(t) if logged else None
+        step = step or self._evaluate(t)
+        if logged:
+            self.tape.forget(t)
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
