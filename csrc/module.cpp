@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 namespace mgd {
+void bind_nn(pybind11::module_&);
 void bind_optim(pybind11::module_&);
 void bind_store(pybind11::module_&);
 }  // namespace mgd
@@ -10,7 +11,6 @@ void bind_store(pybind11::module_&);
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Native kernels and state store of mgd_kernels.";
     mgd::bind_optim(m);
-#ifdef MGD_HAS_STORE
+    mgd::bind_nn(m);
     mgd::bind_store(m);
-#endif
 }

@@ -1,0 +1,402 @@
+"""The CUDA C++ backend: `libmgd_cuda`, a library without torch that takes addresses and a stream.
+
+A kernel call launches on the tensors' device and its current stream, and neither allocates device memory of its own,
+copies, nor waits: workspaces are torch tensors. Inside a captured CUDA graph, hand over `hyper`, `k` and `grad_scale`
+as tensors on the device: the kernels read them there, so that the graph can be replayed with new values. Build with
+`pip install . -C cmake.define.MGD_CUDA=ON` where nvcc is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.arena import Segments
+from mgd_kernels.errors import BackendUnavailable, BadArgument, KernelError
+from mgd_kernels.rules import Rule
+
+# The codes of DType and RuleId in csrc/optim/cuda.cu.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_HALVES = (torch.bfloat16, torch.float16)
+_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
+_MAX_STEPS = 32  # kMaxSteps
+_DEVICE = "cuda"
+_LIBRARY = "libmgd_cuda.so"
+
+
+class _Launch(ctypes.Structure):
+    """`Launch` of csrc/optim/cuda.cu, field by field; the sizes are compared when the library is loaded."""
+
+    _fields_ = [
+        ("state", ctypes.c_void_p * 3),
+        ("adjoint", ctypes.c_void_p * 3),
+        ("u", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p * _MAX_STEPS),
+        ("segments", ctypes.c_void_p),
+        ("first_tile", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("tiles", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
+        ("step_offset", ctypes.c_int64),
+        ("k", ctypes.c_void_p),
+        ("hyper", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("rule", ctypes.c_int),
+        ("dtype", ctypes.c_int),
+        ("grad_dtype", ctypes.c_int),
+    ]
+
+
+class _DotLaunch(ctypes.Structure):
+    """`DotLaunch` of csrc/optim/cuda.cu."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("x_dtype", ctypes.c_int),
+        ("y_dtype", ctypes.c_int),
+    ]
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library with its signatures; KernelError where it was built from other sources than this file."""
+    library = ctypes.CDLL(str(path))
+    for name, argument in (("replay", _Launch), ("vjp", _Launch), ("dot", _DotLaunch)):
+        getattr(library, f"mgd_cuda_{name}").argtypes = [ctypes.POINTER(argument), ctypes.c_void_p]
+    library.mgd_cuda_error.restype = ctypes.c_char_p
+    library.mgd_cuda_workspace.restype = ctypes.c_int64
+    library.mgd_cuda_workspace.argtypes = [ctypes.c_int64] * 3
+    for name in ("launch_size", "dot_launch_size"):
+        getattr(library, f"mgd_cuda_{name}").restype = ctypes.c_int64
+    found = (library.mgd_cuda_launch_size(), library.mgd_cuda_dot_launch_size(), library.mgd_cuda_max_steps())
+    if found != (ctypes.sizeof(_Launch), ctypes.sizeof(_DotLaunch), _MAX_STEPS):
+        raise KernelError(f"{path} does not fit this version of mgd_kernels: build both again")
+    return library
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    path = _find()
+    if path is None:
+        return None, (
+            "mgd_kernels was built without the CUDA kernels; where nvcc is, build it with "
+            "`pip install . -C cmake.define.MGD_CUDA=ON`"
+        )
+    if not torch.cuda.is_available():
+        return None, "torch sees no CUDA device: a GPU, its driver and a torch built with CUDA are needed"
+    try:
+        library = _open(path)
+    except (OSError, KernelError) as error:
+        return None, f"{path} does not load: {error}"
+    code = library.mgd_cuda_check()
+    if code:
+        return None, f"{path} does not run on this GPU and driver: {library.mgd_cuda_error(code).decode()}"
+    return library, None
+
+
+def _find() -> Path | None:
+    """The library, beside the extension module (an editable install keeps the two away from the Python files)."""
+    import mgd_kernels
+
+    folders = [Path(folder) for folder in mgd_kernels.__path__]
+    try:
+        from mgd_kernels import _core
+
+        folders.append(Path(_core.__file__).parent)
+    except ImportError:
+        pass  # the CUDA kernels do without it
+    return next((folder / _LIBRARY for folder in folders if (folder / _LIBRARY).exists()), None)
+
+
+def unavailable() -> str | None:
+    """None where the backend works in this process, else the reason and what to do."""
+    return _load()[1]
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise BackendUnavailable(f"the cuda backend cannot be used: {reason}")
+    return library
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
+    """None where these tensors are served, else the reason: tensors `[n]` of one GPU, contiguous, float32 or float64;
+    gradients of that dtype or a 16-bit one."""
+    if _rule(rule) is None:
+        return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
+    if params.device.type != _DEVICE or grad.device != params.device:
+        return f"expected params and grad on one GPU; got {params.device} and {grad.device}"
+    for name, tensor in (("params", params), ("grad", grad)):
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"expected float32 or float64 params; got {params.dtype}"
+    if grad.dtype != params.dtype and grad.dtype not in _HALVES:
+        return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
+    return None
+
+
+def _rule(rule: Rule) -> int | None:
+    return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
+
+
+def _check(rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """The kernels take addresses: what is not checked here would read or write memory that is not ours."""
+    params = state[0]
+    for grad in grads:
+        reason = unsupported(rule, params, grad)
+        if reason:
+            raise BadArgument(f"the cuda backend cannot serve these tensors: {reason}")
+        if grad.shape != params.shape or grad.dtype != grads[0].dtype:
+            raise BadArgument(
+                f"expected gradients {grads[0].dtype} {list(params.shape)}; got {grad.dtype} {list(grad.shape)}"
+            )
+    if params.ndim != 1:
+        raise BadArgument(f"expected flat tensors [n]; got params {list(params.shape)}")
+    for tensor in state:
+        same = (tensor.dtype, tensor.shape, tensor.device) == (params.dtype, params.shape, params.device)
+        if not same or not tensor.is_contiguous():
+            raise BadArgument(
+                f"expected every slot, adjoint and u contiguous, {params.dtype} {list(params.shape)} on "
+                f"{params.device} as params; got {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on "
+                f"{tensor.device}"
+            )
+
+
+def _slots(rule: Rule, slots: Sequence[Tensor], what: str) -> list[Tensor]:
+    if len(slots) != len(rule.slots):
+        raise BadArgument(f"expected {len(rule.slots)} {what} ({', '.join(rule.slots)}); got {len(slots)}")
+    return list(slots)
+
+
+# --- What the kernels read from device memory -------------------------------------------------------------------------
+
+
+class _Tiles:
+    """The segment table on a device, with the first tile of each row and, last, the number of tiles."""
+
+    def __init__(self, segments: Segments, device: torch.device, tile: int):
+        table = segments.table
+        if table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != 3:
+            raise BadArgument(f"expected a segment table int64 [R, 3]; got {table.dtype} {list(table.shape)}")
+        end = 0
+        first = [0]
+        for start, stop, group in segments.rows():
+            if start < end or stop < start or not 0 <= group < segments.groups:
+                raise BadArgument(
+                    f"expected sorted, disjoint segments of groups below {segments.groups}; got {segments.rows()}"
+                )
+            end = stop
+            first.append(first[-1] - (start - stop) // tile)
+        self.end, self.rows, self.count = end, table.shape[0], first[-1]
+        self.table = table.to(device).contiguous()
+        self.first = torch.tensor(first, dtype=torch.int64, device=device)
+
+
+_tiles_of: WeakKeyDictionary[Segments, dict[torch.device, _Tiles]] = WeakKeyDictionary()
+
+
+def _tiles(segments: Segments, params: Tensor, tile: int) -> _Tiles:
+    on_devices = _tiles_of.setdefault(segments, {})
+    if params.device not in on_devices:
+        on_devices[params.device] = _Tiles(segments, params.device, tile)
+    tiles = on_devices[params.device]
+    if tiles.end > params.numel():
+        raise BadArgument(f"expected segments inside [0, {params.numel()}); the last one ends at {tiles.end}")
+    return tiles
+
+
+def _on(device: torch.device, values: Any, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> Tensor:
+    """`values` as a tensor on the device: the very tensor where it is one already, so that a graph rereads it."""
+    if isinstance(values, (list, tuple)) and any(isinstance(value, Tensor) for value in values):
+        values = torch.stack([torch.as_tensor(value, dtype=dtype, device=device).reshape(()) for value in values])
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.shape != shape:
+        raise BadArgument(f"expected {what} as {dtype} {list(shape)}; got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.to(device, non_blocking=True).contiguous()
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[int]:
+    """The address of the device's current stream, with the device made the current one."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _call(function: Any, launch: ctypes.Structure, device: torch.device) -> None:
+    with _stream(device) as stream:
+        code = function(ctypes.byref(launch), stream)
+    if code:
+        error = _library().mgd_cuda_error(code).decode()
+        raise KernelError(f"expected {function.__name__} to launch on {device}; CUDA error {code}: {error}")
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+# --- The functions every backend has ----------------------------------------------------------------------------------
+
+
+def step_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """As `reference.step_`. `k` may be a 0-d int64 tensor on the device, which the kernel reads."""
+    scale = grad_scale.reshape(1) if isinstance(grad_scale, Tensor) else [grad_scale]
+    replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, scale)
+
+
+def replay_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hypers: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    grad_scales: Sequence[float | Tensor] | Tensor,
+) -> None:
+    """As `reference.replay_`, with the state in registers over up to 32 steps; bit-identical to single steps."""
+    library = _library()
+    if len(grad_scales) != len(grads):
+        raise BadArgument(f"expected {len(grads)} grad_scales, one a gradient; got {len(grad_scales)}")
+    if not grads:
+        return
+    state = [params, *_slots(rule, slots, "slots")]
+    _check(rule, state, grads)
+    device, groups = params.device, segments.groups
+    tiles = _tiles(segments, params, library.mgd_cuda_tile())
+    hypers = _on(device, hypers, torch.float64, (len(grads), groups, len(rule.hyper)), "hyperparameters")
+    scales = _on(device, grad_scales, torch.float64, (len(grads),), "grad_scales")
+    first = _on(device, k, torch.int64, (), "the step number")
+    size = library.mgd_cuda_workspace(min(len(grads), _MAX_STEPS), groups, 0)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    for at in range(0, len(grads), _MAX_STEPS):
+        part = grads[at : at + _MAX_STEPS]
+        launch = _Launch(
+            state=(ctypes.c_void_p * 3)(*_addresses(state)),
+            grads=(ctypes.c_void_p * _MAX_STEPS)(*_addresses(part)),
+            segments=tiles.table.data_ptr(),
+            first_tile=tiles.first.data_ptr(),
+            rows=tiles.rows,
+            groups=groups,
+            tiles=tiles.count,
+            steps=len(part),
+            step_offset=at,
+            k=first.data_ptr(),
+            hyper=hypers[at:].data_ptr(),
+            grad_scale=scales[at:].data_ptr(),
+            workspace=workspace.data_ptr(),
+            rule=_rule(rule),
+            dtype=_DTYPES[params.dtype],
+            grad_dtype=_DTYPES[part[0].dtype],
+        )
+        _call(library.mgd_cuda_replay, launch, device)
+
+
+def vjp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    adjoint_params: Tensor,
+    adjoint_slots: Sequence[Tensor],
+    u: Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """As `reference.vjp_`, in one pass over memory. `k` may be a 0-d int64 tensor on the device."""
+    library = _library()
+    state = [params, *_slots(rule, slots, "slots")]
+    adjoint = [adjoint_params, *_slots(rule, adjoint_slots, "adjoints of slots")]
+    _check(rule, [*state, *adjoint, u], [grad])
+    device, groups = params.device, segments.groups
+    tiles = _tiles(segments, params, library.mgd_cuda_tile())
+    hyper = _on(device, hyper, torch.float64, (groups, len(rule.hyper)), "hyperparameters")
+    scale = _on(device, grad_scale, torch.float64, (), "grad_scale")
+    first = _on(device, k, torch.int64, (), "the step number")
+    workspace = torch.empty(library.mgd_cuda_workspace(1, groups, tiles.count), dtype=torch.uint8, device=device)
+    out = torch.empty(groups, len(rule.hyper) + 1, dtype=torch.float64, device=device)
+    launch = _Launch(
+        state=(ctypes.c_void_p * 3)(*_addresses(state)),
+        adjoint=(ctypes.c_void_p * 3)(*_addresses(adjoint)),
+        u=u.data_ptr(),
+        grads=(ctypes.c_void_p * _MAX_STEPS)(grad.data_ptr()),
+        segments=tiles.table.data_ptr(),
+        first_tile=tiles.first.data_ptr(),
+        rows=tiles.rows,
+        groups=groups,
+        tiles=tiles.count,
+        steps=1,
+        step_offset=0,
+        k=first.data_ptr(),
+        hyper=hyper.data_ptr(),
+        grad_scale=scale.data_ptr(),
+        out=out.data_ptr(),
+        workspace=workspace.data_ptr(),
+        rule=_rule(rule),
+        dtype=_DTYPES[params.dtype],
+        grad_dtype=_DTYPES[grad.dtype],
+    )
+    _call(library.mgd_cuda_vjp, launch, device)
+    return out
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """As `reference.dot`: `[n]` tensors of any two of float32, float64, bfloat16 and float16, on one GPU."""
+    library = _library()
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.device.type != _DEVICE or tensor.dtype not in _DTYPES or tensor.ndim != 1:
+            raise BadArgument(
+                f"expected {name} flat and floating-point on a GPU; got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if x.shape != y.shape or x.device != y.device:
+        raise BadArgument(
+            f"expected x and y of one length on one GPU; got {x.numel()} on {x.device} and {y.numel()} on {y.device}"
+        )
+    x, y = x.contiguous(), y.contiguous()
+    tiles = -(-x.numel() // library.mgd_cuda_tile())
+    workspace = torch.empty(max(tiles, 1), dtype=torch.float64, device=x.device)
+    out = torch.empty((), dtype=torch.float64, device=x.device)
+    launch = _DotLaunch(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        n=x.numel(),
+        out=out.data_ptr(),
+        workspace=workspace.data_ptr(),
+        x_dtype=_DTYPES[x.dtype],
+        y_dtype=_DTYPES[y.dtype],
+    )
+    _call(library.mgd_cuda_dot, launch, x.device)
+    return out
