@@ -120,6 +120,33 @@ def _inner(x: Tensors, y: Tensors) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(x, y, strict=True)]).sum()
 
 
+# The code of what @once_differentiable makes of a backward function.
+_ONCE = torch.autograd.function.once_differentiable(lambda: None).__code__
+
+
+def refuse_once_differentiable(evaluate: Evaluate) -> Evaluate:
+    """`evaluate`, with an error where its loss went through an autograd.Function that is only once differentiable.
+
+    torch raises that error in `.backward()`, but silently leaves the terms out of `torch.autograd.grad`.
+    """
+
+    def checked(*args):
+        loss, left = evaluate(*args)
+        seen, stack = set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            function = getattr(node, "_forward_cls", None)
+            if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+                raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
+            stack += [following for following, _ in node.next_functions]
+        return loss, left
+
+    return checked
+
+
 ROADS = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
 NAMES = {"forward": "forward over reverse", "reverse": "reverse over reverse"}
 
@@ -135,6 +162,7 @@ class SecondDerivative:
     def __init__(self, mode: str):
         self.road = "reverse" if mode == "auto" else mode
         self.fallback: str | None = None
+        self._checked = False
 
     @property
     def used(self) -> str:
@@ -142,21 +170,29 @@ class SecondDerivative:
 
     def __call__(self, evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
         """`restart` puts the random generators back before a second evaluation."""
+        # Walking the graph takes time, so the first evaluation of a training stands for all.
+        unchecked = self.road == "reverse" and not self._checked
+        self._checked |= unchecked
         try:
-            return ROADS[self.road](evaluate, point, restart)
+            return ROADS[self.road](refuse_once_differentiable(evaluate) if unchecked else evaluate, point, restart)
         except RuntimeError as error:
             op = _blocking_operator(error)
             if op is None:
                 raise
             if self.fallback:
-                raise NotDifferentiable(op, str(error).partition("\n")[0]) from error
+                both = op if op == self.fallback else f"{self.fallback}, {op}"
+                raise NotDifferentiable(both, str(error).partition("\n")[0]) from error
             self.fallback, self.road = op, "reverse" if self.road == "forward" else "forward"
         restart()
         return self(evaluate, point, restart)
 
 
 # How torch says that an operator has no forward-mode formula, or no derivative of its backward.
-_BLOCKED = (r"forward AD with (\S+)", r"derivative for '?(?:aten::)?(\S+?)'? is not implemented")
+_BLOCKED = (
+    r"forward AD with (\S+)",
+    r"jvp function for (custom autograd\.Function)",
+    r"derivative for '?(?:aten::)?(\S+?)'? is not implemented",
+)
 
 
 def _blocking_operator(error: Exception) -> str | None:
