@@ -84,6 +84,8 @@ class UpdateRule(Optimizer):
                 leaves = [view.detach().requires_grad_() for view in (g * grad_scale, *views[:count])]
                 hyper = table[group].detach().clone().requires_grad_()
                 new = self._call(leaves[1], leaves[2:], leaves[0], hyper.unbind(), state.step + 1)
+                if not new[0].requires_grad:
+                    raise BadArgument("expected an update of differentiable torch operations; got a detached parameter")
                 live = [(y, a) for y, a in zip(new, views[count:], strict=True) if y.requires_grad]
                 grads = torch.autograd.grad(
                     [y for y, _ in live],
