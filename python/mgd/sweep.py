@@ -265,7 +265,7 @@ def objective_adjoints(
 
 def _checked(value: Any, steps: int) -> Tensor:
     """The objective's value, if it is one."""
-    if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() == 0 or not value.is_floating_point():
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
     if not bool(torch.isfinite(value).all()):
