@@ -28,8 +28,8 @@ class Call:
     """What a fused update is, beside its tensors.
 
     k: the number of the step, 1, 2, ... dtype: of the state. decayed: which leaves have weight decay; the tensors of a
-    call are its gradients, its slots, and the parameters of these leaves. keep: the VJP reads gradients and slots.
-    inplace: the slots are overwritten (only where nothing is differentiated).
+    call are its gradients, its slots, and the parameters of these leaves. moving: more than weight decay is to be
+    differentiated. keep: the VJP reads gradients and slots. inplace: the slots are overwritten.
     """
 
     rule: Rule
@@ -38,6 +38,7 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     decayed: tuple[int, ...]
+    moving: bool
     keep: bool
     inplace: bool
 
@@ -130,11 +131,12 @@ def fused_update(
 
     hyper: float64 `[H]` in the rule's columns, `weight_decay` and `l2` being 0. rate: float64 `[]`, learning rate times
     decoupled weight decay. decayed: the indices of the leaves that decay, and params: these leaves' parameters. All
-    leaves share a device and a dtype. Differentiable in every tensor; with `inplace` and nothing to differentiate, the
-    slots are overwritten.
+    leaves share a device and a dtype. Differentiable in every tensor. With `inplace`, where neither gradients nor slots
+    nor hyperparameters are tracked, the slots are overwritten and the parameters count as constants, as in TorchOpt.
     """
-    every = [*grads, *(leaf for slot in slots for leaf in slot), *params]
-    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hyper, rate, *every))
+    every = [*grads, *(leaf for slot in slots for leaf in slot)]
+    moving = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hyper, rate, *every))
+    inplace = inplace and not moving
     call = Call(
         rule=rule,
         k=k,
@@ -142,19 +144,18 @@ def fused_update(
         dtype=state_dtype(grads[0]),
         device=grads[0].device,
         decayed=tuple(decayed),
-        keep=rule is ADAM or hyper.requires_grad,
-        inplace=inplace and not tracked,
+        moving=moving,
+        keep=moving and (rule is ADAM or hyper.requires_grad),
+        inplace=inplace,
     )
-    if call.inplace:
-        out = _update(call, hyper, rate, every)
-    else:
-        out = FusedUpdate.apply(call, hyper, rate, *every)
+    function = _update if inplace else FusedUpdate.apply
+    out = function(call, hyper, rate, *every, *params)
     updates, new, _ = call.split(out)
     return list(updates), [list(slot) for slot in new]
 
 
 @torch.no_grad()
-def _update(call: Call, hyper: Tensor, rate: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _update(call: Call, hyper: Tensor, rate: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     grads, slots, params = call.split(tensors)
     grad, _ = flatten(grads)
     update = buffers.empty(call.numel, call.dtype, call.device)
@@ -173,7 +174,7 @@ def _update(call: Call, hyper: Tensor, rate: Tensor, tensors: Sequence[Tensor]) 
         if any(a.data_ptr() != b.data_ptr() for a, b in zip(old, new, strict=True)):
             torch._foreach_copy_(old, new)
         new = old
-    return [*call.views(update.to(grad.dtype)), *new]
+    return *call.views(update.to(grad.dtype)), *new
 
 
 class FusedUpdate(torch.autograd.Function):
@@ -181,7 +182,7 @@ class FusedUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, hyper: Tensor, rate: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_update(call, hyper, rate, tensors))
+        return _update(call, hyper, rate, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -192,11 +193,18 @@ class FusedUpdate(torch.autograd.Function):
         ctx.kept = len(kept)
         ctx.save_for_backward(hyper, rate, *kept, *(params if rate.requires_grad else ()))
         ctx.set_materialize_grads(False)
+        if not ctx.call.moving:  # the slots do not depend on the parameters: no chain of graphs through them
+            ctx.mark_non_differentiable(*output[len(grads) :])
 
     @staticmethod
     def backward(ctx, *cotangents):
         call = ctx.call
         hyper, rate, *saved = ctx.saved_tensors
+        if not call.moving:
+            given = [cotangents[i] for i in call.decayed]
+            dtypes = ctx.dtypes[len(ctx.dtypes) - len(given) :]
+            dparams = [None if c is None else (-rate * c).to(dtype) for c, dtype in zip(given, dtypes, strict=True)]
+            return *[None] * (3 + len(ctx.dtypes) - len(given)), *dparams
         updates, slots, _ = call.split(cotangents)
         adjoints = [call.join_cotangents(leaves) for leaves in (updates, *slots)]
         at_update = [adjoints[0].split(call.sizes)[i].view(call.shapes[i]) for i in call.decayed]

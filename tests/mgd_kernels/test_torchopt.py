@@ -187,6 +187,19 @@ def test_inplace_overwrites_the_moments_and_changes_no_number(name, settings):
     assert after[0][0][0] is apart[0][0][0]
 
 
+def test_a_plain_training_builds_no_chain_of_graphs():
+    """Parameters that require gradients, gradients that do not: only the update itself may depend on anything."""
+    params = [torch.randn(3, requires_grad=True)]
+    transformation = fused.adamw(0.1)
+    state = transformation.init(params)
+    updates, state = transformation.update([torch.randn(3)], state, params=params, inplace=False)
+    assert not any(t.requires_grad for t in torchopt.pytree.tree_leaves(state))
+    (found,) = torch.autograd.grad(updates[0].sum(), params)
+    torch.testing.assert_close(found, torch.full((3,), -0.1 * 0.01))
+    updates, state = transformation.update([torch.randn(3)], state, params=params, inplace=True)
+    assert not updates[0].requires_grad and not any(t.requires_grad for t in torchopt.pytree.tree_leaves(state))
+
+
 def test_apply_updates_inplace_trains_as_torch():
     torch.manual_seed(4)
     model, twin = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
