@@ -3,9 +3,9 @@
 The settings are well conditioned on purpose. Adam's derivative divides by sqrt(v + eps_root) + eps: where an element's
 second moment is as small as its rounding error, a float32 metagradient has no correct digits whatever computes it. With
 eps_root = 1e-4 (gradients here are of order 0.1) the float32 error stays near its unit roundoff times a few hundred, so
-that 1e-4 separates rounding from a wrong formula. beta2 = 0.95, since at 0.999 its derivative is the small difference of
-two large terms (the average and its bias correction), of which float32 keeps three digits. In float64 nothing of the
-kind is needed: 1e-10 is 1e6 unit roundoffs.
+that 1e-4 separates rounding from a wrong formula. beta2 = 0.95, since at 0.999 its derivative is the small difference
+of two large terms (the average and its bias correction), of which float32 keeps three digits. In float64 nothing of
+the kind is needed: 1e-10 is 1e6 unit roundoffs.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_a_second_key_that_enters_earlier():
         shift = z["shift"] if batch[3] >= 3 else 0.0
         return F.cross_entropy(scale * model(batch[0]) + shift, batch[1])
 
-    made, counter = case(loss)
+    made, _ = case(loss)
     made.z = {
         "temperature": torch.tensor(1.2, dtype=torch.float64),
         "shift": torch.tensor([0.1, -0.2, 0.0], dtype=torch.float64),

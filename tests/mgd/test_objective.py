@@ -1,5 +1,7 @@
 """Objectives: several at once, the differentiable call, and the order of its Taylor remainder."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,5 +165,5 @@ def test_the_taylor_remainder_is_of_second_order(optimizer):
     slope = sum((result.grads[key] * d[key]).sum() for key in scale)
     slope += sum((result.grads["init"][n] * d["init"][n]).sum() for n in d["init"])
     remainders = [abs(f.value(moved(h)) - result.value - h * slope).item() for h in (2e-3, 1e-3, 5e-4)]
-    orders = [torch.tensor(a / b).log2().item() for a, b in zip(remainders, remainders[1:], strict=False)]
+    orders = [torch.tensor(a / b).log2().item() for a, b in itertools.pairwise(remainders)]
     assert all(1.9 < order < 2.1 for order in orders), (remainders, orders)

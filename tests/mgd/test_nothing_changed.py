@@ -1,0 +1,186 @@
+"""After every call, also one that fails, everything of the user's is as before."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import convnet, cross_entropy, initial, lstm, supervised, weights
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+STEPS = 5
+
+
+def case(**options):
+    model = convnet()
+    model[0].bias.requires_grad_(False)
+    model.train()
+    model[2].eval()  # modes of modules may differ
+    made = supervised(model, (1, 6, 6), STEPS, **options)
+
+    def loss(m, batch, z):
+        each = F.cross_entropy(m(batch[0]), batch[1], reduction="none")
+        return (z["data_weights"][batch[2]] * each).mean()
+
+    return made.but({"data_weights": weights(), "init": initial(model)}, loss=loss)
+
+
+class Watched:
+    """The model, z and global state at construction; `check` compares with them."""
+
+    def __init__(self, case):
+        self.case = case
+        self.registered = {
+            name: (dict(module._parameters), dict(module._buffers), module.training)
+            for name, module in case.model.named_modules()
+        }
+        tensors = [*case.model.parameters(), *case.model.buffers()]
+        self.tensors = [(t, t.detach().clone(), t.requires_grad, t.grad, t._version) for t in tensors]
+        self.z, self.z_values = dict(case.z), tree_map(torch.clone, case.z)
+        torch.manual_seed(77)
+        self.random, self.threads = torch.get_rng_state(), torch.get_num_threads()
+
+    def check(self):
+        model = self.case.model
+        assert [name for name, _ in model.named_modules()] == list(self.registered)
+        for name, module in model.named_modules():
+            parameters, buffers, training = self.registered[name]
+            for before, now in ((parameters, module._parameters), (buffers, module._buffers)):
+                assert list(before) == list(now)
+                assert all(now[key] is before[key] for key in before), name
+            assert module.training is training, name
+        for tensor, value, requires_grad, grad, version in self.tensors:
+            assert torch.equal(tensor, value) and tensor._version == version
+            assert tensor.requires_grad is requires_grad and tensor.grad is grad
+        assert all(self.case.z[key] is value for key, value in self.z.items()) and len(self.case.z) == len(self.z)
+        for now, before in zip(tree_leaves(self.case.z), tree_leaves(self.z_values), strict=True):
+            assert torch.equal(now, before) and not now.requires_grad and now.grad is None
+        assert torch.equal(torch.get_rng_state(), self.random)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert torch.get_num_threads() == self.threads
+        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"autocast": torch.bfloat16}, {"hvp": "forward"}, {"schedule": "revolve"}])
+def test_every_call(options):
+    made = case(**options)
+    watched, f = Watched(made), made.function()
+    for call in (f.metagradient, f.value, f.train, f):
+        call(made.z)
+        watched.check()
+    f.plan()
+    watched.check()
+
+
+def test_backward_of_the_differentiable_call():
+    made = case()
+    watched = Watched(made)
+    value = made.function()(made.z | {"lr": made.z["lr"].clone().requires_grad_()})
+    value.backward()
+    watched.check()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
+@pytest.mark.parametrize("hvp", ["forward", "reverse"])
+@pytest.mark.parametrize("evaluation", [0, 3, STEPS, 2 * STEPS - 1])
+def test_an_exception_in_the_loss(kind, hvp, evaluation):
+    """Before and after the model is called, in the first sweep (evaluations 0 to T-1) and in the reverse sweep."""
+    for inside in (False, True):
+        made, count = case(hvp=hvp, trace=False), itertools.count()
+        plain = made.loss
+
+        def loss(m, batch, z, plain=plain, count=count, inside=inside):
+            stop = next(count) == evaluation
+            if stop and not inside:
+                raise kind
+            m.eval()
+            value = plain(m.train(), batch, z)
+            if stop:
+                m[0].weight.requires_grad  # the tensor of the step, with a graph
+                raise kind
+            return value
+
+        made = made.but(loss=loss)
+        watched = Watched(made)
+        with pytest.raises(kind):
+            made.metagradient()
+        watched.check()
+
+
+@pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
+@pytest.mark.parametrize("call", ["metagradient", "value"])
+def test_an_exception_in_the_objective(kind, call):
+    def objective(model):
+        model.eval()(torch.ones(2, 1, 6, 6, dtype=torch.float64))
+        raise kind
+
+    made = case().but(objective=objective)
+    watched = Watched(made)
+    with pytest.raises(kind):
+        getattr(made.function(), call)(made.z)
+    watched.check()
+
+
+@pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
+def test_an_exception_in_the_batches(kind):
+    class Batches(list):
+        def __getitem__(self, t):
+            torch.rand(3)
+            if t == 2:
+                raise kind
+            return super().__getitem__(t)
+
+    made = case()
+    made = made.but(batches=Batches(made.batches))
+    watched = Watched(made)
+    with pytest.raises(kind):
+        made.metagradient()
+    watched.check()
+
+
+def test_a_module_that_replaces_its_buffers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("late", None)
+
+        def forward(self, x):
+            y = self.linear(x)
+            self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+            self.late = self.mean.detach()
+            return y - self.mean
+
+    made = supervised(Net(), (5,), STEPS)
+    watched = Watched(made)
+    made.metagradient()
+    watched.check()
+    assert made.model.late is None
+
+
+def test_a_recurrent_network_can_be_copied_and_run_afterwards():
+    """nn.LSTM keeps a list of its parameters beside them."""
+    import copy
+
+    made = supervised(lstm(), (4, 5), STEPS)
+    x = made.batches[0][0]
+    before = made.model(x)
+    made.metagradient(hvp="forward")
+    assert torch.equal(copy.deepcopy(made.model)(x), before)
+    assert torch.equal(made.model(x), before)
+
+
+def test_gradients_of_the_user_are_left_alone():
+    made = case()
+    cross_entropy(made.model, made.batches[0], {}).backward()
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in made.model.named_parameters() if p.grad is not None}
+    made.metagradient()
+    for name, p in made.model.named_parameters():
+        if name in gradients:
+            assert p.grad is gradients[name][0] and torch.equal(p.grad, gradients[name][1])
