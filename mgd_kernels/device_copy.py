@@ -38,6 +38,8 @@ class DeviceCopies:
         sources = [_as_bytes(t) for t in tensors]
         put = self._core.begin_put(name, sequence, layout, tier)
         in_flight: deque[tuple[int, Any, torch.cuda.Event]] = deque()
+        buffer: Any = None
+        host: Any = None
 
         def commit_oldest() -> None:
             chunk, buffer, copied = in_flight.popleft()
@@ -55,13 +57,15 @@ class DeviceCopies:
                     host = torch.frombuffer(buffer, dtype=torch.uint8)
                     for i, start, at, n in put.pieces(chunk):
                         host[at : at + n].copy_(sources[i][start : start + n], non_blocking=True)
-                    in_flight.append((chunk, buffer, side.record_event()))
+                    in_flight.append((chunk, buffer, _record(side)))
                 while in_flight:
                     commit_oldest()
             put.close()
         finally:
             if in_flight:  # after an error: the buffers go back to the pool only when nothing writes to them
                 side.synchronize()
+                in_flight.clear()
+            buffer = host = None  # the traceback of an error would keep them
             put.abort()
 
     def get(self, name: bytes, targets: list[torch.Tensor]) -> None:
@@ -71,6 +75,8 @@ class DeviceCopies:
         sinks = [_as_bytes(t) for t in targets]
         get = self._core.begin_get(name)
         in_flight: deque[tuple[Any, torch.cuda.Event]] = deque()
+        buffer: Any = None
+        host: Any = None
         try:
             side.wait_stream(torch.cuda.current_stream(device))  # what still reads the targets' memory
             with torch.cuda.stream(side):
@@ -84,10 +90,11 @@ class DeviceCopies:
                     host = torch.frombuffer(buffer, dtype=torch.uint8)
                     for i, start, at, n in get.pieces(chunk):
                         sinks[i][start : start + n].copy_(host[at : at + n], non_blocking=True)
-                    in_flight.append((buffer, side.record_event()))
+                    in_flight.append((buffer, _record(side)))
         finally:
             side.synchronize()
             in_flight.clear()
+            buffer = host = None  # the traceback of an error would keep them
             get.end()
 
     def report(self) -> str:
@@ -99,8 +106,8 @@ class DeviceCopies:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
                 assert self._pinning is not None
-                if not self._pinning.active:
-                    self._pinning.active = True
+                if self._pinning.device is None:
+                    self._pinning.device = device
                     self._core.trim()  # buffers that were mapped before are mapped again, pinned
             return self._streams[device]
 
@@ -109,14 +116,15 @@ class _Pinning:
     """The hooks of the buffer pool; they run in any thread, once for each piece of memory."""
 
     def __init__(self) -> None:
-        self.active = False
+        self.device: torch.device | None = None  # whose driver context registers; none until a GPU tensor comes
         self._pinned: set[int] = set()
         self._why = ""
 
     def mapped(self, address: int, size: int) -> None:
-        if not self.active or self._why:
+        if self.device is None or self._why:
             return
-        error = torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE)
+        with torch.cuda.device(self.device):  # a thread of the store's has none of its own
+            error = torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE)
         if int(error) == 0:
             self._pinned.add(address)
         else:
@@ -128,9 +136,15 @@ class _Pinning:
             torch.cuda.cudart().cudaHostUnregister(address)
 
     def report(self) -> str:
-        if not self.active:
+        if self.device is None:
             return "no: no GPU tensor came yet"
         return f"no: {self._why}" if self._why else "yes"
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+    event.record(stream)
+    return event
 
 
 def _one_gpu(tensors: list[torch.Tensor]) -> torch.device:

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from mgd_kernels import _core
 from mgd_kernels.device_copy import DeviceCopies
-from mgd_kernels.errors import BadArgument, StoreClosed, StoreFull
+from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
 
 __all__ = ["Key", "Store"]
 
@@ -148,6 +147,10 @@ class Store:
         # Small pools get small chunks: every thread should have one to work on while another is filled.
         room = staging if disk else max(host, PAGE)
         chunk = max(PAGE, min(CHUNK, room // (threads + 2) // PAGE * PAGE))
+        try:
+            from mgd_kernels import _core  # type: ignore[attr-defined]
+        except ImportError as error:
+            raise BackendUnavailable(f"the store needs the package's C++ extension: {error}; reinstall it") from error
         self._core = _core.TieredStore(
             host=host,
             staging=staging,
@@ -162,7 +165,7 @@ class Store:
         self._owner = os.getpid()
         self._host, self._disk, self._persistent = host, disk is not None, persistent
         self._device = _DeviceTier(device or 0)
-        self._devices: dict[bytes, torch.device] = {}  # where an entry's tensors were, if not on the CPU
+        self._devices: dict[bytes, list[torch.device]] = {}  # where an entry's tensors were, if not all on the CPU
         self._copies = DeviceCopies(self._core)
 
     # --- entries
@@ -196,16 +199,13 @@ class Store:
                     if core.contains(name):
                         core.remove(name)
                     return
-                if any(t.device.type != "cpu" for t in items):
-                    self._copies.put(name, sequence, items, layout, candidate)
-                else:
+                if all(t.device.type == "cpu" for t in items):
                     core.put(name, sequence, layout, [t.data_ptr() for t in items], candidate)
-                self._device.drop(name)
-                device = next((t.device for t in items if t.device.type != "cpu"), None)
-                if device is None:
                     self._devices.pop(name, None)
                 else:
-                    self._devices[name] = device
+                    self._copies.put(name, sequence, items, layout, candidate)
+                    self._devices[name] = [t.device for t in items]
+                self._device.drop(name)
                 return
             except StoreFull as refusal:
                 refusals.append(refusal)
@@ -239,7 +239,7 @@ class Store:
             default = [t.device for t in sources]
         else:
             _, sequence, layout = core.describe(name)
-            default = [self._devices.get(name, torch.device("cpu"))] * len(layout)
+            default = self._devices.get(name) or [torch.device("cpu")] * len(layout)
         if out is None:
             where = default if device is None else [torch.device(device)] * len(layout)
             targets = [

@@ -7,8 +7,10 @@
 #include <emmintrin.h>
 #endif
 
-// One source, compiled for several instruction sets; the loader picks one when the program starts.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+// One source, compiled for several instruction sets; the loader picks one when the program starts. Needs glibc's
+// loader; thread sanitizer cannot run before it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
+    !defined(__SANITIZE_THREAD__)
 #define MGD_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define MGD_CLONES
