@@ -1,0 +1,77 @@
+// What Python sees of the operators with fused second derivatives: addresses in (0 for none), the interpreter lock
+// released. `mgd_kernels/functional` checks dtypes, shapes and layouts.
+
+#include <pybind11/pybind11.h>
+
+#include "nn/nn.h"
+
+namespace py = pybind11;
+
+namespace mgd {
+namespace {
+
+using Address = uintptr_t;
+
+float* at(Address address) { return reinterpret_cast<float*>(address); }
+
+}  // namespace
+
+void bind_nn(py::module_& m) {
+    m.def(
+        "nn_activation",
+        [](int pass, int function, int64_t n, Address x, Address gy, Address c, Address y, Address gx, Address ggy,
+           int threads) {
+            py::gil_scoped_release release;
+            run_activation(static_cast<Pass>(pass),
+                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(gx), at(ggy)}, threads);
+        },
+        "A pointwise function, its gradient, or the gradient of that; n elements.");
+    m.def(
+        "nn_layer_norm",
+        [](int pass, int64_t rows, int64_t width, float eps, Address x, Address weight, Address bias, Address gy,
+           Address c, Address cw, Address cb, Address mean, Address rstd, Address y, Address gx, Address ggy,
+           Address gw, Address gb, int threads) {
+            py::gil_scoped_release release;
+            run_layer_norm(static_cast<Pass>(pass),
+                           {rows, width, eps, at(x), at(weight), at(bias), at(gy), at(c), at(cw), at(cb), at(mean),
+                            at(rstd), at(y), at(gx), at(ggy), nullptr, at(gw), at(gb)},
+                           threads);
+        },
+        "Layer norm over rows [rows, width].");
+    m.def(
+        "nn_channel_norm",
+        [](int pass, int64_t batch, int64_t channels, int64_t inner, int64_t groups, float eps, Address x,
+           Address weight, Address bias, Address gy, Address c, Address cw, Address cb, Address gmean, Address gvar,
+           Address mean, Address var, Address rstd, Address y, Address gx, Address ggy, Address ggmean, Address ggvar,
+           Address gw, Address gb, int threads) {
+            py::gil_scoped_release release;
+            run_channel_norm(static_cast<Pass>(pass),
+                             {batch,  channels, inner,     groups,    eps,     at(x),  at(weight), at(bias),  at(gy),
+                              at(c),  at(cw),   at(cb),    at(gmean), at(gvar), at(mean), at(var),  at(rstd),  at(y),
+                              at(gx), at(ggy),  at(ggmean), at(ggvar), nullptr, at(gw), at(gb)},
+                             threads);
+        },
+        "Group norm (groups > 0) or batch norm (groups = 0) of [batch, channels, inner].");
+    m.def(
+        "nn_softmax",
+        [](int pass, int64_t rows, int64_t width, int64_t period, float scale, Address x, Address gy, Address c,
+           Address y, Address gx, Address ggy, Address gp, int threads) {
+            py::gil_scoped_release release;
+            run_softmax(static_cast<Pass>(pass),
+                        {rows, width, period, scale, at(x), at(gy), at(c), at(y), at(gx), at(ggy), at(gp)}, threads);
+        },
+        "softmax(scale x) over rows; period > 0: row i sees the columns up to i % period.");
+    m.def(
+        "nn_cross_entropy",
+        [](int pass, int64_t rows, int64_t width, int64_t ignored, Address x, Address gy, Address c, Address target,
+           Address losses, Address statistics, Address gx, Address ggy, int threads) {
+            py::gil_scoped_release release;
+            run_cross_entropy(static_cast<Pass>(pass),
+                              {rows, width, ignored, at(x), at(gy), at(c), reinterpret_cast<const int64_t*>(target),
+                               at(losses), at(statistics), at(gx), at(ggy)},
+                              threads);
+        },
+        "Cross-entropy of rows with class indices; IndexError where one is out of bounds.");
+}
+
+}  // namespace mgd

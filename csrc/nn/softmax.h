@@ -1,0 +1,124 @@
+// Softmax and cross-entropy over rows.
+
+#pragma once
+
+#include <math.h>
+
+#include "nn/kernels.h"
+#include "nn/lanes.h"
+
+namespace mgd {
+namespace {
+
+MGD_HD float maximum(const float* x, int64_t n, float scale) {
+    float most = -INFINITY;
+    if (n >= kWidth) {
+        V all = load<V>(x) * scale;
+        for (int64_t at = kWidth; at < n; at += kWidth) {  // the last register overlaps the one before
+            const V v = load<V>(x + (at + kWidth <= n ? at : n - kWidth)) * scale;
+            all = all > v ? all : v;
+        }
+        for (int64_t i = 0; i < kWidth; ++i) most = most > all[i] ? most : all[i];
+    } else {
+        for (int64_t i = 0; i < n; ++i) most = most > x[i] * scale ? most : x[i] * scale;
+    }
+    return most;
+}
+
+// y = e^(scale x - maximum); the sum of y.
+MGD_HD double exponentials(const float* x, float* y, int64_t n, float scale, float most) {
+    double sum = 0;
+    add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+        term[0] = exponential(lanes.load(x + at) * scale - most);
+        lanes.store(y + at, term[0]);
+    });
+    return sum;
+}
+
+void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
+    const float scale = s.scale;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row * s.width, seen = s.period ? row % s.period + 1 : s.width;
+        const int64_t n = seen < s.width ? seen : s.width, hidden = sizeof(float) * (s.width - n);
+        const float *x = s.x + first, *gy = s.gy + first, *c = s.c + first;
+        float *y = s.y + first, *gx = s.gx + first, *ggy = s.ggy + first, *gp = s.gp + first;
+        if (pass == Pass::forward) {
+            const float inverse = 1.0 / exponentials(x, y, n, scale, maximum(x, n, scale));
+            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(y + at, lanes.load(y + at) * inverse); });
+            __builtin_memset(y + n, 0, hidden);
+        } else if (pass == Pass::backward) {
+            double sum = 0;
+            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term)
+                                     MGD_INLINE { term[0] = lanes.load(y + at) * lanes.load(gy + at); });
+            const float d = sum;
+            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
+                lanes.store(gx + at, scale * lanes.load(y + at) * (lanes.load(gy + at) - d));
+            });
+            __builtin_memset(gx + n, 0, hidden);
+        } else {
+            double sums[2] = {};
+            add_sums<2>(n, sums, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+                const V p = lanes.load(y + at);
+                term[0] = p * lanes.load(gy + at);
+                term[1] = p * lanes.load(c + at);
+            });
+            const float d = sums[0], e = sums[1];
+            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
+                const V cotangent = lanes.load(c + at), g = lanes.load(gy + at);
+                lanes.store(ggy + at, scale * lanes.load(y + at) * (cotangent - e));
+                lanes.store(gp + at, scale * (cotangent * (g - d) - g * e));
+            });
+            __builtin_memset(ggy + n, 0, hidden);
+            __builtin_memset(gp + n, 0, hidden);
+        }
+    }
+}
+
+void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end) {
+    const int64_t n = e.width;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t target = e.target[row];
+        const bool ignored = target == e.ignored;
+        const float *x = e.x + row * n, *c = e.c + row * n;
+        float *gx = e.gx + row * n, *statistics = e.statistics + 2 * row;
+        if (pass == Pass::forward) {
+            const float most = maximum(x, n, 1.0f);
+            double sum = 0;
+            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term)
+                                     MGD_INLINE { term[0] = exponential(lanes.load(x + at) - most); });
+            const double log_sum = log(sum);
+            statistics[0] = most;
+            statistics[1] = log_sum;
+            e.losses[row] = ignored ? 0.0 : log_sum + (double(most) - x[target]);
+            continue;
+        }
+        const bool twice = pass == Pass::double_backward;
+        if (ignored) {
+            __builtin_memset(gx, 0, sizeof(float) * n);
+            if (twice) e.ggy[row] = 0;
+            continue;
+        }
+        const float most = statistics[0], log_sum = statistics[1], gy = e.gy[row];
+        const auto probability = [&](int64_t at, auto lanes)
+                                     MGD_INLINE { return exponential(lanes.load(x + at) - most - log_sum); };
+        if (!twice) {
+            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(gx + at, gy * probability(at, lanes)); });
+            gx[target] -= gy;
+        } else {
+            double mean = 0;
+            add_sums<1>(n, &mean, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+                const V p = probability(at, lanes);
+                lanes.store(gx + at, p);
+                term[0] = p * lanes.load(c + at);
+            });
+            e.ggy[row] = mean - c[target];
+            const float center = mean;
+            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
+                lanes.store(gx + at, gy * lanes.load(gx + at) * (lanes.load(c + at) - center));
+            });
+        }
+    }
+}
+
+}  // namespace
+}  // namespace mgd

@@ -1,0 +1,48 @@
+"""Functions of `torch.nn.functional` with fused first and second derivatives, for exact Hessian-vector products.
+
+A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes an operator. Here
+the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so they are one
+node each in a graph that `make_fx` traces. They serve float32 on the CPU, in reverse mode, twice; everything else
+goes to torch's own function, so a replacement is always safe. In forward mode (`torch.autograd.forward_ad`) they raise
+NotImplementedError; a third derivative raises too. Results are the same bits for any number of threads.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from mgd_kernels.functional.activation import gelu, sigmoid, silu, tanh
+from mgd_kernels.functional.attention import scaled_dot_product_attention, softmax
+from mgd_kernels.functional.loss import cross_entropy
+from mgd_kernels.functional.norm import batch_norm, batch_norm_with_statistics, group_norm, layer_norm
+
+__all__ = [
+    "REPLACEMENTS",
+    "batch_norm",
+    "batch_norm_with_statistics",
+    "cross_entropy",
+    "gelu",
+    "group_norm",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "tanh",
+]
+
+REPLACEMENTS: dict[Callable, Callable] = {
+    F.gelu: gelu,
+    F.silu: silu,
+    torch.tanh: tanh,
+    torch.Tensor.tanh: tanh,
+    torch.sigmoid: sigmoid,
+    torch.Tensor.sigmoid: sigmoid,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.batch_norm: batch_norm,
+    F.softmax: softmax,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.cross_entropy: cross_entropy,
+}

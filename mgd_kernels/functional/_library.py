@@ -1,0 +1,147 @@
+"""How an operator with fused derivatives is made known to torch: one node in every graph, differentiated only by its
+own formula, mapped over a batch by a loop, and loud about what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from mgd_kernels.backends import cpu
+from mgd_kernels.errors import BadArgument
+
+_library = torch.library.Library("mgd_kernels", "FRAGMENT")
+
+# The codes of mgd::Pass (csrc/nn/kernels.h).
+FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
+
+
+def operator(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[[tuple, Any], Sequence[Tensor | None]] | None = None,
+    backward: Callable[..., Any] | None = None,
+    non_differentiable: slice = slice(0, 0),
+):
+    """Defines `mgd_kernels::<schema>` and returns the operator.
+
+    save(args, outputs): the tensors that `backward` will need. backward(ctx, *cotangents): the cotangents of args,
+    from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. Without `backward`, a derivative raises.
+    non_differentiable: which outputs carry no derivative.
+    """
+    name = schema[: schema.index("(")]
+    qualified = f"mgd_kernels::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.mgd_kernels, name).default
+    below_autograd = torch._C._after_autograd_keyset
+
+    def forward(ctx, keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op.redispatch(keyset & below_autograd, *args)
+        ctx.set_materialize_grads(False)
+        ctx.arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
+        if save is not None:
+            ctx.save_for_backward(*save(args, outputs))
+        if isinstance(outputs, tuple):
+            ctx.mark_non_differentiable(*outputs[non_differentiable])
+        return outputs
+
+    def differentiate(ctx, *cotangents):
+        if backward is None:
+            raise NotImplementedError(
+                f"derivative for {qualified} is not implemented: the fused operators are differentiable twice. For third "
+                "derivatives, use torch's own functions."
+            )
+        found = backward(ctx, *cotangents)
+        return (None, *found) if isinstance(found, tuple) else (None, found)
+
+    function = type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(differentiate)},
+    )
+
+    def autograd(keyset, *args):
+        if fwAD._current_level >= 0 and any(
+            isinstance(arg, Tensor) and fwAD.unpack_dual(arg).tangent is not None for arg in args
+        ):
+            raise NotImplementedError(
+                f"Trying to use forward AD with {qualified} that does not support it: use reverse mode, or torch's own "
+                "function."
+            )
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below_autograd, *args)
+
+    def over_batch(info, in_dims, *args):
+        results = [
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], tuple):
+            stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return stacked, (0,) * len(stacked)
+        return torch.stack(results), 0
+
+    _library.impl(name, kernel, "CPU")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_vmap(qualified, over_batch, lib=_library)
+    return op
+
+
+def served(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors here: float32, on the CPU, with elements, no autocast, and no
+    torch.func transform other than vmap."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.dtype is not torch.float32
+            or tensor.device.type != "cpu"
+            or tensor.layout is not torch.strided
+            or tensor.numel() == 0
+        ):
+            return False
+    if torch.is_autocast_enabled("cpu") or cpu.unavailable() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        vmap = torch._C._functorch.TransformType.Vmap
+        return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+    return True
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether x is laid out with channels last, which the kernels would undo."""
+    return not x.is_contiguous() and (
+        (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as the kernels want them. They take addresses: what is not checked here would read memory that is
+    not ours."""
+    found = []
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.dtype is not torch.float32 or tensor.shape != shape:
+                raise BadArgument(
+                    f"expected a float32 tensor {list(shape)}; got {tensor.dtype} {list(tensor.shape)}: the operators "
+                    "mgd_kernels:: take what their functions in mgd_kernels.functional hand them"
+                )
+            tensor = tensor.contiguous()
+        found.append(tensor)
+    return found
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def like(x: Tensor, *shape: int) -> Tensor:
+    """An empty contiguous tensor: of x's shape, or of `shape`."""
+    return x.new_empty(shape or x.shape)

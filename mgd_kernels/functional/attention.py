@@ -1,0 +1,135 @@
+"""Softmax over rows, with scale and causal mask, and attention made of it and batched matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgd_kernels.backends.cpu import _core
+from mgd_kernels.functional._library import (
+    BACKWARD,
+    DOUBLE_BACKWARD,
+    FORWARD,
+    address,
+    contiguous,
+    like,
+    operator,
+    served,
+)
+
+# p = softmax(scale x) over the last dimension; gp, gx cotangents of p and x; c that of gx; ggp that of gp.
+# causal: row i of a matrix [..., rows, columns] sees the columns 0..i.
+
+
+def _call(pass_, scale, causal, x=None, gp=None, c=None, p=None, gx=None, ggp=None, gp_again=None) -> None:
+    tensors = (x, gp, c, p, gx, ggp, gp_again)
+    width = p.shape[-1]
+    _core().nn_softmax(
+        pass_,
+        p.numel() // width,
+        width,
+        p.shape[-2] if causal else 0,
+        scale,
+        *map(address, tensors),
+        torch.get_num_threads(),
+    )
+
+
+def _softmax(x, scale, causal):
+    (x,) = contiguous(x.shape, x)
+    p = like(x)
+    _call(FORWARD, scale, causal, x=x, p=p)
+    return p
+
+
+def _softmax_backward(gp, p, scale, causal):
+    gp, p = contiguous(p.shape, gp, p)
+    gx = like(p)
+    _call(BACKWARD, scale, causal, gp=gp, p=p, gx=gx)
+    return gx
+
+
+def _softmax_double_backward(c, gp, p, scale, causal):
+    c, gp, p = contiguous(p.shape, c, gp, p)
+    ggp, again = like(p), like(p)
+    _call(DOUBLE_BACKWARD, scale, causal, gp=gp, c=c, p=p, ggp=ggp, gp_again=again)
+    return ggp, again
+
+
+def _differentiate(ctx, gp):
+    if gp is None:
+        return None, None, None
+    (p,) = ctx.saved_tensors
+    return softmax_backward(gp, p, *ctx.arguments[1:]), None, None
+
+
+def _differentiate_twice(ctx, c):
+    if c is None:
+        return None, None, None, None
+    gp, p = ctx.saved_tensors
+    return *softmax_double_backward(c, gp, p, *ctx.arguments[2:]), None, None
+
+
+softmax_forward = operator(
+    "softmax(Tensor x, float scale, bool causal) -> Tensor",
+    _softmax,
+    lambda x, scale, causal: like(x),
+    lambda args, p: (p,),
+    _differentiate,
+)
+softmax_backward = operator(
+    "softmax_backward(Tensor gp, Tensor p, float scale, bool causal) -> Tensor",
+    _softmax_backward,
+    lambda gp, p, scale, causal: like(p),
+    lambda args, gx: args[:2],
+    _differentiate_twice,
+)
+softmax_double_backward = operator(
+    "softmax_double_backward(Tensor c, Tensor gp, Tensor p, float scale, bool causal) -> (Tensor, Tensor)",
+    _softmax_double_backward,
+    lambda c, gp, p, scale, causal: (like(p), like(p)),
+)
+
+
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
+    """As `torch.nn.functional.softmax`; the last dimension is the one that is fused."""
+    if dim is not None and dtype in (None, torch.float32) and served(input) and dim in (-1, input.ndim - 1):
+        return softmax_forward(input, 1.0, False)
+    return F.softmax(input, dim, _stacklevel, dtype)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As `torch.nn.functional.scaled_dot_product_attention`: query `[..., L, E]`, key `[..., S, E]`, value
+    `[..., S, D]`, all of the same leading dimensions. With a mask, dropout or grouped queries, torch's own."""
+    fits = (
+        served(query, key, value)
+        and attn_mask is None
+        and dropout_p == 0.0
+        and not enable_gqa
+        and query.ndim >= 3
+        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        and key.shape[-2] == value.shape[-2]
+        and query.shape[-1] == key.shape[-1]
+    )
+    if not fits:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
+    p = softmax_forward(torch.bmm(q, k.transpose(1, 2)), scale, is_causal)
+    return torch.bmm(p, v).view(*query.shape[:-1], value.shape[-1])
