@@ -306,8 +306,9 @@ def static_table(
 
 
 def main(arguments: Sequence[str]) -> None:
-    choices = [argument.split(",") for argument in arguments] or [TARGETS, PASSES, ("adam", "momentum"), GRADIENTS]
-    targets, passes, rules, gradients = choices
+    """Print the table of the product of four lists: targets, passes, rules, gradients."""
+    everything = [list(TARGETS), list(PASSES), ["adam", "momentum"], ["fp32", "bf16"]]
+    targets, passes, rules, gradients = [argument.split(",") for argument in arguments] or everything
     rows = [
         row(target, pass_, rule, gradient)
         for target in targets

@@ -115,19 +115,19 @@ def _differentiable_vjp(
         tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
         for tensor in (*state, grad, hyper)
     ]
-    *state, g, table = wanted
+    *old, g, table = wanted
     place = torch.arange(grad.shape[0])
     row = torch.searchsorted(segments[:, 1].contiguous(), place, right=True).clamp(max=segments.shape[0] - 1)
     inside = (place >= segments[row, 0]) & (place < segments[row, 1])
     h = table[segments[row, 2].to(hyper.device)].to(grad.device).unbind(1)
-    new = reference.step(rule, state[0], state[1:], g.to(state[0].dtype), h, k)
+    stepped = reference.step(rule, old[0], old[1:], g.to(old[0].dtype), h, k)
     new = [
         torch.where(inside.to(grad.device), after.to(before.dtype), before)
-        for before, after in zip(state, new, strict=True)
+        for before, after in zip(old, stepped, strict=True)
     ]
     found = torch.autograd.grad(new, wanted, list(adjoints), create_graph=True, materialize_grads=True)
-    *old, u, dhyper = found
-    return [*old, u.to(old[0].dtype), dhyper]
+    *dstate, u, dhyper = found
+    return [*dstate, u.to(dstate[0].dtype), dhyper]
 
 
 def _differentiate(
@@ -255,8 +255,8 @@ def _adam_setup(ctx, inputs, output):
 
 def _adam_backward(ctx, *cotangents):
     params, exp_avg, exp_avg_sq, grad, hyper, segments = ctx.saved_tensors
-    cotangents = _zeros_for_none(cotangents, (params, exp_avg, exp_avg_sq))
-    dparams, dm, dv, u, dhyper = adam_step_vjp(params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *cotangents)
+    adjoints = _zeros_for_none(cotangents, (params, exp_avg, exp_avg_sq))
+    dparams, dm, dv, u, dhyper = adam_step_vjp(params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *adjoints)
     return dparams, dm, dv, u.to(grad.dtype), dhyper, None, None
 
 

@@ -157,7 +157,8 @@ def _check(n: int, *tensors: Tensor) -> None:
 
 
 def _pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    return (*tensors, None, None)[:2]
+    first, second, *_ = (*tensors, None, None)
+    return first, second
 
 
 def _coefficients(
@@ -238,7 +239,7 @@ def replay_(
     rule: Rule,
     params: Tensor,
     slots: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | Tensor,
     hypers: Tensor,
     k: int | Tensor,
     segments: Segments,
@@ -250,12 +251,10 @@ def replay_(
     grads: a `[steps, n]` tensor or a list of `[n]` tensors, which may lie anywhere on the device.
     """
     done = 0
-    for _, run in itertools.groupby(grads, key=lambda grad: grad.dtype):
-        run = list(run)
+    for _, same_dtype in itertools.groupby(grads, key=lambda grad: grad.dtype):
+        run = list(same_dtype)
         end = done + len(run)
-        _replay(
-            rule, params, slots, run, hypers[done:end], k + done, segments, grad_scales[done:end], low
-        )  # fmt: skip
+        _replay(rule, params, slots, run, hypers[done:end], k + done, segments, grad_scales[done:end], low)
         done = end
 
 

@@ -163,9 +163,8 @@ def test_replay(rule, name, n, k, steps):
             assert torch.equal(x, y), "a replay is bit-identical to its single steps"
 
 
-@pytest.mark.parametrize("rule", ["adam", "momentum"])
-def test_replay_of_a_thousand_steps(rule):
-    problem = Problem(RULES[rule], 16, 5, layout("single", 16), steps=1000)
+def test_replay_of_a_thousand_steps():
+    problem = Problem(ADAM, 16, 5, layout("single", 16), steps=1000)
     found, plain, exact = (
         problem.replay(backend, dtype)
         for backend, dtype in ((triton, torch.float32), (reference, torch.float32), (reference, torch.float64))
