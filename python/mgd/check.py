@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SAME_TRAINING = 1e-3
 
 #: Rounding of a float64 training's value, relative: what a few hundred well-conditioned steps make of 1e-16.
-ROUNDING = 1e-12
+ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class KeyCheck:
 @dataclass(frozen=True)
 class CheckResult:
     """keys: the findings. value: f(z) in float64. steps: the step sizes. trainings: how many ran in float64, the
-    metagradient's included. `passed`: every relative error is within `tolerance`, every order within 1/2 of 2 and
-    every float32 error within `float32_tolerance`."""
+    metagradient's included. `passed`: every relative error is within `tolerance` and every float32 error within
+    `float32_tolerance`. The orders are shown and do not count: kinks (ReLU) lower them where the gradient is right."""
 
     keys: dict[str, KeyCheck]
     value: float
@@ -72,10 +72,8 @@ class CheckResult:
 
     def _holds(self, key: KeyCheck) -> bool:
         # Comparisons are written so that NaN fails them.
-        return (
-            key.relative_error <= self.tolerance
-            and (key.order is None or abs(key.order - 2) <= 0.5)
-            and (key.float32_error is None or key.float32_error <= self.float32_tolerance)
+        return key.relative_error <= self.tolerance and (
+            key.float32_error is None or key.float32_error <= self.float32_tolerance
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def check(
     z: Mapping[str, Any],
     *,
     keys: Sequence[str] | None = None,
-    steps: Sequence[float] = (1e-2, 1e-3, 1e-4),
+    steps: Sequence[float] = (1e-2, 3e-4, 1e-5),
     seed: int = 0,
     tolerance: float = 1e-5,
     float32_tolerance: float = 1e-2,

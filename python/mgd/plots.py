@@ -54,12 +54,12 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 def schedule(rate: Tensor, gradient: Tensor) -> Figure:
     """The learning rate of every step `[T]`, and what 10% more of it at one step would do to the objective."""
     fig, (above, below) = figure(8, 5, rows=2, sharex=True, height_ratios=[1, 1.6])
-    steps = torch.arange(len(rate))
-    above.plot(steps, rate, color=INK)
+    steps = range(len(rate))
+    above.plot(steps, rate.tolist(), color=INK)
     above.set_ylim(bottom=0)
     _label(above, "The learning rate of every step ...", "", "learning rate")
     effect, unit = _scaled(0.1 * rate.double() * gradient.double())
-    below.bar(steps, effect, width=1.0, color=[BAD if value > 0 else GOOD for value in effect.tolist()])
+    below.bar(steps, effect.tolist(), width=1.0, color=[BAD if value > 0 else GOOD for value in effect.tolist()])
     below.axhline(0, color=INK, linewidth=0.8)
     _label(
         below,
@@ -78,14 +78,14 @@ def separation(harm: Tensor, wrong: Tensor) -> Figure:
     values, unit = _scaled(harm.double())
     edges = torch.linspace(float(values.min()), float(values.max()), 41, dtype=torch.float64)
     for mask, colour in ((~wrong, SOFT), (wrong, BAD)):
-        left.hist(values[mask], bins=edges, color=colour, alpha=0.75)
+        left.hist(values[mask].tolist(), bins=edges.tolist(), color=colour, alpha=0.75)
     left.axvline(0, color=INK, linewidth=0.8)
     _label(left, "Wrong labels stand out ...", f"change in held-out loss per unit of weight{unit}", "training images")
     _legend(left, [("label is right", SOFT), ("label is wrong", BAD)])
     total, count = int(wrong.sum()), len(wrong)
     found = wrong[harm.argsort(descending=True)].cumsum(0)
     right.plot([0, total, count], [0, total, total], color=INK, linestyle=":", linewidth=1, label="best possible")
-    right.plot(torch.arange(1, count + 1), found, color=BAD, linewidth=2, label="by metagradient")
+    right.plot(range(1, count + 1), found.tolist(), color=BAD, linewidth=2, label="by metagradient")
     right.plot([0, count], [0, total], color=SOFT, linestyle="--", linewidth=1, label="in random order")
     right.set(xlim=(0, count), ylim=(0, max(1, total) * 1.04))
     right.legend(loc="lower right", frameon=False)

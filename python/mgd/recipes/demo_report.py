@@ -15,9 +15,9 @@ from mgd.recipes.demo import Demo, auc
 Table = list[list[str]]
 
 _NAMES = {
-    "lr": "learning rate of each step",
+    "lr": "learning rates",
     "weight_decay": "weight decay",
-    "data_weights": "weight of each training image",
+    "data_weights": "image weights",
 }
 
 
