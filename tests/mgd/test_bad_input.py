@@ -144,22 +144,14 @@ def test_an_initial_value_of_a_frozen_parameter():
 
 @pytest.mark.parametrize("index", [torch.ones(6), torch.ones(6, dtype=torch.bool), [0, 1]])
 def test_an_index_of_per_example_that_is_none(index):
-    options = {"per_example": {"data_weights": lambda batch: index}}
-    refused(
-        errors.BadMetaparameter,
-        "per_example['data_weights']",
-        "integer",
-        step=0,
-        loss=weighted,
-        z={"data_weights": weights()},
-        **options,
-    )
+    case = base(per_example={"data_weights": lambda batch: index}).but({"data_weights": weights()}, loss=weighted)
+    refused(errors.BadMetaparameter, "per_example['data_weights']", "integer", step=0, case=case)
 
 
 # --- loss and batches -------------------------------------------------------------------------------------------
 
 
-def at(t, case, wrong):
+def at(t, wrong):
     """The loss that is `wrong(model, batch, z)` at step t."""
     count = itertools.count()
     return lambda model, batch, z: (wrong if next(count) == t else cross_entropy)(model, batch, z)
@@ -176,7 +168,7 @@ def at(t, case, wrong):
     ],
 )
 def test_a_loss_that_is_not_a_scalar(wrong, got):
-    refused(errors.BadLoss, "scalar", got, step=3, loss=at(3, base(), wrong))
+    refused(errors.BadLoss, "scalar", got, step=3, loss=at(3, wrong))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +180,7 @@ def test_a_loss_that_is_not_a_scalar(wrong, got):
     ],
 )
 def test_a_detached_loss(wrong):
-    refused(errors.BadLoss, "does not depend on the parameters", step=2, loss=at(2, base(), wrong))
+    refused(errors.BadLoss, "does not depend on the parameters", step=2, loss=at(2, wrong))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -199,7 +191,7 @@ def test_a_loss_that_is_not_finite(call, value):
         "the loss",
         step=4,
         call=call,
-        loss=at(4, base(), lambda m, b, z: cross_entropy(m, b, z) * value),
+        loss=at(4, lambda m, b, z: cross_entropy(m, b, z) * value),
     )
     assert error.where == "the loss"
 
@@ -207,7 +199,7 @@ def test_a_loss_that_is_not_finite(call, value):
 def test_a_gradient_that_is_not_finite():
     """The gradient of a square root at 0: the loss of the step itself is finite, that of the next is not."""
     wrong = lambda m, b, z: cross_entropy(m, b, z) + (m[0].bias * 0).sum().sqrt()
-    refused(errors.NonFiniteState, step=4, loss=at(3, base(), wrong))
+    refused(errors.NonFiniteState, step=4, loss=at(3, wrong))
 
 
 def test_a_second_derivative_that_is_not_finite():
@@ -238,13 +230,13 @@ def in_place_without_gradients(m, b, z):
 
 @pytest.mark.parametrize("wrong", [in_place, in_place_without_gradients])
 def test_a_loss_that_changes_parameters(wrong):
-    refused(errors.ParametersModified, "parameters in place", step=2, loss=at(2, base(), wrong))
+    refused(errors.ParametersModified, "parameters in place", step=2, loss=at(2, wrong))
 
 
 def test_a_loss_that_changes_frozen_parameters():
     case = base()
     case.model[0].weight.requires_grad_(False)
-    refused(errors.ParametersModified, "do not require a gradient", step=2, case=case, loss=at(2, base(), in_place))
+    refused(errors.ParametersModified, "do not require a gradient", step=2, case=case, loss=at(2, in_place))
 
 
 def test_a_loss_that_changes_metaparameters():
@@ -281,7 +273,7 @@ def test_an_error_of_the_users_own_passes_unchanged():
         raise Own("mine")
 
     with pytest.raises(Own, match="mine"):
-        base().but(loss=at(2, base(), wrong)).metagradient()
+        base().but(loss=at(2, wrong)).metagradient()
 
 
 # --- the objective ----------------------------------------------------------------------------------------------

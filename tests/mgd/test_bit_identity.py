@@ -1,5 +1,7 @@
 """The same bits from every run, plan, budget and thread count."""
 
+from typing import ClassVar
+
 import mgd
 import pytest
 import torch
@@ -69,8 +71,22 @@ def test_every_budget_that_fits():
     assert max(steps) > min(steps) == STEPS
 
 
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_log_and_snapshots_on_disk(name, tmp_path):
+    """With running statistics in every entry; nothing is left behind."""
+    case = cases()[name].to(torch.float32)
+    first = case.metagradient()
+    for schedule in ("log", "revolve", "auto"):
+        result = case.metagradient(schedule=schedule, budget=mgd.Budget(disk=(tmp_path / "log", "100MB")))
+        assert same(result, first), schedule
+        assert result.report.plan["peak"]["disk"] > 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 class Scripted:
     """A plan that no planner would make: it loads, replays and rebuilds the same stretches again and again."""
+
+    peak: ClassVar = {}
 
     def __init__(self, logged):
         self.logged = logged
@@ -99,9 +115,8 @@ class Scripted:
 def test_wasteful_plans(name, logged, monkeypatch):
     case = cases()[name].to(torch.float32)
     first = case.metagradient()
-    f = case.function()
-    monkeypatch.setattr(f, "_plan", lambda *_, **__: Scripted(logged))
-    result = f.metagradient(case.z)
+    monkeypatch.setattr("mgd.memory.plan", lambda *_, **__: Scripted(logged))
+    result = case.metagradient()
     assert same(result, first)
     replayed = 0 if logged else sum(range(STEPS - 4)) + STEPS - 4
     assert result.report.counts["model steps"] == STEPS + replayed
