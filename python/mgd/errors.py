@@ -24,6 +24,7 @@ __all__ = [
     "NotDifferentiable",
     "ParametersModified",
     "ReplayDivergence",
+    "StaleRun",
 ]
 
 
@@ -85,6 +86,17 @@ class NonFiniteState(MetagradientError, ArithmeticError):
         super().__init__(
             f"{where} is not finite at step {step}; a metagradient needs a finite training. Lower the learning rate, "
             "set max_grad_norm, or look at the batch of this step."
+        )
+
+
+class StaleRun(MetagradientError):
+    """The directory given as `resume` holds another run. differing: what of it is not as in this call."""
+
+    def __init__(self, directory: str, differing: list[str]):
+        self.directory, self.differing = directory, differing
+        super().__init__(
+            f"{directory} holds an unfinished run that differs from this call in {', '.join(differing)}. Make the same "
+            "call to continue it, or name another directory (delete this one to give that run up)."
         )
 
 

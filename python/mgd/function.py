@@ -4,58 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mgd import memory
 from mgd.batches import seed_generators, seed_of
-from mgd.budget import Budget, Costs, Sizes
+from mgd.budget import Budget, Costs
 from mgd.derivatives import SecondDerivative
 from mgd.errors import BadArgument, BadMetaparameter
+from mgd.journal import Journal, digest
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, model_kept
 from mgd.planner import Plan
 from mgd.progress import Progress
 from mgd.report import Report
+from mgd.results import Metagradient, Trained
 from mgd.steps import Steps
-from mgd.sweep import Adjoint, Sweep, objective_adjoints, weighted_sum
+from mgd.sweep import Sweep, objective_adjoints, weighted_sum
 from mgd.tracing import Traces
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
 
 WORTH_TRACING = 32  # evaluations; a trace takes as long as some 10 to 30 of them
-
-
-@dataclass
-class Trained:
-    """The end of a training: parameters and buffers by name, and optimizer state, slot -> name -> tensor."""
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizer_state: dict[str, Any]
-    losses: Tensor
-
-    @property
-    def model_state(self) -> dict[str, Tensor]:
-        """For `model.load_state_dict(..., strict=False)`."""
-        return {**self.parameters, **self.buffers}
-
-
-@dataclass
-class Metagradient:
-    """value: `[]` or `[k]`. grads: the keys and shapes of z, `[k, ...]` for k objectives. model_state: the trained model's
-    parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost."""
-
-    value: Tensor
-    grads: dict[str, Any]
-    model_state: dict[str, Tensor]
-    losses: Tensor
-    report: Report
 
 
 class TrainingFunction:
@@ -129,21 +106,28 @@ class TrainingFunction:
     def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
         """Train without a gradient."""
         with self._guarded(progress) as tick:
-            return _trained(self._train(z or {}, tick))
+            return self._train(z or {}, tick).trained
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
             return self._objective(self._train(z or {}, tick))[0]
 
-    def metagradient(self, z: Mapping[str, Any], *, progress: bool = False) -> Metagradient:
-        """The objective after training with `z`, and its exact gradient with respect to every entry of `z`."""
+    def metagradient(
+        self, z: Mapping[str, Any], *, progress: bool = False, resume: str | os.PathLike[str] | None = None
+    ) -> Metagradient:
+        """The objective after training with `z`, and its exact gradient with respect to every entry of `z`.
+
+        resume: a directory that holds the log, the snapshots and the sweep's place, so that the same call continues an
+        interrupted one, redoing at most `mgd.journal.REDO` steps of either sweep, and comes to the same bits. It is
+        empty again when the call returns.
+        """
         with self._guarded(progress) as tick:
-            run = self._forward(z, tick)
-            grads = run.reverse(run.adjoints)
+            run = self._forward(z, tick, resume)
+            grads = run.reverse()
             if run.value.ndim == 0:
                 grads = _map(lambda g: g[0], grads)
-            trained = run.trained
+            trained = run.sweep.trained
             return Metagradient(run.value, grads, trained.model_state, trained.losses, self._report(run))
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
@@ -155,7 +139,9 @@ class TrainingFunction:
 
     def plan(self) -> Plan:
         """What a metagradient will store where, and what it will cost."""
-        return self._plan(Arena.of(self.model))[0]
+        arena = Arena.of(self.model)
+        size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches)
+        return memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
 
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
@@ -202,24 +188,56 @@ class TrainingFunction:
         sweep.meta.check_all_read()
         return sweep
 
-    def _forward(self, z: Mapping[str, Any], tick: Callable[[str], None]) -> Run:
+    def _forward(
+        self, z: Mapping[str, Any], tick: Callable[[str], None], resume: str | os.PathLike[str] | None = None
+    ) -> Run:
         """A training run to its end, with what its reverse sweep needs."""
         arena = Arena.of(self.model)
-        chosen, size = self._plan(arena)
         sweep = self._sweep(z, tick, arena)
-        sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena)
-        actions = iter(chosen.actions())
+        size = memory.sizes(arena, self.optimizer, sweep.buffers, self.microbatches)
+        value = None
+        if resume is None:
+            chosen = memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
+            sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena, self.microbatches)
+        else:
+            disk = memory.resume_limit(resume, self.budget)
+            journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
+            disk = journal.settings["disk"]
+            chosen, sweep.tape = memory.resumable(
+                journal.store, len(self), size, resume, disk, self.schedule, sweep.buffers, arena, self.microbatches
+            )
+            value = journal.restore(sweep)
+            sweep.journal = journal
+        actions = itertools.islice(chosen.actions(), sweep.index, None)
         try:
-            sweep.forward(actions)
-            sweep.meta.check_all_read()
-            return Run(sweep, chosen, actions, _trained(sweep), *self._objective(sweep))
+            if value is None:
+                sweep.forward(actions)
+                sweep.meta.check_all_read()
+                value, adjoints = self._objective(sweep)
+                sweep.begin_reverse(adjoints)
+                if sweep.journal is not None:
+                    sweep.journal.trained(sweep, value)
+            return Run(sweep, chosen, actions, value)
         except BaseException:
             sweep.tape.close()
             raise
 
-    def _plan(self, arena: Arena) -> tuple[Plan, Sizes]:
-        size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches)
-        return memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device), size
+    def _identity(self, sweep: Sweep) -> dict[str, str]:
+        """Digests of what the metagradient depends on, as far as it can be told without running it."""
+        optimizer, leaves = self.optimizer, tree_flatten_with_path(sweep.meta.z)[0]
+        parts = {f"z{keystr(path)}": (leaf,) for path, leaf in leaves} | {
+            "the initial parameters": (sweep.state.params,),
+            "the initial buffers": tuple(sweep.buffers.values()),
+            "the optimizer": (type(optimizer).__name__, optimizer.table(), sweep.state.segments.table),
+            "the number of steps": (len(self),),
+            "the first batch": tuple(tree_flatten(self.batches[0])[0]),
+            "the seed": (self.seed,),
+            "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
+            "the schedule": (self.schedule,),
+            "the execution (hvp, trace, compile)": (self.hvp, self._traces is None, self.compile),
+            "the version of torch": (torch.__version__,),
+        }
+        return {name: digest(*values) for name, values in parts.items()}
 
     def _objective(self, sweep: Sweep):
         seed_generators(seed_of(self.seed, len(self)), sweep.arena.device)
@@ -227,7 +245,7 @@ class TrainingFunction:
             return objective_adjoints(sweep.steps.binding, self.objective, sweep)
 
     def _report(self, run: Run) -> Report:
-        optimizer, sweep, objectives = self.optimizer, run.sweep, len(run.adjoints)
+        optimizer, sweep, objectives = self.optimizer, run.sweep, len(run.sweep.adjoints)
         backend = "torch"
         if isinstance(optimizer, FusedOptimizer):
             backend = optimizer.backend(sweep.state.params, sweep.state.params).__name__.rpartition(".")[2]
@@ -252,17 +270,18 @@ class Run:
     sweep: Sweep
     plan: Plan
     actions: Iterator[Any]
-    trained: Trained
     value: Tensor
-    adjoints: list[Adjoint]
 
-    def reverse(self, adjoints: list[Adjoint]) -> dict[str, Any]:
-        """Gradients of as many objectives as adjoints of the trained state are given, `[len(adjoints), ...]`."""
+    def reverse(self) -> dict[str, Any]:
+        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`."""
+        sweep = self.sweep
         try:
-            gradients = self.sweep.reverse(self.actions, adjoints)
+            gradients = sweep.reverse(self.actions)
+            if sweep.journal is not None:
+                sweep.journal.finish()
         finally:
-            self.sweep.tape.close()
-        return gradients.collect([adjoint.state.params for adjoint in adjoints])
+            sweep.tape.close()
+        return gradients.collect([adjoint.state.params for adjoint in sweep.adjoints])
 
 
 class _Differentiable(torch.autograd.Function):
@@ -286,7 +305,8 @@ class _Differentiable(torch.autograd.Function):
         with ctx.function._guarded() as tick:
             # The log is consumed by a reverse sweep; a second backward trains again.
             run, ctx.run = ctx.run or ctx.function._forward(z, tick), None
-            grads = run.reverse([weighted_sum(run.adjoints, cotangent.reshape(-1).tolist())])
+            run.sweep.begin_reverse([weighted_sum(run.sweep.adjoints, cotangent.reshape(-1).tolist())])
+            grads = run.reverse()
         found = tree_flatten({key: grads[key] for key in z})[0]
         return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, found, strict=True))
 
@@ -294,15 +314,3 @@ class _Differentiable(torch.autograd.Function):
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     leaves, spec = tree_flatten(tree)
     return tree_unflatten([function(leaf) for leaf in leaves], spec)
-
-
-def _trained(sweep: Sweep) -> Trained:
-    views = sweep.arena.views
-    slots = zip(sweep.optimizer.slots, sweep.state.slots, strict=True)
-    return Trained(
-        parameters={name: p.clone() for name, p in views(sweep.state.params).items()},
-        buffers={name: b.clone() for name, b in sweep.buffers.items()},
-        optimizer_state={"step": sweep.state.step}
-        | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
-        losses=sweep.losses.sum(1),
-    )

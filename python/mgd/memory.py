@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
 from torch import Tensor
 
 from mgd.budget import Budget, Costs, Sizes
+from mgd.journal import REDO
 from mgd.model import Buffers
 from mgd.planner import Plan, plan
 from mgd.tape import Tape
@@ -21,6 +23,7 @@ STAGING = (
 STEP_IN_UPDATES = (
     50  # a training step in elementwise updates, where nothing was measured: batch and depth make it large
 )
+LATE_SNAPSHOTS = 16  # checkpoints, the trained state, and snapshots dropped since the last checkpoint
 MEMORY_BANDWIDTH = 1e10  # bytes a second, of one processor thread; where nothing was measured
 
 
@@ -61,7 +64,7 @@ def staging(limits: dict[str, int], size: Sizes) -> int:
     return max(STAGING, min(wanted, limits.get("host", 0) // 2))
 
 
-def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: Arena) -> Tape:
+def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: Arena, microbatches: int) -> Tape:
     """An empty tape with the tiers that the plan uses."""
     on_device = arena.device.type != "cpu"
     used = {tier for tier, peak in chosen.peak.items() if peak}
@@ -71,7 +74,30 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
         host = buffers + (chosen.limits.get("host", 0) if on_device else 0)
         disk = (chosen.directory, chosen.limits["disk"]) if "disk" in used else None
         store = Store(host=host, disk=disk, staging=buffers if disk else None)
-    return Tape(store, constants, _scratch(arena, store), on_device)
+    return Tape(store, constants, _scratch(arena, store), microbatches, on_device)
+
+
+def resume_limit(directory: str | os.PathLike[str], budget: Budget) -> int:
+    """Bytes of disk that a resumable run may take: those of the budget, else a share of what is free."""
+    os.makedirs(directory, exist_ok=True)
+    return budget.limits().get("disk") or int(SHARE * shutil.disk_usage(directory).free)
+
+
+def resumable(
+    store: Store,
+    steps: int,
+    size: Sizes,
+    directory: str | os.PathLike[str],
+    disk: int,
+    schedule: str,
+    constants: Buffers,
+    arena: Arena,
+    microbatches: int,
+) -> tuple[Plan, Tape]:
+    """The plan and the tape of a run that keeps everything on disk, with room for what is deleted late."""
+    late = REDO * size.gradient + LATE_SNAPSHOTS * size.snapshot
+    chosen = choose(steps, size, Budget(disk=(directory, max(0, disk - late))), None, schedule, arena.device)
+    return chosen, Tape(store, constants, _scratch(arena, store), microbatches, persistent=True)
 
 
 def _scratch(arena: Arena, store: Store | None) -> Tensor:

@@ -28,8 +28,8 @@ from mgd_kernels import Arena
 class Evaluated:
     """What the first evaluation of a step leaves behind.
 
-    gradient: flat `[n]`, in the dtype in which the model produced it. losses: `[microbatches]`, each times its share of
-    the batch. buffers: as they stood before each microbatch and after the last one.
+    gradient: flat `[n]`, in the dtype in which the model produced it. losses: float64 `[microbatches]` on the CPU, each times its
+    share of the batch. buffers: as they stood before each microbatch and after the last one.
     norm: of the gradient, once somebody has computed it.
     """
 
@@ -88,10 +88,10 @@ class Steps:
                     raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             total = self._accumulate(total, grads)
-            losses.append(loss.detach())
+            losses.append(loss.detach().double())
             history.append(_settled(history[-1], copies, left))
         self.evaluations += 1
-        return Evaluated(total, torch.stack(losses), history)
+        return Evaluated(total, torch.stack(losses).cpu(), history)
 
     def second_derivatives(
         self,
@@ -165,11 +165,11 @@ class Steps:
             modes = tuple(module.training for module in self.binding.model.modules())
             key = (share, modes, torch.is_autocast_enabled(self.arena.device.type), structure(batch))
             traced = self.traces(self.second, evaluate, point, restart, key)
-            if traced and self.traces.accepts(traced[0], expected, t):
+            if traced and self.traces.accepts(traced[0].double().cpu(), expected, t):
                 return traced[1]
             restart()
         loss, results = self.second(evaluate, point, restart)
-        if not torch.equal(loss, expected):
+        if not torch.equal(loss.double().cpu(), expected):
             raise ReplayDivergence(t, self.diagnose(t, i, float(expected), float(loss)))
         return results
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.actions import Advance, Drop, Load, Reverse, Save
+from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
+from mgd.journal import Journal
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
+from mgd.results import Trained
 from mgd.steps import Evaluated, Steps
 from mgd.tape import Tape, read_ahead
 from mgd_kernels import Optimizer, OptimizerState
@@ -64,7 +66,8 @@ class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place.
+    unless another one is put in its place. index: how many actions of the plan are done. trained: the end of the
+    training, once it is reached. adjoints, gradients: of the reverse sweep, once it has begun.
     """
 
     def __init__(
@@ -84,21 +87,40 @@ class Sweep:
         self.length = len(steps.batches)
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
         self.visited = 0
-        self.tape = Tape(None, self.buffers, torch.empty(0), on_device=False)
+        self.tape = Tape(None, self.buffers, torch.empty(0), steps.microbatches)
         self.measured = Measured()
+        self.index = 0
+        self.trained: Trained | None = None
+        self.adjoints: list[Adjoint] = []
+        self.gradients: Gradients | None = None
+        self.journal: Journal | None = None
 
     # --- forward -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """All steps, keeping nothing."""
         self._advance(self.length, None)
+        self.complete()
 
-    def forward(self, actions: Iterator[Any]) -> None:
+    def forward(self, actions: Iterator[Action]) -> None:
         """Perform the plan's actions until the training is complete."""
         while self.state.step < self.length:
             self._perform(next(actions))
+            self.index += 1
+        self.complete()
 
-    def _perform(self, action: Any) -> None:
+    def complete(self) -> None:
+        """The current state is the end of the training."""
+        views, slots = self.arena.views, zip(self.optimizer.slots, self.state.slots, strict=True)
+        self.trained = Trained(
+            parameters={name: p.clone() for name, p in views(self.state.params).items()},
+            buffers={name: b.clone() for name, b in self.buffers.items()},
+            optimizer_state={"step": self.state.step}
+            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
+            losses=self.losses.sum(1),
+        )
+
+    def _perform(self, action: Action) -> None:
         if isinstance(action, Advance):
             self._advance(action.stop, action.log)
         elif isinstance(action, Save):
@@ -125,6 +147,8 @@ class Sweep:
             with self.measured.timed("update"):
                 self.optimizer.step_(self.state, step.gradient, self.meta.hypers[t], self._clip(step)[0])
             self.buffers = step.buffers[-1]
+            if self.journal is not None:
+                self.journal.reached(self)
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates alone: as many as lie in memory in one pass, or one from the store."""
@@ -148,7 +172,7 @@ class Sweep:
         with self.measured.timed("training" if first else "replay"):
             evaluated = self.steps.gradient(t, self.state.params, self.buffers, self.meta)
         self.measured.counts["model steps"] += 1
-        losses = evaluated.losses.to("cpu", torch.float64)
+        losses = evaluated.losses
         if first:
             if not bool(torch.isfinite(losses).all()):
                 raise NonFiniteState(t, "the loss")
@@ -173,21 +197,32 @@ class Sweep:
 
     # --- backward ----------------------------------------------------------------------------------------------
 
-    def reverse(self, actions: Iterator[Any], adjoints: list[Adjoint]) -> Gradients:
-        """Perform the rest of the plan with the adjoints of the final state; they become those of the first."""
-        gradients = Gradients(self.meta, len(adjoints))
-        directions = [torch.zeros_like(self.state.params) for _ in adjoints]
+    def zero_adjoint(self) -> Adjoint:
+        buffers = [torch.zeros_like(self.buffers[name]) for name in differentiable(self.buffers)]
+        return Adjoint(self.state.zeros_like(), buffers)
+
+    def begin_reverse(self, adjoints: list[Adjoint]) -> None:
+        """From the adjoints of the final state, which become those of the first."""
+        self.adjoints = adjoints
+        self.gradients = Gradients(self.meta, len(adjoints))
+
+    def reverse(self, actions: Iterator[Action]) -> Gradients:
+        """Perform the rest of the plan."""
+        directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
         for action in read_ahead(actions, self.tape, self.state.step):
             if isinstance(action, Reverse):
-                self._reverse_step(action.step, adjoints, directions, gradients)
+                self._reverse_step(action.step, self.adjoints, directions, self.gradients)
                 self.tick("reverse")
                 if action.step == self.meta.first_step:
                     break
             else:
                 self._perform(action)
-        if not gradients.finite([adjoint.state.params for adjoint in adjoints]):
+            self.index += 1
+            if self.journal is not None and isinstance(action, Reverse):
+                self.journal.reached(self)
+        if not self.gradients.finite([adjoint.state.params for adjoint in self.adjoints]):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
-        return gradients
+        return self.gradients
 
     def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
         logged = self.tape.logged(t)

@@ -7,7 +7,7 @@ copies, checks and prefetches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +36,29 @@ class Tape:
 
     store: holds what does not live in the training's own memory; None where nothing else is planned.
     constants: the buffers before the first step. One that the training never replaces is held once, here.
+    microbatches: evaluations a step. persistent: the tape outlives the process: every entry is whole (it refers to no
+    constants), all go to disk, and what is removed stays on disk until `sweep_out`.
     scratch: flat `[n]`, receives a gradient that is read from the store; it is valid until the next read.
     """
 
-    def __init__(self, store: Store | None, constants: Buffers, scratch: Tensor, on_device: bool):
+    def __init__(
+        self,
+        store: Store | None,
+        constants: Buffers,
+        scratch: Tensor,
+        microbatches: int,
+        on_device: bool = False,
+        persistent: bool = False,
+    ):
         self.store, self.constants, self.scratch = store, constants, scratch
         self._direct = ("device",) if on_device else ("device", "host")
+        self._microbatches, self._persistent = microbatches, persistent
+        self._condemned: set[Key] = set()
         self._held: dict[Key, Evaluated | Snapshot] = {}
         self._names: dict[Key, list[tuple[str, ...]]] = {}  # of stored entries: the buffers that are not constants
 
     def _in_memory(self, tier: str) -> bool:
-        return self.store is None or tier in self._direct
+        return self.store is None or (tier in self._direct and not self._persistent)
 
     # --- the log -----------------------------------------------------------------------------------------------
 
@@ -55,7 +67,6 @@ class Tape:
         if self._in_memory(tier):
             self._held["gradient", t] = step
         else:
-            self._losses = step.losses
             self._put(("gradient", t), [step.gradient, step.losses], step.buffers, tier)
 
     def logged(self, t: int) -> bool:
@@ -75,7 +86,7 @@ class Tape:
         """The log entry of step `t`."""
         if ("gradient", t) in self._held:
             return self._held["gradient", t]
-        losses = torch.empty_like(self._losses)
+        losses = torch.empty(self._microbatches, dtype=torch.float64)
         return Evaluated(self.scratch, losses, self._get(("gradient", t), [self.scratch, losses]))
 
     def forget(self, t: int) -> None:
@@ -107,10 +118,12 @@ class Tape:
     # --- the store ---------------------------------------------------------------------------------------------
 
     def _put(self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str) -> None:
-        names = [tuple(n for n, b in buffers.items() if b is not self.constants[n]) for buffers in histories]
+        whole = self._persistent
+        names = [tuple(n for n, b in buffers.items() if whole or b is not self.constants[n]) for buffers in histories]
         extra = [buffers[n] for buffers, changed in zip(histories, names, strict=True) for n in changed]
         self.store.put(key, tensors + extra, tier)
         self._names[key] = names
+        self._condemned.discard(key)
 
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
@@ -124,7 +137,32 @@ class Tape:
 
     def _remove(self, key: Key) -> None:
         if self._held.pop(key, None) is None and self._names.pop(key, None) is not None:
+            if self._persistent:
+                self._condemned.add(key)
+            else:
+                self.store.delete(key)
+
+    # --- across processes ----------------------------------------------------------------------------------------
+
+    def adopt(self, keys: Iterable[Any]) -> None:
+        """Take over the entries that an earlier process left in the store."""
+        for key in keys:
+            if key[0] in ("gradient", "snapshot"):
+                histories = 1 + self._microbatches if key[0] == "gradient" else 1
+                self._names[key] = [tuple(self.constants)] * histories
+
+    def discard_after(self, step: int) -> None:
+        """Remove what an earlier process wrote after it had reached this step."""
+        for kind, t in list(self._names):
+            if t > step or (kind, t) == ("gradient", step):
+                self._remove((kind, t))
+        self.sweep_out()
+
+    def sweep_out(self) -> None:
+        """Delete what was removed: nothing that a checkpoint refers to needs it any more."""
+        for key in self._condemned:
             self.store.delete(key)
+        self._condemned.clear()
 
     def close(self) -> None:
         self._held.clear()
