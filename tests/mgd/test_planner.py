@@ -300,7 +300,7 @@ def test_a_million_steps_are_planned_at_once(room):
     begin = time.process_time()
     made = plan(10**6, SIZES, budget)
     head = list(itertools.islice(made.actions(), 1000))
-    assert time.process_time() - begin < 2.0  # under one on an idle machine
+    assert time.process_time() - begin < 5.0  # about 0.5 alone; a search that counts step by step takes minutes
     assert made.explain() and len(head) >= 369
 
 
@@ -370,3 +370,14 @@ def test_comparison_table():
     assert lines[0] == "1,000 steps, room for 300 gradients (100 snapshots)"
     revolve = next(line for line in lines if line.startswith("revolve")).split()
     assert revolve[1:5] == ["100", "0", "1,900", "2,900"]  # t(1001, 100) = 2 * 1001 - C(102, 101), and 1000
+
+
+@pytest.mark.parametrize(("T", "room"), [(250, 60), (250, 200), (999, 300), (999, 1000), (5000, 3000)])
+def test_model_steps_have_a_closed_form(T, room):
+    """docs/planning.md: T + r N - L C(s+r, s+1)."""
+    made = plan(T, SIZES, Budget(host=room))
+    layout = made.layout
+    N, L, s = T + 1, layout.length, layout.outer.total
+    assert 1 < L < N
+    r = next(r for r in itertools.count(1) if math.ceil(N / L) <= math.comb(s + r, s))
+    assert made.model_steps == T + r * N - L * math.comb(s + r, s + 1) == validate(made).model_steps
