@@ -3,7 +3,8 @@
 One training step and its VJP, as a reverse sweep over stored states runs them: `update`, `apply_updates`, then the
 gradient with respect to the parameters, the moments and the gradients, given cotangents of the new parameters and
 moments. 4 M parameters in float32, in one tensor and as the leaves of a small GPT; one thread. Times are medians of
-repetitions in alternation. "kernels" is the same step and VJP without a graph (`step_`, `step_vjp_` on an arena).
+repetitions in alternation, of that thread's CPU time. "kernels" is the same step and VJP without a graph (`step_`,
+`step_vjp_` on an arena).
 
 Memory is what the graph of one step keeps for its backward pass, in tensors of the parameters' size: counted once a
 storage (what is really held), and once a saved tensor (TorchOpt saves the gradient twice).
@@ -112,14 +113,14 @@ class Kernels:
 
 
 def alternate(rounds: int, *functions: Callable[[], object]) -> list[float]:
-    """The median time of each in seconds, all of them run in turn, after one round of warming up."""
+    """The median CPU time of each in seconds, all of them run in turn, after one round of warming up."""
     times: list[list[float]] = [[] for _ in functions]
     for i in range(rounds + 1):
         for function, found in zip(functions, times, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time()
             function()
             if i:
-                found.append(time.perf_counter() - start)
+                found.append(time.thread_time() - start)
     return [statistics.median(found) for found in times]
 
 

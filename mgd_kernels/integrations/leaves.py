@@ -59,6 +59,10 @@ class Call:
     def views(self, flat: Tensor) -> list[Tensor]:
         return views(flat, self.shapes)
 
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """The leaves in a flat tensor, in the graph where it is."""
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
     def join_cotangents(self, leaves: Sequence[Tensor | None]) -> Tensor:
         """The elements of the leaves in a new tensor `[n]` of the state's dtype, 0 for leaves without a cotangent."""
         if torch.is_grad_enabled():
@@ -159,9 +163,9 @@ def _update(call: Call, hyper: Tensor, rate: Tensor, *tensors: Tensor) -> tuple[
     grads, slots, params = call.split(tensors)
     grad, _ = flatten(grads)
     update = buffers.empty(call.numel, call.dtype, call.device)
-    decayed = dict(zip(call.decayed, params, strict=True))
+    decayed, rate_value = dict(zip(call.decayed, params, strict=True)), rate.item()
     for i, out in enumerate(call.views(update)):
-        torch.mul(decayed[i].to(call.dtype), -rate.item(), out=out) if i in decayed else out.zero_()
+        torch.mul(decayed[i].to(call.dtype), -rate_value, out=out) if i in decayed else out.zero_()
     flats = []
     for slot in slots:
         flat, copied = flatten(slot)
@@ -207,7 +211,8 @@ class FusedUpdate(torch.autograd.Function):
             return *[None] * (3 + len(ctx.dtypes) - len(given)), *dparams
         updates, slots, _ = call.split(cotangents)
         adjoints = [call.join_cotangents(leaves) for leaves in (updates, *slots)]
-        at_update = [adjoints[0].split(call.sizes)[i].view(call.shapes[i]) for i in call.decayed]
+        at_leaves = call.parts(adjoints[0]) if call.decayed else []
+        at_update = [at_leaves[i] for i in call.decayed]
         drate = None
         if rate.requires_grad and call.decayed:
             terms = zip(at_update, saved[ctx.kept :], strict=True)
@@ -218,8 +223,10 @@ class FusedUpdate(torch.autograd.Function):
         else:
             u, new, dhyper = _vjp(call, hyper, saved[: ctx.kept], adjoints)
             # The cotangent of the update comes out of the kernel as it went in, since the table has no weight decay.
-            dparams = [a.mul_(-rate.item()) for a in at_update]
-        parts = [p.view(s) for x in (u, *new) for p, s in zip(x.split(call.sizes), call.shapes, strict=True)]
+            if call.decayed:
+                adjoints[0].mul_(-rate.item())
+            dparams = at_update
+        parts = [part for flat in (u, *new) for part in call.parts(flat)]
         found = zip(ctx.needs_input_grad[3:], ctx.dtypes, [*parts, *dparams], strict=True)
         dtensors = [part.to(dtype) if needed else None for needed, dtype, part in found]
         return None, dhyper if hyper.requires_grad else None, drate, *dtensors
