@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
 from mgd_kernels import Arena, Optimizer
@@ -36,6 +36,8 @@ class Metaparameters:
     ):
         if not isinstance(z, Mapping):
             raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
+        if odd := [key for key in z if not isinstance(key, str)]:
+            raise BadMetaparameter(f"expected the keys of z to be names; got {odd[0]!r}")
         self.z = {key: _tensors(key, value, arena.device) for key, value in z.items()}
         self.optimizer, self.arena = optimizer, arena
         self.per_example = {key: index for key, index in per_example.items() if key in self.z}
@@ -151,6 +153,11 @@ class Slices:
 
     def __init__(self, owner: Metaparameters, tensors: list[Tensor], indices: list[Tensor | None], step: int):
         self.owner, self.tensors, self.indices, self.step = owner, tensors, indices, step
+
+    @property
+    def structure(self) -> TreeSpec:
+        """What `mapping` holds beside its tensors."""
+        return self.owner.spec
 
     def mapping(self, tensors: list[Tensor]) -> Mapping[str, Any]:
         """`z` as the loss sees it, made of these tensors."""

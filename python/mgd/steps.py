@@ -139,7 +139,8 @@ class Steps:
             restart = functools.partial(self._seed, t, i)
             restart()
             with stack:
-                results = self._differentiate(evaluate, point, restart, batch, share, t, i, step.losses[i])
+                given = (share, slices.structure, structure(batch))
+                results = self._differentiate(evaluate, point, restart, given, t, i, step.losses[i])
             p, b = len(parameters), len(parameters) + len(names)
             buffer_adjoints = [
                 [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, result[p:b], strict=True)]
@@ -154,16 +155,18 @@ class Steps:
         evaluate: Evaluate,
         point: Point,
         restart: Restart,
-        batch: Any,
-        share: float,
+        given: tuple[Any, ...],
         t: int,
         i: int,
         expected: Tensor,
     ) -> Gradients:
-        """The second derivatives at a point, from a replayed graph where there is one, whose loss is as expected."""
+        """The second derivatives at a point, from a replayed graph where there is one, whose loss is as expected.
+
+        given: what the loss is given beside tensors, as hashable values.
+        """
         if self.traces is not None:
             modes = tuple(module.training for module in self.binding.model.modules())
-            key = (share, modes, torch.is_autocast_enabled(self.arena.device.type), structure(batch))
+            key = (*given, modes, self.binding.names, torch.is_autocast_enabled(self.arena.device.type))
             traced = self.traces(self.second, evaluate, point, restart, key)
             if traced and self.traces.accepts(traced[0].double().cpu(), expected, t):
                 return traced[1]

@@ -290,7 +290,8 @@ def objective_adjoints(
             raise BadObjective("a component of the objective depends on no trained parameter")
         adjoint = state.zeros_like()
         pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
-        torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+        if pairs:
+            torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
         buffers = [
             torch.zeros_like(b) if g is None else g for b, g in zip(floats, grads[len(parameters) :], strict=True)
         ]

@@ -70,7 +70,7 @@ class Traces:
         """
         same = torch.allclose(loss, expected, rtol=COMPILED_TOLERANCE) if self.compile else torch.equal(loss, expected)
         if not same:
-            self.refused = f"the replayed loss of step {step} is {float(loss)!r}, that of training {float(expected)!r}"
+            self.refused = f"the replayed loss of step {step} is {float(loss.detach())!r}, that of training {float(expected)!r}"
         return same
 
     def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]):
