@@ -108,7 +108,7 @@ def assert_exact(
         found = errors(result, expected)
         assert all(error <= TOLERANCE[dtype] for error in found.values()), (dtype, found)
         for key, gradient in expected.grads.items():
-            assert any(leaf.abs().max() > 0 for leaf in tree_leaves(gradient)), f"a vacuous case: {key}"
+            assert any(leaf.norm() > 0 for leaf in tree_leaves(gradient)), f"a vacuous case: {key}"
     return result
 
 

@@ -239,3 +239,64 @@ def test_a_gradient_penalty_inside_the_loss():
 def test_fifty_steps():
     case = with_everything(supervised(mlp(0.1), (5,), 50, optimizer=adamw(lr=5e-3)))
     assert_exact(case)
+
+
+class _Spare(nn.Module):
+    """With a layer that nothing uses, and a parameter without elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare, self.empty = nn.Linear(5, CLASSES), nn.Linear(4, 4), nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_parameters_that_the_loss_does_not_use(hvp):
+    """They decay all the same, and the objective here reads them."""
+    case = supervised(seeded(_Spare)(), (5,))
+    case = case.but({"init": initial(case.model)}, objective=lambda m: sum(p.square().sum() for p in m.parameters()))
+    assert_exact(case, hvp=hvp)
+
+
+def test_a_loss_that_reads_parameters_by_name():
+    def loss(model, batch, z):
+        decay = sum(p.square().sum() for name, p in model.named_parameters() if "weight" in name)
+        return cross_entropy(model, batch, z) + z["decay"] * decay
+
+    assert_exact(supervised(mlp(), (5,)).but({"decay": torch.tensor(0.1, dtype=torch.float64)}, loss=loss))
+
+
+@seeded
+def shared():
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def test_a_module_used_twice():
+    assert_exact(with_everything(supervised(shared(), (5,))))
+
+
+def test_parameters_of_different_dtypes():
+    case = supervised(mlp(), (5,))
+    case.model[0].float()
+    z = case.z
+
+    def run(model, x):
+        return model[1:](model[0](x.float()).double())
+
+    x, y, _ = case.batches[0]
+    case = case.but(
+        loss=lambda m, b, z: F.cross_entropy(run(m, b[0]), b[1]), objective=lambda m: F.cross_entropy(run(m, x), y)
+    )
+    expected, result = case.unrolled(), case.metagradient()
+    # The first layer computes in float32 on both sides.
+    assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-5, atol=0)
+    assert result.grads["lr"].dtype == z["lr"].dtype
+
+
+def test_one_step():
+    case = supervised(mlp(0.2), (5,), 1)
+    case = case.but({"init": initial(case.model), "weight_decay": torch.tensor([0.1], dtype=torch.float64)})
+    assert_exact(case)

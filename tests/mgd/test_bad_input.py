@@ -102,6 +102,10 @@ def test_an_unknown_key_gets_a_hint(call, typo, meant):
     refused(errors.BadMetaparameter, repr(typo), f"did you mean {meant!r}?", call=call, z={typo: torch.ones(())})
 
 
+def test_a_key_that_is_no_name():
+    refused(errors.BadMetaparameter, "names", "got 1", z={1: torch.ones(())})
+
+
 def test_an_unknown_key_beside_one_of_the_loss():
     z = {"data_weights": weights(), "data_weight": weights()}
     refused(errors.BadMetaparameter, "'data_weight'", "did you mean 'data_weights'?", loss=weighted, z=z)

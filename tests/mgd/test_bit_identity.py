@@ -5,6 +5,7 @@ from typing import ClassVar
 import mgd
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CLASSES, TOLERANCE, convnet, errors, initial, language, mlp, seeded, supervised, weighted, weights
 from mgd.actions import Advance, Drop, Load, Reverse, Save
 from torch import nn
@@ -189,3 +190,27 @@ def test_traces_made_anew_give_the_same_bits():
     case = cases()["mlp"].to(torch.float32)
     first, again = case.metagradient(trace=True), case.metagradient(trace=True)
     assert same(first, again)
+
+
+def test_a_trace_is_not_replayed_for_other_names():
+    """At the value 1 both losses agree to the bit, and have opposite derivatives."""
+
+    def loss(model, batch, z):
+        return F.cross_entropy(model(batch[0]) * (z["scale"] if "scale" in z else 1 / z["temperature"]), batch[1])
+
+    case = supervised(mlp(), (5,)).but(loss=loss)
+    f, one = case.function(trace=True), torch.ones((), dtype=torch.float64)
+    scale = f.metagradient({"scale": one}).grads["scale"]
+    temperature = f.metagradient({"temperature": one}).grads["temperature"]
+    assert scale.item() == pytest.approx(-temperature.item(), rel=1e-10)
+
+
+def test_a_trace_is_not_replayed_for_other_modes_or_parameters():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.3), nn.Linear(5, 5), nn.Linear(5, CLASSES)))()
+    case = supervised(model, (5,))
+    f = case.function(trace=True)
+    for mode, frozen in ((True, 0), (False, 0), (False, 2)):
+        model.train(mode).requires_grad_(True)[frozen].requires_grad_(False)
+        result = f.metagradient(case.z)
+        assert result.report.execution == "traced"
+        assert max(errors(result, case.unrolled()).values()) < TOLERANCE[torch.float64]

@@ -132,6 +132,20 @@ def test_a_changed_z_is_refused_in_backward():
         value.backward()
 
 
+def test_two_calls_in_one_graph():
+    case = base()
+    f, lr = case.function(), case.z["lr"].clone().requires_grad_()
+    (f(case.z | {"lr": lr}) * f(case.z | {"lr": 2 * lr})).backward()
+    one, two = case.unrolled(), case.but({"lr": 2 * case.z["lr"]}).unrolled()
+    expected = one.grads["lr"] * two.value + 2 * one.value * two.grads["lr"]
+    assert torch.allclose(lr.grad, expected, rtol=1e-10, atol=0)
+
+
+def test_an_objective_of_running_statistics_alone():
+    case = supervised(convnet(), (1, 6, 6))
+    assert_exact(case.but({"init": initial(case.model)}, objective=lambda m: m[1].running_var.log().sum()))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_does_not_matter(mode):
     case = base()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import adamw, assert_exact, convnet, initial, mlp, supervised, weighted, weights
+from cases import adamw, assert_exact, convnet, cross_entropy, initial, mlp, supervised, weighted, weights
 
 from mgd_kernels import SGD, Adam, Muon, RMSprop, UpdateRule
 
@@ -84,3 +84,11 @@ def test_the_seed_chooses_the_random_streams(seed):
     case = supervised(mlp(0.3), (5,), seed=seed)
     assert_exact(case, (torch.float64,))
     assert case.metagradient().value != case.but(seed=2).metagradient().value
+
+
+def test_clipping_a_zero_gradient():
+    """Its norm is 0, where the norm has no derivative; it is not clipped."""
+    case = supervised(mlp(), (5,), max_grad_norm=0.3)
+    case = case.but(loss=lambda m, b, z: cross_entropy(m, b, z) * (1 - b[2][0] % 2))
+    assert min(abs(loss) for loss in case.unrolled().losses) == 0
+    assert_exact(case)
