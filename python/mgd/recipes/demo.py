@@ -200,8 +200,8 @@ def run(
     seconds: dict[str, float] = {}
     peak = {"start": _high_water()}
 
-    def phase(name: str, work: Callable[[], Any]) -> Any:
-        say(name)
+    def phase(name: str, words: str, work: Callable[[], Any]) -> Any:
+        say(words)
         start = time.perf_counter()
         value = work()
         seconds[name] = time.perf_counter() - start
@@ -209,11 +209,15 @@ def run(
         return value
 
     f.replaced(batches=f.batches[:2]).metagradient({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
-    phase("training", lambda: f.train(z, progress=progress))
-    result = phase("metagradient", lambda: f.metagradient(z, progress=progress))
+    phase("training", "training, without a gradient", lambda: f.train(z, progress=progress))
+    result = phase("metagradient", "training, with its metagradient", lambda: f.metagradient(z, progress=progress))
     before = seconds["training"]
-    phase("training", lambda: f.train(z, progress=progress))
-    found = phase("check", lambda: check(f, z, metagradient=result, seed=seed, progress=progress))
+    phase("training", "training, without a gradient, for a second timing", lambda: f.train(z, progress=progress))
+    found = phase(
+        "check",
+        "comparing with finite differences, in float64",
+        lambda: check(f, z, metagradient=result, seed=seed, progress=progress),
+    )
     demo = Demo(
         problem=problem,
         result=result,
@@ -234,7 +238,7 @@ def run(
             f"without the {count} mislabelled": problem.without(problem.wrong.nonzero()[:, 0]),
         }
 
-    demo.retrained = phase("retraining", retrain)
+    demo.retrained = phase("retraining", "training without the images that were found", retrain)
     return demo
 
 
