@@ -130,7 +130,7 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
             "The most harmful training images",
             f"More weight on these images raises the held-out loss the most; {in_first}. In red, in quotation "
             "marks: the wrong label that the training saw; below it what the image is. The metagradient knows nothing "
-            "of the true labels of the training images.",
+            f"of the true labels of the training images, only of the {len(problem.held_out):,} held-out ones.",
             plots.gallery(
                 "Most harmful. Above, in red: the wrong label that training was given. Below: what it is.",
                 *_captions(problem.train, problem.given, first),
@@ -154,7 +154,7 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
         ),
         plots.Section(
             "Training again without them",
-            f"The test images had no part in training or metagradient. {len(problem.test):,} of them.",
+            f"On {len(problem.test):,} test images, which had no part in the training or in the metagradient.",
             table=retraining(demo),
         ),
         plots.Section(
