@@ -177,6 +177,8 @@ def _update(call: Call, hyper: Tensor, rate: Tensor, *tensors: Tensor) -> tuple[
         old = [leaf for slot in slots for leaf in slot]
         if any(a.data_ptr() != b.data_ptr() for a, b in zip(old, new, strict=True)):
             torch._foreach_copy_(old, new)
+        for leaf in old:  # the kernel writes past autograd: a graph that saved the leaf must hear of it
+            torch.autograd.graph.increment_version(leaf)
         new = old
     return *call.views(update.to(grad.dtype)), *new
 

@@ -206,6 +206,9 @@ def _transformation(
                 f"expected updates with the {old.count.numel()} leaves of the state; got {len(grads)}: "
                 "was `init` called with other parameters?"
             )
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                _check_leaf(i, grad, [slot[i] for slot in slots])
         needs_params = not (_is_zero(l2) and _is_zero(weight_decay))
         leaves = _leaves(params) if needs_params and params is not None else []
         if needs_params and len(leaves) != len(grads):
@@ -261,6 +264,20 @@ def _first(rule: Rule, values: dict[str, Any], parts: list[list[Tensor]]) -> lis
         return [[trace / values["momentum"] for trace in part] for part in parts]
     values["momentum"] = 1.0
     return parts
+
+
+def _check_leaf(i: int, grad: Tensor, slots: Sequence[Tensor | None]) -> None:
+    if type(grad) not in (Tensor, torch.nn.Parameter):
+        raise BadArgument(
+            f"expected plain tensors; leaf {i} is a {type(grad).__name__}: the kernels read memory by address, "
+            "so call update on the local shards"
+        )
+    for slot in slots:
+        if slot is None or slot.shape != grad.shape:
+            raise BadArgument(
+                f"expected leaf {i} of the updates in the shape of its state, "
+                f"{None if slot is None else list(slot.shape)}; got {list(grad.shape)}"
+            )
 
 
 def _calls(grads: Sequence[Tensor | None], counts: Sequence[int]) -> list[list[int]]:

@@ -200,6 +200,16 @@ def test_a_plain_training_builds_no_chain_of_graphs():
     assert not updates[0].requires_grad and not any(t.requires_grad for t in torchopt.pytree.tree_leaves(state))
 
 
+def test_autograd_notices_moments_overwritten_under_a_graph():
+    params, grads = [torch.randn(3)], [torch.randn(3, requires_grad=True)]
+    transformation = fused.adamw(0.1, eps_root=1e-6)
+    state = transformation.init(params)
+    updates, _ = transformation.update(grads, state, params=params, inplace=False)
+    transformation.update([torch.randn(3)], state, params=params, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(updates[0].sum(), grads)
+
+
 def test_apply_updates_inplace_trains_as_torch():
     torch.manual_seed(4)
     model, twin = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
@@ -415,6 +425,14 @@ def test_errors_say_what_was_expected():
         transformation.update(params, state)
     with pytest.raises(BadArgument, match="2 leaves of the state; got 1"):
         transformation.update(params[:1], state, params=params[:1])
+    with pytest.raises(BadArgument, match=r"leaf 1 .* \[3\]; got \[4\]"):
+        transformation.update([torch.ones(2), torch.ones(4)], state, params=params)
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    with pytest.raises(BadArgument, match="plain tensors; leaf 0 is a Wrapped"):
+        transformation.update([torch.ones(2).as_subclass(Wrapped), None], state, params=params)
     with pytest.raises(BadArgument, match="mask"):
         transformation.update(params, state, params=params)
 
