@@ -19,13 +19,14 @@ float* at(Address address) { return reinterpret_cast<float*>(address); }
 void bind_nn(py::module_& m) {
     m.def(
         "nn_activation",
-        [](int pass, int function, int64_t n, Address x, Address gy, Address c, Address y, Address gx, Address ggy,
-           int threads) {
+        [](int pass, int function, int64_t n, Address x, Address gy, Address c, Address y, Address slope, Address gx,
+           Address ggy, int threads) {
             py::gil_scoped_release release;
             run_activation(static_cast<Pass>(pass),
-                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(gx), at(ggy)}, threads);
+                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(slope), at(gx), at(ggy)},
+                           threads);
         },
-        "A pointwise function, its gradient, or the gradient of that; n elements.");
+        "A pointwise function (with its slope), or the gradient of its gradient; n elements.");
     m.def(
         "nn_layer_norm",
         [](int pass, int64_t rows, int64_t width, float eps, Address x, Address weight, Address bias, Address gy,

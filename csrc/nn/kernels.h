@@ -14,12 +14,13 @@ namespace mgd {
 enum class Pass : int { forward, backward, double_backward };
 enum class Function : int { gelu, gelu_tanh, silu, tanh, sigmoid };
 
-// y = f(x); gx = gy f'(x); (ggy, gx) = (c f'(x), c gy f''(x)).
+// forward: y = f(x) and, where wanted, slope = f'(x). The backward pass, gy slope, is a product that torch has.
+// double_backward: (ggy, gx) = (c slope, c gy f''(x)).
 struct Activation {
     Function function;
     int64_t n;
     const float *x, *gy, *c;
-    float *y, *gx, *ggy;
+    float *y, *slope, *gx, *ggy;
 };
 
 // Rows [rows, width], normalised; weight and bias [width], mean and rstd [rows].

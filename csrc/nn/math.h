@@ -42,11 +42,18 @@ MGD_HD V exponential(V x) { return exp_of_sum(x, V{}); }
 struct Normal {
     V density, cumulative;
 };
+// e^(-z²/2) for z >= 0
+MGD_HD V bell(V z) {
+    z = z > 15.0f ? splat(15.0f) : z;  // 0 in float from 14.5 on
+    const V high = (V)((IntPack)z & ~0xfff), low = (z - high) * (z + high);  // z² = high² + low, high² exact
+    return exp_of_sum(-0.5f * (high * high), -0.5f * low);
+}
+constexpr float kBellScale = 0.398942280401432678f;
+MGD_HD V normal_density(V x) { return bell(absolute(x)) * kBellScale; }
 MGD_HD Normal normal(V x) {
     V z = absolute(x);
-    z = z > 15.0f ? splat(15.0f) : z;  // both tails are 0 in float from 14.5 on
-    const V high = (V)((IntPack)z & ~0xfff), low = (z - high) * (z + high);  // z² = high² + low, high² exact
-    const V e = exp_of_sum(-0.5f * (high * high), -0.5f * low);
+    z = z > 15.0f ? splat(15.0f) : z;
+    const V e = bell(z);
     // Phi(-z) / e is smooth: P(u) / (z + 3), u = (z - 3) / (z + 3), with a relative error of 1e-9.
     const V t = 1.0f / (z + 3.0f), u = (z - 3.0f) * t;
     V p = splat(5.4487285524373874e-05f);
@@ -61,7 +68,7 @@ MGD_HD Normal normal(V x) {
     p = p * u + -0.509332001209259f;
     p = p * u + 0.7290837168693542f;
     const V tail = e * (p * t);
-    return {e * 0.398942280401432678f, x < 0.0f ? tail : 1.0f - tail};
+    return {e * kBellScale, x < 0.0f ? tail : 1.0f - tail};
 }
 
 // The logistic function s(x) = 1 / (1 + e^-x), 1 - s, and s' = s (1 - s), none of them by cancellation.

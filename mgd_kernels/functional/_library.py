@@ -53,8 +53,8 @@ def operator(
     def differentiate(ctx, *cotangents):
         if backward is None:
             raise NotImplementedError(
-                f"derivative for {qualified} is not implemented: the fused operators are differentiable twice. For third "
-                "derivatives, use torch's own functions."
+                f"derivative for {qualified} is not implemented: the fused operators are differentiable twice. For "
+                "third derivatives, use torch's own functions."
             )
         found = backward(ctx, *cotangents)
         return (None, *found) if isinstance(found, tuple) else (None, found)

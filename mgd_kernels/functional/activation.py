@@ -1,4 +1,7 @@
-"""Pointwise functions: value, gradient, and gradient of the gradient, one pass over memory each."""
+"""Pointwise functions: value, gradient, and gradient of the gradient, one pass over memory each.
+
+gy, gx are cotangents of y = f(x) and x; c that of gx; ggy that of gy.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from torch import Tensor
 
 from mgd_kernels.backends.cpu import _core
 from mgd_kernels.functional._library import (
-    BACKWARD,
     DOUBLE_BACKWARD,
     FORWARD,
+    address,
     channels_last,
     contiguous,
     like,
@@ -22,84 +25,80 @@ from mgd_kernels.functional._library import (
 _FUNCTIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "tanh": 3, "sigmoid": 4}
 
 
-def _forward(x, function):
+def _call(pass_, function, x, gy=None, c=None, y=None, slope=None, gx=None, ggy=None) -> None:
+    tensors = (x, gy, c, y, slope, gx, ggy)
+    _core().nn_activation(pass_, _FUNCTIONS[function], x.numel(), *map(address, tensors), torch.get_num_threads())
+
+
+def _value(x, function):
     (x,) = contiguous(x.shape, x)
-    y = like(x)
-    _core().nn_activation(
-        FORWARD, _FUNCTIONS[function], x.numel(), x.data_ptr(), 0, 0, y.data_ptr(), 0, 0, torch.get_num_threads()
-    )
+    y = torch.empty_like(x)
+    _call(FORWARD, function, x, y=y)
     return y
 
 
-def _backward(gy, x, function):
-    gy, x = contiguous(x.shape, gy, x)
-    gx = like(x)
-    _core().nn_activation(
-        BACKWARD,
-        _FUNCTIONS[function],
-        x.numel(),
-        x.data_ptr(),
-        gy.data_ptr(),
-        0,
-        0,
-        gx.data_ptr(),
-        0,
-        torch.get_num_threads(),
-    )
-    return gx
+def _with_slope(x, function):
+    (x,) = contiguous(x.shape, x)
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    _call(FORWARD, function, x, y=y, slope=slope)
+    return y, slope
 
 
-def _double_backward(c, gy, x, function):
-    c, gy, x = contiguous(x.shape, c, gy, x)
-    ggy, gx = like(x), like(x)
-    _core().nn_activation(
-        DOUBLE_BACKWARD,
-        _FUNCTIONS[function],
-        x.numel(),
-        x.data_ptr(),
-        gy.data_ptr(),
-        c.data_ptr(),
-        0,
-        gx.data_ptr(),
-        ggy.data_ptr(),
-        torch.get_num_threads(),
-    )
+def _backward(gy, slope, x, function):
+    return torch.mul(*contiguous(x.shape, gy, slope))
+
+
+def _double_backward(c, gy, slope, x, function):
+    c, gy, slope, x = contiguous(x.shape, c, gy, slope, x)
+    ggy, gx = torch.empty_like(x), torch.empty_like(x)
+    _call(DOUBLE_BACKWARD, function, x, gy=gy, c=c, slope=slope, gx=gx, ggy=ggy)
     return ggy, gx
 
 
-def _differentiate(ctx, gy):
+def _differentiate(ctx, gy, _slope):
     if gy is None:
         return None, None
-    (x,) = ctx.saved_tensors
-    return activation_backward(gy, x, ctx.arguments[1]), None
+    x, slope = ctx.saved_tensors
+    return activation_backward(gy, slope, x, ctx.arguments[1]), None
 
 
 def _differentiate_twice(ctx, c):
     if c is None:
-        return None, None, None
-    gy, x = ctx.saved_tensors
-    return *activation_double_backward(c, gy, x, ctx.arguments[2]), None
+        return None, None, None, None
+    gy, slope, x = ctx.saved_tensors
+    ggy, gx = activation_double_backward(c, gy, slope, x, ctx.arguments[3])
+    return ggy, None, gx, None  # the slope is a function of x, whose cotangent holds it all
 
 
-activation = operator(
-    "activation(Tensor x, str function) -> Tensor",
-    _forward,
-    lambda x, function: like(x),
-    lambda args, y: args[:1],
+activation = operator("activation(Tensor x, str function) -> Tensor", _value, lambda x, function: like(x))
+activation_with_slope = operator(
+    "activation_with_slope(Tensor x, str function) -> (Tensor, Tensor)",
+    _with_slope,
+    lambda x, function: (like(x), like(x)),
+    lambda args, out: (args[0], out[1]),
     _differentiate,
+    non_differentiable=slice(1, 2),
 )
 activation_backward = operator(
-    "activation_backward(Tensor gy, Tensor x, str function) -> Tensor",
+    "activation_backward(Tensor gy, Tensor slope, Tensor x, str function) -> Tensor",
     _backward,
-    lambda gy, x, function: like(x),
-    lambda args, gx: args[:2],
+    lambda gy, slope, x, function: like(x),
+    lambda args, gx: args[:3],
     _differentiate_twice,
 )
 activation_double_backward = operator(
-    "activation_double_backward(Tensor c, Tensor gy, Tensor x, str function) -> (Tensor, Tensor)",
+    "activation_double_backward(Tensor c, Tensor gy, Tensor slope, Tensor x, str function) -> (Tensor, Tensor)",
     _double_backward,
-    lambda c, gy, x, function: (like(x), like(x)),
+    lambda c, gy, slope, x, function: (like(x), like(x)),
 )
+
+
+def _activation(x: Tensor, function: str) -> Tensor:
+    """f(x). Where a derivative will be asked for, f'(x) comes out of the same pass, and every later pass is spared the
+    exponential that it takes."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return activation_with_slope(x, function)[0]
+    return activation(x, function)
 
 
 def _fits(input: Tensor) -> bool:
@@ -109,20 +108,20 @@ def _fits(input: Tensor) -> bool:
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """As `torch.nn.functional.gelu`."""
     if approximate in ("none", "tanh") and _fits(input):
-        return activation(input, "gelu" if approximate == "none" else "gelu_tanh")
+        return _activation(input, "gelu" if approximate == "none" else "gelu_tanh")
     return F.gelu(input, approximate=approximate)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """As `torch.nn.functional.silu`."""
-    return activation(input, "silu") if not inplace and _fits(input) else F.silu(input, inplace)
+    return _activation(input, "silu") if not inplace and _fits(input) else F.silu(input, inplace)
 
 
 def tanh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """As `torch.tanh`."""
-    return activation(input, "tanh") if out is None and _fits(input) else torch.tanh(input, out=out)
+    return _activation(input, "tanh") if out is None and _fits(input) else torch.tanh(input, out=out)
 
 
 def sigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """As `torch.sigmoid`."""
-    return activation(input, "sigmoid") if out is None and _fits(input) else torch.sigmoid(input, out=out)
+    return _activation(input, "sigmoid") if out is None and _fits(input) else torch.sigmoid(input, out=out)
