@@ -1,10 +1,17 @@
-"""Fused optimizer steps with their vector-Jacobian products, on flat buffers."""
+"""Fused optimizer steps with their vector-Jacobian products, on flat buffers; and a store for training states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from mgd_kernels import errors
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.custom import Muon, RMSprop, UpdateRule
 from mgd_kernels.dispatch import backends, use_backend
 from mgd_kernels.optimizer import SGD, Adam, AdamW, Optimizer, OptimizerState
+
+if TYPE_CHECKING:
+    from mgd_kernels.store import Store
 
 __version__ = "0.1.0"
 
@@ -18,8 +25,18 @@ __all__ = [
     "OptimizerState",
     "RMSprop",
     "Segments",
+    "Store",
     "UpdateRule",
     "backends",
     "errors",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The store is C++ alone; everything else works without the extension.
+    if name == "Store":
+        from mgd_kernels.store import Store
+
+        return Store
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

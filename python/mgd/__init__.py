@@ -2,8 +2,20 @@
 
 from mgd import errors
 from mgd.budget import Budget
-from mgd.function import Metagradient, Trained, TrainingFunction
+from mgd.check import CheckResult, check
+from mgd.function import TrainingFunction
 from mgd.planner import Plan
 from mgd.report import Report
+from mgd.results import Metagradient, Trained
 
-__all__ = ["Budget", "Metagradient", "Plan", "Report", "Trained", "TrainingFunction", "errors"]
+__all__ = [
+    "Budget",
+    "CheckResult",
+    "Metagradient",
+    "Plan",
+    "Report",
+    "Trained",
+    "TrainingFunction",
+    "check",
+    "errors",
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mgd_kernels.errors import BadArgument, KernelError
+from mgd_kernels.errors import BadArgument, CorruptState, KernelError, StoreBusy, StoreFull, StoreIOError, UnknownFormat
 
 __all__ = [
     "BadArgument",
@@ -17,6 +17,7 @@ __all__ = [
     "BadMetaparameter",
     "BadObjective",
     "BudgetTooSmall",
+    "CorruptState",
     "KernelError",
     "MetagradientError",
     "MissingPackage",
@@ -25,6 +26,10 @@ __all__ = [
     "ParametersModified",
     "ReplayDivergence",
     "StaleRun",
+    "StoreBusy",
+    "StoreFull",
+    "StoreIOError",
+    "UnknownFormat",
 ]
 
 

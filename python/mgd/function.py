@@ -235,7 +235,7 @@ class TrainingFunction:
             "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
             "the schedule": (self.schedule,),
             "the execution (hvp, trace, compile)": (self.hvp, self._traces is None, self.compile),
-            "the version of torch": (torch.__version__,),
+            "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
         }
         return {name: digest(*values) for name, values in parts.items()}
 

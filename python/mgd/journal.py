@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgd.errors import StaleRun
-from mgd_kernels.store import Store
+from mgd_kernels.errors import CorruptState
 
 if TYPE_CHECKING:
     from mgd.sweep import Sweep
@@ -32,6 +32,8 @@ class Journal:
     """
 
     def __init__(self, directory: str | os.PathLike[str], staging: int, identity: Mapping[str, str], settings: Any):
+        from mgd_kernels.store import Store
+
         self.store = Store.open(directory, host=staging, durable=True)
         try:
             if "run" in self.store:
@@ -81,10 +83,11 @@ class Journal:
         Returns the objective's value where the training is complete: then the trained state is in `sweep.trained`.
         """
         sweep.tape.adopt(self.store.keys())
-        if "checkpoint" not in self.store:
+        try:
+            tensors = iter(self.store.get("checkpoint"))
+        except (KeyError, CorruptState):  # there is none yet, or a power cut tore it: begin again
             sweep.tape.discard_after(0)
             return None
-        tensors = iter(self.store.get("checkpoint"))
         header = _decode(next(tensors))
         sweep.index, sweep.visited = header["index"], header["visited"]
         sweep.meta.first_read.update(header["first_read"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from mgd.model import Buffers
 from mgd.planner import Plan, plan
 from mgd.tape import Tape
 from mgd_kernels import Arena, Optimizer
-from mgd_kernels.store import Store
+
+if TYPE_CHECKING:
+    from mgd_kernels.store import Store
 
 SHARE = 0.5  # of the free memory, where no budget is given
 STAGING = (
@@ -70,6 +73,8 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
     used = {tier for tier, peak in chosen.peak.items() if peak}
     store = None
     if "disk" in used or (on_device and "host" in used):
+        from mgd_kernels.store import Store
+
         buffers = staging(budget.limits(), size)
         host = buffers + (chosen.limits.get("host", 0) if on_device else 0)
         disk = (chosen.directory, chosen.limits["disk"]) if "disk" in used else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.model import Buffers
 from mgd.steps import Evaluated
 from mgd_kernels import OptimizerState
-from mgd_kernels.store import Store
+
+if TYPE_CHECKING:
+    from mgd_kernels.store import Store
 
 Key = tuple[str, int]
 
