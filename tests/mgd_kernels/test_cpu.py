@@ -298,6 +298,9 @@ def test_workers_take_over_the_callers_floating_point_mode():
     problem.state[0] *= 1e-38
     problem.grad *= 1e-40
     gradual = problem.step(cpu)
+    torch.set_num_threads(4)
+    assert same_bits(problem.step(cpu), gradual)  # starts the workers now: a new thread inherits the mode
+    torch.set_num_threads(1)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no flush-to-zero mode")
     try:
