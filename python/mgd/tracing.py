@@ -9,21 +9,22 @@ traced, every replayed loss is compared with the one of the eager first sweep, a
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.derivatives import Evaluate, Gradients, Point, SecondDerivative
-
-aten = torch.ops.aten
+from mgd.graphs import PerDirection, clean, without_mutation
 
 # Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
 COMPILED_TOLERANCE = 1e-4
+# Relative, of each second derivative; the graph runs the operators of the evaluation, so that most agree to the bit.
+REPLAY_TOLERANCE = 1e-3
+ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
 
 class Traces:
@@ -31,7 +32,7 @@ class Traces:
 
     def __init__(self, compile: bool = False):
         self.compile = compile
-        self.graphs: dict[Hashable, Callable[..., tuple[Tensor | None, ...]]] = {}
+        self.graphs: dict[Hashable, Callable[..., tuple[Tensor, Sequence[Sequence[Tensor | None]]]]] = {}
         self.refused: str | None = None
 
     def __call__(
@@ -43,8 +44,8 @@ class Traces:
         """
         if self.refused:
             return None
-        inputs, sizes = _flat(point)
-        key = (key, sizes, tuple((x.shape, x.stride(), x.dtype) for x in inputs))
+        inputs = [x for kind in _fixed(point) for x in kind]
+        key = (key, len(point.directions) > 1, tuple((x.shape, x.stride(), x.dtype) for x in inputs))
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._trace(second, evaluate, point, restart)
@@ -53,9 +54,9 @@ class Traces:
                 return None
             finally:
                 restart()
-        loss, *flat = self.graphs[key](*inputs)
-        width = len(flat) // len(point.directions)
-        return loss, [flat[i : i + width] for i in range(0, len(flat), width)]
+        directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
+        loss, results = self.graphs[key](inputs, directions)
+        return loss, [list(result) for result in results]
 
     def describe(self) -> str:
         """How second derivatives are executed, for the report."""
@@ -70,51 +71,66 @@ class Traces:
         """
         same = torch.allclose(loss, expected, rtol=COMPILED_TOLERANCE) if self.compile else torch.equal(loss, expected)
         if not same:
-            self.refused = f"the replayed loss of step {step} is {float(loss.detach())!r}, that of training {float(expected)!r}"
+            self.refused = (
+                f"the replayed loss of step {step} is {float(loss.detach())!r}, that of training {float(expected)!r}"
+            )
         return same
 
     def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]):
-        inputs, sizes = _flat(point)
+        """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
+        kinds = [*_fixed(point), point.directions[0], point.cotangents[0]]
+        bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
+        inputs = [x for kind in kinds for x in kind]
+        shared = bounds[3][1]
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            loss, results = second(evaluate, _point(tensors, sizes, len(point.directions)), restart)
-            return (loss, *(tensor for result in results for tensor in result))
+            *fixed, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+            loss, (result,) = second(evaluate, Point(*fixed, [direction], [cotangent]), restart)
+            return loss, *result
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = clean(make_fx(function)(*inputs))
-        if self.compile:
-            # Random operators keep torch's eager streams, so that a compiled step draws the masks of the first sweep.
-            return torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        return graph
+            if len(point.directions) > 1:
+                split = PerDirection(without_mutation(graph, inputs), shared)
+        restart()
+        replayed = graph(*inputs)
+        restart()
+        if not _agree(replayed[1:], function(*inputs)[1:]):
+            raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
+        compiled = _compiled if self.compile else lambda module: module
+        if len(point.directions) > 1:
+            split.once, split.each = compiled(split.once), compiled(split.each)
+            return split
+        whole = compiled(graph)
+
+        def replay(fixed: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]):
+            loss, *result = whole(*fixed, *directions[0])
+            return loss, [result]
+
+        return replay
 
 
-def _flat(point: Point) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The point's tensors in a row, and how many of each kind."""
-    kinds = (point.parameters, point.buffers, point.metaparameters, point.constants)
-    kinds += (*point.directions, *point.cotangents)
-    return [tensor for kind in kinds for tensor in kind], tuple(map(len, kinds))
+def _compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
+    # Random operators keep torch's eager streams, so that a compiled step draws the masks of the first sweep.
+    return torch.compile(module, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
-def _point(tensors: tuple[Tensor, ...], sizes: tuple[int, ...], objectives: int) -> Point:
-    bounds = pairwise(accumulate(sizes, initial=0))
-    kinds = [list(tensors[start:stop]) for start, stop in bounds]
-    return Point(*kinds[:4], directions=kinds[4 : 4 + objectives], cotangents=kinds[4 + objectives :])
+def _agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
+    """Whether a graph repeats the second derivatives of an evaluation up to rounding, tensor by tensor.
+
+    The loss alone would not tell: activation checkpointing puts random generators back for its recomputation, which a
+    graph does not, so that other dropout masks would enter the derivatives only.
+    """
+    if [x is None for x in replayed] != [x is None for x in evaluated]:
+        return False
+    pairs = [
+        (x.detach().double(), y.detach().double()) for x, y in zip(replayed, evaluated, strict=True) if x is not None
+    ]
+    noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
+    return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)
 
 
-def clean(module: fx.GraphModule) -> fx.GraphModule:
-    """Drop views that change nothing, results that nobody reads, and the outputs of convolutions that nobody reads."""
-    graph = module.graph
-    for node in graph.nodes:
-        if node.target in (aten.alias.default, aten.detach.default):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
-            node.replace_all_uses_with(node.args[0].args[0])
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.target is aten.convolution_backward.default:
-            *args, mask = node.args
-            read = {user.args[1] for user in node.users if user.target is operator.getitem}
-            node.args = (*args, [wanted and i in read for i, wanted in enumerate(mask)])
-    module.recompile()
-    return module
+def _fixed(point: Point) -> list[Sequence[Tensor]]:
+    """The tensors that all directions share, by kind."""
+    return [point.parameters, point.buffers, point.metaparameters, point.constants]
