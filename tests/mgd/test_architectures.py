@@ -178,21 +178,24 @@ def test_instance_norm_with_running_statistics():
     assert f.metagradient({"lr": lr}).grads["lr"].sum().item() == pytest.approx(difference.item(), rel=1e-7)
 
 
+class _Checkpointed(nn.Module):
+    def __init__(self, saving, dropout):
+        super().__init__()
+        self.saving, self.head = saving, nn.Linear(8, CLASSES)
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.saving else self.body(x))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("hvp", ROADS)
-def test_activation_checkpointing_recomputes_with_the_parameters_of_the_step(hvp):
-    class Net(nn.Module):
-        def __init__(self, saving):
-            super().__init__()
-            self.saving, self.head = saving, nn.Linear(8, CLASSES)
-            self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-
-        def forward(self, x):
-            return self.head(checkpoint(self.body, x, use_reentrant=False) if self.saving else self.body(x))
-
-    saving, plain = (supervised(seeded(Net)(on), (5,)) for on in (True, False))
-    assert_exact(plain, (torch.float64,), hvp=hvp)
-    result, expected = saving.metagradient(hvp=hvp), plain.unrolled()
-    assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=0)
+def test_activation_checkpointing(hvp, dropout, trace):
+    """The recomputation sees the parameters of the step, not the model's own, and the same dropout masks."""
+    saving, plain = (supervised(seeded(_Checkpointed)(on, dropout), (5,)) for on in (True, False))
+    result, expected = saving.metagradient(hvp=hvp, trace=trace), plain.unrolled()
+    assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("hvp", ROADS)
@@ -300,3 +303,24 @@ def test_one_step():
     case = supervised(mlp(0.2), (5,), 1)
     case = case.but({"init": initial(case.model), "weight_decay": torch.tensor([0.1], dtype=torch.float64)})
     assert_exact(case)
+
+
+def vmapped(model, batch, z):
+    """Examples one by one under torch.func.vmap."""
+    own = dict(model.named_parameters())
+    each = lambda x, y: F.cross_entropy(torch.func.functional_call(model, own, (x,)), y)
+    return torch.func.vmap(each)(batch[0], batch[1]).mean()
+
+
+def adapted_by_a_step(model, batch, z):
+    """The loss after an inner step of gradient descent (MAML, arXiv 1703.03400)."""
+    own = dict(model.named_parameters())
+    inner = torch.autograd.grad(cross_entropy(model, batch, z), list(own.values()), create_graph=True)
+    moved = {name: p - 0.1 * g for (name, p), g in zip(own.items(), inner, strict=True)}
+    return F.cross_entropy(torch.func.functional_call(model, moved, (batch[0],)), batch[1])
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+@pytest.mark.parametrize("loss", [vmapped, adapted_by_a_step])
+def test_losses_that_transform_the_model(loss, hvp):
+    assert_exact(supervised(mlp(), (5,)).but(loss=loss), hvp=hvp)

@@ -70,6 +70,7 @@ def test_every_call(options):
         call(made.z)
         watched.check()
     f.plan()
+    f.metagradient(made.z, progress=True)
     watched.check()
 
 
