@@ -109,11 +109,11 @@ def reverse_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> 
         [[*direction, *cotangent][i] for i in live]
         for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
     ]
-    if len(cotangents) == 1:
-        return loss.detach(), [list(torch.autograd.grad(outputs, inputs, cotangents[0], allow_unused=True))]
-    stacked = [torch.stack(parts) for parts in zip(*cotangents, strict=True)]
-    batched = torch.autograd.grad(outputs, inputs, stacked, allow_unused=True, is_grads_batched=True)
-    return loss.detach(), [[None if g is None else g[i] for g in batched] for i in range(len(cotangents))]
+    keep = [True] * (len(cotangents) - 1) + [False]
+    return loss.detach(), [
+        list(torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True, retain_graph=retain))
+        for cotangent, retain in zip(cotangents, keep, strict=True)
+    ]
 
 
 def _inner(x: Tensors, y: Tensors) -> Tensor:
