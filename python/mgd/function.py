@@ -23,6 +23,7 @@ from mgd.journal import Journal, digest
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, model_kept
 from mgd.planner import Plan
+from mgd.profiler import chrome_trace
 from mgd.progress import Progress
 from mgd.report import Report
 from mgd.results import Metagradient, Trained
@@ -114,15 +115,22 @@ class TrainingFunction:
             return self._objective(self._train(z or {}, tick))[0]
 
     def metagradient(
-        self, z: Mapping[str, Any], *, progress: bool = False, resume: str | os.PathLike[str] | None = None
+        self,
+        z: Mapping[str, Any],
+        *,
+        progress: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+        profile: str | os.PathLike[str] | None = None,
     ) -> Metagradient:
         """The objective after training with `z`, and its exact gradient with respect to every entry of `z`.
 
         resume: a directory that holds the log, the snapshots and the sweep's place, so that the same call continues an
         interrupted one, redoing at most `mgd.journal.REDO` steps of either sweep, and comes to the same bits. It is
         empty again when the call returns.
+        profile: a file that receives every operator's time as a Chrome trace, the phases of the report marked in it
+            (some MB a second; open it in chrome://tracing or ui.perfetto.dev). Seconds of a profiled run are longer.
         """
-        with self._guarded(progress) as tick:
+        with chrome_trace(profile), self._guarded(progress) as tick:
             run = self._forward(z, tick, resume)
             grads = run.reverse()
             if run.value.ndim == 0:
@@ -169,7 +177,7 @@ class TrainingFunction:
         arena = arena or Arena.of(self.model)
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example)
         steps = Steps(
-            Binding(self.model),
+            Binding(self.model, fused=self.hvp != "forward"),
             arena,
             self.loss,
             self.batches,

@@ -23,6 +23,7 @@ from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
 from mgd.journal import Journal
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
+from mgd.profiler import phase
 from mgd.results import Trained
 from mgd.steps import Evaluated, Steps
 from mgd.tape import Tape, read_ahead
@@ -56,10 +57,13 @@ class _Timer:
         self.seconds, self.phase = seconds, phase
 
     def __enter__(self) -> None:
+        self.mark = phase(self.phase)
+        self.mark.__enter__()
         self.start = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.seconds[self.phase] += time.perf_counter() - self.start
+        self.mark.__exit__(*error)
 
 
 class Sweep:
