@@ -7,6 +7,7 @@ from mgd.function import TrainingFunction
 from mgd.planner import Plan
 from mgd.report import Report
 from mgd.results import Metagradient, Trained
+from mgd.smoothness import metasmoothness
 
 __all__ = [
     "Budget",
@@ -18,4 +19,5 @@ __all__ = [
     "TrainingFunction",
     "check",
     "errors",
+    "metasmoothness",
 ]
