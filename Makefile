@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
+# An editable install finds new modules by itself, and new packages only when it is made again.
+PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
 .PHONY: demo test bench lint format clean
 
 # The extension is rebuilt when its sources change; Python files are used in place.
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
