@@ -2,9 +2,10 @@
 
 A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes an operator. Here
 the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so they are one
-node each in a graph that `make_fx` traces. They serve float32 on the CPU, in reverse mode, twice; everything else
-goes to torch's own function, so a replacement is always safe. In forward mode (`torch.autograd.forward_ad`) they raise
-NotImplementedError; a third derivative raises too. Results are the same bits for any number of threads.
+node each in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
+torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
+forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
+threads.
 """
 
 from collections.abc import Callable

@@ -26,15 +26,19 @@ def operator(
     save: Callable[[tuple, Any], Sequence[Tensor | None]] | None = None,
     backward: Callable[..., Any] | None = None,
     non_differentiable: slice = slice(0, 0),
+    plain: Callable[..., Sequence[Tensor]] | None = None,
 ):
     """Defines `mgd_kernels::<schema>` and returns the operator.
 
     save(args, outputs): the tensors that `backward` will need. backward(ctx, *cotangents): the cotangents of args,
-    from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. Without `backward`, a derivative raises.
-    non_differentiable: which outputs carry no derivative.
+    from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
+    no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated where
+    there is no `backward`, and as often as anybody likes.
     """
     name = schema[: schema.index("(")]
     qualified = f"mgd_kernels::{name}"
+    if plain is not None:
+        save, backward = (lambda args, outputs: args), _differentiate_plain(plain)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.mgd_kernels, name).default
     below_autograd = torch._C._after_autograd_keyset
@@ -45,17 +49,12 @@ def operator(
         ctx.set_materialize_grads(False)
         ctx.arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
         if save is not None:
-            ctx.save_for_backward(*save(args, outputs))
+            ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in save(args, outputs)))
         if isinstance(outputs, tuple):
             ctx.mark_non_differentiable(*outputs[non_differentiable])
         return outputs
 
     def differentiate(ctx, *cotangents):
-        if backward is None:
-            raise NotImplementedError(
-                f"derivative for {qualified} is not implemented: the fused operators are differentiable twice. For "
-                "third derivatives, use torch's own functions."
-            )
         found = backward(ctx, *cotangents)
         return (None, *found) if isinstance(found, tuple) else (None, found)
 
@@ -93,6 +92,54 @@ def operator(
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_vmap(qualified, over_batch, lib=_library)
     return op
+
+
+def _differentiate_plain(plain: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple]:
+    def backward(ctx, *cotangents):
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that one tensor that stands in two places gets two gradients.
+            inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            args = [other if x is None else x for x, other in zip(inputs, ctx.arguments, strict=True)]
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            pairs = [
+                (output, cotangent)
+                for output, cotangent in zip(plain(*args), cotangents, strict=True)
+                if cotangent is not None and output.requires_grad
+            ]
+            if not pairs:
+                return (None,) * len(args)
+            outputs, seeds = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
+        return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
+
+    return backward
+
+
+def twice(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    second_cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """By torch: the cotangents of `cotangents` and of `inputs`, of Σ <second_cotangents, the gradients of
+    <function(*inputs), cotangents> with respect to the inputs>. Absent tensors are None in every place."""
+
+    def place(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.requires_grad else x.detach().requires_grad_()
+
+    def grad(outputs, inputs, seeds):
+        pairs = [(x, seed) for x, seed in zip(outputs, seeds, strict=True) if x is not None and seed is not None]
+        present = [x for x in inputs if x is not None]
+        values, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(values, present, given, create_graph=True, materialize_grads=True))
+        return [None if x is None else next(found) for x in inputs]
+
+    inputs, cotangents = [place(x) for x in inputs], [place(x) for x in cotangents]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    first = grad(outputs, inputs, cotangents)
+    return grad(first, [*cotangents, *inputs], second_cotangents)
 
 
 def served(*tensors: Tensor | None) -> bool:

@@ -19,6 +19,7 @@ from mgd_kernels.functional._library import (
     like,
     operator,
     served,
+    twice,
 )
 
 # The codes of mgd::Function (csrc/nn/kernels.h).
@@ -70,6 +71,19 @@ def _differentiate_twice(ctx, c):
     return ggy, None, gx, None  # the slope is a function of x, whose cotangent holds it all
 
 
+_TORCH = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _plain_double_backward(c, gy, slope, x, function):
+    return twice(_TORCH[function], [x], [gy], [c])
+
+
 activation = operator("activation(Tensor x, str function) -> Tensor", _value, lambda x, function: like(x))
 activation_with_slope = operator(
     "activation_with_slope(Tensor x, str function) -> (Tensor, Tensor)",
@@ -90,6 +104,7 @@ activation_double_backward = operator(
     "activation_double_backward(Tensor c, Tensor gy, Tensor slope, Tensor x, str function) -> (Tensor, Tensor)",
     _double_backward,
     lambda c, gy, slope, x, function: (like(x), like(x)),
+    plain=_plain_double_backward,
 )
 
 

@@ -73,6 +73,11 @@ def _differentiate_twice(ctx, c):
     return *softmax_double_backward(c, gp, p, *ctx.arguments[2:]), None, None
 
 
+def _plain_double_backward(c, gp, p, scale, causal):
+    d, e = ((p * x).sum(-1, keepdim=True) for x in (gp, c))
+    return scale * p * (c - e), scale * (c * (gp - d) - gp * e)
+
+
 softmax_forward = operator(
     "softmax(Tensor x, float scale, bool causal) -> Tensor",
     _softmax,
@@ -91,6 +96,7 @@ softmax_double_backward = operator(
     "softmax_double_backward(Tensor c, Tensor gp, Tensor p, float scale, bool causal) -> (Tensor, Tensor)",
     _softmax_double_backward,
     lambda c, gp, p, scale, causal: (like(p), like(p)),
+    plain=_plain_double_backward,
 )
 
 

@@ -17,6 +17,7 @@ from mgd_kernels.functional._library import (
     like,
     operator,
     served,
+    twice,
 )
 
 # losses [rows] of x [rows, classes] and target int64 [rows]; gl the cotangent of losses, gx that of x, c that of gx,
@@ -75,6 +76,11 @@ def _differentiate_twice(ctx, c):
     return ggl, gx, None, None, None
 
 
+def _plain_double_backward(c, gl, x, target, statistics, ignore_index):
+    function = lambda x: F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+    return twice(function, [x], [gl], [c])
+
+
 cross_entropy_forward = operator(
     "cross_entropy(Tensor x, Tensor target, int ignore_index) -> (Tensor, Tensor)",
     _cross_entropy,
@@ -95,6 +101,7 @@ cross_entropy_double_backward = operator(
     " -> (Tensor, Tensor)",
     _cross_entropy_double_backward,
     lambda c, gl, x, target, statistics, ignore_index: (like(gl), like(x)),
+    plain=_plain_double_backward,
 )
 
 

@@ -24,6 +24,7 @@ from mgd_kernels.functional._library import (
     like,
     operator,
     served,
+    twice,
 )
 
 # --- Layer norm: x [..., width], weight and bias [width], mean and rstd [rows] ------------------------------------
@@ -43,20 +44,20 @@ def _layer_norm(x, weight, bias, width, eps):
     return y, mean, rstd
 
 
-def _layer_norm_backward(gy, x, mean, rstd, weight, width):
+def _layer_norm_backward(gy, x, mean, rstd, weight, width, eps):
     gy, x = contiguous(x.shape, gy, x)
     (weight,), (mean, rstd) = contiguous((width,), weight), contiguous((x.numel() // width,), mean, rstd)
     gx, gw, gb = like(x), like(x, width), like(x, width)
-    _layer(BACKWARD, x, width, 0, weight, None, gy, None, None, None, mean, rstd, None, gx, None, gw, gb)
+    _layer(BACKWARD, x, width, eps, weight, None, gy, None, None, None, mean, rstd, None, gx, None, gw, gb)
     return gx, gw, gb
 
 
-def _layer_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, width):
+def _layer_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, width, eps):
     c, gy, x = contiguous(x.shape, torch.zeros_like(x) if c is None else c, gy, x)
     cw, cb, weight = contiguous((width,), cw, cb, weight)
     mean, rstd = contiguous((x.numel() // width,), mean, rstd)
     ggy, gx, gw = like(x), like(x), like(x, width)
-    _layer(DOUBLE_BACKWARD, x, width, 0, weight, None, gy, c, cw, cb, mean, rstd, None, gx, ggy, gw, None)
+    _layer(DOUBLE_BACKWARD, x, width, eps, weight, None, gy, c, cw, cb, mean, rstd, None, gx, ggy, gw, None)
     return ggy, gx, gw
 
 
@@ -64,16 +65,24 @@ def _differentiate_layer_norm(ctx, gy, _mean, _rstd):
     if gy is None:
         return None, None, None, None, None
     x, mean, rstd, weight, bias = ctx.saved_tensors
-    gx, gw, gb = layer_norm_backward(gy, x, mean, rstd, weight, ctx.arguments[3])
+    gx, gw, gb = layer_norm_backward(gy, x, mean, rstd, weight, *ctx.arguments[3:])
     return gx, None if weight is None else gw, None if bias is None else gb, None, None
 
 
 def _differentiate_layer_norm_twice(ctx, c, cw, cb):
     if c is None and cw is None and cb is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     gy, x, mean, rstd, weight = ctx.saved_tensors
-    ggy, gx, gw = layer_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, ctx.arguments[5])
-    return ggy, gx, None, None, None if weight is None else gw, None
+    ggy, gx, gw = layer_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, *ctx.arguments[5:])
+    return ggy, gx, None, None, None if weight is None else gw, None, None
+
+
+def _plain_layer_norm(c, cw, cb, gy, x, mean, rstd, weight, width, eps):
+    def function(x, weight, bias):
+        return F.layer_norm(x.reshape(-1, width), (width,), weight, bias, eps).view(x.shape)
+
+    ggy, gx, gw, _ = twice(function, [x, weight, x.new_zeros(width)], [gy], [c, cw, cb])
+    return ggy, gx, gw
 
 
 layer_norm_forward = operator(
@@ -85,18 +94,19 @@ layer_norm_forward = operator(
     non_differentiable=slice(1, 3),
 )
 layer_norm_backward = operator(
-    "layer_norm_backward(Tensor gy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, SymInt width)"
+    "layer_norm_backward(Tensor gy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, SymInt width, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     _layer_norm_backward,
-    lambda gy, x, mean, rstd, weight, width: (like(x), like(x, width), like(x, width)),
+    lambda gy, x, mean, rstd, weight, width, eps: (like(x), like(x, width), like(x, width)),
     lambda args, out: args[:5],
     _differentiate_layer_norm_twice,
 )
 layer_norm_double_backward = operator(
     "layer_norm_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor gy, Tensor x, Tensor mean, Tensor rstd,"
-    " Tensor? weight, SymInt width) -> (Tensor, Tensor, Tensor)",
+    " Tensor? weight, SymInt width, float eps) -> (Tensor, Tensor, Tensor)",
     _layer_norm_double_backward,
-    lambda c, cw, cb, gy, x, mean, rstd, weight, width: (like(x), like(x), like(x, width)),
+    lambda c, cw, cb, gy, x, mean, rstd, weight, width, eps: (like(x), like(x), like(x, width)),
+    plain=_plain_layer_norm,
 )
 
 
@@ -154,7 +164,7 @@ def _group_norm(x, weight, bias, groups, eps):
     return y, mean, rstd
 
 
-def _group_norm_backward(gy, x, mean, rstd, weight, groups):
+def _group_norm_backward(gy, x, mean, rstd, weight, groups, eps):
     channels, sets = x.shape[1], x.shape[0] * groups
     (gy, x), (weight,), (mean, rstd) = (
         contiguous(x.shape, gy, x),
@@ -166,7 +176,7 @@ def _group_norm_backward(gy, x, mean, rstd, weight, groups):
     return gx, gw, gb
 
 
-def _group_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, groups):
+def _group_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, groups, eps):
     channels, sets = x.shape[1], x.shape[0] * groups
     c, gy, x = contiguous(x.shape, torch.zeros_like(x) if c is None else c, gy, x)
     (cw, cb, weight), (mean, rstd) = contiguous((channels,), cw, cb, weight), contiguous((sets,), mean, rstd)
@@ -182,16 +192,22 @@ def _differentiate_group_norm(ctx, gy, _mean, _rstd):
     if gy is None:
         return None, None, None, None, None
     x, mean, rstd, weight, bias = ctx.saved_tensors
-    gx, gw, gb = group_norm_backward(gy, x, mean, rstd, weight, ctx.arguments[3])
+    gx, gw, gb = group_norm_backward(gy, x, mean, rstd, weight, *ctx.arguments[3:])
     return gx, None if weight is None else gw, None if bias is None else gb, None, None
 
 
 def _differentiate_group_norm_twice(ctx, c, cw, cb):
     if c is None and cw is None and cb is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     gy, x, mean, rstd, weight = ctx.saved_tensors
-    ggy, gx, gw = group_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, ctx.arguments[5])
-    return ggy, gx, None, None, None if weight is None else gw, None
+    ggy, gx, gw = group_norm_double_backward(c, cw, cb, gy, x, mean, rstd, weight, *ctx.arguments[5:])
+    return ggy, gx, None, None, None if weight is None else gw, None, None
+
+
+def _plain_group_norm(c, cw, cb, gy, x, mean, rstd, weight, groups, eps):
+    function = lambda x, weight, bias: F.group_norm(x, groups, weight, bias, eps)
+    ggy, gx, gw, _ = twice(function, [x, weight, x.new_zeros(x.shape[1])], [gy], [c, cw, cb])
+    return ggy, gx, gw
 
 
 group_norm_forward = operator(
@@ -203,18 +219,19 @@ group_norm_forward = operator(
     non_differentiable=slice(1, 3),
 )
 group_norm_backward = operator(
-    "group_norm_backward(Tensor gy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int groups)"
+    "group_norm_backward(Tensor gy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int groups, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     _group_norm_backward,
-    lambda gy, x, mean, rstd, weight, groups: (like(x), like(x, x.shape[1]), like(x, x.shape[1])),
+    lambda gy, x, mean, rstd, weight, groups, eps: (like(x), like(x, x.shape[1]), like(x, x.shape[1])),
     lambda args, out: args[:5],
     _differentiate_group_norm_twice,
 )
 group_norm_double_backward = operator(
     "group_norm_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor gy, Tensor x, Tensor mean, Tensor rstd,"
-    " Tensor? weight, int groups) -> (Tensor, Tensor, Tensor)",
+    " Tensor? weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
     _group_norm_double_backward,
-    lambda c, cw, cb, gy, x, mean, rstd, weight, groups: (like(x), like(x), like(x, x.shape[1])),
+    lambda c, cw, cb, gy, x, mean, rstd, weight, groups, eps: (like(x), like(x), like(x, x.shape[1])),
+    plain=_plain_group_norm,
 )
 
 
@@ -245,7 +262,7 @@ def _batch_norm(x, weight, bias, eps):
     return y, mean, var, rstd
 
 
-def _batch_norm_backward(gy, gmean, gvar, x, mean, rstd, weight):
+def _batch_norm_backward(gy, gmean, gvar, x, mean, rstd, weight, eps):
     gy, x = contiguous(x.shape, torch.zeros_like(x) if gy is None else gy, x)
     gmean, gvar, mean, rstd, weight = contiguous(x.shape[1:2], gmean, gvar, mean, rstd, weight)
     gx, gw, gb = like(x), like(x, x.shape[1]), like(x, x.shape[1])
@@ -255,7 +272,7 @@ def _batch_norm_backward(gy, gmean, gvar, x, mean, rstd, weight):
     return gx, gw, gb
 
 
-def _batch_norm_double_backward(c, cw, cb, gy, gvar, x, mean, rstd, weight):
+def _batch_norm_double_backward(c, cw, cb, gy, gvar, x, mean, rstd, weight, eps):
     c, gy, x = contiguous(
         x.shape, torch.zeros_like(x) if c is None else c, torch.zeros_like(x) if gy is None else gy, x
     )
@@ -272,15 +289,17 @@ def _differentiate_batch_norm(ctx, gy, gmean, gvar, _rstd):
     if gy is None and gmean is None and gvar is None:
         return None, None, None, None
     x, mean, rstd, weight, bias = ctx.saved_tensors
-    gx, gw, gb = batch_norm_backward(gy, gmean, gvar, x, mean, rstd, weight)
+    gx, gw, gb = batch_norm_backward(gy, gmean, gvar, x, mean, rstd, weight, ctx.arguments[3])
     return gx, None if weight is None else gw, None if bias is None else gb, None
 
 
 def _differentiate_batch_norm_twice(ctx, c, cw, cb):
     if c is None and cw is None and cb is None:
-        return (None,) * 7
+        return (None,) * 8
     gy, gmean, gvar, x, mean, rstd, weight = ctx.saved_tensors
-    ggy, ggmean, ggvar, gx, gw = batch_norm_double_backward(c, cw, cb, gy, gvar, x, mean, rstd, weight)
+    ggy, ggmean, ggvar, gx, gw = batch_norm_double_backward(
+        c, cw, cb, gy, gvar, x, mean, rstd, weight, ctx.arguments[7]
+    )
     return (
         None if gy is None else ggy,
         None if gmean is None else ggmean,
@@ -289,7 +308,19 @@ def _differentiate_batch_norm_twice(ctx, c, cw, cb):
         None,
         None,
         None if weight is None else gw,
+        None,
     )
+
+
+def _plain_batch_norm(c, cw, cb, gy, gvar, x, mean, rstd, weight, eps):
+    def function(x, weight, bias):
+        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), mean, var
+
+    zeros = torch.zeros_like(mean)
+    given = [torch.zeros_like(x) if gy is None else gy, zeros, zeros if gvar is None else gvar]
+    ggy, ggmean, ggvar, gx, gw, _ = twice(function, [x, weight, zeros], given, [c, cw, cb])
+    return ggy, ggmean, ggvar, gx, gw
 
 
 batch_norm_forward = operator(
@@ -301,18 +332,19 @@ batch_norm_forward = operator(
     non_differentiable=slice(3, 4),
 )
 batch_norm_backward = operator(
-    "batch_norm_backward(Tensor? gy, Tensor? gmean, Tensor? gvar, Tensor x, Tensor mean, Tensor rstd, Tensor? weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm_backward(Tensor? gy, Tensor? gmean, Tensor? gvar, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
+    " float eps) -> (Tensor, Tensor, Tensor)",
     _batch_norm_backward,
-    lambda gy, gmean, gvar, x, mean, rstd, weight: (like(x), like(mean), like(mean)),
-    lambda args, out: args,
+    lambda gy, gmean, gvar, x, mean, rstd, weight, eps: (like(x), like(mean), like(mean)),
+    lambda args, out: args[:7],
     _differentiate_batch_norm_twice,
 )
 batch_norm_double_backward = operator(
     "batch_norm_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor? gy, Tensor? gvar, Tensor x, Tensor mean,"
-    " Tensor rstd, Tensor? weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor rstd, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _batch_norm_double_backward,
-    lambda c, cw, cb, gy, gvar, x, mean, rstd, weight: (like(x), like(mean), like(mean), like(x), like(mean)),
+    lambda c, cw, cb, gy, gvar, x, mean, rstd, weight, eps: (like(x), like(mean), like(mean), like(x), like(mean)),
+    plain=_plain_batch_norm,
 )
 
 
