@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mgd import Metagradient, TrainingFunction
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from unrolled import Unrolled, unrolled
 
+from mgd import Metagradient, TrainingFunction
 from mgd_kernels import AdamW, Optimizer
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -3,14 +3,14 @@
 import copy
 import itertools
 
-import mgd
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import adamw, cross_entropy, initial, mlp, supervised, weighted, weights
-from mgd import errors
 from torch import nn
 
+import mgd
+from mgd import errors
 from mgd_kernels import SGD, UpdateRule
 
 STEPS = 6

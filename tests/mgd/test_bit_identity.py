@@ -2,14 +2,15 @@
 
 from typing import ClassVar
 
-import mgd
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CLASSES, TOLERANCE, convnet, errors, initial, language, mlp, seeded, supervised, weighted, weights
-from mgd.actions import Advance, Drop, Load, Reverse, Save
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+import mgd
+from mgd.actions import Advance, Drop, Load, Reverse, Save
 
 STEPS = 11
 

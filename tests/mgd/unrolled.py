@@ -16,11 +16,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from mgd.batches import seed_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from mgd.batches import seed_of
 from mgd_kernels import Optimizer
 from mgd_kernels.backends import reference
 from mgd_kernels.optimizer import FusedOptimizer
