@@ -27,13 +27,15 @@ def operator(
     backward: Callable[..., Any] | None = None,
     non_differentiable: slice = slice(0, 0),
     plain: Callable[..., Sequence[Tensor]] | None = None,
+    differentiable: Callable[..., Any] | None = None,
 ):
     """Defines `mgd_kernels::<schema>` and returns the operator.
 
     save(args, outputs): the tensors that `backward` will need. backward(ctx, *cotangents): the cotangents of args,
     from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
     no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated where
-    there is no `backward`, and as often as anybody likes.
+    there is no `backward`, and as often as anybody likes. differentiable: what is called instead where a derivative
+    will be asked for.
     """
     name = schema[: schema.index("(")]
     qualified = f"mgd_kernels::{name}"
@@ -73,7 +75,7 @@ def operator(
                 "function."
             )
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keyset, *args)
+            return function.apply(keyset, *args) if differentiable is None else differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below_autograd, *args)
 

@@ -84,7 +84,6 @@ def _plain_double_backward(c, gy, slope, x, function):
     return twice(_TORCH[function], [x], [gy], [c])
 
 
-activation = operator("activation(Tensor x, str function) -> Tensor", _value, lambda x, function: like(x))
 activation_with_slope = operator(
     "activation_with_slope(Tensor x, str function) -> (Tensor, Tensor)",
     _with_slope,
@@ -108,12 +107,14 @@ activation_double_backward = operator(
 )
 
 
-def _activation(x: Tensor, function: str) -> Tensor:
-    """f(x). Where a derivative will be asked for, f'(x) comes out of the same pass, and every later pass is spared the
-    exponential that it takes."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return activation_with_slope(x, function)[0]
-    return activation(x, function)
+# Where a derivative will be asked for, f'(x) comes out of the same pass as f(x), and every later pass is spared the
+# exponential that it takes.
+activation = operator(
+    "activation(Tensor x, str function) -> Tensor",
+    _value,
+    lambda x, function: like(x),
+    differentiable=lambda x, function: activation_with_slope(x, function)[0],
+)
 
 
 def _fits(input: Tensor) -> bool:
@@ -123,20 +124,20 @@ def _fits(input: Tensor) -> bool:
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """As `torch.nn.functional.gelu`."""
     if approximate in ("none", "tanh") and _fits(input):
-        return _activation(input, "gelu" if approximate == "none" else "gelu_tanh")
+        return activation(input, "gelu" if approximate == "none" else "gelu_tanh")
     return F.gelu(input, approximate=approximate)
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """As `torch.nn.functional.silu`."""
-    return _activation(input, "silu") if not inplace and _fits(input) else F.silu(input, inplace)
+    return activation(input, "silu") if not inplace and _fits(input) else F.silu(input, inplace)
 
 
 def tanh(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """As `torch.tanh`."""
-    return _activation(input, "tanh") if out is None and _fits(input) else torch.tanh(input, out=out)
+    return activation(input, "tanh") if out is None and _fits(input) else torch.tanh(input, out=out)
 
 
 def sigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """As `torch.sigmoid`."""
-    return _activation(input, "sigmoid") if out is None and _fits(input) else torch.sigmoid(input, out=out)
+    return activation(input, "sigmoid") if out is None and _fits(input) else torch.sigmoid(input, out=out)

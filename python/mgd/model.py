@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from mgd_kernels import functional
+
 Buffers = dict[str, Tensor]
 
 
@@ -24,10 +26,13 @@ class Binding:
     """The places in a model where its trainable parameters and buffers stand.
 
     names: of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
+    fused: functions of torch are replaced by those with fused second derivatives (`mgd_kernels.functional`), which
+        go in reverse mode only.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, fused: bool = True):
         self.model = model
+        self.fused = fused
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -88,8 +93,10 @@ class Binding:
             stack.enter_context(self.swapped(parameters, tensors))
             # The fused attention kernels have neither forward-mode nor second derivatives.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.needs_exact_formulas:
-                stack.enter_context(ExactFormulas())
+            if self.fused:
+                stack.enter_context(Formulas(_FUSED))
+            elif self.needs_exact_formulas:
+                stack.enter_context(Formulas(_EXACT))
             value = function(self.model, *args)
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it
@@ -122,8 +129,8 @@ def model_kept(model: nn.Module) -> Iterator[None]:
                 registry.update(before)
 
 
-class ExactFormulas(TorchFunctionMode):
-    """Functions of torch whose derivatives are incomplete, by others that are whole.
+class Formulas(TorchFunctionMode):
+    """Functions of torch by others: `_EXACT`, where torch's derivatives are incomplete, or `_FUSED`, faster ones too.
 
     BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
     autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside the
@@ -131,8 +138,12 @@ class ExactFormulas(TorchFunctionMode):
     a constant (torch 2.13; `gradgradcheck` fails).
     """
 
+    def __init__(self, table: Mapping[Callable, Callable]):
+        super().__init__()
+        self.table = table
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _EXACT.get(func, func)(*args, **(kwargs or {}))
+        return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
 def _needs_exact_formulas(module: nn.Module) -> bool:
@@ -151,6 +162,17 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
         variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
         _update(running_mean, running_var, mean, variance, momentum)
     return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _fused_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    fused = functional.batch_norm_with_statistics(input, weight, bias, eps) if training else None
+    if fused is None:
+        return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    result, mean, variance = fused
+    if running_mean is not None:
+        dtype = running_mean.dtype
+        _update(running_mean, running_var, mean.to(dtype), variance.to(dtype), momentum)
+    return result
 
 
 def _instance_norm(
@@ -184,6 +206,7 @@ def _weight_norm(v, g, dim=0):
 
 
 _EXACT = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, torch._weight_norm: _weight_norm}
+_FUSED = {**functional.REPLACEMENTS, **_EXACT, F.batch_norm: _fused_batch_norm}
 
 
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
