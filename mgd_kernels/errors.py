@@ -24,10 +24,12 @@ class BackendUnavailable(KernelError):
 class CorruptState(KernelError):
     """Stored data is not what was stored. `chunk` is the damaged chunk, None for the header or the whole file."""
 
-    def __init__(self, key: object, chunk: int | None, found: str) -> None:
-        self.key, self.chunk = key, chunk
+    def __init__(
+        self, key: object, chunk: int | None, found: str, advice: str = "Delete the entry and store it again."
+    ) -> None:
+        self.key, self.chunk, self.found = key, chunk, found
         where = "its file or header" if chunk is None else f"chunk {chunk}"
-        super().__init__(f"entry {key!r} is damaged in {where}: {found}. Delete the entry and store it again.")
+        super().__init__(f"entry {key!r} is damaged in {where}: {found}. {advice}")
 
 
 class StoreFull(KernelError):
@@ -66,7 +68,7 @@ class StoreIOError(KernelError, OSError):
     def __init__(self, error: int, path: str, what: str) -> None:
         # RuntimeError comes first in the order of bases and would keep OSError from setting its fields.
         OSError.__init__(self, error, f"{what}: {os.strerror(error)}. {_IO_ADVICE.get(error, _IO_ADVICE[0])}", path)
-        self.path = path
+        self.path, self.what = path, what
 
 
 class StoreClosed(KernelError):

@@ -174,7 +174,7 @@ class Store:
         """Copies one tensor or a list of them under ``key``, replacing what was there.
 
         Returns when the copy is made; a thread writes it to disk afterwards. Waits while all buffers are in use.
-        A write that fails later is told by :meth:`get` of that key, :meth:`flush` and :meth:`close`.
+        A write that fails later is told by :meth:`get` of that key, :meth:`check`, :meth:`flush` and :meth:`close`.
 
         Args:
             tensors: any shape; bfloat16, float16, float32, float64, int64, int32, int16, int8, uint8 or bool. Values,
@@ -294,6 +294,10 @@ class Store:
         """Waits until everything is written; raises the error of a write that failed, until its key is deleted or
         stored again."""
         self._live().flush()
+
+    def check(self) -> None:
+        """Raises the error of a write that has failed by now, as :meth:`flush` does, but waits for nothing."""
+        self._live().check()
 
     def close(self) -> None:
         """Waits for the writes, frees everything and lets go of the directory; a scratch directory is removed.

@@ -259,6 +259,7 @@ void bind_store(py::module_& m) {
         .def(
             "trim", [](TieredStore& s) { s.pool().trim(); }, Unlocked())
         .def("flush", &TieredStore::flush, Unlocked())
+        .def("check", &TieredStore::check, Unlocked())
         .def(
             "close",
             [](TieredStore& s) {

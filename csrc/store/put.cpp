@@ -209,6 +209,7 @@ void TieredStore::finish(const EntryPtr& entry) {
         entry->state = error ? Entry::State::failed : Entry::State::ready;
         entry->error = error;
         entry->write_failed = error != nullptr;  // matters only to the table, which a removed entry is not in
+        suspect_ |= entry->write_failed;
         disk_used_ -= renamed ? replaced : entry->file_bytes;
         --writing_;
         removing_ -= entry->doomed;

@@ -92,6 +92,15 @@ void TieredStore::flush() {
         if (entry->write_failed) std::rethrow_exception(entry->error);
 }
 
+void TieredStore::check() {
+    Use use(*this);
+    std::lock_guard lock(mutex_);
+    if (!suspect_) return;
+    for (const auto& [key, entry] : entries_)
+        if (entry->write_failed) std::rethrow_exception(entry->error);
+    suspect_ = false;
+}
+
 void TieredStore::close() {
     std::exception_ptr error;
     {

@@ -65,6 +65,7 @@ class TieredStore {
     std::vector<std::string> keys() const;  // sorted
 
     void flush();  // waits for every write; throws the error of one that failed
+    void check();  // throws the error of a write that has failed by now, without waiting
     void close();  // flush, then lets go of everything; idempotent. A scratch store forgets failed writes.
 
     struct Stats {
@@ -127,6 +128,7 @@ class TieredStore {
     int calls_ = 0, writing_ = 0;
     int removing_ = 0;  // files that will be gone soon: a put that lacks room waits for them
     bool closing_ = false, closed_ = false;
+    bool suspect_ = false;  // a write has failed; the entry may be gone since
     Meter put_, get_, write_, read_;
 
     IoThreads io_;  // last: its threads use everything above
