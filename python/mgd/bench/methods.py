@@ -1,0 +1,99 @@
+"""The ways to a metagradient that are compared, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.bench import baselines
+from mgd.bench.cases import Case
+from mgd.errors import BadArgument
+from mgd.report import Report
+
+OBJECTIVES = 16
+
+
+@dataclass
+class Outcome:
+    """What a method found: the value, the gradient of every entry of `z` (of the mean objective), and the package's report."""
+
+    value: Tensor
+    grads: dict[str, Any]
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """what: for people. prepare: from a case to a function that computes its metagradient from the beginning.
+    ours: of this package. objectives: how many metagradients one call computes."""
+
+    what: str
+    prepare: Callable[[Case], Callable[[], Outcome]]
+    ours: bool = False
+    objectives: int = 1
+
+
+def _plain(function: Callable[..., baselines.Found]) -> Callable[[Case], Callable[[], Outcome]]:
+    return lambda case: lambda: Outcome(*function(case.function, case.z))
+
+
+def package(**options: Any) -> Callable[[Case], Callable[[], Outcome]]:
+    """This package with some of the training function's options changed."""
+
+    def prepare(case: Case) -> Callable[[], Outcome]:
+        function = case.function.replaced(**options)
+
+        def run() -> Outcome:
+            found = function.metagradient(case.z)
+            return Outcome(found.value, found.grads, found.report)
+
+        return run
+
+    return prepare
+
+
+def _objectives(case: Case) -> Callable[[], Outcome]:
+    if case.objectives is None:
+        raise baselines.Unsupported("only the package's own workloads know how to split their objective")
+    function = case.function.replaced(objective=case.objectives(OBJECTIVES), trace=True)
+
+    def run() -> Outcome:
+        found = function.metagradient(case.z)
+        return Outcome(found.value.mean(), {k: g.mean(0) for k, g in found.grads.items()}, found.report)
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    "unrolled": Method("plain torch: one autograd graph through all steps", _plain(baselines.unrolled)),
+    "states": Method("plain torch: every state kept, each step differentiated by autograd", _plain(baselines.states)),
+    "sqrt": Method("plain torch: a state every sqrt(T) steps, the rest trained again", _plain(baselines.sqrt)),
+    "eager": Method("mgd, second derivatives by eager torch", package(trace=False), ours=True),
+    "traced": Method("mgd, second derivatives from a graph traced once", package(trace=True), ours=True),
+    "compiled": Method("mgd, that graph compiled by torch.compile (takes minutes)", package(compile=True), ours=True),
+    "objectives": Method(
+        f"mgd, {OBJECTIVES} objectives in one sweep, time of one of them", _objectives, ours=True, objectives=OBJECTIVES
+    ),
+}
+DEFAULT = tuple(name for name in METHODS if name != "compiled")
+
+
+def chosen(names: str) -> list[str]:
+    """Method names from "a,b,c"."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in found if name not in METHODS]:
+        raise BadArgument(f"expected methods among {', '.join(METHODS)}; got {', '.join(unknown)}")
+    return found
+
+
+def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:
+    """For every entry of z, the norm of the difference over the norm."""
+    return {
+        key: float((found[key].double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
+        for key, wanted in reference.items()
+        if isinstance(wanted, Tensor) and torch.is_floating_point(wanted)
+    }

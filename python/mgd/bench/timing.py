@@ -1,0 +1,128 @@
+"""How every benchmark here takes times: one thread on one core, in alternation with what it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
+    """Run the block with `threads` threads of torch, the calling thread on `core` (None: wherever the system puts it;
+    -1: on the last core that it may use). Yields what was done."""
+    before = torch.get_num_threads()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch.set_num_threads(threads)
+    try:
+        if core is None or allowed is None:
+            yield {"threads": threads, "core": None}
+            return
+        core = max(allowed) if core == -1 else core
+        if core not in allowed:
+            from mgd.errors import BadArgument
+
+            raise BadArgument(f"expected a core among {sorted(allowed)}, those that this process may use; got {core}")
+        os.sched_setaffinity(0, {core})
+        yield {"threads": threads, "core": core}
+    finally:
+        torch.set_num_threads(before)
+        if allowed is not None:
+            os.sched_setaffinity(0, allowed)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Wall time of one call, with everything that it started on the device."""
+    gc.collect()
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the 20% and 80% quantiles."""
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return {"median": float(middle), "q20": float(low), "q80": float(high)}
+
+
+@dataclass
+class Samples:
+    """Of one method: seconds, and ratios to the baseline's seconds beside them."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        return {"seconds": quantiles(self.seconds), "ratio": quantiles(self.ratios), "rounds": len(self.seconds)}
+
+
+def alternate(
+    rounds: int,
+    baseline: Callable[[], Any],
+    methods: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    tick: Callable[[str], None] = lambda _: None,
+) -> tuple[list[float], dict[str, Samples]]:
+    """Seconds of the baseline, and samples of every method, all in turn: a ratio is to the mean of the baseline run
+    just before and the one just after. Everything has run once before."""
+    found = {name: Samples() for name in methods}
+    names = list(methods)
+    baselines = [seconds_of(baseline, device)]
+    for round_ in range(rounds):
+        shift = round_ % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            tick(f"round {round_ + 1} of {rounds}: {name}")
+            seconds = seconds_of(methods[name], device)
+            baselines.append(seconds_of(baseline, device))
+            found[name].seconds.append(seconds)
+            found[name].ratios.append(2 * seconds / (baselines[-2] + baselines[-1]))
+    return baselines, found
+
+
+def least(rounds: int, *functions: Callable[[], Any], device: torch.device | str = "cpu") -> list[float]:
+    """The least time of each in seconds, all of them run in turn: for memory-bound work, which noise only slows."""
+    best = [float("inf")] * len(functions)
+    for _ in range(rounds):
+        for i, function in enumerate(functions):
+            best[i] = min(best[i], seconds_of(function, device))
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """What the results were measured on, in JSON's types."""
+    from mgd import doctor
+
+    found = doctor.examine()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": found["versions"],
+        "processor": found["processor"],
+        "instruction_set": found["extension"]["isa"],
+        "cores": found["threads"]["usable_cores"],
+        "accelerators": found["accelerators"],
+        "free_memory_bytes": found["free_memory_bytes"],
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def describe(where: Mapping[str, Any]) -> str:
+    """One line for the head of a table."""
+    processor = where["processor"]["model"] if not where["accelerators"] else where["accelerators"][0]
+    load = where["load_average"][0]
+    busy = f", load average {load:.1f} at the start: others were computing too" if load > 0.7 else ""
+    return f"{processor}, {where['cores']} cores, torch {where['versions']['torch']}, {where['date']}{busy}"
