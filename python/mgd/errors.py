@@ -58,11 +58,21 @@ class BadObjective(MetagradientError, ValueError):
 
 
 class BudgetTooSmall(MetagradientError, ValueError):
-    """No plan fits the budget. `needs` and `has`: bytes, the least that would work and what was given."""
+    """No plan fits the budget. `needs` and `has`: bytes, the least that would work and what was given.
+
+    As mappings they go by tier, and each entry of `needs` is enough by itself, with the other parts as they were given.
+    """
 
     def __init__(self, needs: Mapping[str, int] | int, has: Mapping[str, int] | int, advice: str = ""):
-        self.needs, self.has = needs, has
-        super().__init__(f"the least budget that works is {needs} bytes; got {has} bytes. {advice}".rstrip())
+        self.needs, self.has, self.advice = needs, has, advice
+
+        def words(sizes: Mapping[str, int] | int, joint: str) -> str:
+            parts = sizes.items() if isinstance(sizes, Mapping) else [("", sizes)]
+            return joint.join(f"{tier} {size:,} bytes".strip() for tier, size in parts)
+
+        super().__init__(
+            f"the least budget that works is {words(needs, ' or ')}; got {words(has, ', ')}. {advice}".rstrip()
+        )
 
 
 class ParametersModified(MetagradientError):

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ class TrainingFunction:
             if run.value.ndim == 0:
                 grads = _map(lambda g: g[0], grads)
             trained = run.sweep.trained
+            self._costs = memory.measured_costs(run.sweep.measured, run.store, run.sweep.arena.device) or self._costs
             return Metagradient(run.value, grads, trained.model_state, trained.losses, self._report(run))
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
@@ -148,7 +150,7 @@ class TrainingFunction:
     def plan(self) -> Plan:
         """What a metagradient will store where, and what it will cost."""
         arena = Arena.of(self.model)
-        size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches)
+        size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches, self.budget)
         return memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
 
     def replaced(self, **changes: Any) -> TrainingFunction:
@@ -202,7 +204,7 @@ class TrainingFunction:
         """A training run to its end, with what its reverse sweep needs."""
         arena = Arena.of(self.model)
         sweep = self._sweep(z, tick, arena)
-        size = memory.sizes(arena, self.optimizer, sweep.buffers, self.microbatches)
+        size = memory.sizes(arena, self.optimizer, sweep.buffers, self.microbatches, self.budget, resume is not None)
         value = None
         if resume is None:
             chosen = memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
@@ -210,14 +212,15 @@ class TrainingFunction:
         else:
             disk = memory.resume_limit(resume, self.budget)
             journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
-            disk = journal.settings["disk"]
-            chosen, sweep.tape = memory.resumable(
-                journal.store, len(self), size, resume, disk, self.schedule, sweep.buffers, arena, self.microbatches
-            )
-            value = journal.restore(sweep)
-            sweep.journal = journal
-        actions = itertools.islice(chosen.actions(), sweep.index, None)
-        try:
+            sweep.tape = memory.resumable_tape(journal.store, sweep.buffers, arena, self.microbatches)
+        with sweep.tape.closed_after_errors():
+            if resume is not None:
+                disk = journal.settings["disk"]
+                chosen = memory.resumable(len(self), size, resume, disk, self.schedule, arena.device)
+                journal.begin()
+                value = journal.restore(sweep)
+                sweep.journal = journal
+            actions = itertools.islice(chosen.actions(), sweep.index, None)
             if value is None:
                 sweep.forward(actions)
                 sweep.meta.check_all_read()
@@ -226,9 +229,6 @@ class TrainingFunction:
                 if sweep.journal is not None:
                     sweep.journal.trained(sweep, value)
             return Run(sweep, chosen, actions, value)
-        except BaseException:
-            sweep.tape.close()
-            raise
 
     def _identity(self, sweep: Sweep) -> dict[str, str]:
         """Digests of what the metagradient depends on, as far as it can be told without running it."""
@@ -244,6 +244,7 @@ class TrainingFunction:
             "the schedule": (self.schedule,),
             "the execution (hvp, trace, compile)": (self.hvp, self._traces is None, self.compile),
             "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
+            "the version of mgd": (version("mgd-kernels"),),
         }
         return {name: digest(*values) for name, values in parts.items()}
 
@@ -268,27 +269,30 @@ class TrainingFunction:
             execution=self._traces.describe() if self._traces else "eager",
             backend=backend,
             plan=run.plan.to_dict(),
+            measured_seconds=dict(sweep.measured.phases),
+            store=run.store,
         )
 
 
 @dataclass
 class Run:
-    """A finished training on which the reverse sweep can run once."""
+    """A finished training on which the reverse sweep can run once. store: what its store did, in the end."""
 
     sweep: Sweep
     plan: Plan
     actions: Iterator[Any]
     value: Tensor
+    store: dict[str, Any] | None = None
 
     def reverse(self) -> dict[str, Any]:
         """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`."""
         sweep = self.sweep
-        try:
+        with sweep.tape.closed_after_errors():
             gradients = sweep.reverse(self.actions)
             if sweep.journal is not None:
                 sweep.journal.finish()
-        finally:
-            sweep.tape.close()
+            self.store = sweep.tape.stats()
+        sweep.tape.close()
         return gradients.collect([adjoint.state.params for adjoint in sweep.adjoints])
 
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mgd.errors import StaleRun
-from mgd_kernels.errors import CorruptState
+from mgd.errors import CorruptState, StaleRun
+from mgd.tape import damage_explained
 
 if TYPE_CHECKING:
     from mgd.sweep import Sweep
 
 REDO = 50  # steps of either sweep that are done again at most
+LATE = 8  # snapshots that may wait for the next checkpoint to be deleted
 
 
 class Journal:
@@ -35,27 +36,32 @@ class Journal:
         from mgd_kernels.store import Store
 
         self.store = Store.open(directory, host=staging, durable=True)
+        self.settings, self._identity, self._since = settings, dict(identity), 0
         try:
-            if "run" in self.store:
-                header = _decode(self.store.get("run"))
+            self.began = "run" in self.store
+            if self.began:
+                with damage_explained():
+                    header = _decode(self.store.get("run"))
                 differing = sorted(k for k in identity if header["identity"].get(k) != identity[k])
                 if differing:
                     raise StaleRun(str(directory), differing)
                 self.settings = header["settings"]
-            else:
-                self._clear()
-                self.settings = settings
-                self.store.put("run", _encode({"identity": dict(identity), "settings": settings}), "disk")
-                self.store.flush()
         except BaseException:
             self.store.close()
             raise
-        self._since = 0
+
+    def begin(self) -> None:
+        """Make the directory that of this run, unless it is already."""
+        if not self.began:
+            self._clear()
+            self.store.put("run", _encode({"identity": self._identity, "settings": self.settings}), "disk")
+            self.store.flush()
+            self.began = True
 
     def reached(self, sweep: Sweep) -> None:
         """Called after every step of either sweep, where the sweep's state is consistent."""
         self._since += 1
-        if self._since >= REDO:
+        if self._since >= REDO or sweep.tape.late >= LATE:
             self._since = 0
             self._checkpoint(sweep)
 
@@ -68,6 +74,7 @@ class Journal:
             "index": sweep.index,
             "step": sweep.state.step,
             "visited": sweep.visited,
+            "reversed": sweep.reversed,
             "first_read": sweep.meta.first_read,
             "objectives": len(sweep.adjoints),
         }
@@ -85,18 +92,21 @@ class Journal:
         sweep.tape.adopt(self.store.keys())
         try:
             tensors = iter(self.store.get("checkpoint"))
-        except (KeyError, CorruptState):  # there is none yet, or a power cut tore it: begin again
+            header = _decode(next(tensors))
+            end = self.store.get("trained") if header["objectives"] else []
+        except (KeyError, CorruptState):  # there is none yet, or it is damaged: begin again
             sweep.tape.discard_after(0)
             return None
-        header = _decode(next(tensors))
-        sweep.index, sweep.visited = header["index"], header["visited"]
+        sweep.index, sweep.visited, sweep.reversed = header["index"], header["visited"], header["reversed"]
+        sweep.tick("train", sweep.visited)
         sweep.meta.first_read.update(header["first_read"])
         sweep.losses.copy_(next(tensors))
         value = None
         if header["objectives"]:
-            value, *end = self.store.get("trained")
+            value, *end = end
             self._load(sweep, iter(end), len(sweep.losses))
-            sweep.complete()
+            sweep.complete(slots=False)
+            sweep.tick("reverse", sweep.reversed)
         self._load(sweep, tensors, header["step"])
         if header["objectives"]:
             sweep.begin_reverse([sweep.zero_adjoint() for _ in range(header["objectives"])])

@@ -157,7 +157,7 @@ class Plan:
         lines.append(
             f"The model computes {self.model_steps:,} gradients, {again:,} more than training alone"
             f" ({self.model_steps / self.T:.3g} trainings), and {back:,} HVPs."
-            f" Predicted time: {_seconds(self.predicted_seconds)}."
+            f" Predicted time: {format_seconds(self.predicted_seconds)}."
         )
         return lines
 
@@ -169,7 +169,7 @@ class Plan:
         for phase in self.phases:
             moved = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
             counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
-            rows.append([phase.name, *counts, *moved, _seconds(phase.seconds(tiers, self.costs))])
+            rows.append([phase.name, *counts, *moved, format_seconds(phase.seconds(tiers, self.costs))])
         return table(head, rows)
 
     def _memory_table(self) -> list[str]:
@@ -262,7 +262,7 @@ def _count(snapshots: int) -> str:
     return f"{snapshots:,} snapshot{'s' * (snapshots != 1)}"
 
 
-def _seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.3g} s"

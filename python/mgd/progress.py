@@ -6,7 +6,8 @@ from types import TracebackType
 
 
 class Progress:
-    """A bar a phase, shown when `enabled`; `tick(phase)` advances it."""
+    """A bar a phase, shown when `enabled`; `tick(phase, steps)` advances it. The first tick makes the bar: what it
+    brings along was done by an earlier process."""
 
     def __init__(self, steps: int, enabled: bool):
         self.steps, self.enabled = steps, enabled
@@ -33,9 +34,9 @@ class Progress:
         if self.enabled:
             self._display.stop()
 
-    def tick(self, phase: str) -> None:
+    def tick(self, phase: str, steps: int = 1) -> None:
         if not self.enabled:
             return
         if phase not in self._bars:
             self._bars[phase] = self._display.add_task(phase, total=self.steps)
-        self._display.advance(self._bars[phase])
+        self._display.advance(self._bars[phase], steps)

@@ -24,9 +24,10 @@ from mgd.journal import Journal
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
 from mgd.profiler import phase
+from mgd.read_ahead import ReadAhead
 from mgd.results import Trained
 from mgd.steps import Evaluated, Steps
-from mgd.tape import Tape, read_ahead
+from mgd.tape import Tape
 from mgd_kernels import Optimizer, OptimizerState
 from mgd_kernels.dispatch import dot
 
@@ -43,18 +44,29 @@ class Adjoint:
 
 @dataclass
 class Measured:
-    """Seconds and counts by phase, filled while the sweeps run."""
+    """Seconds and counts by kind of work, filled while the sweeps run.
+
+    phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time took,
+    and how often it was done.
+    """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter = field(default_factory=Counter)
+    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def timed(self, phase: str) -> _Timer:
-        return _Timer(self.seconds, phase)
+        return _Timer(self.seconds, phase, self.firsts)
+
+    def mean(self, phase: str) -> float:
+        """Seconds each time; the first is left out, since it warms up, or makes a trace."""
+        first, times = self.firsts.get(phase, (0.0, 0))
+        return (self.seconds[phase] - first) / (times - 1) if times > 1 else first
 
 
 class _Timer:
-    def __init__(self, seconds: dict[str, float], phase: str):
-        self.seconds, self.phase = seconds, phase
+    def __init__(self, seconds: dict[str, float], phase: str, firsts: dict[str, tuple[float, int]] | None = None):
+        self.seconds, self.phase, self.firsts = seconds, phase, firsts
 
     def __enter__(self) -> None:
         self.mark = phase(self.phase)
@@ -62,7 +74,11 @@ class _Timer:
         self.start = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
-        self.seconds[self.phase] += time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
+        self.seconds[self.phase] += seconds
+        if self.firsts is not None:
+            first, times = self.firsts.get(self.phase, (seconds, 0))
+            self.firsts[self.phase] = first, times + 1
         self.mark.__exit__(*error)
 
 
@@ -70,8 +86,9 @@ class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. index: how many actions of the plan are done. trained: the end of the
-    training, once it is reached. adjoints, gradients: of the reverse sweep, once it has begun.
+    unless another one is put in its place. index: how many actions of the plan are done. reversed: how many steps the
+    reverse sweep has behind it. trained: the end of the training, once it is reached. adjoints, gradients: of the
+    reverse sweep, once it has begun.
     """
 
     def __init__(
@@ -80,7 +97,7 @@ class Sweep:
         optimizer: Optimizer,
         meta: Metaparameters,
         max_grad_norm: float | None,
-        tick: Callable[[str], None],
+        tick: Callable[..., None],
     ):
         self.steps, self.optimizer, self.meta = steps, optimizer, meta
         self.max_grad_norm, self.tick = max_grad_norm, tick
@@ -94,6 +111,7 @@ class Sweep:
         self.tape = Tape(None, self.buffers, torch.empty(0), steps.microbatches)
         self.measured = Measured()
         self.index = 0
+        self.reversed = 0
         self.trained: Trained | None = None
         self.adjoints: list[Adjoint] = []
         self.gradients: Gradients | None = None
@@ -108,19 +126,21 @@ class Sweep:
 
     def forward(self, actions: Iterator[Action]) -> None:
         """Perform the plan's actions until the training is complete."""
-        while self.state.step < self.length:
-            self._perform(next(actions))
-            self.index += 1
-        self.complete()
+        with _Timer(self.measured.phases, "first sweep"):
+            while self.state.step < self.length:
+                self._perform(next(actions))
+                self.index += 1
+        self.complete(slots=False)
 
-    def complete(self) -> None:
-        """The current state is the end of the training."""
-        views, slots = self.arena.views, zip(self.optimizer.slots, self.state.slots, strict=True)
+    def complete(self, slots: bool = True) -> None:
+        """The current state is the end of the training. slots: keep the optimizer's, too."""
+        views = self.arena.views
+        kept = zip(self.optimizer.slots, self.state.slots, strict=True) if slots else ()
         self.trained = Trained(
             parameters={name: p.clone() for name, p in views(self.state.params).items()},
             buffers={name: b.clone() for name, b in self.buffers.items()},
             optimizer_state={"step": self.state.step}
-            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
+            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in kept},
             losses=self.losses.sum(1),
         )
 
@@ -144,15 +164,21 @@ class Sweep:
             if self.tape.logged(t):
                 self._rebuild(stop)
                 continue
-            step = self._evaluate(t)
-            if tier is not None:
-                with self.measured.timed("store"):
-                    self.tape.log(t, step, tier)
-            with self.measured.timed("update"):
-                self.optimizer.step_(self.state, step.gradient, self.meta.hypers[t], self._clip(step)[0])
-            self.buffers = step.buffers[-1]
+            again = self.gradients is not None
+            with _Timer(self.measured.phases, "replay") if again else contextlib.nullcontext():
+                self._train(t, tier)
             if self.journal is not None:
                 self.journal.reached(self)
+
+    def _train(self, t: int, tier: str | None) -> None:
+        """One step by the model, logged on `tier`, if any."""
+        step = self._evaluate(t)
+        if tier is not None:
+            with self.measured.timed("store"):
+                self.tape.log(t, step, tier)
+        with self.measured.timed("update"):
+            self.optimizer.step_(self.state, step.gradient, self.meta.hypers[t], self._clip(step)[0])
+        self.buffers = step.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates alone: as many as lie in memory in one pass, or one from the store."""
@@ -212,10 +238,12 @@ class Sweep:
 
     def reverse(self, actions: Iterator[Action]) -> Gradients:
         """Perform the rest of the plan."""
+        begin = time.perf_counter()
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
-        for action in read_ahead(actions, self.tape, self.state.step):
+        for action in actions if self.tape.store is None else ReadAhead(actions, self.tape, self.state.step):
             if isinstance(action, Reverse):
                 self._reverse_step(action.step, self.adjoints, directions, self.gradients)
+                self.reversed += 1
                 self.tick("reverse")
                 if action.step == self.meta.first_step:
                     break
@@ -224,6 +252,7 @@ class Sweep:
             self.index += 1
             if self.journal is not None and isinstance(action, Reverse):
                 self.journal.reached(self)
+        self.measured.phases["reverse sweep"] = time.perf_counter() - begin - self.measured.phases["replay"]
         if not self.gradients.finite([adjoint.state.params for adjoint in self.adjoints]):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
         return self.gradients

@@ -6,7 +6,8 @@ copies, checks and prefetches.
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
+from mgd.errors import CorruptState, StoreIOError
 from mgd.model import Buffers
 from mgd.steps import Evaluated
 from mgd_kernels import OptimizerState
 
 if TYPE_CHECKING:
+    from mgd.read_ahead import ReadAhead
     from mgd_kernels.store import Store
 
 Key = tuple[str, int]
-
-HORIZON = 4  # actions looked at before their turn, so that their reads run behind the computation
 
 
 @dataclass
@@ -58,15 +58,17 @@ class Tape:
         self._condemned: set[Key] = set()
         self._held: dict[Key, Evaluated | Snapshot] = {}
         self._names: dict[Key, list[tuple[str, ...]]] = {}  # of stored entries: the buffers that are not constants
+        self.ahead: ReadAhead | None = None
 
-    def _in_memory(self, tier: str) -> bool:
+    def in_memory(self, tier: str) -> bool:
+        """Whether entries of this tier are held as they are, and not in the store."""
         return self.store is None or (tier in self._direct and not self._persistent)
 
     # --- the log -----------------------------------------------------------------------------------------------
 
     def log(self, t: int, step: Evaluated, tier: str) -> None:
         """Keep what the evaluation of step `t` left behind."""
-        if self._in_memory(tier):
+        if self.in_memory(tier):
             self._held["gradient", t] = step
         else:
             self._put(("gradient", t), [step.gradient, step.losses], step.buffers, tier)
@@ -99,7 +101,7 @@ class Tape:
     def save(self, state: OptimizerState, buffers: Buffers, tier: str) -> None:
         """Copy the state at its step."""
         key = ("snapshot", state.step)
-        if self._in_memory(tier):
+        if self.in_memory(tier):
             self._held[key] = Snapshot(state.clone(), buffers)
         else:
             self._put(key, list(state.tensors()), [buffers], tier)
@@ -123,26 +125,41 @@ class Tape:
         whole = self._persistent
         names = [tuple(n for n, b in buffers.items() if whole or b is not self.constants[n]) for buffers in histories]
         extra = [buffers[n] for buffers, changed in zip(histories, names, strict=True) for n in changed]
-        self.store.put(key, tensors + extra, tier)
+        with explained(key):
+            self.store.check()  # a write that failed meanwhile: the training need not go on
+            self.store.put(key, tensors + extra, tier)
         self._names[key] = names
         self._condemned.discard(key)
+        if self.ahead is not None:
+            self.ahead.put(key)
 
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
+        if key not in self._names:
+            raise CorruptState(key, None, "it is missing", ADVICE)
         histories = [
             self.constants | {name: torch.empty_like(self.constants[name]) for name in changed}
             for changed in self._names[key]
         ]
         rest = [b[name] for b, changed in zip(histories, self._names[key], strict=True) for name in changed]
-        self.store.get(key, out=[*out, *rest])
+        with explained(key):
+            self.store.get(key, out=[*out, *rest])
+        if self.ahead is not None:
+            self.ahead.got(key)
         return histories
 
     def _remove(self, key: Key) -> None:
         if self._held.pop(key, None) is None and self._names.pop(key, None) is not None:
+            if self.ahead is not None:
+                self.ahead.removed(key)
             if self._persistent:
                 self._condemned.add(key)
             else:
                 self.store.delete(key)
+
+    def stored(self, key: Key) -> bool:
+        """Whether the store has the entry."""
+        return key in self._names
 
     # --- across processes ----------------------------------------------------------------------------------------
 
@@ -166,41 +183,63 @@ class Tape:
             self.store.delete(key)
         self._condemned.clear()
 
+    @property
+    def late(self) -> int:
+        """Snapshots that were removed and still take room."""
+        return sum(kind == "snapshot" for kind, _ in self._condemned)
+
     def close(self) -> None:
+        """Let go of everything. A resumable tape then raises the error of a write that failed."""
         self._held.clear()
         self._names.clear()
+        self.ahead = None
         if self.store is not None:
             self.store.close()
+
+    @contextlib.contextmanager
+    def closed_after_errors(self) -> Iterator[None]:
+        """Closes the tape when the block fails; the block's error is the one to hear of."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreIOError):
+                self.close()
+            raise
 
     def stats(self) -> dict[str, Any] | None:
         """What the store did, or None where there was none."""
         return None if self.store is None else self.store.stats()
 
 
-def read_ahead(actions: Iterator[Action], tape: Tape, position: int) -> Iterator[Action]:
-    """The actions from `position` on, while the store reads what the following ones need."""
-    if tape.store is None:
-        yield from actions
-        return
-    queue: deque[Action] = deque()
-    for action in actions:
-        queue.append(action)
-        reads = [key for key in _reads(action, position) if key in tape._names]
-        if reads:
-            tape.store.prefetch(reads)
-        if not isinstance(action, Save | Drop):
-            position = action.stop if isinstance(action, Advance) else action.step
-        if len(queue) > HORIZON:
-            yield queue.popleft()
-    yield from queue
+ADVICE = "What it held cannot be had again: delete the directory, and begin anew."
+
+_FILE = re.compile(r"step-(\d+)-(gradient|snapshot)\.mgd")
 
 
-def _reads(action: Action, position: int) -> list[Key]:
-    """The entries that an action reads where they are kept."""
-    if isinstance(action, Load):
-        return [("snapshot", action.step)]
-    if isinstance(action, Advance):
-        return [("gradient", t) for t in range(position, action.stop)]
-    if isinstance(action, Reverse):
-        return [("gradient", action.step)]
-    return []
+@contextlib.contextmanager
+def damage_explained() -> Iterator[None]:
+    """Errors of damaged entries say what to do about a directory that nobody but a metagradient writes."""
+    try:
+        yield
+    except CorruptState as error:
+        raise CorruptState(error.key, error.chunk, error.found, ADVICE) from error
+
+
+@contextlib.contextmanager
+def explained(key: Key) -> Iterator[None]:
+    """Errors of the store say which step is concerned; their `step` is its number, and `key` that of the entry.
+
+    An error may be that of another entry than `key`, which was being written meanwhile.
+    """
+    try:
+        with damage_explained():
+            yield
+    except CorruptState as error:
+        error.step = key[1]
+        raise
+    except StoreIOError as error:
+        found = _FILE.search(str(error.path))
+        kind, t = (found[2], int(found[1])) if found else key
+        told: Exception = StoreIOError(error.errno, error.path, f"the {kind} of step {t}: {error.what}")
+        told.key, told.step = (kind, t), t
+        raise told from error
