@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mgd.accumulation import accumulate_products
 from mgd.derivatives import Evaluate, Gradients, Point, SecondDerivative
 from mgd.graphs import PerDirection, clean, without_mutation
 
@@ -93,6 +94,8 @@ class Traces:
             graph = clean(make_fx(function)(*inputs))
             if len(point.directions) > 1:
                 split = PerDirection(without_mutation(graph, inputs), shared)
+            elif not self.compile:
+                graph = accumulate_products(graph)
         restart()
         replayed = graph(*inputs)
         restart()
@@ -100,6 +103,8 @@ class Traces:
             raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
         compiled = _compiled if self.compile else lambda module: module
         if len(point.directions) > 1:
+            if not self.compile:
+                split.once, split.each = accumulate_products(split.once), accumulate_products(split.each, exact=0)
             split.once, split.each = compiled(split.once), compiled(split.each)
             return split
         whole = compiled(graph)

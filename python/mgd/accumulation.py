@@ -1,0 +1,123 @@
+"""Sums of products in a traced graph, accumulated by the products themselves.
+
+A double backward adds up products: the cotangent of a linear layer's output is `c Wᵀ + x cᵂ + cᵇ`. A matrix product can
+add to what stands in its output at no cost (beta = 1 in BLAS), which spares a pass over three tensors for each sum.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+_INTO = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
+# Operators whose output is memory of its own.
+_FRESH = (*_INTO, *_INTO.values(), aten.addmm.default, aten.add.Tensor)
+
+# The backward pass of an activation, `gy slope`.
+_SLOPE = "mgd_kernels.activation_backward.default"
+
+
+def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModule:
+    """Replace `x + a @ b` by `x.addmm_(a, b)` where nothing else reads x or the product, and `v + a @ b`, with a vector
+    v that is added to every row, by `addmm(v, a, b)`; likewise for batches of matrices, and for the product of a
+    cotangent and the slope of an activation (`mgd_kernels.functional`).
+
+    exact: the number of first outputs that keep their bits (the loss): what they are computed from is left alone.
+    """
+    graph = module.graph
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    kept = _ancestors(output.args[0][:exact])
+    for add in list(graph.nodes):
+        if add.target is not aten.add.Tensor or add in kept or add.kwargs or not _alike(add, *add.args):
+            continue
+        for x, y in (add.args, add.args[::-1]):
+            if _accumulate(graph, add, x, y):
+                break
+    for node in reversed(graph.nodes):
+        # By hand, for eliminate_dead_code takes in-place operators for alive and their inputs with them.
+        if not node.users and (node.target in _VIEWS or node.target in _INTO or node.target is aten.expand.default):
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
+    """Let the product behind y add to x, if both may be overwritten. True where that was done."""
+    if str(y.target) == _SLOPE and len(y.users) == 1 and _shape(x) == _shape(y):
+        gy, slope, *_ = y.args
+        if all(operand.meta["val"].is_contiguous() for operand in (x, gy, slope)):
+            with graph.inserting_before(add):
+                total = graph.call_function(aten.addcmul.default, (x, gy, slope))
+            total.meta["val"] = add.meta["val"]
+            add.replace_all_uses_with(total)
+            graph.erase_node(add)
+            graph.erase_node(y)
+            return True
+    product = _only_view_of(y)
+    if product is None or product.target not in _INTO or _shape(y) != _shape(add):
+        return False
+    shape = _shape(product)
+    if x.target is aten.expand.default and _shape(x.args[0]) == shape[-1:] and product.target is aten.mm.default:
+        with graph.inserting_before(add):
+            total = graph.call_function(aten.addmm.default, (x.args[0], *product.args))
+    else:
+        base = _only_view_of(x)
+        if base is None or base is product or _shape(x) != _shape(add) or not _is_fresh(base):
+            return False
+        with graph.inserting_before(add):
+            if _shape(base) != shape:
+                base = graph.call_function(aten.view.default, (base, list(shape)))
+            total = graph.call_function(_INTO[product.target], (base, *product.args))
+    total.meta["val"] = product.meta["val"]
+    result = total
+    if shape != _shape(add):
+        with graph.inserting_before(add):
+            result = graph.call_function(aten.view.default, (total, list(_shape(add))))
+        result.meta["val"] = add.meta["val"]
+    add.replace_all_uses_with(result)
+    graph.erase_node(add)
+    return True
+
+
+def _ancestors(nodes) -> set[fx.Node]:
+    seen, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def _alike(*nodes) -> bool:
+    """Whether all are tensors of one dtype."""
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
+    return all(isinstance(value, torch.Tensor) and value.dtype == values[0].dtype for value in values)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _only_view_of(node: fx.Node) -> fx.Node | None:
+    """The node that this one is a view of, where nothing reads them in between or beside."""
+    while len(node.users) == 1:
+        if node.target not in _VIEWS:
+            return node
+        node = node.args[0]
+    return None
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return False
+    if node.target is operator.getitem:
+        return str(node.args[0].target).startswith("mgd_kernels.")
+    return node.target in _FRESH
