@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# The package of the backends is loaded here, once, so that its name means the function below from then on.
+from mgd_kernels import backends as _package_of_backends  # noqa: F401
 from mgd_kernels import errors
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.custom import Muon, RMSprop, UpdateRule
