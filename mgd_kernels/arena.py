@@ -6,8 +6,10 @@ them is zero in every role (parameters, optimizer slots, gradients, adjoints) an
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +78,15 @@ class Arena:
             end += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
         self.offsets = tuple(offsets)
         self.numel = end
+        self._slices: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Arena:
         """The layout of the model's trainable parameters (tied weights once, frozen ones left out)."""
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad}, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_slices": {}}  # views belong to the buffers of this process
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -115,13 +121,19 @@ class Arena:
         }
 
     def slices(self, flat: Tensor) -> list[Tensor]:
-        """The tensors as views of `flat`, in its dtype, in order."""
+        """The tensors as views of `flat`, in its dtype, in order. Made once for each flat buffer."""
+        known = self._slices.get(id(flat))
+        if known is not None and known[0]() is flat:
+            return known[1]
         if flat.shape != (self.numel,):
             raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
-        return [
+        views = [
             flat[offset : offset + shape.numel()].view(shape)
             for offset, shape in zip(self.offsets, self.shapes, strict=True)
         ]
+        key = id(flat)
+        self._slices[key] = weakref.ref(flat, lambda _: self._slices.pop(key, None)), views
+        return views
 
     def segments(self, group_of: Sequence[int] | None = None, groups: int = 1) -> Segments:
         """The group table, given the group of each tensor (all in group 0 when left out)."""

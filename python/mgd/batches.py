@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     The shares sum to 1, so that the weighted sum of per-microbatch means is the mean over the batch, also where the
     slices are not of one length. Tensors without dimensions go to every microbatch.
     """
-    leaves, spec = tree_flatten(batch)
+    leaves, spec = flatten(batch)
     if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
     if count == 1:
@@ -38,9 +39,21 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     return [(tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)]
 
 
-def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The tensors of a batch, and the function that puts such tensors back in their places."""
-    leaves, spec = tree_flatten(batch)
+def flatten(batch: Any) -> tuple[list[Any], Any]:
+    """The leaves of a batch and its structure. A tuple of tensors, the common case, is spared torch's recursion."""
+    if type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch):
+        return list(batch), _tuple_spec(len(batch))
+    return tree_flatten(batch)
+
+
+@cache
+def _tuple_spec(length: int) -> Any:
+    return tree_flatten((0,) * length)[1]
+
+
+def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]], Any]]:
+    """The tensors of a batch, what else it holds as a hashable value, and what puts such tensors in their places."""
+    leaves, spec = flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: list[Tensor]) -> Any:
@@ -49,13 +62,8 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
             filled[i] = tensor
         return tree_unflatten(filled, spec)
 
-    return [leaves[i] for i in places], rebuild
-
-
-def structure(batch: Any) -> Any:
-    """What a batch holds beside its tensors, as a hashable value."""
-    leaves, spec = tree_flatten(batch)
-    return spec, tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    rest = spec, tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return [leaves[i] for i in places], rest, rebuild
 
 
 def same(first: Any, second: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mgd import memory
@@ -41,14 +42,14 @@ class TrainingFunction:
     """Training as a function of its metaparameters `z`, with exact metagradients (arXiv 2503.13751).
 
     model: its parameters are the initial ones; those with `requires_grad` are trained. No call changes it.
-    loss: `loss(model, batch, z) -> scalar`; reads parameters and metaparameters, changes nothing but the model's buffers.
+    loss: `loss(model, batch, z) -> scalar`; reads parameters and metaparameters, changes nothing but buffers.
     batches: `len(batches)` is the number of steps T; `batches[t]` a pytree of tensors, the same each time.
     optimizer: `SGD`, `Adam`, `AdamW`, or any `UpdateRule`.
     objective: `objective(model) -> scalar, or [k]` for k objectives at once.
     max_grad_norm: clip each step's gradient to this global norm.
     microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
-    per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees `z[name][indices]`.
+    per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.planner`).
     hvp: "auto", "forward" or "reverse" (see `mgd.derivatives`).
@@ -168,6 +169,8 @@ class TrainingFunction:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
+            # The fused attention kernels have neither forward-mode nor second derivatives.
+            sdpa_kernel(SDPBackend.MATH),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             model_kept(self.model),
             Progress(len(self), progress) as bar,

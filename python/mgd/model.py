@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
@@ -91,8 +90,6 @@ class Binding:
         with contextlib.ExitStack() as own:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
-            # The fused attention kernels have neither forward-mode nor second derivatives.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.fused:
                 stack.enter_context(Formulas(_FUSED))
             elif self.needs_exact_formulas:
@@ -133,8 +130,8 @@ class Formulas(TorchFunctionMode):
     """Functions of torch by others: `_EXACT`, where torch's derivatives are incomplete, or `_FUSED`, faster ones too.
 
     BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
-    autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside the
-    kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm for
+    autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside
+    the kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm for
     a constant (torch 2.13; `gradgradcheck` fails).
     """
 

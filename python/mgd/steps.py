@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.batches import microbatches, same, seed_generators, seed_of, split_tensors, structure
+from mgd.batches import microbatches, same, seed_generators, seed_of, split_tensors
 from mgd.derivatives import Evaluate, Gradients, Point, Restart, SecondDerivative, leaves
 from mgd.errors import BadLoss, MetagradientError, ParametersModified, ReplayDivergence
 from mgd.metaparameters import Metaparameters, Slices
@@ -28,8 +28,8 @@ from mgd_kernels import Arena
 class Evaluated:
     """What the first evaluation of a step leaves behind.
 
-    gradient: flat `[n]`, in the dtype in which the model produced it. losses: float64 `[microbatches]` on the CPU, each times its
-    share of the batch. buffers: as they stood before each microbatch and after the last one.
+    gradient: flat `[n]`, in the dtype in which the model produced it. losses: float64 `[microbatches]` on the CPU, each
+    times its share of the batch. buffers: as they stood before each microbatch and after the last one.
     norm: of the gradient, once somebody has computed it.
     """
 
@@ -91,7 +91,7 @@ class Steps:
             losses.append(loss.detach().double())
             history.append(_settled(history[-1], copies, left))
         self.evaluations += 1
-        return Evaluated(total, torch.stack(losses).cpu(), history)
+        return Evaluated(total, torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1), history)
 
     def second_derivatives(
         self,
@@ -116,7 +116,7 @@ class Steps:
             names = differentiable(before)
             others = [name for name in before if name not in names]
             slices = meta.at(batch, t)
-            batch_tensors, rebuild = split_tensors(batch)
+            batch_tensors, rest, rebuild = split_tensors(batch)
 
             stack = contextlib.ExitStack()
 
@@ -139,7 +139,7 @@ class Steps:
             restart = functools.partial(self._seed, t, i)
             restart()
             with stack:
-                given = (share, slices.structure, structure(batch))
+                given = (share, slices.structure, rest)
                 results = self._differentiate(evaluate, point, restart, given, t, i, step.losses[i])
             p, b = len(parameters), len(parameters) + len(names)
             buffer_adjoints = [

@@ -9,6 +9,7 @@ of stored states).
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -181,7 +182,7 @@ class Sweep:
         self.buffers = step.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
-        """Advance over logged steps by their updates alone: as many as lie in memory in one pass, or one from the store."""
+        """Advance over logged steps by their updates: as many as lie in memory in one pass, or one from the store."""
         start = self.state.step
         run = self.tape.held(start, stop)
         if not run:
@@ -204,7 +205,7 @@ class Sweep:
         self.measured.counts["model steps"] += 1
         losses = evaluated.losses
         if first:
-            if not bool(torch.isfinite(losses).all()):
+            if not all(map(math.isfinite, losses.tolist())):
                 raise NonFiniteState(t, "the loss")
             self.losses[t] = losses
             self.visited = t + 1
@@ -273,7 +274,7 @@ class Sweep:
                 gradients.hyper[j, t] = out[:, :-1]
                 if clip:
                     directions[j].add_(step.gradient, alpha=clip * float(out[:, -1].sum()))
-                if not bool(torch.isfinite(out).all()):
+                if not math.isfinite(float(out.sum())):
                     raise NonFiniteState(t, "the adjoint")
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
