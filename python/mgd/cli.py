@@ -13,7 +13,13 @@ from typer.core import TyperGroup
 from mgd.options import Data, Json, Out, Seed, Steps, Threads, write_json
 
 # Name of a command -> module whose function `command` it is, with options annotated for typer.
-BENCHMARKS: dict[str, str] = {}
+BENCHMARKS: dict[str, str] = {
+    "throughput": "mgd.bench.throughput",
+    "memory": "mgd.bench.memory",
+    "offload": "mgd.bench.offload",
+    "kernels": "mgd.bench.kernels",
+}
+PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
 RECIPES: dict[str, str] = {}
 
 app = typer.Typer(
@@ -46,6 +52,11 @@ app.add_typer(
     typer.Typer(cls=_imported(BENCHMARKS), no_args_is_help=True),
     name="bench",
     help="Measure speed, memory and bandwidth.",
+)
+app.add_typer(
+    typer.Typer(cls=_imported(PROFILES), no_args_is_help=True),
+    name="profile",
+    help="Measure a training of your own.",
 )
 app.add_typer(
     typer.Typer(cls=_imported(RECIPES), no_args_is_help=True), name="recipe", help="Complete uses of metagradients."

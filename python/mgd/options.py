@@ -33,12 +33,12 @@ def write_json(path: Path, command: str, result: dict[str, Any]) -> None:
 
     made_by = {"command": command, "version": __version__, "torch": torch.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(made_by | result), indent=2, allow_nan=False) + "\n", "utf-8")
+    path.write_text(json.dumps(finite(made_by | result), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -111,7 +111,9 @@ class PlainTorch:
                 for key, value in self.seen.items()
             }
             seed_generators(seed_of(function.seed, t, i), self.device)
-            cast = torch.autocast(self.device.type, function.autocast) if function.autocast else contextlib.nullcontext()
+            cast = (
+                torch.autocast(self.device.type, function.autocast) if function.autocast else contextlib.nullcontext()
+            )
             with cast:
                 loss = share * self.run(function.loss, state, buffers, batch, view)
             found = torch.autograd.grad(loss, state.params, create_graph=graph, materialize_grads=True)
@@ -241,7 +243,9 @@ class Training:
         self.initial = copy.deepcopy(self.model.state_dict())
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.device = self.params[0].device
-        self.seen = {k: v.detach() if isinstance(v, Tensor) else v for k, v in z.items() if k not in self._hyper_names()}
+        self.seen = {
+            k: v.detach() if isinstance(v, Tensor) else v for k, v in z.items() if k not in self._hyper_names()
+        }
         self.rates = self._rates()
         self.reset()
 

@@ -38,7 +38,8 @@ def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Wall time of one call, with everything that it started on the device."""
+    """Wall time of one call, with everything that it started on the device. A method `reset` runs before it."""
+    getattr(work, "reset", lambda: None)()
     gc.collect()
     _wait(device)
     start = time.perf_counter()

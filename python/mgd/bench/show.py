@@ -1,0 +1,96 @@
+"""How results are shown: tables in the terminal, pages with pictures, and the options that the benchmarks share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mgd import plots
+from mgd.budget import format_bytes
+from mgd.options import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Rows = Sequence[Sequence[str]]
+
+Core = Annotated[
+    int, typer.Option("--core", help="The core to run on; -1: the last one there is, -2: let the system choose.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed, in alternation.")]
+Device = Annotated[str, typer.Option("--device", help='Where tensors live: "cpu", "cuda", "cuda:1".')]
+
+
+def core_of(option: int) -> int | None:
+    return None if option == -2 else option
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)
+
+
+@contextlib.contextmanager
+def ticking(console: Console) -> Iterator[Callable[[str], None]]:
+    """A status line that says what is being measured; plain lines where the output is no terminal."""
+    if not console.is_terminal:
+        last = ""
+
+        def say(what: str) -> None:
+            nonlocal last
+            if (head := what.partition(", round")[0]) != last:  # a line for each thing measured, not each repetition
+                last = head
+                console.print(f"measuring {head} ...", highlight=False, soft_wrap=True)
+
+        yield say
+        return
+    with console.status("measuring") as status:
+        yield lambda what: status.update(f"measuring {what}")
+
+
+def table(console: Console, title: str, rows: Rows, caption: str = "") -> None:
+    """rows: the first is the header; the first column is text, the others numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
+    for i, name in enumerate(rows[0]):
+        shown.add_column(name, justify="left" if i == 0 else "right", vertical="bottom", no_wrap=True)
+    for row in rows[1:]:
+        shown.add_row(*row)
+    console.print()
+    console.print(shown, highlight=False)
+    if caption:
+        console.print(caption, style="dim", highlight=False)
+
+
+def finish(
+    console: Console,
+    command: str,
+    result: dict[str, Any],
+    json: Path | None,
+    out: Path | None,
+    page: Callable[[], tuple[str, str, Sequence[plots.Section]]],
+) -> None:
+    """Write what was asked for. page: gives title, lead and sections."""
+    if out:
+        for path in plots.page(out, *page()):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if json:
+        write_json(json, command, result)
+        console.print(f"wrote {json}", highlight=False, soft_wrap=True)
+
+
+def ratio(found: dict[str, float], digits: int = 2) -> str:
+    """ "3.67 (3.60 - 3.71)": the median, and the 20% and 80% quantiles."""
+    return f"{found['median']:.{digits}f} ({found['q20']:.{digits}f} - {found['q80']:.{digits}f})"
+
+
+def memory(count: float | None, extrapolated: bool = False) -> str:
+    return "-" if count is None else ("~" if extrapolated else "") + format_bytes(max(0, count))

@@ -1,0 +1,266 @@
+"""`mgd bench throughput`: metagradients by every method, in units of plain eager training of the same steps.
+
+One thread on one core. In each round a method runs between two plain trainings, and its ratio is to their mean; every
+method runs once before anything is timed, and these first results must agree. Peak memory comes from a fresh process
+for each method (`mgd.bench.peak`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mgd.bench import figures, peak, show, timing
+from mgd.bench.baselines import Training, Unsupported
+from mgd.bench.cases import Case, load
+from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences
+from mgd.bench.workloads import WORKLOADS
+from mgd.options import Json, Out
+from mgd.report import Report
+
+# Of float32 metagradients by two methods that round differently, measured: 1e-7 to 1e-5 after a few steps. AdamW with
+# a small eps_root magnifies rounding with the length of the training; a wrong term would show as 1e-1 or more.
+AGREE = 1e-2
+
+
+def measure(
+    source: str,
+    methods: Sequence[str] = DEFAULT,
+    rounds: int = 5,
+    steps: int | None = None,
+    device: str = "cpu",
+    core: int | None = -1,
+    memory: bool = True,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Times, ratios, phases, memory and differences of the methods on one case, in JSON's types."""
+    with timing.pinned(core) as pinning:
+        case = load(source, steps, device)
+        found: dict[str, Any] = {
+            "case": source,
+            "note": case.note,
+            "steps": len(case),
+            "parameters": sum(p.numel() for p in case.function.model.parameters() if p.requires_grad),
+            "device": device,
+            **pinning,
+            "methods": {},
+        }
+        lengths = _lengths(case, methods, found["methods"], memory, tick)
+        reference: Outcome | None = None
+        for length in sorted(set(lengths.values()), reverse=True):
+            part = case.shortened(length)
+            training = Training(part.function, part.z)
+            training()
+            reference = METHODS["eager"].prepare(part)()
+            runs: dict[str, Callable[[], Any]] = {}
+            reports: dict[str, Report] = {}
+            for name in (name for name, needed in lengths.items() if needed == length):
+                tick(f"{source}, {name}: first call")
+                try:
+                    run = METHODS[name].prepare(part)
+                    outcome = run()
+                except Unsupported as reason:
+                    found["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
+                    continue
+                runs[name] = _noting(run, name, reports)
+                found["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
+            trainings, samples = timing.alternate(
+                rounds, training, runs, device, lambda what: tick(f"{source}, {what}")
+            )
+            if length == len(case):
+                found["training"] = {"seconds": timing.quantiles(trainings)}
+            for name, sample in samples.items():
+                _timed(found["methods"][name], sample, METHODS[name].objectives, reports.get(name))
+        if "training" not in found:  # every method was shortened
+            whole = Training(case.function, case.z)
+            found["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
+    if memory:
+        tick(f"{source}, memory: training")
+        found["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
+        for name, entry in found["methods"].items():
+            if "peak_bytes" not in entry and "unsupported" not in entry:
+                tick(f"{source}, memory: {name}")
+                length = lengths[name] if METHODS[name].share < 1 else steps
+                entry["peak_bytes"] = peak.measure(source, name, length, device)["bytes"]
+    found["methods"] = {name: found["methods"][name] for name in methods if name in found["methods"]}
+    return found
+
+
+def _lengths(
+    case: Case, methods: Sequence[str], entries: dict[str, Any], memory: bool, tick: Callable[[str], None]
+) -> dict[str, int]:
+    """How many steps of each method are run: all of them, but for those that are too long or do not fit in memory."""
+    lengths = {}
+    for name in methods:
+        lengths[name] = min(len(case), max(2, round(len(case) * METHODS[name].share)))
+        if name == "unrolled" and memory and len(case) > peak.PROBES[1]:
+            tick(f"{case.source}, memory: unrolled")
+            try:
+                probe = peak.extrapolated(case.source, name, len(case), case.device)
+            except peak.Failed:
+                continue  # the reason shows when it is run
+            if probe["fits_steps"] < len(case):
+                lengths[name] = probe["fits_steps"]
+                entries[name] = {"peak_bytes": probe["bytes"], "peak_extrapolated_from": probe["from_steps"]}
+    return lengths
+
+
+def _described(name: str, outcome: Outcome, reference: Outcome, length: int) -> dict[str, Any]:
+    differing = differences(outcome.grads, reference.grads)
+    return {
+        "what": METHODS[name].what,
+        "ours": METHODS[name].ours,
+        "objectives": METHODS[name].objectives,
+        "timed_steps": length,
+        "difference": differing,
+        "agrees": all(value <= AGREE for value in differing.values()),
+    }
+
+
+def _noting(run: Callable[[], Outcome], name: str, reports: dict[str, Report]) -> Callable[[], None]:
+    """The run without its gradients, which would take memory from the next; its report is kept."""
+
+    def noting() -> None:
+        report = run().report
+        if report is not None:
+            reports[name] = report
+
+    return noting
+
+
+def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, report: Report | None) -> None:
+    summary = sample.summary()
+    if report is not None:
+        entry |= {"phases": report.seconds, "execution": report.execution, "second_derivatives": report.hvp}
+    entry |= summary
+    entry["ratio"] = {key: value / objectives for key, value in summary["ratio"].items()}
+    entry["steps_per_second"] = entry["timed_steps"] / summary["seconds"]["median"]
+
+
+# --- shown -------------------------------------------------------------------------------------------------------
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    training = found["training"]
+    seconds = training["seconds"]["median"]
+    lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
+    lines.append(
+        [
+            "plain training",
+            f"{seconds:.2f}",
+            "1",
+            f"{found['steps'] / seconds:.1f}",
+            show.memory(training.get("peak_bytes")),
+            "",
+        ]
+    )
+    for name, entry in found["methods"].items():
+        if "unsupported" in entry:
+            lines.append([name, "-", "-", "-", "-", "-"])
+            continue
+        short = entry["timed_steps"] < found["steps"]
+        lines.append(
+            [
+                name + (f" ({entry['timed_steps']} steps)" if short else ""),
+                f"{entry['seconds']['median']:.2f}",
+                show.ratio(entry["ratio"]),
+                f"{entry['steps_per_second']:.1f}",
+                show.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
+                f"{max(entry['difference'].values(), default=0.0):.0e}" + ("" if entry["agrees"] else " DISAGREES"),
+            ]
+        )
+    return lines
+
+
+def phase_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Shares of each phase of this package's methods."""
+    ours = {name: e["phases"] for name, e in found["methods"].items() if e.get("phases")}
+    phases = list(dict.fromkeys(phase for seconds in ours.values() for phase in seconds))
+    lines = [["where the time goes", *phases]]
+    for name, seconds in ours.items():
+        total = sum(seconds.values())
+        lines.append([name, *(f"{seconds.get(phase, 0.0) / total:.0%}" for phase in phases)])
+    return lines
+
+
+CAPTION = (
+    "trainings: time over that of plain eager training of the same steps (torch.optim, backward), measured beside it; "
+    "the metagradient includes its own training. peak memory: growth of a fresh process, ~ where extrapolated from "
+    "short trainings because it would not fit. difference: from mgd eager, the largest of all metaparameters."
+)
+
+
+def title(found: dict[str, Any]) -> str:
+    return f"{found['case']}: {found['steps']} steps, {found['parameters']:,} trained parameters"
+
+
+def display(console, found: dict[str, Any]) -> None:
+    show.table(console, title(found), rows(found))
+    if found["note"]:
+        console.print(found["note"], style="dim", highlight=False)
+    if len(split := phase_rows(found)) > 1:
+        show.table(console, "", split)
+    for name, entry in found["methods"].items():
+        if "unsupported" in entry:
+            console.print(f"{name} was left out: {entry['unsupported']}.", highlight=False)
+
+
+def page(results: list[dict[str, Any]], where: dict[str, Any]):
+    from mgd import plots
+
+    lead = f"One thread. {timing.describe(where)}. " + " ".join(
+        f"{name}: {METHODS[name].what}." for name in METHODS if any(name in r["methods"] for r in results)
+    )
+    sections = [
+        plots.Section("Time and memory", CAPTION, figures.throughput(results), "throughput"),
+        plots.Section("Where the time goes", "Phases of this package's methods.", figures.phases(results), "phases"),
+    ]
+    sections += [plots.Section(title(found), found["note"], table=rows(found)) for found in results]
+    return "What a metagradient costs", lead, sections
+
+
+def command(
+    workload: Annotated[
+        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}.")
+    ] = "mlp,gpt,convnet-group,convnet-batch",
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help=f"Of {', '.join(METHODS)}.")] = ",".join(
+        DEFAULT
+    ),
+    rounds: show.Rounds = 5,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, instead of the usual.")] = None,
+    device: show.Device = "cpu",
+    core: show.Core = -1,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process for each method.")] = True,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Time and memory of a metagradient by every method, in units of plain training of the same steps."""
+    from mgd import plots
+    from mgd.errors import BadArgument
+
+    if out:
+        plots.require_matplotlib()
+    names, sources = chosen(methods), [name.strip() for name in workload.split(",")]
+    if unknown := [name for name in sources if name not in WORKLOADS]:
+        raise BadArgument(f"expected workloads among {', '.join(WORKLOADS)}; got {', '.join(unknown)}")
+    console, where, results = show.console(), timing.machine(), []
+    console.print(timing.describe(where), highlight=False)
+    for source in sources:
+        with show.ticking(console) as tick:
+            found = measure(source, names, rounds, steps, device, show.core_of(core), memory, tick)
+        results.append(found)
+        display(console, found)
+    console.print(f"\n{CAPTION}", style="dim", highlight=False)
+    result = {"machine": where, "agree_within": AGREE, "results": results}
+    show.finish(console, "bench throughput", result, json, out, lambda: page(results, where))
+    wrong = [
+        f"{name} on {found['case']}"
+        for found in results
+        for name, entry in found["methods"].items()
+        if not entry.get("agrees", True)
+    ]
+    if wrong:
+        console.print(f"The gradients of {', '.join(wrong)} differ from those of mgd eager.", style="bold red")
+        raise typer.Exit(1)
