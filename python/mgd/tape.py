@@ -136,7 +136,7 @@ class Tape:
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
         if key not in self._names:
-            raise CorruptState(key, None, "it is missing", ADVICE)
+            raise CorruptState(key, None, f"{self.stats()['disk']['directory']} holds it no longer", ADVICE)
         histories = [
             self.constants | {name: torch.empty_like(self.constants[name]) for name in changed}
             for changed in self._names[key]

@@ -1,22 +1,22 @@
-"""What a memory budget promises: the same bits, no more memory or disk than it says, or an error that names the least."""
+"""What a memory budget promises: the same bits, within its limits, or an error that names the least that works."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 
-import mgd
 import pytest
 import torch
 from cases import adamw, convnet, held_out, initial, mlp, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mgd import memory
-from mgd.errors import BudgetTooSmall
-from mgd.planner import SCHEDULES
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import mgd
+from mgd import memory
+from mgd.errors import BudgetTooSmall
+from mgd.planner import SCHEDULES
 from mgd_kernels import SGD, UpdateRule
 
 
@@ -55,7 +55,7 @@ def reference(*what) -> mgd.Metagradient:
     return f.metagradient(z)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_factory, data):
     model, optimizer = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(OPTIMIZERS)))
@@ -170,7 +170,7 @@ def test_the_log_keeps_the_models_own_dtype(tmp_path, tier, microbatches):
         return f, f.metagradient({"lr": torch.full((9,), 1e-2)})
 
     budget = {"host": mgd.Budget(host="100MB"), "disk": mgd.Budget(disk=(tmp_path, "100MB"))}[tier]
-    f, half = training(torch.bfloat16, budget=budget, schedule="log")
+    _, half = training(torch.bfloat16, budget=budget, schedule="log")
     _, whole = training(torch.float32, budget=budget, schedule="log")
     parameters = 64 * 256 + 256 + 768 + 32  # three numbers of the last bias are padded to a segment
     overhead = 12288 if tier == "disk" else 0  # a page of header, the losses, and rounding to pages
