@@ -23,7 +23,8 @@ void bind_nn(py::module_& m) {
            Address ggy, int threads) {
             py::gil_scoped_release release;
             run_activation(static_cast<Pass>(pass),
-                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(slope), at(gx), at(ggy)},
+                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(slope), at(gx),
+                            at(ggy)},
                            threads);
         },
         "A pointwise function (with its slope), or the gradient of its gradient; n elements.");
