@@ -29,6 +29,7 @@ STAGING = 32 << 20  # bytes, the least transfer buffers of a disk tier; from the
 STEP_IN_UPDATES = 50  # a training step in elementwise updates, where nothing was measured: batch and depth matter
 LATE_SNAPSHOTS = 2 * LATE  # bytes of disk for checkpoints, the trained state, and snapshots dropped since the last
 MEMORY_BANDWIDTH = 1e10  # bytes a second, of one processor thread; where nothing was measured
+FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes a second that copies into new memory of a CPU take
 KEY = 64  # bytes, more than any key of a tape
 ENOUGH = 1 << 20  # bytes, from which on a transfer's bandwidth is worth remembering
 
@@ -81,7 +82,8 @@ def choose(
     on_device = device.type != "cpu"
     if costs is None:
         update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
-        costs = Costs(step=STEP_IN_UPDATES * update, update=update, overlap=_overlap(on_device))
+        write = {} if on_device else FRESH_MEMORY
+        costs = Costs(step=STEP_IN_UPDATES * update, update=update, write=write, overlap=_overlap(on_device))
     limits = budget.limits(int(SHARE * free_host_memory()))
     if budget == Budget() and on_device:
         limits = {"device": int(SHARE * torch.cuda.mem_get_info(device)[0]), **limits}
@@ -135,12 +137,14 @@ def measured_costs(measured: Measured, store: dict[str, Any] | None, device: tor
     if not step or not hvp:
         return None
     rates = {way: store[way] for way in ("write", "read") if store and store[way]["bytes"] >= ENOUGH}
+    write, read = ({"disk": rates[way]["bandwidth"]} if way in rates else {} for way in ("write", "read"))
     return Costs(
         step=step,
         hvp=hvp,
         update=measured.seconds["rebuild"] / rebuilt if rebuilt else mean("update"),
         overlap=_overlap(device.type != "cpu"),
-        **{way: {"disk": rate["bandwidth"]} for way, rate in rates.items()},
+        write=write if device.type != "cpu" else FRESH_MEMORY | write,
+        read=read,
     )
 
 
