@@ -121,16 +121,21 @@ class Arena:
         }
 
     def slices(self, flat: Tensor) -> list[Tensor]:
-        """The tensors as views of `flat`, in its dtype, in order. Made once for each flat buffer."""
+        """The tensors as views of `flat`, in its dtype, in order; made once for each flat buffer."""
         known = self._slices.get(id(flat))
         if known is not None and known[0]() is flat:
             return known[1]
         if flat.shape != (self.numel,):
             raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
-        views = [
-            flat[offset : offset + shape.numel()].view(shape)
-            for offset, shape in zip(self.offsets, self.shapes, strict=True)
-        ]
+        # Views refer to what they are views of: those kept here must not keep `flat` itself, or it would live for ever.
+        whole = flat if flat.requires_grad else flat.detach()
+        with torch.enable_grad():  # torch refuses to change a view in place in another grad mode than it was made in
+            views = [
+                whole[offset : offset + shape.numel()].view(shape)
+                for offset, shape in zip(self.offsets, self.shapes, strict=True)
+            ]
+        if flat.requires_grad:
+            return views
         key = id(flat)
         self._slices[key] = weakref.ref(flat, lambda _: self._slices.pop(key, None)), views
         return views
