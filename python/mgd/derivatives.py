@@ -156,7 +156,7 @@ class SecondDerivative:
 
     mode: "forward", "reverse" or "auto". Both roads cost the same matmuls once dead code is eliminated; "auto" goes in
     reverse, which torch runs with fewer and larger operators (docs/speed.md has the measurements).
-    used: the road taken last. fallback: the operator that blocked the road asked for, if one did.
+    used: the road taken last. fallback: what blocked the road asked for, an operator in most cases, if something did.
     """
 
     def __init__(self, mode: str):
@@ -167,6 +167,13 @@ class SecondDerivative:
     @property
     def used(self) -> str:
         return NAMES[self.road]
+
+    def turn(self, obstacle: str) -> bool:
+        """Leave forward mode for reverse because of this obstacle; False where reverse is the road already."""
+        if self.road == "reverse":
+            return False
+        self.fallback, self.road = obstacle, "reverse"
+        return True
 
     def __call__(self, evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
         """`restart` puts the random generators back before a second evaluation."""

@@ -172,6 +172,9 @@ class Steps:
                 return traced[1]
             restart()
         loss, results = self.second(evaluate, point, restart)
+        if not torch.equal(loss.double().cpu(), expected) and self.second.turn("a loss that rounds otherwise there"):
+            restart()
+            loss, results = self.second(evaluate, point, restart)
         if not torch.equal(loss.double().cpu(), expected):
             raise ReplayDivergence(t, self.diagnose(t, i, float(expected), float(loss)))
         return results
