@@ -123,7 +123,7 @@ class Arena:
     def slices(self, flat: Tensor) -> list[Tensor]:
         """The tensors as views of `flat`, in its dtype, in order; made once for each flat buffer."""
         known = self._slices.get(id(flat))
-        if known is not None and known[0]() is flat:
+        if known is not None and known[0]() is flat and not flat.requires_grad:
             return known[1]
         if flat.shape != (self.numel,):
             raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
