@@ -19,7 +19,8 @@ OBJECTIVES = 16
 
 @dataclass
 class Outcome:
-    """What a method found: the value, the gradient of every entry of `z` (of the mean objective), and the package's report."""
+    """What a method found: the value, the gradient of every entry of `z` (of the mean objective); and the report of a
+    method of this package."""
 
     value: Tensor
     grads: dict[str, Any]

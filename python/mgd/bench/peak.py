@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from mgd.bench import timing
 from mgd.bench.baselines import Training
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import METHODS, Method, package
+from mgd.bench.methods import METHODS, Method, Outcome, package
 from mgd.errors import MetagradientError
+from mgd.journal import digest
 from mgd.memory import free_host_memory
+from mgd.options import finite
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead
 PROBES = (4, 8)  # steps of the short trainings from which the memory of a long one is extrapolated
@@ -42,7 +46,7 @@ def measure(
     rounds: int = 0,
     core: int | None = None,
 ) -> dict[str, Any]:
-    """`{"bytes": ..., "seconds": of the call measured, "report": ...}`.
+    """`{"bytes": ..., "seconds": of the call measured, "norms", "digest": of its gradients, "report": ...}`.
 
     source, steps, device: of the case. method: a name of METHODS, "training", or "package" with `options` of the
     training function ("budget" as the arguments of `Budget`). rounds: time that many calls in alternation with plain
@@ -165,9 +169,13 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         with _Rise(device) as rise:
             seconds = timing.seconds_of(lambda: outcomes.append(run()), device)
         found: dict[str, Any] = {"bytes": rise.bytes, "seconds": seconds}
-        report = getattr(outcomes.pop(), "report", None)
-        if report is not None:
-            found["report"] = report.to_dict()
+        outcome = outcomes.pop()
+        if isinstance(outcome, Outcome):
+            found["norms"] = {
+                key: float(g.double().norm()) for key, g in outcome.grads.items() if isinstance(g, Tensor)
+            }
+            found["digest"] = digest(*tree_flatten(outcome.grads)[0])
+            found["report"] = outcome.report.to_dict() if outcome.report else None
         if request["rounds"]:
             training = Training(case.function, case.z)
             training()
@@ -178,6 +186,4 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from mgd.options import finite
-
     print(json.dumps(finite(_answer(json.loads(sys.argv[1])))))

@@ -1,4 +1,4 @@
-"""The workloads of every benchmark and every test of speed: float32, metaparameters lr [T], weight decay, data weights [n].
+"""The workloads of every benchmark: float32, metaparameters lr [T], weight decay, data weights [n].
 
 Data is random: the time of dense training does not depend on it, and a benchmark must run anywhere.
 """

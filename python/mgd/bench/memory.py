@@ -1,0 +1,187 @@
+"""`mgd bench memory`: peak memory and time of one metagradient against the length of the training.
+
+Every point is a fresh process on one pinned core, which makes one call; its memory is the growth of the process
+during that call. Short trainings are called again, in alternation with plain training, for their time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mgd.bench import figures, peak, show, timing
+from mgd.budget import format_bytes, parse_bytes
+from mgd.options import Json, Out
+
+LENGTHS = (16, 64, 256, 1024, 4096)
+BUDGETS = ("4MB", "32MB", "256MB")
+UNROLLED = 256  # steps beyond which the unrolled graph is extrapolated
+REPEATED = 256  # steps up to which calls are repeated; beyond, the one call lasts long enough
+# Of the gradients' norms by plain torch and by this package, as in `throughput.AGREE`.
+AGREE = 1e-2
+
+
+def methods(budgets: Sequence[str] = BUDGETS) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> arguments of `peak.measure`: the method and its options."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {
+        "torch unrolled": ("unrolled", {}),
+        "torch all states": ("states", {}),
+        "mgd all states": ("package", {"schedule": "all"}),
+        "mgd sqrt": ("package", {"schedule": "sqrt"}),
+        "mgd k-ary, k = 8": ("package", {"schedule": "kary:8"}),
+    }
+    for budget in budgets:
+        options = {"schedule": "auto", "budget": {"host": parse_bytes(budget)}}
+        found[f"mgd auto, {format_bytes(parse_bytes(budget))}"] = ("package", options)
+    return found
+
+
+def measure(
+    source: str = "small",
+    lengths: Sequence[int] = LENGTHS,
+    budgets: Sequence[str] = BUDGETS,
+    core: int | None = -1,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Points `{steps, peak_bytes, seconds, ratio, extrapolated}` of every method, in JSON's types."""
+    lengths = sorted(set(lengths))
+    training: dict[int, dict[str, Any]] = {}
+    for steps in lengths:
+        tick(f"plain training, {steps} steps")
+        training[steps] = peak.measure(source, "training", steps, core=core)
+    found: dict[str, Any] = {"case": source, "steps": lengths, "core": core, "methods": {}}
+    found["training"] = [{"steps": t, "peak_bytes": p["bytes"], "seconds": p["seconds"]} for t, p in training.items()]
+    digests: dict[int, set[str]] = {}
+    norms: dict[int, dict[str, dict[str, float]]] = {}
+    for name, (method, options) in methods(budgets).items():
+        points = found["methods"].setdefault(name, [])
+        for steps in lengths:
+            measured = [p for p in points if not p["extrapolated"]]
+            if method == "unrolled" and steps > UNROLLED and len(measured) >= 2:
+                points.append(_extrapolated(measured, steps, training[steps]["seconds"]))
+                continue
+            tick(f"{name}, {steps} steps")
+            rounds = 3 if steps <= REPEATED else 0
+            try:
+                result = peak.measure(source, method, steps, options=options, rounds=rounds, core=core)
+            except peak.Failed as error:  # a budget too small for this length, or no memory
+                points.append({"steps": steps, "failed": str(error), "extrapolated": False})
+                continue
+            points.append(_point(steps, result, training[steps]["seconds"]))
+            norms.setdefault(steps, {})[name] = result["norms"]
+            if method == "package":
+                digests.setdefault(steps, set()).add(result["digest"])
+    found["bit_identical"] = all(len(same) == 1 for same in digests.values())
+    found["agree"] = all(_agree(each) for each in norms.values())
+    return found
+
+
+def _point(steps: int, result: Mapping[str, Any], training: float) -> dict[str, Any]:
+    point = {"steps": steps, "peak_bytes": result["bytes"], "extrapolated": False}
+    if "timing" in result:
+        point |= {name: result["timing"][name]["median"] for name in ("seconds", "ratio")}
+    else:
+        point |= {"seconds": result["seconds"], "ratio": result["seconds"] / training}
+    if result["report"]:
+        plan = result["report"]["plan"]
+        point["stored_bytes"] = sum(plan["peak"].values())
+        point["model_steps"] = plan["model_steps"]
+    return point
+
+
+def _extrapolated(measured: list[dict[str, Any]], steps: int, training: float) -> dict[str, Any]:
+    values = {key: peak.line([(p["steps"], p[key]) for p in measured], steps) for key in ("peak_bytes", "seconds")}
+    return {"steps": steps, "extrapolated": True, **values, "ratio": values["seconds"] / training}
+
+
+def _agree(norms: Mapping[str, Mapping[str, float]]) -> bool:
+    first, *rest = norms.values()
+    return all(abs(other[key] - first[key]) <= AGREE * abs(first[key]) for other in rest for key in first)
+
+
+# --- shown -------------------------------------------------------------------------------------------------------
+
+
+def rows(found: dict[str, Any], cell: Callable[[dict[str, Any]], str], training: str = "") -> list[list[str]]:
+    lines = [["", *(f"T = {steps:,}" for steps in found["steps"])]]
+    if training:
+        lines.append([training, *(cell({**p, "extrapolated": False, "ratio": 1.0}) for p in found["training"])])
+    for name, points in found["methods"].items():
+        lines.append([name, *("does not fit" if "failed" in point else cell(point) for point in points)])
+    return lines
+
+
+def memory_cell(point: dict[str, Any]) -> str:
+    return show.memory(point["peak_bytes"], point["extrapolated"])
+
+
+def time_cell(point: dict[str, Any]) -> str:
+    return f"{'~' if point['extrapolated'] else ''}{point['seconds']:.2f} s ({point['ratio']:.1f})"
+
+
+CAPTION = (
+    "Every number comes from a process of its own. Memory: growth during the call, above the loaded model and data. "
+    "In brackets: time over that of plain training of the same steps. ~: extrapolated along a straight line."
+)
+
+
+def page(found: dict[str, Any], where: dict[str, Any]):
+    from mgd import plots
+
+    checked = "gave the same bits" if found["bit_identical"] else "did NOT give the same bits"
+    lead = (
+        f"How memory and time of one metagradient grow with the length of the training ({found['case']}). One thread. "
+        f"{timing.describe(where)}. All plans of this package {checked} at every length."
+    )
+    sections = [
+        plots.Section("Memory and time", CAPTION, figures.memory(found), "memory"),
+        plots.Section("Peak memory", "", table=rows(found, memory_cell, "plain training")),
+        plots.Section("Time", "", table=rows(found, time_cell, "plain training")),
+    ]
+    return "Memory of a metagradient", lead, sections
+
+
+def command(
+    workload: Annotated[str, typer.Option("--workload", help="A workload, or SCRIPT.py:FUNCTION.")] = "small",
+    steps: Annotated[str, typer.Option("--steps", metavar="T,T,...", help="Lengths of the training.")] = ",".join(
+        map(str, LENGTHS)
+    ),
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="SIZE,...", help="Host memory for the plans that look for the best use.")
+    ] = ",".join(BUDGETS),
+    core: show.Core = -1,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Peak memory and time of a metagradient against the number of training steps."""
+    from mgd import plots
+    from mgd.errors import BadArgument
+
+    if out:
+        plots.require_matplotlib()
+    try:
+        lengths, sizes = [int(t) for t in steps.split(",")], budgets.split(",")
+        methods(sizes)
+        if min(lengths) < 1:
+            raise ValueError(f"expected training steps of at least 1, got {min(lengths)}")
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    console, where = show.console(), timing.machine()
+    console.print(timing.describe(where), highlight=False)
+    with show.ticking(console) as tick:
+        found = measure(workload, lengths, sizes, show.core_of(core), tick)
+    show.table(console, f"Peak memory of one metagradient, {workload}", rows(found, memory_cell, "plain training"))
+    show.table(console, "Its time", rows(found, time_cell, "plain training"), CAPTION)
+    for name, points in found["methods"].items():
+        for point in points:
+            if "failed" in point:
+                console.print(f"{name}, {point['steps']} steps: {point['failed']}", highlight=False)
+    console.print(
+        f"Plans of this package {'gave' if found['bit_identical'] else 'did NOT give'} the same bits at every length.",
+        highlight=False,
+    )
+    show.finish(console, "bench memory", {"machine": where, **found}, json, out, lambda: page(found, where))
+    if not (found["bit_identical"] and found["agree"]):
+        raise typer.Exit(1)
