@@ -1,5 +1,6 @@
 #include "store/checksum.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -24,7 +25,7 @@ constexpr uint64_t kPrime64[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x16
                                   0x27D4EB2F165667C5u};
 constexpr size_t kStripe = 64, kSecretBytes = 192, kStripesPerBlock = (kSecretBytes - kStripe) / 8;
 constexpr size_t kBlock = kStripe * kStripesPerBlock;
-constexpr size_t kLargeCopy = 1 << 20;
+constexpr size_t kLargeCopy = 1 << 20, kTile = 16 * kBlock;
 
 constexpr unsigned char kSecret[kSecretBytes] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4,
@@ -73,12 +74,13 @@ inline __attribute__((always_inline)) void copy(unsigned char* to, const unsigne
     std::memcpy(to, from, bytes);
 }
 
-// Block by block: hashed, and copied while it is in the first-level cache.
+// Block by block: hashed, and copied while it is in the first-level cache. last: bytes that end the input, of which
+// those behind the last whole block are hashed in their own way; else `bytes` is whole blocks.
 MGD_CLONES
-void consume(uint64_t* state, const unsigned char* p, size_t bytes, unsigned char* to, bool past_cache) {
+void consume(uint64_t* state, const unsigned char* p, size_t bytes, unsigned char* to, bool past_cache, bool last) {
     uint64_t lanes[8];
     std::memcpy(lanes, state, sizeof lanes);
-    const size_t blocks = (bytes - 1) / kBlock;
+    const size_t blocks = last ? (bytes - 1) / kBlock : bytes / kBlock;
     for (size_t b = 0; b < blocks; ++b) {
         for (size_t s = 0; s < kStripesPerBlock; ++s, p += kStripe) accumulate(lanes, p, kSecret + 8 * s);
         for (int i = 0; i < 8; ++i) {
@@ -88,22 +90,25 @@ void consume(uint64_t* state, const unsigned char* p, size_t bytes, unsigned cha
         }
         if (to != nullptr) copy(to, p - kBlock, kBlock, past_cache), to += kBlock;
     }
-    const size_t rest = bytes - blocks * kBlock;
-    for (size_t s = 0; s < (rest - 1) / kStripe; ++s) accumulate(lanes, p + s * kStripe, kSecret + 8 * s);
-    accumulate(lanes, p + rest - kStripe, kSecret + kSecretBytes - kStripe - 7);
-    if (to != nullptr) std::memcpy(to, p, rest);
+    if (last) {
+        const size_t rest = bytes - blocks * kBlock;
+        for (size_t s = 0; s < (rest - 1) / kStripe; ++s) accumulate(lanes, p + s * kStripe, kSecret + 8 * s);
+        // The last stripe may begin before `p`.
+        accumulate(lanes, p + rest - kStripe, kSecret + kSecretBytes - kStripe - 7);
+        if (to != nullptr) std::memcpy(to, p, rest);
+    }
     std::memcpy(state, lanes, sizeof lanes);
 }
 
-uint64_t hash_and_copy(const void* data, size_t bytes, void* to) {
-    if (bytes <= 240) throw std::invalid_argument("checksum: expected more than 240 bytes");
+struct Lanes {
     uint64_t lanes[8] = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2],
                          kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
-    consume(lanes, static_cast<const unsigned char*>(data), bytes, static_cast<unsigned char*>(to),
-            bytes >= kLargeCopy);
-#ifdef __SSE2__
-    if (to != nullptr) _mm_sfence();
-#endif
+    explicit Lanes(size_t bytes) {
+        if (bytes <= 240) throw std::invalid_argument("checksum: expected more than 240 bytes");
+    }
+};
+
+uint64_t finish(const uint64_t* lanes, size_t bytes) {
     uint64_t hash = bytes * kPrime64[0];
     for (int i = 0; i < 4; ++i) {
         const unsigned char* secret = kSecret + 11 + 16 * i;
@@ -114,7 +119,29 @@ uint64_t hash_and_copy(const void* data, size_t bytes, void* to) {
     return hash ^ (hash >> 32);
 }
 
+uint64_t hash_and_copy(const void* data, size_t bytes, void* to) {
+    Lanes state(bytes);
+    consume(state.lanes, static_cast<const unsigned char*>(data), bytes, static_cast<unsigned char*>(to),
+            bytes >= kLargeCopy, true);
+#ifdef __SSE2__
+    if (to != nullptr) _mm_sfence();
+#endif
+    return finish(state.lanes, bytes);
+}
+
 }  // namespace
+
+uint64_t checksum_in_tiles(const void* data, size_t bytes, const OnTile& before, const OnTile& after) {
+    Lanes state(bytes);
+    const auto* p = static_cast<const unsigned char*>(data);
+    for (size_t begin = 0; begin < bytes; begin += kTile) {
+        const size_t end = std::min(bytes, begin + kTile);
+        if (before) before(begin, end);
+        consume(state.lanes, p + begin, end - begin, nullptr, false, end == bytes);
+        if (after) after(begin, end);
+    }
+    return finish(state.lanes, bytes);
+}
 
 uint64_t checksum(const void* data, size_t bytes) { return hash_and_copy(data, bytes, nullptr); }
 

@@ -170,13 +170,13 @@ void TieredStore::get(const std::string& key, const std::vector<void*>& targets)
         const BufferPtr buffer = get.chunk(i, true);
         const std::vector<Piece> pieces = h.pieces(i);
         const auto to = [&](const Piece& p) { return static_cast<char*>(targets[p.tensor]) + p.tensor_offset; };
-        const bool whole = pieces.size() == 1 && pieces[0].bytes == h.chunk_size(i);
-        if (whole && reinterpret_cast<uintptr_t>(to(pieces[0])) % 16 == 0) {
-            get.verify(i, copy_with_checksum(to(pieces[0]), buffer->data(), pieces[0].bytes));
-        } else {
-            get.verify(i, checksum(buffer->data(), h.chunk_size(i)));
-            for (const Piece& p : pieces) std::memcpy(to(p), buffer->data() + p.chunk_offset, p.bytes);
-        }
+        const auto scatter = [&](size_t begin, size_t end) {  // into the cache: what is fetched is used next
+            for (const Piece& p : pieces) {
+                const size_t a = std::max(begin, p.chunk_offset), b = std::min(end, p.chunk_offset + p.bytes);
+                if (a < b) std::memcpy(to(p) + (a - p.chunk_offset), buffer->data() + a, b - a);
+            }
+        };
+        get.verify(i, checksum_in_tiles(buffer->data(), h.chunk_size(i), nullptr, scatter));
     }
     get.end();
     span.done();

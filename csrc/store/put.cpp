@@ -117,12 +117,17 @@ void TieredStore::put(Header header, const std::vector<const void*>& sources, Ti
         BufferPtr buffer = put.buffer(i, true);
         const std::vector<Piece> pieces = h.pieces(i);
         const auto from = [&](const Piece& p) { return static_cast<const char*>(sources[p.tensor]) + p.tensor_offset; };
+        const auto gather = [&](size_t begin, size_t end) {
+            for (const Piece& p : pieces) {
+                const size_t a = std::max(begin, p.chunk_offset), b = std::min(end, p.chunk_offset + p.bytes);
+                if (a < b) std::memcpy(buffer->data() + a, from(p) + (a - p.chunk_offset), b - a);
+            }
+        };
         uint64_t sum;
         if (pieces.size() == 1 && pieces[0].bytes == h.chunk_size(i)) {
             sum = copy_with_checksum(buffer->data(), from(pieces[0]), pieces[0].bytes);
         } else {
-            for (const Piece& p : pieces) std::memcpy(buffer->data() + p.chunk_offset, from(p), p.bytes);
-            sum = checksum(buffer->data(), h.chunk_size(i));
+            sum = checksum_in_tiles(buffer->data(), h.chunk_size(i), gather, nullptr);
         }
         put.commit(i, std::move(buffer), sum);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -95,7 +96,8 @@ class Costs:
     3 steps). update: one elementwise update from a logged gradient (default 1/50 step). write, read: bytes per
     second; tiers left out keep their default. overlap: the tiers whose transfers run behind the computation
     (write-behind and prefetch); copies on the others take their time from it. A machine without an
-    accelerator has overlap=("disk",): there, memory copies are work of the same processor.
+    accelerator has overlap=("disk",): there, memory copies are work of the same processor. copy: bytes per second at
+    which the processor copies to and from the buffers of overlapping transfers (infinite where another engine does).
     """
 
     step: float = 1.0
@@ -104,6 +106,7 @@ class Costs:
     write: Mapping[str, float] = field(default_factory=dict)
     read: Mapping[str, float] = field(default_factory=dict)
     overlap: tuple[str, ...] = ("host", "disk")
+    copy: float = math.inf
 
     def __post_init__(self) -> None:
         given = {*self.write, *self.read, *self.overlap}
@@ -113,8 +116,10 @@ class Costs:
             "write": MappingProxyType(_WRITE | dict(self.write)),
             "read": MappingProxyType(_READ | dict(self.read)),
         }
-        if min(*derived["write"].values(), *derived["read"].values()) <= 0:
-            raise ValueError(f"expected positive bytes per second, got write={self.write}, read={self.read}")
+        if min(*derived["write"].values(), *derived["read"].values(), self.copy) <= 0:
+            raise ValueError(
+                f"expected positive bytes per second, got write={self.write}, read={self.read}, copy={self.copy}"
+            )
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "hvp", 3 * self.step if self.hvp is None else self.hvp)

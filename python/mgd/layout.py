@@ -49,6 +49,7 @@ class Phase:
             transfer = written / costs.write[tier] + read / costs.read[tier]
             if tier in costs.overlap:
                 beside = max(beside, transfer)
+                busy += (written + read) / costs.copy
             else:
                 busy += transfer
         return max(busy, beside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ STEP_IN_UPDATES = 50  # a training step in elementwise updates, where nothing wa
 LATE_SNAPSHOTS = 2 * LATE  # bytes of disk for checkpoints, the trained state, and snapshots dropped since the last
 MEMORY_BANDWIDTH = 1e10  # bytes a second, of one processor thread; where nothing was measured
 FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes a second that copies into new memory of a CPU take
+COPY_BANDWIDTH = 5e9  # bytes a second, of a copy to or from the store's buffers, with its checksum
 KEY = 64  # bytes, more than any key of a tape
 ENOUGH = 1 << 20  # bytes, from which on a transfer's bandwidth is worth remembering
 
@@ -82,8 +83,7 @@ def choose(
     on_device = device.type != "cpu"
     if costs is None:
         update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
-        write = {} if on_device else FRESH_MEMORY
-        costs = Costs(step=STEP_IN_UPDATES * update, update=update, write=write, overlap=_overlap(on_device))
+        costs = Costs(step=STEP_IN_UPDATES * update, update=update, **_transfers(on_device))
     limits = budget.limits(int(SHARE * free_host_memory()))
     if budget == Budget() and on_device:
         limits = {"device": int(SHARE * torch.cuda.mem_get_info(device)[0]), **limits}
@@ -126,8 +126,11 @@ def _least(attempt: Callable[[int], object]) -> int:
     return high
 
 
-def _overlap(on_device: bool) -> tuple[str, ...]:
-    return ("host", "disk") if on_device else ("disk",)
+def _transfers(on_device: bool, write: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What runs beside the computation, and what of it the processor does itself. write: as measured."""
+    if on_device:
+        return {"overlap": ("host", "disk"), "write": write or {}}
+    return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": FRESH_MEMORY | (write or {})}
 
 
 def measured_costs(measured: Measured, store: dict[str, Any] | None, device: torch.device) -> Costs | None:
@@ -142,9 +145,8 @@ def measured_costs(measured: Measured, store: dict[str, Any] | None, device: tor
         step=step,
         hvp=hvp,
         update=measured.seconds["rebuild"] / rebuilt if rebuilt else mean("update"),
-        overlap=_overlap(device.type != "cpu"),
-        write=write if device.type != "cpu" else FRESH_MEMORY | write,
         read=read,
+        **_transfers(device.type != "cpu", write),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isqrt
+from math import isfinite, isqrt
 from typing import Any
 
 from mgd.actions import Action
@@ -97,6 +97,7 @@ class Plan:
                 "write": dict(self.costs.write),
                 "read": dict(self.costs.read),
                 "overlap": list(self.costs.overlap),
+                "copy": self.costs.copy if isfinite(self.costs.copy) else None,
             },
             "limits": dict(self.limits),
             "directory": self.directory,

@@ -223,7 +223,6 @@ def test_places_that_cannot_be_used(tmp_path, interrupt, resume, what):  # noqa:
         path.write_text("theirs")
         path = path / "below" if what == "below a file" else path
     g = f if resume else f.replaced(budget=Budget(disk=(path, "1MB")))
-    counted = []
 
     def run():
         with pytest.raises((StoreIOError, UnknownFormat), match=text) as told:
