@@ -74,6 +74,8 @@ def _part(
     """A graph of its own with these inputs, computing these nodes, in order, and returning these outputs."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node, copy in copies.items():
+        copy.meta = dict(node.meta)  # shapes and dtypes, as node_copy keeps them
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))

@@ -240,6 +240,7 @@ def _settled(before: Buffers, copies: Buffers, after: Buffers) -> Buffers:
     def settled(name: str, tensor: Tensor) -> Tensor:
         if tensor is not copies[name]:  # replaced by the model, and perhaps a view of something that will change
             return tensor.detach().clone()
-        return before[name] if tensor._version == 0 else tensor.detach()
+        # What is written through `.data` leaves the version as it was.
+        return before[name] if tensor._version == 0 and torch.equal(tensor, before[name]) else tensor.detach()
 
     return {name: settled(name, tensor) for name, tensor in after.items()}

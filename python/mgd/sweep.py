@@ -211,7 +211,8 @@ class Sweep:
             self.visited = t + 1
             self.tick("train")
         elif not torch.equal(self.losses[t], losses):
-            raise ReplayDivergence(t, self.steps.diagnose(t, 0, float(self.losses[t, 0]), float(losses[0])))
+            i = int((self.losses[t] != losses).nonzero()[0])
+            raise ReplayDivergence(t, self.steps.diagnose(t, i, float(self.losses[t, i]), float(losses[i])))
         return evaluated
 
     def _clip(self, step: Evaluated) -> tuple[float, float]:
@@ -326,10 +327,11 @@ def objective_adjoints(
         pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-        buffers = [
-            torch.zeros_like(b) if g is None else g for b, g in zip(floats, grads[len(parameters) :], strict=True)
-        ]
-        adjoints.append(Adjoint(adjoint, [b.detach() for b in buffers]))
+        buffers = [torch.zeros_like(b) for b in floats]  # memory of its own: a gradient may be a view with stride 0
+        for b, g in zip(buffers, grads[len(parameters) :], strict=True):
+            if g is not None:
+                b.copy_(g)
+        adjoints.append(Adjoint(adjoint, buffers))
     return value.detach(), adjoints
 
 

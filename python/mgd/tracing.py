@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.accumulation import accumulate_products
@@ -27,13 +27,18 @@ COMPILED_TOLERANCE = 1e-4
 REPLAY_TOLERANCE = 1e-3
 ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
+# graph(fixed inputs, directions) -> (loss, the second derivatives for each direction)
+Graph = Callable[
+    [Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]
+]
+
 
 class Traces:
     """The graphs of one training function, by what they depend on. refused: why tracing was given up, if it was."""
 
     def __init__(self, compile: bool = False):
         self.compile = compile
-        self.graphs: dict[Hashable, Callable[..., tuple[Tensor, Sequence[Sequence[Tensor | None]]]]] = {}
+        self.graphs: dict[Hashable, Graph] = {}
         self.refused: str | None = None
 
     def __call__(
@@ -77,7 +82,9 @@ class Traces:
             )
         return same
 
-    def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]):
+    def _trace(
+        self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]
+    ) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
         kinds = [*_fixed(point), point.directions[0], point.cotangents[0]]
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
@@ -92,22 +99,26 @@ class Traces:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = clean(make_fx(function)(*inputs))
-            if len(point.directions) > 1:
-                split = PerDirection(without_mutation(graph, inputs), shared)
-            elif not self.compile:
-                graph = accumulate_products(graph)
+            replay = self._per_direction(graph, inputs, shared) if len(point.directions) > 1 else self._whole(graph)
+            restart()
+            _, (replayed,) = replay(inputs[:shared], [inputs[shared:]])
         restart()
-        replayed = graph(*inputs)
-        restart()
-        if not _agree(replayed[1:], function(*inputs)[1:]):
+        if not _agree(replayed, function(*inputs)[1:]):
             raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
-        compiled = _compiled if self.compile else lambda module: module
-        if len(point.directions) > 1:
-            if not self.compile:
-                split.once, split.each = accumulate_products(split.once), accumulate_products(split.each, exact=0)
-            split.once, split.each = compiled(split.once), compiled(split.each)
-            return split
-        whole = compiled(graph)
+        return replay
+
+    def _per_direction(self, graph: fx.GraphModule, inputs: Sequence[Tensor], shared: int) -> Graph:
+        """The graph for several directions, of which the first `shared` inputs are independent."""
+        split = PerDirection(without_mutation(graph, inputs), shared)
+        if self.compile:
+            split.once, split.each = _compiled(split.once), _compiled(split.each)
+        else:
+            split.once, split.each = accumulate_products(split.once), accumulate_products(split.each, exact=0)
+        return split
+
+    def _whole(self, graph: fx.GraphModule) -> Graph:
+        """The graph for a single direction."""
+        whole = _compiled(graph) if self.compile else accumulate_products(graph)
 
         def replay(fixed: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]):
             loss, *result = whole(*fixed, *directions[0])

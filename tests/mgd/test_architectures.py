@@ -228,6 +228,26 @@ def test_a_buffer_that_is_a_view_of_a_parameter_keeps_its_value():
     assert_exact(supervised(seeded(Net)(), (5,)).but(per_example={}, trace=False))
 
 
+class Centred(nn.Module):
+    """Takes off a moving average of its inputs, which is updated through `.data` as older modules do it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        self.mean.data.mul_(0.8).add_(x.detach().mean(0), alpha=0.2)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("hvp", ROADS)
+def test_a_buffer_that_is_written_through_data(hvp):
+    case = supervised(nn.Sequential(Centred(), nn.Linear(5, CLASSES)), (5,))
+    case = case.but(objective=lambda m, held_out=case.objective: held_out(m.eval()))
+    result = assert_exact(case, hvp=hvp)
+    assert result.model_state["0.mean"].norm() > 0.1
+
+
 def test_a_gradient_penalty_inside_the_loss():
     def loss(model, batch, z):
         x = batch[0].clone().requires_grad_()

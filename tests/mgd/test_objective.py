@@ -45,6 +45,16 @@ def test_three_objectives_share_one_sweep(name, hvp):
     assert result.report.objectives == 3 and result.report.counts["model steps"] == len(case)
 
 
+@pytest.mark.parametrize("hvp", ["forward", "reverse"])
+@pytest.mark.parametrize("name", VECTOR)
+def test_several_objectives_are_traced(name, hvp):
+    if (name, hvp) == ("lstm", "forward"):
+        pytest.skip("torch's LSTM has no forward-mode formula")
+    case = three(VECTOR[name]())
+    result = assert_exact(case, hvp=hvp, trace=True)
+    assert result.report.execution == "traced"
+
+
 def test_one_objective_in_a_vector_has_a_leading_dimension():
     case = base()
     single, alone = case.metagradient(), case.but(objective=lambda m: case.objective(m)[None]).metagradient()
@@ -144,6 +154,15 @@ def test_two_calls_in_one_graph():
 def test_an_objective_of_running_statistics_alone():
     case = supervised(convnet(), (1, 6, 6))
     assert_exact(case.but({"init": initial(case.model)}, objective=lambda m: m[1].running_var.log().sum()))
+
+
+def test_a_sum_of_buffers_in_the_objective():
+    """Its gradient is a single 1, expanded, which cannot be written to."""
+    case = supervised(convnet(), (1, 6, 6))
+    case = case.but(objective=lambda m, held_out=case.objective: held_out(m) + m[1].running_mean.clone().sum())
+    lr = case.z["lr"].clone().requires_grad_()
+    (3 * case.function()(case.z | {"lr": lr})).backward()
+    assert torch.allclose(lr.grad, 3 * case.unrolled().grads["lr"], rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
