@@ -71,8 +71,7 @@ class UpdateRule(Optimizer):
         scaled = grad.to(state.params.dtype) * grad_scale
         for group, (g, *views) in self._pieces(state, scaled, *state.tensors()):
             new = self._call(views[0], views[1:], g, table[group].unbind(), state.step + 1)
-            for old, value in zip(views, new, strict=True):
-                old.copy_(value)
+            _assign(views, new)
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
         out = torch.zeros(table.shape[0], self.width + 1, dtype=torch.float64, device=state.params.device)
@@ -95,12 +94,19 @@ class UpdateRule(Optimizer):
                     allow_unused=True,
                 )
             ug, *new_adjoints, dh = grads
-            for old, value in zip(views[count:], new_adjoints, strict=True):
-                old.copy_(value)
-            du.copy_(ug * grad_scale)
             out[group, :-1] += dh.to(out)
             out[group, -1] += (ug.double() * g.double()).sum()
+            du.copy_(ug * grad_scale)  # before the adjoints change, one of which it may be
+            _assign(views[count:], new_adjoints)
         return out
+
+
+def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write all values as if at once: an update may return what it was given, say the parameters as a slot."""
+    written = {target.untyped_storage().data_ptr() for target in targets}
+    values = [value.clone() if value.untyped_storage().data_ptr() in written else value for value in values]
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def _rmsprop(param, slots, grad, hyper, step):

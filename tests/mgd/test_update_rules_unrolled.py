@@ -15,6 +15,13 @@ def lion_like(param, slots, grad, hyper, step):
     return param - hyper["lr"] / step**0.5 * direction, {"exp_avg": average}
 
 
+def optimistic(param, slots, grad, hyper, step):
+    """Optimistic gradient descent with heavy ball momentum: keeps the tensors that it is given in slots."""
+    moved = param - hyper["lr"] * (2 * grad - slots["grad"]) + hyper["momentum"] * (param - slots["param"])
+    return moved, {"param": param, "grad": grad, "before": slots["grad"]}
+
+
+OPTIMISTIC = (("param", "grad", "before"), {"lr": 5e-2, "momentum": 0.3})
 LION = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "width": 0.1}
 BIAS = [{"params": "*.bias", "lr": 3e-2}]
 OPTIMIZERS = {
@@ -28,6 +35,8 @@ OPTIMIZERS = {
     "muon": lambda: Muon(lr=1e-2, weight_decay=0.1, param_groups=BIAS),
     "user's": lambda: UpdateRule(lion_like, ("exp_avg",), LION),
     "user's, element-wise": lambda: UpdateRule(lion_like, ("exp_avg",), LION, elementwise=True, param_groups=BIAS),
+    "user's, keeping tensors": lambda: UpdateRule(optimistic, *OPTIMISTIC),
+    "user's, keeping tensors, element-wise": lambda: UpdateRule(optimistic, *OPTIMISTIC, elementwise=True),
 }
 
 
