@@ -59,7 +59,10 @@ app.add_typer(
     help="Measure a training of your own.",
 )
 app.add_typer(
-    typer.Typer(cls=_imported(RECIPES), no_args_is_help=True), name="recipe", help="Complete uses of metagradients."
+    typer.Typer(cls=_imported(RECIPES), no_args_is_help=True),
+    name="recipe",
+    help="Complete uses of metagradients.",
+    hidden=not RECIPES,
 )
 
 

@@ -30,7 +30,7 @@ def threads_as_before():
 
 def test_help_names_every_command(capsys):
     out, _ = run(capsys, "--help")
-    assert all(name in out for name in ("demo", "doctor", "plan", "bench", "recipe", "--debug"))
+    assert all(name in out for name in ("demo", "doctor", "plan", "bench", "profile", "--debug"))
 
 
 def test_the_module_of_the_command_line_imports_no_heavy_package():
