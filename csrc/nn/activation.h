@@ -93,8 +93,7 @@ void activate(Pass pass, const Activation& a, int64_t begin, int64_t end) {
             lanes.store(slope + at, f.slope);
         });
     } else {
-        for_lanes(n, [&](int64_t at, auto lanes)
-                         MGD_INLINE { lanes.store(y + at, F::value(lanes.load(x + at))); });
+        for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(y + at, F::value(lanes.load(x + at))); });
     }
 }
 

@@ -22,10 +22,9 @@ void bind_nn(py::module_& m) {
         [](int pass, int function, int64_t n, Address x, Address gy, Address c, Address y, Address slope, Address gx,
            Address ggy, int threads) {
             py::gil_scoped_release release;
-            run_activation(static_cast<Pass>(pass),
-                           {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(slope), at(gx),
-                            at(ggy)},
-                           threads);
+            run_activation(
+                static_cast<Pass>(pass),
+                {static_cast<Function>(function), n, at(x), at(gy), at(c), at(y), at(slope), at(gx), at(ggy)}, threads);
         },
         "A pointwise function (with its slope), or the gradient of its gradient; n elements.");
     m.def(
@@ -48,9 +47,9 @@ void bind_nn(py::module_& m) {
            Address gw, Address gb, int threads) {
             py::gil_scoped_release release;
             run_channel_norm(static_cast<Pass>(pass),
-                             {batch,  channels, inner,     groups,    eps,     at(x),  at(weight), at(bias),  at(gy),
-                              at(c),  at(cw),   at(cb),    at(gmean), at(gvar), at(mean), at(var),  at(rstd),  at(y),
-                              at(gx), at(ggy),  at(ggmean), at(ggvar), nullptr, at(gw), at(gb)},
+                             {batch,  channels, inner,      groups,    eps,      at(x),    at(weight), at(bias), at(gy),
+                              at(c),  at(cw),   at(cb),     at(gmean), at(gvar), at(mean), at(var),    at(rstd), at(y),
+                              at(gx), at(ggy),  at(ggmean), at(ggvar), nullptr,  at(gw),   at(gb)},
                              threads);
         },
         "Group norm (groups > 0) or batch norm (groups = 0) of [batch, channels, inner].");

@@ -47,9 +47,8 @@ struct ChannelNormSet {
         each([&](int64_t, int64_t offset, float weight, int64_t channel) MGD_INLINE {
             const float *x = a.x + offset, scale = weight * rstd, shift = a.bias ? a.bias[channel] : 0.0f;
             float* y = a.y + offset;
-            for_lanes(inner, [&](int64_t at, auto lanes) MGD_INLINE {
-                lanes.store(y + at, (lanes.load(x + at) - mean) * scale + shift);
-            });
+            for_lanes(inner, [&](int64_t at, auto lanes)
+                                 MGD_INLINE { lanes.store(y + at, (lanes.load(x + at) - mean) * scale + shift); });
         });
         a.mean[set] = mean;
         if (a.var) a.var[set] = var;

@@ -29,8 +29,8 @@ struct LayerNorm {
     float eps;
     const float *x, *weight, *bias, *gy, *c, *cw, *cb;
     float *mean, *rstd, *y, *gx, *ggy;
-    float* partial;   // [blocks, 2, width]: gw and gb of each block of kRowBlock rows
-    float *gw, *gb;   // [width]
+    float* partial;  // [blocks, 2, width]: gw and gb of each block of kRowBlock rows
+    float *gw, *gb;  // [width]
 };
 constexpr int64_t kRowBlock = 64;
 

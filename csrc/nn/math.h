@@ -44,7 +44,7 @@ struct Normal {
 };
 // e^(-z²/2) for z >= 0
 MGD_HD V bell(V z) {
-    z = z > 15.0f ? splat(15.0f) : z;  // 0 in float from 14.5 on
+    z = z > 15.0f ? splat(15.0f) : z;                                        // 0 in float from 14.5 on
     const V high = (V)((IntPack)z & ~0xfff), low = (z - high) * (z + high);  // z² = high² + low, high² exact
     return exp_of_sum(-0.5f * (high * high), -0.5f * low);
 }

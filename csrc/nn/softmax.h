@@ -48,8 +48,9 @@ void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
             __builtin_memset(y + n, 0, hidden);
         } else if (pass == Pass::backward) {
             double sum = 0;
-            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term)
-                                     MGD_INLINE { term[0] = lanes.load(y + at) * lanes.load(gy + at); });
+            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+                term[0] = lanes.load(y + at) * lanes.load(gy + at);
+            });
             const float d = sum;
             for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
                 lanes.store(gx + at, scale * lanes.load(y + at) * (lanes.load(gy + at) - d));
@@ -84,8 +85,9 @@ void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end)
         if (pass == Pass::forward) {
             const float most = maximum(x, n, 1.0f);
             double sum = 0;
-            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term)
-                                     MGD_INLINE { term[0] = exponential(lanes.load(x + at) - most); });
+            add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+                term[0] = exponential(lanes.load(x + at) - most);
+            });
             const double log_sum = log(sum);
             statistics[0] = most;
             statistics[1] = log_sum;

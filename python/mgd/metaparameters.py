@@ -50,8 +50,8 @@ class Metaparameters:
         if "init" in self.z:
             self._check_init(self.z["init"])
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
-        self._check_leaves()
         self.owner = [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]]
+        self._check_leaves()
         self.first_read: dict[str, int] = {}
 
     # --- checks ------------------------------------------------------------------------------------------------
@@ -97,9 +97,7 @@ class Metaparameters:
                 )
 
     def _check_leaves(self) -> None:
-        for key, leaf in zip(
-            [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]], self.leaves, strict=True
-        ):
+        for key, leaf in zip(self.owner, self.leaves, strict=True):
             if leaf.device != self.arena.device:
                 raise BadMetaparameter(
                     f"expected z[{key!r}] on {self.arena.device}, where the model is; got {leaf.device}"
@@ -116,7 +114,8 @@ class Metaparameters:
                 index = self.per_example[key](batch)
                 if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
                     raise BadMetaparameter(
-                        f"expected per_example[{key!r}] to give an integer index tensor; got {_describe(index)} at step {step}"
+                        f"expected per_example[{key!r}] to give an integer index tensor; got {_describe(index)} "
+                        f"at step {step}"
                     )
             slices.append(leaf.detach() if index is None else leaf.detach()[index])
             indices.append(index)
@@ -141,7 +140,6 @@ class Metaparameters:
         if "init" in self.z or self.hyper_keys:
             return 0
         return min(self.first_read.values(), default=0)
-
 
     def reads_at(self, step: int) -> bool:
         """Whether something beside the optimizer reads `z` at this step or before it."""
@@ -267,7 +265,9 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
                 "Convert it with .float(), or put it into the batches."
             )
         if leaf.is_meta:
-            raise BadMetaparameter(f"expected {name} on {device}, where the model is; got {leaf.device}, without values")
+            raise BadMetaparameter(
+                f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
+            )
         if not bool(torch.isfinite(leaf).all()):
             raise BadMetaparameter(f"expected finite values; {name} holds NaN or infinity")
         return leaf

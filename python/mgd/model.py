@@ -131,8 +131,8 @@ class Formulas(TorchFunctionMode):
 
     BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
     autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside
-    the kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm for
-    a constant (torch 2.13; `gradgradcheck` fails).
+    the kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm
+    for a constant (torch 2.13; `gradgradcheck` fails).
     """
 
     def __init__(self, table: Mapping[Callable, Callable]):

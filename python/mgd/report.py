@@ -13,9 +13,10 @@ from mgd.planner import format_seconds, table
 class Report:
     """What a metagradient did, and what it took; where a run was resumed, in this process.
 
-    steps: T. objectives: k. seconds, counts: by kind of work. hvp: the road the second derivatives took, and the operator
-    that forced a fallback. execution: eager, traced or compiled, and why not traced where that was given up. backend: of
-    the optimizer's kernels. plan: what was kept where (see Plan.to_dict). measured_seconds: of the plan's phases.
+    steps: T. objectives: k. seconds, counts: by kind of work. hvp: the road the second derivatives took, and the
+    operator that forced a fallback. execution: eager, traced or compiled, and why not traced where that was given up.
+    backend: of the optimizer's kernels. plan: what was kept where (see Plan.to_dict). measured_seconds: of the plan's
+    phases.
     store: what it moved and how fast (see mgd_kernels.Store.stats), None where everything stayed in memory.
     """
 

@@ -27,8 +27,8 @@ class Trained:
 
 @dataclass
 class Metagradient:
-    """value: `[]` or `[k]`. grads: the keys and shapes of z, `[k, ...]` for k objectives. model_state: the trained model's
-    parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost."""
+    """value: `[]` or `[k]`. grads: the keys and shapes of z, `[k, ...]` for k objectives. model_state: the trained
+    model's parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost."""
 
     value: Tensor
     grads: dict[str, Any]

@@ -47,8 +47,8 @@ class Adjoint:
 class Measured:
     """Seconds and counts by kind of work, filled while the sweeps run.
 
-    phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time took,
-    and how often it was done.
+    phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time
+    took, and how often it was done.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -28,9 +28,7 @@ REPLAY_TOLERANCE = 1e-3
 ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
 # graph(fixed inputs, directions) -> (loss, the second derivatives for each direction)
-Graph = Callable[
-    [Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]
-]
+Graph = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]]
 
 
 class Traces:
@@ -82,9 +80,7 @@ class Traces:
             )
         return same
 
-    def _trace(
-        self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]
-    ) -> Graph:
+    def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
         kinds = [*_fixed(point), point.directions[0], point.cotangents[0]]
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from mgd.check import check, in_double
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
-from torch import nn
-
 from mgd_kernels import SGD, AdamW
 
 T = 12

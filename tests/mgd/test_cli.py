@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+
 from mgd import cli, data, planning
 from mgd.doctor import describe, examine
 

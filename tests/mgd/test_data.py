@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+
 from mgd import data
 from mgd.errors import BadData
 

@@ -9,11 +9,12 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+
 from mgd import data
 from mgd.errors import BadArgument
 from mgd.recipes import demo, demo_report
-from rich.console import Console
-from sklearn.metrics import roc_auc_score
 
 STEPS = 60
 

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mgd.actions import Advance, Drop, Load, Reverse, Save
 from mgd.budget import TIERS, Budget, Costs, Sizes
 from mgd.errors import BudgetTooSmall
