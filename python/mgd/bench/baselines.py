@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mgd import TrainingFunction
 from mgd.batches import microbatches, seed_generators, seed_of
 from mgd.errors import BadArgument
+from mgd.model import modes_kept
 from mgd.sweep import CLIP_EPSILON
 from mgd_kernels import SGD, Adam, AdamW
 from mgd_kernels.optimizer import FusedOptimizer
@@ -170,7 +171,8 @@ class PlainTorch:
 
     def objective(self, state: State) -> Tensor:
         seed_generators(seed_of(self.function.seed, self.T), self.device)
-        value = self.run(self.function.objective, state, {name: b.clone() for name, b in state.buffers.items()})
+        with modes_kept(self.model):  # it may well call model.eval()
+            value = self.run(self.function.objective, state, {name: b.clone() for name, b in state.buffers.items()})
         if value.ndim:
             raise Unsupported("the plain torch comparison takes one objective")
         return value

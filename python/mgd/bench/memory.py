@@ -7,13 +7,16 @@ during that call. Short trainings are called again, in alternation with plain tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mgd.bench import figures, peak, show, timing
 from mgd.budget import format_bytes, parse_bytes
 from mgd.options import Json, Out
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LENGTHS = (16, 64, 256, 1024, 4096)
 BUDGETS = ("4MB", "32MB", "256MB")
@@ -41,11 +44,15 @@ def methods(budgets: Sequence[str] = BUDGETS) -> dict[str, tuple[str, dict[str, 
 def measure(
     source: str = "small",
     lengths: Sequence[int] = LENGTHS,
-    budgets: Sequence[str] = BUDGETS,
+    compared: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
+    unrolled: int = UNROLLED,
     core: int | None = -1,
     tick: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Points `{steps, peak_bytes, seconds, ratio, extrapolated}` of every method, in JSON's types."""
+    """Points `{steps, peak_bytes, seconds, ratio, extrapolated}` of every method, in JSON's types.
+
+    compared: as `methods` gives them. unrolled: steps beyond which plain torch's unrolled graph is extrapolated.
+    """
     lengths = sorted(set(lengths))
     training: dict[int, dict[str, Any]] = {}
     for steps in lengths:
@@ -55,11 +62,11 @@ def measure(
     found["training"] = [{"steps": t, "peak_bytes": p["bytes"], "seconds": p["seconds"]} for t, p in training.items()]
     digests: dict[int, set[str]] = {}
     norms: dict[int, dict[str, dict[str, float]]] = {}
-    for name, (method, options) in methods(budgets).items():
+    for name, (method, options) in (methods() if compared is None else compared).items():
         points = found["methods"].setdefault(name, [])
         for steps in lengths:
             measured = [p for p in points if not p["extrapolated"]]
-            if method == "unrolled" and steps > UNROLLED and len(measured) >= 2:
+            if method == "unrolled" and steps > unrolled and len(measured) >= 2:
                 points.append(_extrapolated(measured, steps, training[steps]["seconds"]))
                 continue
             tick(f"{name}, {steps} steps")
@@ -109,7 +116,7 @@ def rows(found: dict[str, Any], cell: Callable[[dict[str, Any]], str], training:
     if training:
         lines.append([training, *(cell({**p, "extrapolated": False, "ratio": 1.0}) for p in found["training"])])
     for name, points in found["methods"].items():
-        lines.append([name, *("does not fit" if "failed" in point else cell(point) for point in points)])
+        lines.append([name, *("see below" if "failed" in point else cell(point) for point in points)])
     return lines
 
 
@@ -125,6 +132,20 @@ CAPTION = (
     "Every number comes from a process of its own. Memory: growth during the call, above the loaded model and data. "
     "In brackets: time over that of plain training of the same steps. ~: extrapolated along a straight line."
 )
+
+
+def display(console: Console, found: dict[str, Any]) -> None:
+    source = found["case"]
+    show.table(console, f"Peak memory of one metagradient, {source}", rows(found, memory_cell, "plain training"))
+    show.table(console, "Its time", rows(found, time_cell, "plain training"), CAPTION)
+    for name, points in found["methods"].items():
+        for point in points:
+            if "failed" in point:
+                console.print(f"{name}, {point['steps']} steps: {point['failed']}", highlight=False)
+    if not found["bit_identical"]:
+        console.print("Plans of this package did NOT give the same bits at every length.", style="bold red")
+    if not found["agree"]:
+        console.print("The gradients of the methods differ by more than rounding.", style="bold red")
 
 
 def page(found: dict[str, Any], where: dict[str, Any]):
@@ -171,17 +192,8 @@ def command(
     console, where = show.console(), timing.machine()
     console.print(timing.describe(where), highlight=False)
     with show.ticking(console) as tick:
-        found = measure(workload, lengths, sizes, show.core_of(core), tick)
-    show.table(console, f"Peak memory of one metagradient, {workload}", rows(found, memory_cell, "plain training"))
-    show.table(console, "Its time", rows(found, time_cell, "plain training"), CAPTION)
-    for name, points in found["methods"].items():
-        for point in points:
-            if "failed" in point:
-                console.print(f"{name}, {point['steps']} steps: {point['failed']}", highlight=False)
-    console.print(
-        f"Plans of this package {'gave' if found['bit_identical'] else 'did NOT give'} the same bits at every length.",
-        highlight=False,
-    )
+        found = measure(workload, lengths, methods(sizes), core=show.core_of(core), tick=tick)
+    display(console, found)
     show.finish(console, "bench memory", {"machine": where, **found}, json, out, lambda: page(found, where))
     if not (found["bit_identical"] and found["agree"]):
         raise typer.Exit(1)

@@ -40,6 +40,14 @@ class Method:
     share: float = 1.0
 
 
+def training(case: Case) -> tuple[Callable[[], Any], str]:
+    """Plain training of the case, and how it is done."""
+    try:
+        return baselines.Training(case.function, case.z), "plain eager training (torch.optim, backward)"
+    except baselines.Unsupported as reason:
+        return lambda: case.function.train(case.z), f"this package's own training, since {reason}"
+
+
 def _plain(function: Callable[..., baselines.Found]) -> Callable[[Case], Callable[[], Outcome]]:
     return lambda case: lambda: Outcome(*function(case.function, case.z))
 
@@ -75,6 +83,7 @@ METHODS: dict[str, Method] = {
     "unrolled": Method("plain torch: one autograd graph through all steps", _plain(baselines.unrolled)),
     "states": Method("plain torch: every state kept, each step differentiated by autograd", _plain(baselines.states)),
     "sqrt": Method("plain torch: a state every sqrt(T) steps, the rest trained again", _plain(baselines.sqrt)),
+    "mgd": Method("mgd, with the options that the training function was made with", package(), ours=True),
     "eager": Method("mgd, second derivatives by eager torch", package(trace=False), ours=True),
     "traced": Method("mgd, second derivatives from a graph traced once", package(trace=True), ours=True),
     "compiled": Method("mgd, that graph compiled by torch.compile (takes minutes)", package(compile=True), ours=True),
@@ -86,7 +95,7 @@ METHODS: dict[str, Method] = {
         share=1 / 8,
     ),
 }
-DEFAULT = tuple(name for name in METHODS if name != "compiled")
+DEFAULT = tuple(name for name in METHODS if name not in ("mgd", "compiled"))
 
 
 def chosen(names: str) -> list[str]:

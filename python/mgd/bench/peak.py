@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from mgd.bench import timing
-from mgd.bench.baselines import Training
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import METHODS, Method, Outcome, package
+from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
 from mgd.journal import digest
 from mgd.memory import free_host_memory
@@ -142,7 +141,7 @@ def _maxrss() -> int:
 
 def _prepared(case: Case, request: dict[str, Any]) -> Any:
     if request["method"] == "training":
-        return Training(case.function, case.z)
+        return training(case)[0]
     if request["method"] == "package":
         from mgd.budget import Budget
 
@@ -159,6 +158,8 @@ def _execution(request: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     device = request["device"]
+    if request["method"] == "mgd":  # the package as it is set up, which may trace
+        request = request | {"method": "package"}
     case = load(request["source"], request["steps"], device)
     # Libraries, thread pools and lazy imports come first, by a tiny call of the same kind.
     tracing = request["method"] == "package" and case.function.replaced(**_execution(request))._traces is not None
@@ -177,9 +178,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             found["digest"] = digest(*tree_flatten(outcome.grads)[0])
             found["report"] = outcome.report.to_dict() if outcome.report else None
         if request["rounds"]:
-            training = Training(case.function, case.z)
-            training()
-            baselines, samples = timing.alternate(request["rounds"], training, {"it": run}, device)
+            train = training(case)[0]
+            train()
+            baselines, samples = timing.alternate(request["rounds"], train, {"it": run}, device)
             found["timing"] = samples["it"].summary()
             found["training_seconds"] = timing.quantiles(baselines)
     return found

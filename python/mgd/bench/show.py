@@ -60,8 +60,10 @@ def table(console: Console, title: str, rows: Rows, caption: str = "") -> None:
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
-    for i, name in enumerate(rows[0]):
-        shown.add_column(name, justify="left" if i == 0 else "right", vertical="bottom", no_wrap=True)
+    for i, column in enumerate(zip(*rows, strict=True)):
+        # Where the terminal is narrow, long texts wrap, and numbers stay whole.
+        numbers = max(map(len, column)) <= 24
+        shown.add_column(column[0], justify="left" if i == 0 else "right", vertical="bottom", no_wrap=numbers)
     for row in rows[1:]:
         shown.add_row(*row)
     console.print()

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from mgd.bench import figures, peak, show, timing
-from mgd.bench.baselines import Training, Unsupported
+from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences
+from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences, training
 from mgd.bench.workloads import WORKLOADS
 from mgd.options import Json, Out
 from mgd.report import Report
@@ -51,8 +51,8 @@ def measure(
         reference: Outcome | None = None
         for length in sorted(set(lengths.values()), reverse=True):
             part = case.shortened(length)
-            training = Training(part.function, part.z)
-            training()
+            train, found["training_by"] = training(part)
+            train()
             reference = METHODS["eager"].prepare(part)()
             runs: dict[str, Callable[[], Any]] = {}
             reports: dict[str, Report] = {}
@@ -66,15 +66,13 @@ def measure(
                     continue
                 runs[name] = _noting(run, name, reports)
                 found["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
-            trainings, samples = timing.alternate(
-                rounds, training, runs, device, lambda what: tick(f"{source}, {what}")
-            )
+            trainings, samples = timing.alternate(rounds, train, runs, device, lambda what: tick(f"{source}, {what}"))
             if length == len(case):
                 found["training"] = {"seconds": timing.quantiles(trainings)}
             for name, sample in samples.items():
                 _timed(found["methods"][name], sample, METHODS[name].objectives, reports.get(name))
         if "training" not in found:  # every method was shortened
-            whole = Training(case.function, case.z)
+            whole = training(case)[0]
             found["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
     if memory:
         tick(f"{source}, memory: training")
@@ -133,6 +131,7 @@ def _noting(run: Callable[[], Outcome], name: str, reports: dict[str, Report]) -
 def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, report: Report | None) -> None:
     summary = sample.summary()
     if report is not None:
+        entry["plan"] = {key: report.plan[key] for key in ("schedule", "peak", "limits", "model_steps", "update_steps")}
         entry |= {"phases": report.seconds, "execution": report.execution, "second_derivatives": report.hvp}
     entry |= summary
     entry["ratio"] = {key: value / objectives for key, value in summary["ratio"].items()}
@@ -143,8 +142,8 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
-    training = found["training"]
-    seconds = training["seconds"]["median"]
+    alone = found["training"]
+    seconds = alone["seconds"]["median"]
     lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
     lines.append(
         [
@@ -152,7 +151,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             f"{seconds:.2f}",
             "1",
             f"{found['steps'] / seconds:.1f}",
-            show.memory(training.get("peak_bytes")),
+            show.memory(alone.get("peak_bytes")),
             "",
         ]
     )

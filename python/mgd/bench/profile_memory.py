@@ -1,0 +1,62 @@
+"""`mgd profile memory SCRIPT.py:FUNCTION`: peak memory of a metagradient of your own training, against its length."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mgd.bench import cases, memory, peak, show, timing
+from mgd.bench.profile_time import Shorter, Target
+from mgd.budget import format_bytes, parse_bytes
+from mgd.options import Json, Out
+
+
+def command(
+    target: Target,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="SIZE,...", help="Budgets of host memory to compare with your own.")
+    ] = "",
+    steps: Shorter = None,
+    core: show.Core = -1,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Peak memory of a metagradient of your own training, against its length and against unrolling it."""
+    from mgd import plots
+    from mgd.errors import BadArgument
+
+    if out:
+        plots.require_matplotlib()
+    console, where = show.console(), timing.machine()
+    total = len(cases.load(target, steps))
+    compared = {
+        "torch unrolled": ("unrolled", {}),
+        "torch all states": ("states", {}),
+        "mgd, as set up": ("package", {}),
+    }
+    try:
+        for budget in filter(None, budgets.split(",")):
+            compared[f"mgd, {format_bytes(parse_bytes(budget))}"] = (
+                "package",
+                {"schedule": "auto", "budget": {"host": parse_bytes(budget)}},
+            )
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    lengths = sorted({t for t in (*peak.PROBES, total // 4, total // 2, total) if 0 < t <= total})
+    console.print(timing.describe(where), highlight=False)
+    with show.ticking(console) as tick:
+        fits = total
+        if total > peak.PROBES[1]:
+            tick("unrolled: how many steps fit")
+            try:
+                fits = peak.extrapolated(target, "unrolled", total)["fits_steps"]
+            except peak.Failed:
+                pass  # the reason shows in the table
+        found = memory.measure(target, lengths, compared, fits, show.core_of(core), tick)
+    memory.display(console, found)
+    if fits < total:
+        console.print(f"Unrolled, at most {fits:,} steps would fit in free memory here.", highlight=False)
+    show.finish(console, "profile memory", {"machine": where, **found}, json, out, lambda: memory.page(found, where))
+    if not (found["bit_identical"] and found["agree"]):
+        raise typer.Exit(1)
