@@ -40,8 +40,8 @@ def sizes(
 ) -> Sizes:
     """Bytes of a snapshot and of a log entry: the gradient, and the buffers as each microbatch finds and leaves them.
 
-    Buffers are counted as if each evaluation replaced all of them; those that none replaces are kept once. Where entries
-    may pass through the store, they are as large as their files (docs/format.md).
+    Buffers are counted as if each evaluation replaced all of them; those that none replaces are kept once. Where
+    entries may pass through the store, they are as large as their files (docs/format.md).
     """
     history = [b.numel() * b.element_size() for b in buffers.values()]
     ranks = [b.ndim for b in buffers.values()]

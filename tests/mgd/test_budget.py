@@ -10,6 +10,7 @@ import torch
 from cases import adamw, convnet, held_out, initial, mlp, supervised
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_evaluation_counts import case as counted
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -55,7 +56,7 @@ def reference(*what) -> mgd.Metagradient:
     return f.metagradient(z)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_factory, data):
     model, optimizer = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(OPTIMIZERS)))
@@ -188,3 +189,38 @@ def saved(result, parameters: int) -> int:
     """Bytes of snapshots that went to disk: float32 parameters and two moments each."""
     saves = result.report.plan["bytes_moved"]["disk"]["written"] - 9 * result.report.plan["sizes"]["gradient"]
     return saves // result.report.plan["sizes"]["snapshot"] * 12 * parameters
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_full_log_on_disk_replays_nothing(tmp_path, resume):
+    """The model runs exactly T times forward and backward, and once a step for the second derivatives."""
+    made, counter = counted()
+    made = made.but({"init": initial(made.model)})
+    f = made.function(schedule="log", budget=mgd.Budget(disk=(tmp_path / "log", "10MB")))
+    report = f.metagradient(made.z, resume=tmp_path / "run" if resume else None).report
+    T = len(made)
+    assert report.counts["model steps"] == report.counts["hvps"] == T and report.plan["logged_gradients"]["disk"] == T
+    assert counter.calls == [*range(T), *reversed(range(T))]
+
+
+def test_prediction_and_measurement_side_by_side(tmp_path):
+    f, z = function("dropout", "adamw", 20, 1, schedule="log", budget=mgd.Budget(disk=(tmp_path, "10MB")))
+    assumed = f.plan().costs
+    report = f.metagradient(z).report
+    assert list(report.predicted_seconds) == ["first sweep", "replay", "reverse sweep"]
+    assert (
+        set(report.measured_seconds) >= {"first sweep", "reverse sweep"} and min(report.measured_seconds.values()) >= 0
+    )
+    inside = report.seconds["training"] + report.seconds["update"]
+    assert report.measured_seconds["first sweep"] >= inside
+    lines = str(report).splitlines()
+    assert any(line.startswith("first sweep ") and line.endswith(" s") for line in lines)
+    assert any("written at" in line and report.store["disk"]["io"] in line for line in lines)
+    costs = f.plan().costs
+    assert costs != assumed
+    assert 0 < costs.step <= report.seconds["training"] + report.seconds["update"]
+    assert costs.hvp > 0 and costs.update > 0
+    again = f.metagradient(z).report
+    assert again.plan["costs"]["step"] == costs.step and again.predicted_seconds["first sweep"] >= 20 * costs.step
+    memory_only = f.replaced(budget=mgd.Budget(host="1MB")).metagradient(z).report
+    assert memory_only.store is None and "written at" not in str(memory_only)

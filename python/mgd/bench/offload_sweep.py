@@ -6,6 +6,7 @@ computation, and what is left is the copy of every entry to and from the store's
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
@@ -29,8 +30,8 @@ def measure(
 ) -> dict[str, Any]:
     """Both sweeps with the whole log and all snapshots on disk, alternating with the same in memory.
 
-    directory: on the disk to measure; the system's place for temporary files by default. The store has 32 MiB of buffers; its
-    own threads share `core` with the computation.
+    directory: on the disk to measure; the system's place for temporary files by default. The store has 32 MiB of
+    buffers; its own threads share `core` with the computation.
 
     Returns seconds by each clock of each sweep and variant, the ratios of disk to memory (quantiles over the rounds,
     each of which runs both), and what the disk did. `step_seconds` and `write_seconds` (of one gradient) tell whether
@@ -96,7 +97,7 @@ def _run(function: TrainingFunction, z: dict[str, Any]) -> dict[str, Any]:
         mark()
         run.reverse()
         mark()
-    spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in zip(marks, marks[1:], strict=False)]
+    spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in itertools.pairwise(marks)]
     report = function._report(run)
     return {
         "forward": spans[0],
