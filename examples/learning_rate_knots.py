@@ -29,9 +29,8 @@ def main(steps: int = 60, rounds: int = 10) -> list[float]:
         optimizer=AdamW(eps_root=1e-8),
         objective=lambda model: F.cross_entropy(model(x[1000:]), y[1000:]),
     )
-    knots = torch.full(
-        (5,), -7.0, requires_grad=True
-    )  # logarithms of the learning rate, evenly spaced over the training
+    # Logarithms of the learning rate, evenly spaced over the training.
+    knots = torch.full((5,), -7.0, requires_grad=True)
     outer = torch.optim.Adam([knots], lr=0.3)
     history = []
     for _ in range(rounds):

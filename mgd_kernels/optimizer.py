@@ -108,11 +108,11 @@ class Optimizer(ABC):
                 if name != "params":
                     table[row, self.column(name)] = float(value)
         self._check_names(set(hyper or ()))
-        for name, value in (hyper or {}).items():
-            value = torch.as_tensor(value, dtype=torch.float64).detach()
-            if value.shape not in ((), (self.groups,)):
-                raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(value.shape)}")
-            table[:, self.column(name)] = value
+        for name, given in (hyper or {}).items():
+            values = torch.as_tensor(given, dtype=torch.float64).detach()
+            if values.shape not in ((), (self.groups,)):
+                raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(values.shape)}")
+            table[:, self.column(name)] = values
         return table
 
     def _check_names(self, names: set[str]) -> None:

@@ -11,6 +11,7 @@ The work is done in C++ (csrc/store); the file format is docs/format.md.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import threading
@@ -148,10 +149,10 @@ class Store:
         room = staging if disk else max(host, PAGE)
         chunk = max(PAGE, min(CHUNK, room // (threads + 2) // PAGE * PAGE))
         try:
-            from mgd_kernels import _core  # type: ignore[attr-defined]
+            core = importlib.import_module("mgd_kernels._core")
         except ImportError as error:
             raise BackendUnavailable(f"the store needs the package's C++ extension: {error}; reinstall it") from error
-        self._core = _core.TieredStore(
+        self._core = core.TieredStore(
             host=host,
             staging=staging,
             chunk=chunk,

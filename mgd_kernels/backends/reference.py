@@ -123,7 +123,8 @@ def _sum(x: Tensor, y: Tensor | None = None) -> Tensor:
 def step(rule: Rule, p: Tensor, slots: Sequence[Tensor], g: Tensor, h: Hyper, k: int) -> tuple[Tensor, ...]:
     """One step as a differentiable function: the new `(params, *slots)`."""
     if rule.name == "adam":
-        return adam_step(p, *slots, g, h, k)
+        exp_avg, exp_avg_sq = slots
+        return adam_step(p, exp_avg, exp_avg_sq, g, h, k)
     new, buf = sgd_step(p, slots[0] if slots else None, g, h, k, rule.nesterov)
     return (new, buf) if slots else (new,)
 
@@ -131,7 +132,8 @@ def step(rule: Rule, p: Tensor, slots: Sequence[Tensor], g: Tensor, h: Hyper, k:
 def vjp(rule: Rule, p, slots, g, h: Hyper, k: int, adjoints: Sequence[Tensor]):
     """`(u, [adjoint of params, *slots], [cotangent of each hyperparameter])`."""
     if rule.name == "adam":
-        u, *rest, dh = adam_vjp(p, *slots, g, h, k, *adjoints)
+        exp_avg, exp_avg_sq = slots
+        u, *rest, dh = adam_vjp(p, exp_avg, exp_avg_sq, g, h, k, *adjoints)
         return u, rest, dh
     u, ap, ab, dh = sgd_vjp(
         p, slots[0] if slots else None, g, h, k, rule.nesterov, adjoints[0], adjoints[1] if slots else None

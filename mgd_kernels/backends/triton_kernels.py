@@ -36,7 +36,7 @@ def options(block: int, rule: str | None = None, backend: str = "cuda") -> dict[
     Threads hold 4 or 8 elements each, at least one 128-bit access in float32.
     """
     wave = 64 if backend == "hip" else 32
-    found = {"num_warps": max(1, min(4, block // (4 * wave))), "enable_fp_fusion": False}
+    found: dict[str, object] = {"num_warps": max(1, min(4, block // (4 * wave))), "enable_fp_fusion": False}
     if rule not in (None, "adam") and backend == "cuda":
         found["maxnreg"] = 128  # left alone, ptxas squeezes some of these into 64 registers and spills one
     return found

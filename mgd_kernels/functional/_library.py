@@ -57,10 +57,12 @@ def operator(
         return outputs
 
     def differentiate(ctx, *cotangents):
+        if backward is None:
+            raise NotImplementedError(f"derivative for {qualified} is not implemented")
         found = backward(ctx, *cotangents)
         return (None, *found) if isinstance(found, tuple) else (None, found)
 
-    function = type(
+    function: Any = type(
         f"{name}_function",
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(differentiate)},
@@ -171,9 +173,9 @@ def channels_last(x: Tensor) -> bool:
     )
 
 
-def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as the kernels want them. They take addresses: what is not checked here would read memory that is
-    not ours."""
+def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Any]:
+    """The tensors as the kernels want them, None where None was given. They take addresses: what is not checked here
+    would read memory that is not ours."""
     found = []
     for tensor in tensors:
         if tensor is not None:

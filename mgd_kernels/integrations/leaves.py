@@ -84,7 +84,7 @@ def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Tensors that lie one behind the other in `flat`, each with a version counter of its own."""
     storage, offset, found = flat.untyped_storage(), flat.storage_offset(), []
     for shape in shapes:
-        found.append(flat.new_empty(0).set_(storage, offset, shape))
+        found.append(flat.new_empty(0).set_(storage, offset, shape))  # type: ignore[call-overload]  # strides may be left out
         offset += shape.numel()
     return found
 

@@ -51,14 +51,14 @@ class AdamState(NamedTuple):
 
     mu: list[Tensor | None]
     nu: list[Tensor | None]
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # TorchOpt's name for it, and a method of tuples
 
 
 class TraceState(NamedTuple):
     """trace: the momentum buffers of the leaves, `[]` for SGD without momentum. count: as in AdamState."""
 
     trace: list[Tensor | None]
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # as in AdamState
 
 
 def adamw(
@@ -187,11 +187,11 @@ def _transformation(
 
     def init(params: Any) -> tuple:
         leaves = _leaves(params)
-        there = [i for i, leaf in enumerate(leaves) if leaf is not None]
+        there = {i: leaf for i, leaf in enumerate(leaves) if leaf is not None}
         slots: list[list[Tensor | None]] = []
         for _ in rule.slots:
             slot: list[Tensor | None] = [None] * len(leaves)
-            for i, leaf in zip(there, zeros([leaves[i] for i in there]), strict=True):
+            for i, leaf in zip(there, zeros(list(there.values())), strict=True):
                 slot[i] = leaf.requires_grad_() if moment_requires_grad else leaf
             slots.append(slot)
         count = torch.zeros(len(leaves), dtype=torch.int64)
@@ -210,7 +210,7 @@ def _transformation(
             if grad is not None:
                 _check_leaf(i, grad, [slot[i] for slot in slots])
         needs_params = not (_is_zero(l2) and _is_zero(weight_decay))
-        leaves = _leaves(params) if needs_params and params is not None else []
+        leaves: list[Any] = _leaves(params) if needs_params and params is not None else []
         if needs_params and len(leaves) != len(grads):
             raise BadArgument(
                 f"weight decay needs the parameters: call update(updates, state, params=params); "

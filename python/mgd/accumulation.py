@@ -7,6 +7,7 @@ add to what stands in its output at no cost (beta = 1 in BLAS), which spares a p
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,10 +51,10 @@ def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModul
 def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
     """Let the product behind y add to x, if both may be overwritten. True where that was done."""
     if str(y.target) == _SLOPE and len(y.users) == 1 and _shape(x) == _shape(y):
-        gy, slope, *_ = y.args
-        if all(operand.meta["val"].is_contiguous() for operand in (x, gy, slope)):
+        operands: list[Any] = [x, *y.args[:2]]  # the other summand, the cotangent, the slope
+        if all(operand.meta["val"].is_contiguous() for operand in operands):
             with graph.inserting_before(add):
-                total = graph.call_function(aten.addcmul.default, (x, gy, slope))
+                total = graph.call_function(aten.addcmul.default, tuple(operands))
             total.meta["val"] = add.meta["val"]
             add.replace_all_uses_with(total)
             graph.erase_node(add)
@@ -63,9 +64,9 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
     if product is None or product.target not in _INTO or _shape(y) != _shape(add):
         return False
     shape = _shape(product)
-    if x.target is aten.expand.default and _shape(x.args[0]) == shape[-1:] and product.target is aten.mm.default:
+    if x.target is aten.expand.default and _shape(_source(x)) == shape[-1:] and product.target is aten.mm.default:
         with graph.inserting_before(add):
-            total = graph.call_function(aten.addmm.default, (x.args[0], *product.args))
+            total = graph.call_function(aten.addmm.default, (_source(x), *product.args))
     else:
         base = _only_view_of(x)
         if base is None or base is product or _shape(x) != _shape(add) or not _is_fresh(base):
@@ -97,7 +98,7 @@ def _ancestors(nodes) -> set[fx.Node]:
 
 def _alike(*nodes) -> bool:
     """Whether all are tensors of one dtype."""
-    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
+    values: list[Any] = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
     return all(isinstance(value, torch.Tensor) and value.dtype == values[0].dtype for value in values)
 
 
@@ -110,8 +111,15 @@ def _only_view_of(node: fx.Node) -> fx.Node | None:
     while len(node.users) == 1:
         if node.target not in _VIEWS:
             return node
-        node = node.args[0]
+        node = _source(node)
     return None
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a view is a view of; what `getitem` takes an item of."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _is_fresh(node: fx.Node) -> bool:
@@ -119,5 +127,5 @@ def _is_fresh(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor) or not value.is_contiguous():
         return False
     if node.target is operator.getitem:
-        return str(node.args[0].target).startswith("mgd_kernels.")
+        return str(_source(node).target).startswith("mgd_kernels.")
     return node.target in _FRESH

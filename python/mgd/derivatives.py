@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -121,7 +122,7 @@ def _inner(x: Tensors, y: Tensors) -> Tensor:
 
 
 # The code of what @once_differentiable makes of a backward function.
-_ONCE = torch.autograd.function.once_differentiable(lambda: None).__code__
+_ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
 def refuse_once_differentiable(evaluate: Evaluate) -> Evaluate:
@@ -138,7 +139,7 @@ def refuse_once_differentiable(evaluate: Evaluate) -> Evaluate:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            function = getattr(node, "_forward_cls", None)
+            function: Any = getattr(node, "_forward_cls", None)
             if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
                 raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
             stack += [following for following, _ in node.next_functions]

@@ -129,7 +129,7 @@ def _extension() -> dict[str, Any]:
     reason = cpu.unavailable()
     if reason is not None:
         return {"unavailable": reason, "isa": None, "isas": []}
-    from mgd_kernels import _core  # type: ignore[attr-defined]
+    from mgd_kernels import _core
 
     return {"unavailable": None, "isa": _core.isa(), "isas": list(_core.isas())}
 

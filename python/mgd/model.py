@@ -114,7 +114,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
     """Every module's parameters, buffers and `training` flag are the same objects at the end of the block as before."""
-    registered = [
+    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry)) for module in model.modules() for registry in (module._parameters, module._buffers)
     ]
     with modes_kept(model):
@@ -135,7 +135,7 @@ class Formulas(TorchFunctionMode):
     for a constant (torch 2.13; `gradgradcheck` fails).
     """
 
-    def __init__(self, table: Mapping[Callable, Callable]):
+    def __init__(self, table: Mapping[Any, Callable]):
         super().__init__()
         self.table = table
 
@@ -202,8 +202,12 @@ def _weight_norm(v, g, dim=0):
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-_EXACT = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, torch._weight_norm: _weight_norm}
-_FUSED = {**functional.REPLACEMENTS, **_EXACT, F.batch_norm: _fused_batch_norm}
+_EXACT: dict[Any, Callable] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch._weight_norm: _weight_norm,
+}
+_FUSED: dict[Any, Callable] = {**functional.REPLACEMENTS, **_EXACT, F.batch_norm: _fused_batch_norm}
 
 
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:

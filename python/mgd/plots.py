@@ -36,7 +36,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.edgecolor": SOFT,
         "axes.labelcolor": INK,

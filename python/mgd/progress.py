@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 class Progress:
@@ -11,7 +15,7 @@ class Progress:
 
     def __init__(self, steps: int, enabled: bool):
         self.steps, self.enabled = steps, enabled
-        self._bars: dict[str, int] = {}
+        self._bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:
         if self.enabled:

@@ -66,7 +66,7 @@ class Steps:
         for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
             parameters = leaves(list(self.arena.views(params).values()))
             slices = meta.at(batch, t)
-            watched = {
+            watched: dict[str, Sequence[Tensor]] = {
                 "parameters": parameters,
                 "parameters that do not require a gradient": self.binding.frozen,
                 "metaparameters": slices.tensors,
@@ -91,6 +91,7 @@ class Steps:
             losses.append(loss.detach().double())
             history.append(_settled(history[-1], copies, left))
         self.evaluations += 1
+        assert total is not None  # there is at least one microbatch
         return Evaluated(total, torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1), history)
 
     def second_derivatives(

@@ -113,7 +113,7 @@ class Sweep:
         self.measured = Measured()
         self.index = 0
         self.reversed = 0
-        self.trained: Trained | None = None
+        self.trained: Trained
         self.adjoints: list[Adjoint] = []
         self.gradients: Gradients | None = None
         self.journal: Journal | None = None
@@ -241,10 +241,12 @@ class Sweep:
     def reverse(self, actions: Iterator[Action]) -> Gradients:
         """Perform the rest of the plan."""
         begin = time.perf_counter()
+        gradients = self.gradients
+        assert gradients is not None, "begin_reverse comes first"
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
         for action in actions if self.tape.store is None else ReadAhead(actions, self.tape, self.state.step):
             if isinstance(action, Reverse):
-                self._reverse_step(action.step, self.adjoints, directions, self.gradients)
+                self._reverse_step(action.step, self.adjoints, directions, gradients)
                 self.reversed += 1
                 self.tick("reverse")
                 if action.step == self.meta.first_step:
@@ -255,9 +257,9 @@ class Sweep:
             if self.journal is not None and isinstance(action, Reverse):
                 self.journal.reached(self)
         self.measured.phases["reverse sweep"] = time.perf_counter() - begin - self.measured.phases["replay"]
-        if not self.gradients.finite([adjoint.state.params for adjoint in self.adjoints]):
+        if not gradients.finite([adjoint.state.params for adjoint in self.adjoints]):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
-        return self.gradients
+        return gradients
 
     def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
         logged = self.tape.logged(t)

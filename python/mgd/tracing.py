@@ -88,14 +88,18 @@ class Traces:
         shared = bounds[3][1]
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            *fixed, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
-            loss, (result,) = second(evaluate, Point(*fixed, [direction], [cotangent]), restart)
+            p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+            loss, (result,) = second(evaluate, Point(p, b, z, constants, [direction], [cotangent]), restart)
             return loss, *result
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = clean(make_fx(function)(*inputs))
-            replay = self._per_direction(graph, inputs, shared) if len(point.directions) > 1 else self._whole(graph)
+            replay: Graph
+            if len(point.directions) > 1:
+                replay = PerDirection(without_mutation(graph, inputs), shared, self._optimized)
+            else:
+                replay = self._whole(graph)
             restart()
             _, (replayed,) = replay(inputs[:shared], [inputs[shared:]])
         restart()
@@ -103,18 +107,13 @@ class Traces:
             raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
         return replay
 
-    def _per_direction(self, graph: fx.GraphModule, inputs: Sequence[Tensor], shared: int) -> Graph:
-        """The graph for several directions, of which the first `shared` inputs are independent."""
-        split = PerDirection(without_mutation(graph, inputs), shared)
-        if self.compile:
-            split.once, split.each = _compiled(split.once), _compiled(split.each)
-        else:
-            split.once, split.each = accumulate_products(split.once), accumulate_products(split.each, exact=0)
-        return split
+    def _optimized(self, graph: fx.GraphModule, exact: int) -> Callable[..., tuple]:
+        """exact: the number of first outputs that keep their bits, unless they are compiled."""
+        return _compiled(graph) if self.compile else accumulate_products(graph, exact)
 
     def _whole(self, graph: fx.GraphModule) -> Graph:
         """The graph for a single direction."""
-        whole = _compiled(graph) if self.compile else accumulate_products(graph)
+        whole = self._optimized(graph, exact=1)
 
         def replay(fixed: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]):
             loss, *result = whole(*fixed, *directions[0])
@@ -137,7 +136,9 @@ def _agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]
     if [x is None for x in replayed] != [x is None for x in evaluated]:
         return False
     pairs = [
-        (x.detach().double(), y.detach().double()) for x, y in zip(replayed, evaluated, strict=True) if x is not None
+        (x.detach().double(), y.detach().double())
+        for x, y in zip(replayed, evaluated, strict=True)
+        if x is not None and y is not None
     ]
     noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
     return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)
