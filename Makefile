@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+RESULTS := benchmarks/results
+TODAY  := $(shell date +%F)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-gpu lint format clean
 
 # The extension is rebuilt when its sources change; Python files are used in place.
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
@@ -21,7 +23,14 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	mkdir -p $(RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json $(RESULTS)/$(TODAY)-pytest.json $(ARGS)
+
+# For a machine with a GPU: numerics and bandwidth of its kernels, and the throughput table. It has never run on one.
+bench-gpu: $(VENV)/.installed
+	mkdir -p $(RESULTS)
+	$(BIN)/mgd bench kernels --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-kernels.json
+	$(BIN)/mgd bench throughput --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-throughput.json
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -93,8 +93,8 @@ def _percent(ratio: float) -> str:
 
 
 SWEEP = (
-    "The whole log and all snapshots on disk, against everything in memory, in alternation. slower by: median (20%, 80%) "
-    "of wall time; its thread: CPU time of the computing thread alone, to judge by where others use the machine. "
+    "The whole log and all snapshots on disk, against everything in memory, in alternation. slower by: median (20%, "
+    "80%) of wall time; its thread: CPU time of the computing thread alone, to judge by where others use the machine. "
     "The promise is made where a step takes at least as long as the write."
 )
 

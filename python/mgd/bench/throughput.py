@@ -201,6 +201,8 @@ def display(console, found: dict[str, Any]) -> None:
         console.print(found["note"], style="dim", highlight=False)
     if len(split := phase_rows(found)) > 1:
         show.table(console, "", split)
+    if "own training" in found["training_by"]:
+        console.print(f"Plain training is {found['training_by']}.", highlight=False)
     for name, entry in found["methods"].items():
         if "unsupported" in entry:
             console.print(f"{name} was left out: {entry['unsupported']}.", highlight=False)

@@ -40,7 +40,6 @@ def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
 def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
     """Wall time of one call, with everything that it started on the device. A method `reset` runs before it."""
     getattr(work, "reset", lambda: None)()
-    gc.collect()
     _wait(device)
     start = time.perf_counter()
     work()
@@ -88,6 +87,7 @@ def alternate(
         shift = round_ % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             tick(f"round {round_ + 1} of {rounds}: {name}")
+            gc.collect()
             seconds = seconds_of(methods[name], device)
             baselines.append(seconds_of(baseline, device))
             found[name].seconds.append(seconds)

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.bench.workloads import Workload, adamw, build
+from mgd.bench.workloads import Workload, build
+from mgd_kernels import AdamW
 
 RANK, ALPHA, CLASSES = 8, 16, ("Python", "C++", "English")
 WORDS, POSITIONS, WIDTH, LAYERS, HEADS, HIDDEN, EPS = 30522, 512, 384, 6, 12, 1536, 1e-12
@@ -200,7 +201,9 @@ def lora(steps: int = 24, seed: int = 0, size: int = 16, length: int = 32, count
     order = torch.randperm(len(texts), generator=g).tolist()
     tokens = torch.tensor([tokenize(texts[i][0], length) for i in order])
     labels = torch.tensor([texts[i][1] for i in order])
-    workload = build("lora", model, tokens, labels, size, steps, adamw(), g)
+    # The gradient of `down` is zero at first. A larger eps_root keeps rounding small where its second moment is tiny.
+    optimizer = AdamW(lr=1e-3, eps_root=1e-6, weight_decay=0.01)
+    workload = build("lora", model, tokens, labels, size, steps, optimizer, g)
     workload.note = (
         "The weights of all-MiniLM-L6-v2."
         if weights is not None
