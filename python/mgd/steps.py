@@ -224,9 +224,9 @@ class Steps:
             )
         return (
             f"the loss of microbatch {i} was {first!r} at first and {second!r} now. Either batches[{t}] gives other "
-            "tensors than before, or the loss reads something that changes: random numbers that do not come from "
-            "torch's generators, state kept outside the model, or a non-deterministic kernel "
-            "(see torch.use_deterministic_algorithms)."
+            "tensors than before (does the loss change them in place?), or the loss reads something that changes: "
+            "random numbers that do not come from torch's generators, state kept outside the model, or a "
+            "non-deterministic kernel (see torch.use_deterministic_algorithms)."
         )
 
 
