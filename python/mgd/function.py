@@ -44,7 +44,8 @@ class TrainingFunction:
     model: its parameters are the initial ones; those with `requires_grad` are trained. No call changes it.
     loss: `loss(model, batch, z) -> scalar`; reads parameters and metaparameters, changes nothing but buffers.
     batches: `len(batches)` is the number of steps T; `batches[t]` a pytree of tensors, the same each time.
-    optimizer: `SGD`, `Adam`, `AdamW`, or any `UpdateRule`.
+    optimizer: `SGD`, `Adam`, `AdamW`, or any `UpdateRule`. A hyperparameter in `z` has shape `[]`, `[T]`, `[G]` for G
+        parameter groups, or `[T, G]`; where T = G, one dimension is taken for steps.
     objective: `objective(model) -> scalar, or [k]` for k objectives at once.
     max_grad_norm: clip each step's gradient to this global norm.
     microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
