@@ -14,6 +14,7 @@ import torch
 
 from mgd import data
 from mgd.budget import format_bytes
+from mgd.system import fields, free_memory
 from mgd_kernels import __version__, backends
 from mgd_kernels.dispatch import PREFERENCE, forced
 
@@ -100,18 +101,6 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def free_memory() -> int | None:
-    """Bytes that this process may still take: free in the system, and within its control group's limit."""
-    rooms = []
-    fields = _fields(Path("/proc/meminfo"))
-    if "MemAvailable" in fields:
-        rooms.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        rooms.append(max(0, limit - used))
-    return min(rooms, default=None)
-
-
 def _first(names: tuple[str, ...], available: dict[str, str | None]) -> str:
     return next(name for name in names if available[name] is None)
 
@@ -135,30 +124,9 @@ def _extension() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, Any]:
-    fields = _fields(Path("/proc/cpuinfo"))
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    cpu = fields(Path("/proc/cpuinfo"))
+    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "model": cpu.get("model name") or platform.processor() or platform.machine(),
         "features": [feature for feature in _FEATURES if feature in flags],
     }
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """The first value of every `name: value` line; empty where there is no such file."""
-    found: dict[str, str] = {}
-    try:
-        text = path.read_text()
-    except OSError:
-        return found
-    for line in text.splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            found.setdefault(name.strip(), value.strip())
-    return found
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None

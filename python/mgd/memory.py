@@ -16,6 +16,7 @@ from mgd.errors import BudgetTooSmall, StoreIOError
 from mgd.journal import LATE, REDO
 from mgd.model import Buffers
 from mgd.planner import Plan, plan
+from mgd.system import free_memory
 from mgd.tape import Tape
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.store import CHUNK, PAGE
@@ -201,10 +202,6 @@ def _scratch(arena: Arena, store: Store | None) -> Tensor:
 
 
 def free_host_memory() -> int:
-    """Bytes that the system says are available."""
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process may still take."""
+    free = free_memory()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if free is None else free
