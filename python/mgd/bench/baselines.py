@@ -204,7 +204,9 @@ def sqrt(function: TrainingFunction, z: Mapping[str, Any]) -> Found:
 
 def _by_segments(function: TrainingFunction, z: Mapping[str, Any], length: int) -> Found:
     plain = PlainTorch(function, z)
-    state, kept, trajectory = plain.initial(), [], []
+    state = plain.initial()
+    kept: list[State] = []
+    trajectory: list[State] = []
     for t in range(plain.T):
         if t % length == 0:
             kept.append(state)

@@ -63,9 +63,10 @@ def measure(
                     run = getattr(problem, pass_)
                     run()
                     seconds, *others = timing.least(rounds, run, *(move for move, _ in moves.values()), device=device)
+                    sizes = [size for _, size in moves.values()]
                     bandwidths = {
-                        name: size * parameters / other / 1e9
-                        for (name, (_, size)), other in zip(moves.items(), others, strict=True)
+                        move: size * parameters / other / 1e9
+                        for move, size, other in zip(moves, sizes, others, strict=True)
                     }
                     best = max(bandwidths.values())
                     moved = problem.bytes(pass_) * parameters / seconds

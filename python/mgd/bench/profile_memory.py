@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ def command(
         plots.require_matplotlib()
     console, where = show.console(), timing.machine()
     total = len(cases.load(target, steps))
-    compared = {
+    compared: dict[str, tuple[str, dict[str, Any]]] = {
         "torch unrolled": ("unrolled", {}),
         "torch all states": ("states", {}),
         "mgd, as set up": ("package", {}),

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,8 @@ def measure(directory: str | os.PathLike[str], size: int, total: int | None = No
             for round_ in range(rounds + 1):  # the first round maps buffers and is not counted
                 seconds = {}
                 for way in (False, True):
-                    seconds["raw_write", way] = _timed(lambda way=way: raw.write(way))
-                    seconds["raw_read", way] = _timed(lambda way=way: raw.read(way))
+                    seconds["raw_write", way] = _timed(partial(raw.write, way))
+                    seconds["raw_read", way] = _timed(partial(raw.read, way))
                     raw.remove()
                 write, read = _timed(put_all), _timed(get_all)
                 if not torch.equal(out, source):

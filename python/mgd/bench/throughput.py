@@ -80,8 +80,8 @@ def measure(
         for name, entry in found["methods"].items():
             if "peak_bytes" not in entry and "unsupported" not in entry:
                 tick(f"{source}, memory: {name}")
-                length = lengths[name] if METHODS[name].share < 1 else steps
-                entry["peak_bytes"] = peak.measure(source, name, length, device)["bytes"]
+                shortened = lengths[name] if METHODS[name].share < 1 else steps
+                entry["peak_bytes"] = peak.measure(source, name, shortened, device)["bytes"]
     found["methods"] = {name: found["methods"][name] for name in methods if name in found["methods"]}
     return found
 
