@@ -339,6 +339,24 @@ def test_a_script_that_is_none_is_the_users_error(capsys, tmp_path, monkeypatch,
     assert says in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("bench throughput --methods states,magic", "expected methods among unrolled"),
+        ("bench throughput --workload huge", "expected workloads among mlp"),
+        ("bench throughput --device tpu", "expected a device such as"),
+        ("bench memory --steps 16,many", "expected numbers of training steps"),
+        ("bench memory --budgets 3parsecs", "expected a size such as"),
+        ("bench kernels --parameters many", "expected a number of parameters"),
+        ("bench offload --directory no/such/place", "expected a directory"),
+        ("bench offload --sizes 1GB", "expected some of 64 KB"),
+    ],
+)
+def test_what_means_nothing_is_the_users_error(capsys, arguments, says):
+    _, err = run(capsys, *arguments.split(), code=2)
+    assert says in err
+
+
 # --- the LoRA workload ---------------------------------------------------------------------------------------------
 
 

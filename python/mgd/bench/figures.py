@@ -115,11 +115,11 @@ def phases(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def memory(found: dict[str, Any]) -> Figure:
-    """Peak memory and time against the number of steps, a line a method; hollow points are extrapolated."""
+    """Peak memory, and time in plain trainings, against the number of steps; hollow points are extrapolated."""
     fig, (left, right) = figure(11, 4.6, columns=2)
     for i, (name, points) in enumerate(found["methods"].items()):
         colour = _LINES[i % len(_LINES)]
-        for axes, key in ((left, "peak_bytes"), (right, "seconds")):
+        for axes, key in ((left, "peak_bytes"), (right, "ratio")):
             known = [
                 (p["steps"], p[key] / (1e6 if key == "peak_bytes" else 1), p["extrapolated"])
                 for p in points
@@ -138,11 +138,14 @@ def memory(found: dict[str, Any]) -> Figure:
                     markerfacecolor="white", linestyle="none",
                 )  # fmt: skip
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log")
+        axes.set_xscale("log")
         axes.set_xticks(found["steps"], [f"{t:,}" for t in found["steps"]])
         axes.minorticks_off()
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
+    right.axhline(1, color=INK, linestyle=":", linewidth=1)
     _head(left, "Peak memory", "training steps T", "MB above the loaded model and data")
-    _head(right, "Time", "training steps T", "seconds")
+    _head(right, "Time", "training steps T", "times plain training of the same steps (dotted)")
     left.legend(frameon=False, fontsize=8)
     return fig
 

@@ -70,7 +70,7 @@ def measure(
                     }
                     best = max(bandwidths.values())
                     moved = problem.bytes(pass_) * parameters / seconds
-                    row = {
+                    row: dict[str, Any] = {
                         "backend": name,
                         "rule": rule,
                         "pass": pass_ + (f" of {problem.logged} steps" if pass_ == "replay" else ""),
@@ -206,6 +206,7 @@ def command(
         count = parse_count(parameters)
     except ValueError as error:
         raise BadArgument(str(error)) from error
+    show.require(device)
     console.print(timing.describe(where), highlight=False)
     with show.ticking(console) as tick:
         found = measure(count, device, rounds, show.core_of(core), against_torch, tick)

@@ -182,11 +182,12 @@ def command(
 
     if out:
         plots.require_matplotlib()
+    sizes, words = budgets.split(","), steps.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise BadArgument(f'expected numbers of training steps such as "16,64"; got {steps!r}')
+    lengths = [int(word) for word in words]
     try:
-        lengths, sizes = [int(t) for t in steps.split(",")], budgets.split(",")
         methods(sizes)
-        if min(lengths) < 1:
-            raise ValueError(f"expected training steps of at least 1, got {min(lengths)}")
     except ValueError as error:
         raise BadArgument(str(error)) from error
     console, where = show.console(), timing.machine()

@@ -25,6 +25,19 @@ Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often everythi
 Device = Annotated[str, typer.Option("--device", help='Where tensors live: "cpu", "cuda", "cuda:1".')]
 
 
+def require(device: str) -> None:
+    """Raise where torch cannot use the device."""
+    import torch
+
+    from mgd.errors import BadArgument
+
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise BadArgument(f'expected a device such as "cpu", "cuda" or "cuda:1"; got {device!r}')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadArgument(f"torch {torch.__version__} finds no GPU here; `mgd doctor` says what this machine offers")
+
+
 def core_of(option: int) -> int | None:
     return None if option == -2 else option
 

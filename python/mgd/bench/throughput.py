@@ -246,6 +246,7 @@ def command(
     names, sources = chosen(methods), [name.strip() for name in workload.split(",")]
     if unknown := [name for name in sources if name not in WORKLOADS]:
         raise BadArgument(f"expected workloads among {', '.join(WORKLOADS)}; got {', '.join(unknown)}")
+    show.require(device)
     console, where, results = show.console(), timing.machine(), []
     console.print(timing.describe(where), highlight=False)
     for source in sources:
