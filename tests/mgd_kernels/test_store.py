@@ -604,6 +604,7 @@ def test_only_our_own_stale_directories_are_swept(tmp_path):
     assert (tmp_path / "mgd-scratch-link").is_symlink() and (tmp_path / "mgd-scratch-file").exists()
 
 
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore::pytest.PytestUnraisableExceptionWarning")  # of JAX's fork hook
 def test_closed_and_forked_stores_say_so(tmp_path):
     store = small_disk_store(tmp_path)
     store.put("x", pattern(10))
