@@ -216,7 +216,7 @@ def plan(
     limits = budget.limits(default_host_bytes)
     if not limits:  # Budget() and no word on free memory: as much as any schedule could use
         limits = {"host": chain * (sizes.snapshot + sizes.gradient)}
-    layout = _layout(name, int(argument) if argument else None, Search(chain, sizes, limits, costs))
+    layout = _layout(name, int(argument) if argument else None, Search(chain, sizes, limits, costs, stop_at))
     return Plan(T, stop_at, schedule, sizes, costs, limits, budget.directory, layout)
 
 

@@ -37,12 +37,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Search:
-    """The quickest layout of `chain` steps in logged segments. `limits`: bytes a tier, fastest first."""
+    """The quickest layout of `chain` steps in logged segments. `limits`: bytes a tier, fastest first.
+
+    stop_at: steps before the chain, which are only trained; transfers may run behind them, too.
+    """
 
     chain: int
     sizes: Sizes
     limits: Mapping[str, int]
     costs: Costs
+    stop_at: int = 0
 
     def best(self, *known: Layout) -> Layout:
         """The quickest layout, or the smallest of the nearly quickest; never slower than the layouts known already."""
@@ -61,7 +65,7 @@ class Search:
         return min(((p, t, i, layout) for t, p, i, layout in timed if t <= limit), default=(None,))[-1]
 
     def seconds(self, layout: Layout) -> float:
-        return sum(phase.seconds(layout.tiers, self.costs) for phase in layout.phases(0))
+        return sum(phase.seconds(layout.tiers, self.costs) for phase in layout.phases(self.stop_at))
 
     def _time(self, candidates: list[Candidate], best: float, tag: int) -> list[tuple[float, int, int, Layout]]:
         """Count the most promising in full: (seconds, peak, tag, layout)."""
