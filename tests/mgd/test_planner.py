@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mgd.actions import Advance, Drop, Load, Reverse, Save
@@ -153,7 +153,9 @@ def test_several_tiers(schedule, sizes):
     rates=st.tuples(*[st.floats(0.1, 1e6)] * 6),
     overlap=st.sets(st.sampled_from(TIERS)),
 )
-@settings(max_examples=300, deadline=None, derandomize=True)
+@example(9, 5, 2, 2, (None, None, None), "auto", 1.0, (1.0, 1.0, 1.0, 1.0, 4.0, 1.0), {"host"})
+@example(2, 1, 1, 2, (None, None, None), "auto", 0.0, (1.0,) * 6, {"host"})  # ends early, transfers overlap
+@settings(max_examples=300, deadline=None)
 def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedule, update, rates, overlap):
     sizes = Sizes(snapshot, gradient)
     stop_at = max(0, T - back)
