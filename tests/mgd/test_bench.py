@@ -15,6 +15,7 @@ from mgd.bench import baselines, kernel_cases, memory, methods, peak, throughput
 from mgd.bench.cases import Case, load
 from mgd.bench.kernels import PRECISE, static_rows
 from mgd.errors import BadArgument
+from mgd.models import encoder, wordpiece
 from mgd_kernels import SGD, Adam, AdamW, RMSprop
 
 # Float32 rounding of sums over a batch, carried through a few steps of Adam: measured up to 2e-5.
@@ -362,7 +363,7 @@ def test_what_means_nothing_is_the_users_error(capsys, arguments, says):
 
 def test_word_pieces_are_the_longest_there_are():
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##able", "##a", "unable", "play", "##ing", "!"]
-    tokenize = workloads_lora.WordPiece({word: i for i, word in enumerate(words)})
+    tokenize = wordpiece.WordPiece({word: i for i, word in enumerate(words)})
     assert tokenize("Unable playing!", 8) == [2, 7, 8, 9, 10, 3, 0, 0]
     assert tokenize("una xyz", 8) == [2, 4, 6, 1, 3, 0, 0, 0]
     assert tokenize("play play play play", 4) == [2, 8, 8, 3]
@@ -370,7 +371,7 @@ def test_word_pieces_are_the_longest_there_are():
 
 def test_the_encoder_ignores_padding_and_lora_begins_as_the_frozen_model():
     torch.manual_seed(0)
-    model = workloads_lora.Encoder().eval()
+    model = encoder.Encoder(3).eval()
     tokens = torch.randint(1, 1000, (2, 6))
     with torch.no_grad():
         plain = model(tokens)
@@ -378,5 +379,5 @@ def test_the_encoder_ignores_padding_and_lora_begins_as_the_frozen_model():
         model.freeze()
         torch.testing.assert_close(model(tokens), plain)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 2 * workloads_lora.LAYERS + 2 and isinstance(model.layers[0].query.base, nn.Linear)
+    assert len(trained) == 2 * 2 * encoder.LAYERS + 2 and isinstance(model.layers[0].query.base, nn.Linear)
     assert sum(label == 2 for _, label in workloads_lora.snippets(3)) == 3

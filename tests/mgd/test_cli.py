@@ -12,6 +12,7 @@ import torch
 
 from mgd import cli, data, planning
 from mgd.doctor import describe, examine
+from mgd.errors import BadData
 
 
 def run(capsys, *arguments, code=0):
@@ -46,7 +47,7 @@ def test_the_module_of_the_command_line_imports_no_heavy_package():
 
 
 def test_the_demo_writes_pictures_and_json(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "not-there")
+    monkeypatch.setattr(data.images, "FASHION_MNIST", tmp_path / "not-there")
     out, _ = run(
         capsys, "demo", "--steps", 8, "--seed", 3, "--out", tmp_path / "out", "--json", tmp_path / "j" / "d.json"
     )
@@ -81,7 +82,7 @@ def test_a_users_error_is_one_paragraph_and_exit_code_2(capsys, tmp_path):
 @pytest.mark.parametrize("position", [0, 1, 3])
 def test_debug_shows_the_traceback_wherever_it_stands(tmp_path, position):
     arguments = ["demo", "--data", str(tmp_path / "nowhere")]
-    with pytest.raises(data.BadData):
+    with pytest.raises(BadData):
         cli.main([*arguments[:position], "--debug", *arguments[position:]])
 
 
@@ -128,7 +129,7 @@ def test_doctor_says_what_to_do_where_something_is_missing(monkeypatch, tmp_path
 
     reason = "the extension module does not load; build it with `pip install .`"
     monkeypatch.setattr(cpu, "unavailable", lambda: reason)
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "not-there")
+    monkeypatch.setattr(data.images, "FASHION_MNIST", tmp_path / "not-there")
     text = describe(examine())
     assert f"not available: {reason}" in text
     assert "apt-get install dataset-fashion-mnist" in text

@@ -162,7 +162,7 @@ def test_a_truncated_or_missing_cifar_batch_is_an_error_of_ours(cifar):
 
 
 def test_digits_are_split_into_disjoint_training_and_test_images(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "FASHION_MNIST", tmp_path / "not-there")
+    monkeypatch.setattr(data.images, "FASHION_MNIST", tmp_path / "not-there")
     train, test = data.load(), data.load(train=False)
     assert train.name == "digits" and len(train) + len(test) == 1797
     assert len(train) == 1348 and train.images.shape[1:] == (1, 8, 8)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mgd import TrainingFunction
+from mgd.models.gpt import GPT
+from mgd.models.resnet import resnet9
 from mgd_kernels import SGD, AdamW, Optimizer
 
 
@@ -113,40 +115,6 @@ def mlp(steps: int = 64, seed: int = 0) -> Workload:
     return build("mlp", model, x, y, 128, steps, adamw(), g)
 
 
-class _Residual(nn.Module):
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-def _norm(kind: str, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(channels // 8, channels)
-
-
-def resnet9(norm: str = "group", width: int = 16, classes: int = 10, channels: int = 3) -> nn.Sequential:
-    """A ResNet-9-style network for small images: four stages, two residual blocks, average pooling."""
-
-    def block(i: int, o: int, pool: bool = False) -> nn.Sequential:
-        layers = [nn.Conv2d(i, o, 3, padding=1, bias=False), _norm(norm, o), nn.GELU()]
-        return nn.Sequential(*layers, *([nn.AvgPool2d(2)] if pool else []))
-
-    w = width
-    return nn.Sequential(
-        block(channels, w),
-        block(w, 2 * w, pool=True),
-        _Residual(nn.Sequential(block(2 * w, 2 * w), block(2 * w, 2 * w))),
-        block(2 * w, 4 * w, pool=True),
-        block(4 * w, 8 * w, pool=True),
-        _Residual(nn.Sequential(block(8 * w, 8 * w), block(8 * w, 8 * w))),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8 * w, classes),
-    )
-
-
 def convnet(norm: str = "group", steps: int = 32, width: int = 16, seed: int = 0) -> Workload:
     """(b) ResNet-9-style network for 32x32x3 images, batch 64, SGD with momentum."""
     torch.manual_seed(seed)
@@ -154,52 +122,6 @@ def convnet(norm: str = "group", steps: int = 32, width: int = 16, seed: int = 0
     x, y = torch.randn(1024, 3, 32, 32, generator=g), torch.randint(10, (1024,), generator=g)
     optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=5e-4)
     return build(f"convnet-{norm}", resnet9(norm, width), x, y, 64, steps, optimizer, g)
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, c = x.shape
-        q, k, v = (p.view(b, t, self.heads, c // self.heads).transpose(1, 2) for p in self.qkv(x).split(c, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(b, t, c))
-
-
-class GPT(nn.Module):
-    """A pre-norm decoder with learned positions and tied embeddings (`[B, T]` tokens to `[B, T, V]` logits)."""
-
-    def __init__(self, vocabulary: int = 256, context: int = 64, layers: int = 4, width: int = 128, heads: int = 4):
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    _Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))),
-                    _Residual(
-                        nn.Sequential(
-                            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                        )
-                    ),
-                ]
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-        self.head.weight = self.token.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        for attention, feed_forward in self.blocks:
-            x = feed_forward(attention(x))
-        return self.head(self.norm(x))
 
 
 def gpt(steps: int = 32, seed: int = 0) -> Workload:
