@@ -3,18 +3,26 @@
 from mgd import errors
 from mgd.budget import Budget
 from mgd.check import CheckResult, check
+from mgd.constraints import Box, Simplex
+from mgd.descent import Descent, MetaDescent
 from mgd.function import TrainingFunction
 from mgd.planner import Plan
 from mgd.report import Report
 from mgd.results import Metagradient, Trained
+from mgd.sign_descent import SignDescent
 from mgd.smoothness import metasmoothness
 
 __all__ = [
+    "Box",
     "Budget",
     "CheckResult",
+    "Descent",
+    "MetaDescent",
     "Metagradient",
     "Plan",
     "Report",
+    "SignDescent",
+    "Simplex",
     "Trained",
     "TrainingFunction",
     "check",

@@ -78,28 +78,14 @@ def demo(
     data: Data = None, out: Out = None, json: Json = None, steps: Steps = 200, seed: Seed = 0, threads: Threads = 1
 ) -> None:
     """Find the mislabelled images of a training set, and check the metagradient that finds them."""
-    import torch
-    from rich.console import Console
-
-    from mgd import plots
     from mgd.data import load
     from mgd.recipes import demo as recipe
     from mgd.recipes import demo_report
+    from mgd.recipes.form import Session
 
-    torch.set_num_threads(threads)
-    if out:
-        plots.require_matplotlib()
-    console = Console()
-    train, test = load(data), load(data, train=False)
-    found = recipe.run(train, test, steps, seed, console.is_terminal, lambda phase: console.print(f"{phase} ..."))
-    console.print()
-    demo_report.show(found, console)
-    if out:
-        for path in demo_report.write(found, out):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    if json:
-        write_json(json, "demo", found.to_dict())
-        console.print(f"wrote {json}", highlight=False, soft_wrap=True)
+    session = Session("demo", out, json, threads)
+    found = recipe.run(load(data), load(data, train=False), steps, seed, session.talk)
+    session.finish(demo_report.page(found), found.to_dict())
     if not found.check.passed:
         raise typer.Exit(1)
 

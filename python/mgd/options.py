@@ -22,6 +22,7 @@ Data = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A version of a minute, on less data.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of torch and of the kernels.")]
 
 

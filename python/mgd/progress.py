@@ -1,9 +1,11 @@
-"""Progress bars of the two sweeps, by rich."""
+"""Progress bars, by rich: of the two sweeps, and of what repeats trainings."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -19,17 +21,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.enabled:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bars
-
-            columns = (
-                TextColumn("{task.description:8}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._display = Bars(*columns, transient=True)
+            self._display = _bars()
             self._display.start()
         return self
 
@@ -43,3 +35,34 @@ class Progress:
         if phase not in self._bars:
             self._bars[phase] = self._display.add_task(phase, total=self.steps)
         self._display.advance(self._bars[phase], steps)
+
+
+@contextlib.contextmanager
+def tracked(words: str, total: int, done: int = 0, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """A bar of `total` things of which `done` are done; yields `tick(note)`, called after each."""
+    if not enabled:
+        yield lambda note="": None
+        return
+    with _bars() as display:
+        task = display.add_task(words, total=total, completed=done)
+        yield lambda note="": display.update(task, advance=1, description=f"{words}  {note}".rstrip())
+
+
+def _bars() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, transient=True)

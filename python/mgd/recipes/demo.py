@@ -21,6 +21,7 @@ from mgd.check import CheckResult, check
 from mgd.data import Images
 from mgd.errors import BadArgument
 from mgd.function import Metagradient, TrainingFunction
+from mgd.recipes.form import Talk
 from mgd_kernels import AdamW
 
 NOISE = 0.2  # share of the training labels that are replaced by another class
@@ -188,23 +189,21 @@ def run(
     test: Images,
     steps: int = 200,
     seed: int = 0,
-    progress: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    talk: Talk | None = None,
 ) -> Demo:
-    """Train, differentiate, check in float64, and train again without the images found harmful.
-
-    `say` is told what happens next.
-    """
+    """Train, differentiate, check in float64, and train again without the images found harmful."""
+    talk = talk or Talk()
+    progress = talk.progress
     problem = Problem.make(train, test, steps, seed)
     f, z, n = problem.function, problem.z, len(problem.train)
     seconds: dict[str, float] = {}
     peak = {"start": _high_water()}
 
     def phase(name: str, words: str, work: Callable[[], Any]) -> Any:
-        say(words)
         start = time.perf_counter()
-        value = work()
-        seconds[name] = time.perf_counter() - start
+        with talk.phase(name, words):
+            value = work()
+        seconds[name] = time.perf_counter() - start  # of the last phase of this name
         peak[name] = _high_water()
         return value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,8 +10,7 @@ from mgd import plots
 from mgd.budget import format_bytes
 from mgd.data import Images
 from mgd.recipes.demo import Demo, auc
-
-Table = list[list[str]]
+from mgd.recipes.form import Page, Table
 
 _NAMES = {
     "lr": "learning rates",
@@ -92,40 +90,26 @@ def cost(demo: Demo) -> Table:
     return rows
 
 
-def show(demo: Demo, console) -> None:
-    """The tables, in the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-
-    console.print(headline(demo), highlight=False)
-    for title, rows in _tables(demo):
-        table = RichTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
-        for i, name in enumerate(rows[0]):
-            table.add_column(name, justify="left" if i == 0 else "right", vertical="bottom")
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print()
-        console.print(table, highlight=False)
-    verdict = "holds" if demo.check.passed else "does NOT hold"
-    console.print(f"\nThe metagradient {verdict} against finite differences in float64.", style="bold", highlight=False)
-
-
-def _tables(demo: Demo) -> list[tuple[str, Table]]:
-    return [
+def page(demo: Demo) -> Page:
+    """The demonstration in the form of a recipe."""
+    tables = [
         ("How the held-out loss depends on the training", gradients(demo)),
         ("Are the wrong labels among the most harmful images?", detection(demo)),
         ("What leaving images out does", retraining(demo)),
         ("What it cost", cost(demo)),
     ]
+    verdict = (
+        f"The metagradient {'holds' if demo.check.passed else 'does NOT hold'} against finite differences in float64."
+    )
+    return Page("Which training images hurt?", headline(demo), tables, lambda: _sections(demo), verdict)
 
 
-def write(demo: Demo, folder: str | Path) -> list[Path]:
-    """`index.html` and the pictures, into `folder`."""
+def _sections(demo: Demo) -> list[plots.Section]:
     problem, order = demo.problem, demo.ranking
     first, last = order[:24], order.flip(0)[:24]
     in_first = f"{int(problem.wrong[first].sum())} of these {len(first)} have a wrong label"
     in_last = f"{int(problem.wrong[last].sum())} of these {len(last)} have a wrong label"
-    sections = [
+    return [
         plots.Section(
             "The most harmful training images",
             f"More weight on these images raises the held-out loss the most; {in_first}. In red, in quotation "
@@ -178,7 +162,6 @@ def write(demo: Demo, folder: str | Path) -> list[Path]:
             table=cost(demo),
         ),
     ]
-    return plots.page(folder, "Which training images hurt?", headline(demo), sections)
 
 
 def _captions(

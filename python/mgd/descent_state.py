@@ -1,0 +1,162 @@
+"""Where a metagradient descent is, and how a directory keeps it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.constraints import Constraint
+from mgd.errors import BadArgument, NonFiniteState, StaleRun
+from mgd.journal import digest
+
+Variables = dict[str, Tensor]
+
+SMALLER = 0.5  # factor of the outer learning rate after a divergent training
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """One training of a descent. value: the objective. score: what the best is chosen by (the value, or `validate`'s).
+    gradient_norms: by variable. seconds: of the training with its metagradient. diverged: trainings that did not stay
+    finite before this one, each followed by a smaller step."""
+
+    step: int
+    value: float
+    score: float
+    gradient_norms: dict[str, float]
+    seconds: float
+    diverged: int = 0
+
+
+class Place:
+    """Where a descent is: variables, outer optimizer, history, and where the last step came from."""
+
+    def __init__(
+        self,
+        variables: Mapping[str, Tensor],
+        constraints: Mapping[str, Constraint],
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    ):
+        if not variables:
+            raise BadArgument("expected at least one variable to descend on")
+        for name, x in variables.items():
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise BadArgument(f"expected variable {name!r} to be a floating-point tensor; got {type(x).__name__}")
+        if unknown := sorted(set(constraints) - set(variables)):
+            raise BadArgument(f"expected constraints for some of {list(variables)}; got {unknown}")
+        for name, constraint in constraints.items():
+            constraint.check(name, variables[name])
+        self.constraints = constraints
+        self.leaves = {name: x.detach().clone().requires_grad_() for name, x in variables.items()}
+        self._project()
+        self.optimizer = optimizer(list(self.leaves.values()))
+        self.history: list[MetaStep] = []
+        self.notes: list[str] = []
+        self.best, self.best_step = self.copy(), 0
+        self.before: dict[str, Any] | None = None  # variables, gradients and optimizer state before the last step
+
+    def copy(self) -> Variables:
+        return {name: x.detach().clone() for name, x in self.leaves.items()}
+
+    def record(self, step: MetaStep) -> None:
+        if not self.history or step.score < self.history[self.best_step].score:
+            self.best, self.best_step = self.copy(), step.step
+        self.history.append(step)
+
+    def stalled(self, patience: int | None) -> bool:
+        """Has the score not fallen in the last `patience` meta-steps?"""
+        return patience is not None and bool(self.history) and len(self.history) - 1 - self.best_step >= patience
+
+    def descend(self) -> None:
+        """A step of the outer optimizer, then the projection."""
+        gradients = {name: x.grad.clone() for name, x in self.leaves.items() if x.grad is not None}
+        self.before = {
+            "variables": self.copy(),
+            "gradients": gradients,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+        self._step()
+
+    def retreat(self, error: NonFiniteState) -> None:
+        """Back to where the last step began, and that step again, smaller."""
+        assert self.before is not None
+        self._set(self.before["variables"])
+        for name, g in self.before["gradients"].items():
+            self.leaves[name].grad = g.clone()
+        for group in self.before["optimizer"]["param_groups"]:
+            group["lr"] *= SMALLER
+        self.optimizer.load_state_dict(copy.deepcopy(self.before["optimizer"]))
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.notes.append(
+            f"meta-step {len(self.history)}: {error.where} left the finite numbers at training step {error.step}; "
+            f"taken again with an outer learning rate of {rate:.3g}"
+        )
+        self._step()
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self._project()
+
+    def _project(self) -> None:
+        with torch.no_grad():
+            for name, constraint in self.constraints.items():
+                self.leaves[name].copy_(constraint.project(self.leaves[name]))
+
+    def _set(self, variables: Variables) -> None:
+        with torch.no_grad():
+            for name, x in variables.items():
+                self.leaves[name].copy_(x)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "variables": self.copy(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": [asdict(step) for step in self.history],
+            "notes": self.notes,
+            "best": (self.best, self.best_step),
+            "before": self.before,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._set(state["variables"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = [MetaStep(**step) for step in state["history"]]
+        self.notes, self.before = state["notes"], state["before"]
+        self.best, self.best_step = state["best"]
+
+
+class Directory:
+    """A descent's state in a directory: `state.pt`, and `history.json` for people."""
+
+    def __init__(self, directory: str | os.PathLike[str], start: Mapping[str, Tensor]):
+        self.path = Path(directory)
+        self.identity = {f"the start of {name!r}": digest(x) for name, x in start.items()}
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, place: Place) -> None:
+        if not (self.path / "state.pt").exists():
+            return
+        kept = torch.load(self.path / "state.pt", weights_only=True)
+        known = self.identity | kept["identity"]
+        if differing := [name for name in known if kept["identity"].get(name) != self.identity.get(name)]:
+            raise StaleRun(str(self.path), differing)
+        place.load(kept["place"])
+
+    def save(self, place: Place) -> None:
+        self._replace("state.pt", lambda path: torch.save({"identity": self.identity, "place": place.state()}, path))
+        history = json.dumps([asdict(step) for step in place.history], indent=1)
+        self._replace("history.json", lambda path: path.write_text(history + "\n"))
+
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        """All of the new file or all of the old one, whenever the process ends."""
+        temporary = self.path / f".{name}"
+        write(temporary)
+        os.replace(temporary, self.path / name)
