@@ -41,11 +41,19 @@ class Progress:
 def tracked(words: str, total: int, done: int = 0, enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar of `total` things of which `done` are done; yields `tick(note)`, called after each."""
     if not enabled:
-        yield lambda note="": None
+        yield _nothing
         return
     with _bars() as display:
         task = display.add_task(words, total=total, completed=done)
-        yield lambda note="": display.update(task, advance=1, description=f"{words}  {note}".rstrip())
+
+        def tick(note: str = "") -> None:
+            display.update(task, advance=1, description=f"{words}  {note}".rstrip())
+
+        yield tick
+
+
+def _nothing(note: str = "") -> None:
+    pass
 
 
 def _bars() -> Any:
