@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mgd_kernels.rules import Rule
 
 # The codes of mgd::DType and mgd::RuleId (csrc/optim/cpu.h).
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+Leaves: TypeAlias = Sequence[Tensor | None]
 _HALVES = (torch.bfloat16, torch.float16)
 _RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
 
@@ -170,6 +172,7 @@ def replay_(
         k,
         table.data_ptr(),
         rows,
+        _addresses(state),
         torch.get_num_threads(),
     )
 
@@ -209,11 +212,125 @@ def vjp_(
         table.data_ptr(),
         rows,
         _addresses(adjoint),
+        _addresses(adjoint),
         u.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
+
+
+# --- Leaves that lie apart ----------------------------------------------------------------------------------------
+
+
+def update(
+    rule: Rule,
+    params: Leaves,
+    slots: Sequence[Leaves],
+    grads: Leaves,
+    hyper: Tensor,
+    k: int,
+    groups: Sequence[int],
+    updates: Sequence[Tensor],
+    new_slots: Sequence[Sequence[Tensor]],
+) -> None:
+    """As `integrations.flat.update`, in one pass over the leaves where they lie."""
+    core, state = _core(), [params, *_slots(rule, slots, "slots")]
+    out = [updates, *_slots(rule, new_slots, "new slots")]
+    dtype, grad_dtype, sizes = _check_leaves(k, updates, grads, [*state, *out], groups)
+    hyper = _table(rule, hyper, hyper.shape[0])
+    core.optim_update(
+        _rule(rule),
+        _DTYPES[dtype],
+        _DTYPES[grad_dtype],
+        sizes,
+        list(groups),
+        len(state),
+        _by_leaf(state),
+        _by_leaf([grads]),
+        hyper.data_ptr(),
+        hyper.shape[0],
+        k,
+        _by_leaf(out),
+        torch.get_num_threads(),
+    )
+
+
+def update_vjp(
+    rule: Rule,
+    params: Leaves,
+    slots: Sequence[Leaves],
+    grads: Leaves,
+    hyper: Tensor,
+    k: int,
+    groups: Sequence[int],
+    adjoint_updates: Leaves,
+    adjoint_slots: Sequence[Leaves],
+    new_adjoint_params: Leaves,
+    new_adjoint_slots: Sequence[Leaves],
+    u: Sequence[Tensor],
+) -> Tensor:
+    """As `integrations.flat.update_vjp`, in one pass over the leaves where they lie."""
+    core, state = _core(), [params, *_slots(rule, slots, "slots")]
+    adjoint = [adjoint_updates, *_slots(rule, adjoint_slots, "adjoints of slots")]
+    out = [new_adjoint_params, *_slots(rule, new_adjoint_slots, "new adjoints of slots")]
+    dtype, grad_dtype, sizes = _check_leaves(k, u, grads, [*state, *adjoint, *out], groups)
+    hyper = _table(rule, hyper, hyper.shape[0])
+    cotangents = torch.empty(hyper.shape[0], len(rule.hyper) + 1, dtype=torch.float64)
+    core.optim_update_vjp(
+        _rule(rule),
+        _DTYPES[dtype],
+        _DTYPES[grad_dtype],
+        sizes,
+        list(groups),
+        len(state),
+        _by_leaf(state),
+        _by_leaf([grads]),
+        hyper.data_ptr(),
+        hyper.shape[0],
+        k,
+        _by_leaf(adjoint),
+        _by_leaf(out),
+        _by_leaf([u]),
+        cotangents.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return cotangents
+
+
+def _check_leaves(
+    k: int, like: Sequence[Tensor], grads: Leaves, others: Sequence[Leaves], groups: Sequence[int]
+) -> tuple[torch.dtype, torch.dtype, list[int]]:
+    """The dtypes of the state and of the gradients, and the leaves' sizes, once all is what the kernels take it for."""
+    dtype = like[0].dtype
+    given = [grad for grad in grads if grad is not None]
+    grad_dtype = given[0].dtype if given else dtype
+    if dtype not in (torch.float32, torch.float64) or (grad_dtype != dtype and grad_dtype not in _HALVES):
+        raise BadArgument(
+            f"expected leaves in float32 or float64, and gradients in that dtype or a 16-bit one; got {dtype} and "
+            f"{grad_dtype}"
+        )
+    if k < 1:
+        raise BadArgument(f"expected a step number of at least 1; got {k}")
+    for row, wanted in ((grads, grad_dtype), (groups, None), *((row, dtype) for row in (like, *others))):
+        if len(row) != len(like):
+            raise BadArgument(f"expected {len(like)} leaves everywhere; got {len(row)}")
+        if wanted is None:
+            continue
+        for leaf, model in zip(row, like, strict=True):
+            if leaf is None:
+                continue
+            if (leaf.dtype, leaf.shape, leaf.device.type) != (wanted, model.shape, "cpu") or not leaf.is_contiguous():
+                raise BadArgument(
+                    f"expected a leaf contiguous, {wanted} {list(model.shape)} on the CPU; got {leaf.dtype} "
+                    f"{list(leaf.shape)}, strides {leaf.stride()}, on {leaf.device}"
+                )
+    return dtype, grad_dtype, [leaf.numel() for leaf in like]
+
+
+def _by_leaf(rows: Sequence[Leaves]) -> list[int]:
+    """The addresses of all rows' first leaves, of their second ones, and so on; 0 for a leaf that is not there."""
+    return [0 if leaf is None else leaf.data_ptr() for leaves in zip(*rows, strict=True) for leaf in leaves]
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
