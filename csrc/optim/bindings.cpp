@@ -149,7 +149,7 @@ void bind_optim(py::module_& m) {
             run_vjp(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), 1,
                     reinterpret_cast<double*>(out));
         },
-        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint for a cotangent that nobody wants.");
+        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that nobody wants.");
     m.def(
         "dot",
         [](int x_dtype, int y_dtype, int64_t n, Address x, Address y, int threads) {

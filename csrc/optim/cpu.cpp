@@ -160,12 +160,13 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
     const Tiles tiles(problem);
     const Kernels& kernels = current().kernels;
     static thread_local std::vector<double> kept;
-    double* const partial = workspace(kept, tiles.count() * kMaxSums);
+    double* const partial = out ? workspace(kept, tiles.count() * kMaxSums) : nullptr;
     parallel(problem.threads, tiles.count(), [&](int64_t tile) {
         tiles.visit(tile, [&](const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
-            kernels.vjp(task, tensors, group, begin, end, partial + tile * kMaxSums);
+            kernels.vjp(task, tensors, group, begin, end, partial ? partial + tile * kMaxSums : nullptr);
         });
     });
+    if (!out) return;
     with_rule(task.rule, [&](auto rule) {
         using R = decltype(rule);
         std::fill(out, out + task.groups * (R::columns + 1), 0.0);

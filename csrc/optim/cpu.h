@@ -42,7 +42,8 @@ struct Dot {
     const void *x, *y;
 };
 
-// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places.
+// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places, or null
+// where nobody asks.
 struct Kernels {
     void (*replay)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
     void (*vjp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end, double* sums);

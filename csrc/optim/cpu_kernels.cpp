@@ -2,6 +2,7 @@
 // its one exported function; everything else has internal linkage.
 
 #include "optim/cpu.h"
+#include <stdlib.h>
 #include "optim/simd.h"
 // The rules come after simd.h, which declares `root` for vector registers.
 #include "optim/adam.h"
@@ -47,6 +48,12 @@ struct LaneSums<float> {
         lanes[i][at] += a.low * b.low;
         lanes[i][at + 1] += a.high * b.high;
     }
+};
+
+// Where nobody asks for the sums.
+struct NoSums {
+    template <class... V>
+    inline __attribute__((always_inline)) void add(int, V...) const {}
 };
 
 double in_order(const DoublePack* lanes) {
@@ -138,8 +145,9 @@ struct Over {
     }
 
     static void replay(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
+        static const bool nostream = getenv("NOSTREAM");
         // Memory that is not read again soon is written past the caches: no line of it is fetched first.
-        bool streams = task.steps == 1;
+        bool streams = task.steps == 1 && !nostream;
         for (int i = 0; i < tensors; ++i)
             streams = streams && all.new_state[i] != all.state[i] &&
                       aligned(static_cast<T*>(all.new_state[i]) + begin);
@@ -164,7 +172,10 @@ struct Over {
         if (streams) fence();
     }
 
-    template <bool StreamU, bool StreamAdjoint>
+    // Stream: which of the outputs are written past the caches.
+    enum { kNothing, kCotangent, kEverything };
+
+    template <int Stream, bool Sum>
     MGD_HD void vjp_lanes(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
                           T* const* out, T* u, DoublePack (*lanes)[kDoublePacks]) {
 #pragma GCC unroll 8
@@ -176,14 +187,18 @@ struct Over {
                 s[i] = load<V>(state[i] + at);
                 a[i] = load<V>(adjoint[i] + at);
             }
-            R::vjp(c, load_as(grad + at, V{}), s, a, cotangent, LaneSums<T>::make(lanes, j));
+            const V g = load_as(grad + at, V{});
+            if constexpr (Sum)
+                R::vjp(c, g, s, a, cotangent, LaneSums<T>::make(lanes, j));
+            else
+                R::vjp(c, g, s, a, cotangent, NoSums{});
 #pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) put<StreamAdjoint>(out[i] + at, a[i]);
-            put<StreamU>(u + at, cotangent);
+            for (int i = 0; i < tensors; ++i) put<Stream == kEverything>(out[i] + at, a[i]);
+            put<Stream != kNothing>(u + at, cotangent);
         }
     }
 
-    template <bool StreamU, bool StreamAdjoint>
+    template <int Stream, bool Sum>
     static void vjp_lanes_of_tile(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
                                   T* const* out, T* u, int64_t count, DoublePack (*lanes)[kDoublePacks]) {
         DoublePack sums[R::sums][kDoublePacks] = {};
@@ -196,13 +211,13 @@ struct Over {
                 a[i] = adjoint[i] + at;
                 o[i] = out[i] + at;
             }
-            vjp_lanes<StreamU, StreamAdjoint>(c, s, grad + at, a, o, u + at, sums);
+            vjp_lanes<Stream, Sum>(c, s, grad + at, a, o, u + at, sums);
         }
         __builtin_memcpy(lanes, sums, sizeof sums);
     }
 
-    static void vjp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end,
-                    double* sums) {
+    template <bool Sum>
+    static void vjp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end, double* sums) {
         const Coefficients c = coefficients(task, 0, group);
         const int64_t count = end - begin, whole = count / kLanes * kLanes, rest = count - whole;
         const T *state[tensors], *adjoint[tensors];
@@ -210,23 +225,23 @@ struct Over {
         const G* grad = read_from<G>(all.grads[0], begin);
         T* u = static_cast<T*>(all.u) + begin;
         // As in `replay`; u is always memory of its own.
-        const bool stream_u = aligned(u);
-        bool stream_adjoint = stream_u;
+        static const bool nostream = getenv("NOSTREAMV");
+        bool apart = !nostream;
         for (int i = 0; i < tensors; ++i) {
             state[i] = read_from<T>(all.state[i], begin);
             adjoint[i] = read_from<T>(all.adjoint[i], begin);
             // What nobody wants goes where u overwrites it at once.
             out[i] = all.new_adjoint[i] ? static_cast<T*>(all.new_adjoint[i]) + begin : u;
-            stream_adjoint = stream_adjoint && out[i] != adjoint[i] && aligned(out[i]);
+            apart = apart && out[i] != adjoint[i] && aligned(out[i]);
         }
         DoublePack lanes[R::sums][kDoublePacks];
-        if (stream_adjoint)
-            vjp_lanes_of_tile<true, true>(c, state, grad, adjoint, out, u, whole, lanes);
-        else if (stream_u)
-            vjp_lanes_of_tile<true, false>(c, state, grad, adjoint, out, u, whole, lanes);
+        if (!aligned(u))
+            vjp_lanes_of_tile<kNothing, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+        else if (apart)
+            vjp_lanes_of_tile<kEverything, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
         else
-            vjp_lanes_of_tile<false, false>(c, state, grad, adjoint, out, u, whole, lanes);
-        if (stream_u) fence();
+            vjp_lanes_of_tile<kCotangent, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+        fence();
         if (rest) {
             Padded<T> last_state[tensors], last_adjoint[tensors], last_u;
             const T *s[tensors], *a[tensors];
@@ -237,11 +252,13 @@ struct Over {
                 s[i] = last_state[i].values;
                 a[i] = o[i] = last_adjoint[i].values;
             }
-            vjp_lanes<false, false>(c, s, Padded<G>(grad + whole, rest).values, a, o, last_u.values, lanes);
+            const Padded<G> last_grad(grad + whole, rest);
+            vjp_lanes<kNothing, Sum>(c, s, last_grad.values, a, o, last_u.values, lanes);
             for (int i = 0; i < tensors; ++i) last_adjoint[i].write(out[i] + whole, rest);
             last_u.write(u + whole, rest);
         }
-        for (int i = 0; i < R::sums; ++i) sums[i] = in_order(lanes[i]);
+        if constexpr (Sum)
+            for (int i = 0; i < R::sums; ++i) sums[i] = in_order(lanes[i]);
     }
 };
 
@@ -319,7 +336,11 @@ void replay(const Task& task, const Tensors& tensors, int64_t group, int64_t beg
 }
 
 void vjp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end, double* sums) {
-    with_types(task, [&](auto over) { decltype(over)::vjp(task, tensors, group, begin, end, sums); });
+    with_types(task, [&](auto over) { 
+        using O = decltype(over);
+        sums ? O::template vjp<true>(task, tensors, group, begin, end, sums)
+             : O::template vjp<false>(task, tensors, group, begin, end, sums);
+    });
 }
 
 template <class X, class Y>

@@ -26,7 +26,7 @@ int columns(RuleId rule);
 // Steps first_step, first_step + 1, ... of `task`; grad_scales: one for each step.
 void run_replay(Task task, const Problem& problem, const double* grad_scales);
 
-// The VJP of one step; out: [groups][columns + 1], overwritten.
+// The VJP of one step; out: [groups][columns + 1], overwritten, or null where nobody asks.
 void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
 
 double run_dot(const Dot& task, int64_t n, int threads);

@@ -269,7 +269,8 @@ def update_vjp(
     new_adjoint_params: Leaves,
     new_adjoint_slots: Sequence[Leaves],
     u: Sequence[Tensor],
-) -> Tensor:
+    hyper_wanted: bool = True,
+) -> Tensor | None:
     """As `integrations.flat.update_vjp`, in one pass over the leaves where they lie."""
     core, state = _core(), [params, *_slots(rule, slots, "slots")]
     adjoint = [adjoint_updates, *_slots(rule, adjoint_slots, "adjoints of slots")]
@@ -292,10 +293,10 @@ def update_vjp(
         _by_leaf(adjoint),
         _by_leaf(out),
         _by_leaf([u]),
-        cotangents.data_ptr(),
+        cotangents.data_ptr() if hyper_wanted else 0,
         torch.get_num_threads(),
     )
-    return cotangents
+    return cotangents if hyper_wanted else None
 
 
 def _check_leaves(
@@ -312,17 +313,16 @@ def _check_leaves(
         )
     if k < 1:
         raise BadArgument(f"expected a step number of at least 1; got {k}")
-    for row, wanted in ((grads, grad_dtype), (groups, None), *((row, dtype) for row in (like, *others))):
-        if len(row) != len(like):
-            raise BadArgument(f"expected {len(like)} leaves everywhere; got {len(row)}")
-        if wanted is None:
-            continue
-        for leaf, model in zip(row, like, strict=True):
+    shapes = [leaf.shape for leaf in like]
+    if any(len(row) != len(shapes) for row in (grads, groups, *others)):
+        raise BadArgument(f"expected {len(shapes)} leaves everywhere; got {[len(row) for row in (grads, *others)]}")
+    for row, wanted in ((grads, grad_dtype), *((row, dtype) for row in (like, *others))):
+        for leaf, shape in zip(row, shapes, strict=True):
             if leaf is None:
                 continue
-            if (leaf.dtype, leaf.shape, leaf.device.type) != (wanted, model.shape, "cpu") or not leaf.is_contiguous():
+            if leaf.dtype != wanted or leaf.shape != shape or not leaf.is_cpu or not leaf.is_contiguous():
                 raise BadArgument(
-                    f"expected a leaf contiguous, {wanted} {list(model.shape)} on the CPU; got {leaf.dtype} "
+                    f"expected a leaf contiguous, {wanted} {list(shape)} on the CPU; got {leaf.dtype} "
                     f"{list(leaf.shape)}, strides {leaf.stride()}, on {leaf.device}"
                 )
     return dtype, grad_dtype, [leaf.numel() for leaf in like]

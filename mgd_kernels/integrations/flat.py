@@ -95,10 +95,11 @@ def update_vjp(
     new_adjoint_params: Leaves,
     new_adjoint_slots: Sequence[Leaves],
     u: Sequence[Tensor],
-) -> Tensor:
+    hyper_wanted: bool = True,
+) -> Tensor | None:
     """From the cotangents of the updates and of the new slots: write those of the parameters, of the slots and, in
     `u`, of the gradients; None in `new_adjoint_*` for one that nobody wants. Returns those of hyper, float64
-    `[G, H + 1]` as `vjp_`."""
+    `[G, H + 1]` as `vjp_`; hyper_wanted: whether they matter."""
     shapes = [leaf.shape for leaf in u]
     adjoints = [_joined(adjoint_updates, u, new=True)]
     apart: list[tuple[Leaves, Tensor]] = []  # what the kernel leaves in a buffer of its own

@@ -73,7 +73,7 @@ class Call:
 
     def ready(self, leaves: Leaves, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The leaves as kernels read them."""
-        return [None if leaf is None else leaf.detach().to(dtype or leaf.dtype).contiguous() for leaf in leaves]
+        return [None if leaf is None else leaf.to(dtype or leaf.dtype).contiguous() for leaf in leaves]
 
     def empty(self) -> list[Tensor]:
         """Leaves of the state's dtype, in one buffer."""
@@ -228,8 +228,9 @@ def _vjp(call: Call, hyper: Tensor, kept: Leaves, updates: Leaves, slots: Sequen
         new_params,
         new_slots,
         u,
+        hyper.requires_grad,
     )
-    dhyper = found[:, :-1].sum(0).to(hyper.device)
+    dhyper = found[:, :-1].sum(0).to(hyper.device) if hyper.requires_grad else None
     return [*u, *itertools.chain(*new_slots), *(new_params[i] for i in call.decayed)], dhyper
 
 
