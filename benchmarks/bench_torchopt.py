@@ -23,8 +23,7 @@ import torch
 import torchopt
 from torch import Tensor
 
-from mgd_kernels import AdamW, Arena
-from mgd_kernels.integrations import buffers
+from mgd_kernels import AdamW, Arena, buffers
 from mgd_kernels.integrations import torchopt as fused
 
 N = 4_000_000

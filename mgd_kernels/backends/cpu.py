@@ -20,6 +20,7 @@ from mgd_kernels.rules import Rule
 
 # The codes of mgd::DType and mgd::RuleId (csrc/optim/cpu.h).
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+OUT_OF_PLACE = True  # `step_`, `replay_` and `vjp_` take `out`
 Leaves: TypeAlias = Sequence[Tensor | None]
 _HALVES = (torch.bfloat16, torch.float16)
 _RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
@@ -131,9 +132,10 @@ def step_(
     k: int,
     segments: Segments,
     grad_scale: float | Tensor = 1.0,
+    out: Sequence[Tensor] | None = None,
 ) -> None:
-    """As `reference.step_`."""
-    replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, [grad_scale])
+    """As `reference.step_`; out as in `replay_`."""
+    replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, [grad_scale], out)
 
 
 def replay_(
@@ -145,10 +147,12 @@ def replay_(
     k: int,
     segments: Segments,
     grad_scales: Sequence[float | Tensor],
+    out: Sequence[Tensor] | None = None,
 ) -> None:
     """As `reference.replay_`, in one pass over memory: `slots + 1 + len(grads)` reads, `slots + 1` writes an element.
 
-    Bit-identical to single steps.
+    Bit-identical to single steps. out: where given, tensors apart from all others that receive the elements of the
+    segments of `[params, *slots]`, which stay as they are.
     """
     core = _core()
     if len(grad_scales) != len(grads):
@@ -156,7 +160,8 @@ def replay_(
     if not grads:
         return
     state = [params, *_slots(rule, slots, "slots")]
-    _check(rule, state, grads, k)
+    new = state if out is None else [out[0], *_slots(rule, out[1:], "new slots")]
+    _check(rule, [*state, *new], grads, k)
     hypers = _table(rule, hypers, len(grads), segments.groups)
     table, rows = _segments(segments)
     core.optim_replay(
@@ -172,7 +177,7 @@ def replay_(
         k,
         table.data_ptr(),
         rows,
-        _addresses(state),
+        _addresses(new),
         torch.get_num_threads(),
     )
 
@@ -189,15 +194,20 @@ def vjp_(
     adjoint_slots: Sequence[Tensor],
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
-) -> Tensor:
-    """As `reference.vjp_`, in one pass over memory."""
+    out: Sequence[Tensor] | None = None,
+    hyper_wanted: bool = True,
+) -> Tensor | None:
+    """As `reference.vjp_`, in one pass over memory. out: where given, tensors apart from all others that receive the
+    elements of the segments of the adjoints, which stay as they are. hyper_wanted: False spares the sums, a third of
+    the time in memory that the caches hold; then None is returned."""
     core = _core()
     state = [params, *_slots(rule, slots, "slots")]
     adjoint = [adjoint_params, *_slots(rule, adjoint_slots, "adjoints of slots")]
-    _check(rule, [*state, *adjoint, u], [grad], k)
+    new = adjoint if out is None else [out[0], *_slots(rule, out[1:], "new adjoints of slots")]
+    _check(rule, [*state, *adjoint, *new, u], [grad], k)
     hyper = _table(rule, hyper, segments.groups)
     table, rows = _segments(segments)
-    out = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
+    cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
     core.optim_vjp(
         _rule(rule),
         _DTYPES[params.dtype],
@@ -212,12 +222,12 @@ def vjp_(
         table.data_ptr(),
         rows,
         _addresses(adjoint),
-        _addresses(adjoint),
+        _addresses(new),
         u.data_ptr(),
-        out.data_ptr(),
+        cotangents.data_ptr() if hyper_wanted else 0,
         torch.get_num_threads(),
     )
-    return out
+    return cotangents if hyper_wanted else None
 
 
 # --- Leaves that lie apart ----------------------------------------------------------------------------------------

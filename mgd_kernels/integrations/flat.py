@@ -19,8 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mgd_kernels import buffers
 from mgd_kernels.arena import Segments
-from mgd_kernels.integrations import buffers
 from mgd_kernels.rules import Rule
 
 Leaves: TypeAlias = Sequence[Tensor | None]

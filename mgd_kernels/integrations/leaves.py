@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mgd_kernels import dispatch, ops
+from mgd_kernels import buffers, dispatch, ops
 from mgd_kernels.arena import Segments
-from mgd_kernels.integrations import buffers, flat
+from mgd_kernels.integrations import flat
 from mgd_kernels.integrations.flat import Leaves
 from mgd_kernels.rules import ADAM, Rule
 
@@ -73,7 +73,12 @@ class Call:
 
     def ready(self, leaves: Leaves, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The leaves as kernels read them."""
-        return [None if leaf is None else leaf.to(dtype or leaf.dtype).contiguous() for leaf in leaves]
+        return [
+            leaf
+            if leaf is None or (leaf.dtype == (dtype or leaf.dtype) and leaf.is_contiguous())
+            else leaf.to(dtype or leaf.dtype).contiguous()
+            for leaf in leaves
+        ]
 
     def empty(self) -> list[Tensor]:
         """Leaves of the state's dtype, in one buffer."""
@@ -161,7 +166,9 @@ def _update(call: Call, hyper: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             else:  # the kernel writes past autograd: a graph that saved the leaf must hear of it
                 torch.autograd.graph.increment_version(leaf)
         new = old
-    return *(update.to(tensors[0].dtype) for update in updates), *itertools.chain(*new)
+    if call.dtype != tensors[0].dtype:
+        updates = [update.to(tensors[0].dtype) for update in updates]
+    return *updates, *itertools.chain(*new)
 
 
 class FusedUpdate(torch.autograd.Function):
@@ -197,8 +204,8 @@ class FusedUpdate(torch.autograd.Function):
             vjp = _differentiable_vjp if torch.is_grad_enabled() else _vjp
             found, dhyper = vjp(call, hyper, kept, updates, slots, ctx.needs_input_grad)
         found = [
-            None if cotangent is None or not needed else cotangent.to(dtype)
-            for needed, dtype, cotangent in zip(ctx.needs_input_grad[2:], ctx.dtypes, found, strict=True)
+            cotangent if cotangent is None or cotangent.dtype == dtype else cotangent.to(dtype)
+            for dtype, cotangent in zip(ctx.dtypes, found, strict=True)
         ]
         return None, dhyper if hyper.requires_grad else None, *found
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mgd_kernels import buffers
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.integrations import buffers
 from mgd_kernels.integrations import torchopt as fused
 
 torchopt = pytest.importorskip("torchopt")
