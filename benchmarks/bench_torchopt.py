@@ -1,10 +1,11 @@
-"""AdamW under an autograd graph: TorchOpt's transformation against the fused drop-in and against the bare kernels.
+"""AdamW under an autograd graph: TorchOpt's transformation against the fused drop-in, the operator, the bare kernels.
 
 One training step and its VJP, as a reverse sweep over stored states runs them: `update`, `apply_updates`, then the
 gradient with respect to the parameters, the moments and the gradients, given cotangents of the new parameters and
 moments. 4 M parameters in float32, in one tensor and as the leaves of a small GPT; one thread. Times are medians of
-repetitions in alternation, of that thread's CPU time. "kernels" is the same step and VJP without a graph (`step_`,
-`step_vjp_` on an arena).
+repetitions in alternation, of that thread's CPU time. "operator" is the same in one flat tensor by
+`torch.ops.mgd_kernels.adam_step`, which gives the new parameters themselves; "kernels" the same step and VJP without a
+graph (`step_`, `step_vjp_` on an arena, which give the cotangents of the hyperparameters too).
 
 Memory is what the graph of one step keeps for its backward pass, in tensors of the parameters' size: counted once a
 storage (what is really held), and once a saved tensor (TorchOpt saves the gradient twice).
@@ -23,7 +24,9 @@ import torch
 import torchopt
 from torch import Tensor
 
+import mgd_kernels.ops  # noqa: F401  # defines torch.ops.mgd_kernels
 from mgd_kernels import AdamW, Arena, buffers
+from mgd_kernels.arena import Segments
 from mgd_kernels.integrations import torchopt as fused
 
 N = 4_000_000
@@ -89,6 +92,27 @@ class Step:
         return sum(storages.values()) / size, saved / size
 
 
+class Operator:
+    """The same in flat tensors, by the operator."""
+
+    def __init__(self, n: int):
+        torch.manual_seed(0)
+        self.inputs = [torch.randn(n), torch.zeros(n), torch.zeros(n), torch.randn(n)]
+        self.table = AdamW(**SETTINGS).table()
+        self.segments = Segments.single(n).table
+        for k in range(1, 11):
+            self.inputs[:3] = self.step([*self.inputs[:3], torch.randn(n)], k)
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+        self.cotangents = [torch.randn(n) for _ in range(3)]
+
+    def step(self, inputs: list[Tensor], k: int = 11) -> list[Tensor]:
+        return torch.ops.mgd_kernels.adam_step(*inputs, self.table, k, self.segments)
+
+    def run(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.step(self.inputs), self.inputs, self.cotangents)
+
+
 class Kernels:
     """The same without a graph."""
 
@@ -131,17 +155,22 @@ def measure(n: int = N, rounds: int = 9) -> dict[str, dict[str, float]]:
     try:
         for name, shapes in (("one_tensor", one_tensor(n)), ("gpt_leaves", gpt_leaves(n))):
             theirs, ours, kernels = Step(torchopt, shapes), Step(fused, shapes), Kernels(shapes)
+            operator = Operator(sum(shape.numel() for shape in shapes))
             check(theirs, ours)
             buffers.release()
-            t_theirs, t_ours, t_kernels = alternate(rounds, theirs.run, ours.run, kernels.run)
+            t_theirs, t_ours, t_operator, t_kernels = alternate(
+                rounds, theirs.run, ours.run, operator.run, kernels.run
+            )
             (storage_theirs, saved_theirs), (storage_ours, saved_ours) = theirs.held(), ours.held()
             found[name] = {
                 "parameters": sum(shape.numel() for shape in shapes),
                 "leaves": len(shapes),
                 "torchopt_seconds": t_theirs,
                 "fused_seconds": t_ours,
+                "operator_seconds": t_operator,
                 "kernels_seconds": t_kernels,
                 "speedup_fused": t_theirs / t_ours,
+                "speedup_operator": t_theirs / t_operator,
                 "speedup_kernels": t_theirs / t_kernels,
                 "held_torchopt": storage_theirs,
                 "held_fused": storage_ours,
