@@ -158,9 +158,7 @@ def measure(n: int = N, rounds: int = 9) -> dict[str, dict[str, float]]:
             operator = Operator(sum(shape.numel() for shape in shapes))
             check(theirs, ours)
             buffers.release()
-            t_theirs, t_ours, t_operator, t_kernels = alternate(
-                rounds, theirs.run, ours.run, operator.run, kernels.run
-            )
+            t_theirs, t_ours, t_operator, t_kernels = alternate(rounds, theirs.run, ours.run, operator.run, kernels.run)
             (storage_theirs, saved_theirs), (storage_ours, saved_ours) = theirs.held(), ours.held()
             found[name] = {
                 "parameters": sum(shape.numel() for shape in shapes),

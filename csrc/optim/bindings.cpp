@@ -70,8 +70,13 @@ struct Leaves {
         }
     }
     Problem problem(Address hyper, int64_t k, int threads) const {
-        return {segments.data(), static_cast<int64_t>(tensors.size()), tensors.data(), true,
-                reinterpret_cast<const double*>(hyper), k, threads};
+        return {segments.data(),
+                static_cast<int64_t>(tensors.size()),
+                tensors.data(),
+                true,
+                reinterpret_cast<const double*>(hyper),
+                k,
+                threads};
     }
 };
 
@@ -116,9 +121,9 @@ void bind_optim(py::module_& m) {
         "[groups, columns + 1].");
     m.def(
         "optim_update",
-        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes,
-           const std::vector<int64_t>& group_of, size_t tensors, const Addresses& state, const Addresses& grads,
-           Address hyper, int64_t groups, int64_t k, const Addresses& new_state, int threads) {
+        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,
+           size_t tensors, const Addresses& state, const Addresses& grads, Address hyper, int64_t groups, int64_t k,
+           const Addresses& new_state, int threads) {
             Leaves leaves(sizes, group_of, groups);
             for (size_t i = 0; i < sizes.size(); ++i) {
                 set(leaves.tensors[i].state, state, i, tensors);
@@ -133,10 +138,9 @@ void bind_optim(py::module_& m) {
         "`tensors` of each, 0 for a state of zeros.");
     m.def(
         "optim_update_vjp",
-        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes,
-           const std::vector<int64_t>& group_of, size_t tensors, const Addresses& state, const Addresses& grads,
-           Address hyper, int64_t groups, int64_t k, const Addresses& adjoint, const Addresses& new_adjoint,
-           const Addresses& u, Address out, int threads) {
+        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,
+           size_t tensors, const Addresses& state, const Addresses& grads, Address hyper, int64_t groups, int64_t k,
+           const Addresses& adjoint, const Addresses& new_adjoint, const Addresses& u, Address out, int threads) {
             Leaves leaves(sizes, group_of, groups);
             for (size_t i = 0; i < sizes.size(); ++i) {
                 set(leaves.tensors[i].state, state, i, tensors);

@@ -2,7 +2,6 @@
 // its one exported function; everything else has internal linkage.
 
 #include "optim/cpu.h"
-#include <stdlib.h>
 #include "optim/simd.h"
 // The rules come after simd.h, which declares `root` for vector registers.
 #include "optim/adam.h"
@@ -145,12 +144,10 @@ struct Over {
     }
 
     static void replay(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
-        static const bool nostream = getenv("NOSTREAM");
         // Memory that is not read again soon is written past the caches: no line of it is fetched first.
-        bool streams = task.steps == 1 && !nostream;
+        bool streams = task.steps == 1;
         for (int i = 0; i < tensors; ++i)
-            streams = streams && all.new_state[i] != all.state[i] &&
-                      aligned(static_cast<T*>(all.new_state[i]) + begin);
+            streams = streams && all.new_state[i] != all.state[i] && aligned(static_cast<T*>(all.new_state[i]) + begin);
         for (int64_t at = begin; at < end; at += kReplayTile) {
             const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
             const T* state[tensors];
@@ -225,8 +222,7 @@ struct Over {
         const G* grad = read_from<G>(all.grads[0], begin);
         T* u = static_cast<T*>(all.u) + begin;
         // As in `replay`; u is always memory of its own.
-        static const bool nostream = getenv("NOSTREAMV");
-        bool apart = !nostream;
+        bool apart = true;
         for (int i = 0; i < tensors; ++i) {
             state[i] = read_from<T>(all.state[i], begin);
             adjoint[i] = read_from<T>(all.adjoint[i], begin);
@@ -336,7 +332,7 @@ void replay(const Task& task, const Tensors& tensors, int64_t group, int64_t beg
 }
 
 void vjp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end, double* sums) {
-    with_types(task, [&](auto over) { 
+    with_types(task, [&](auto over) {
         using O = decltype(over);
         sums ? O::template vjp<true>(task, tensors, group, begin, end, sums)
              : O::template vjp<false>(task, tensors, group, begin, end, sums);
