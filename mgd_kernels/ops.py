@@ -241,8 +241,8 @@ def adam_step_vjp(
     hyper_wanted=True,
 ):
     """The VJP of `adam_step`: the adjoints of `(params, exp_avg, exp_avg_sq)` before the step from those after it,
-    the cotangent of grad (in the parameters' dtype), and that of hyper `[G, H]`, which without `hyper_wanted` may be
-    anything."""
+    the cotangent of grad (in the parameters' dtype), and that of hyper `[G, H]`, which means nothing without
+    `hyper_wanted`."""
     adjoints = [adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq]
     return tuple(_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments, adjoints, hyper_wanted))
 
@@ -373,7 +373,7 @@ def _(params, slots, grad, hyper, k, segments, nesterov):
 )
 def sgd_step_vjp(params, slots, grad, hyper, k, segments, nesterov, adjoints, *, hyper_wanted=True):
     """The VJP of `sgd_step`: the adjoints of `[params, *slots]` before the step from those after it, then the
-    cotangents of grad (in the parameters' dtype) and of hyper `[G, H]` (anything without `hyper_wanted`)."""
+    cotangents of grad (in the parameters' dtype) and of hyper `[G, H]`, as in `adam_step_vjp`."""
     return _vjp(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments, adjoints, hyper_wanted)
 
 

@@ -2,8 +2,8 @@
 `update_vjp`, which read and write the leaves where they lie (`backends/cpu.py`).
 
 The update `p' - p` itself is computed, never by subtraction: a rule is `p' = decay * p - lr * direction`, so the kernel
-runs on a buffer that holds `-rate * p` (`rate = lr * weight_decay`) in the place of the parameters, without weight decay
-in its table, and leaves the update there, as precise as the step itself.
+runs on a buffer that holds `-rate * p` (`rate = lr * weight_decay`) in the place of the parameters, without weight
+decay in its table, and leaves the update there, as precise as the step itself.
 
 Everywhere: leaf lists of one length, contiguous, in the dtype of the state, gradients also in a 16-bit one; None stands
 for zeros. hyper: float64 `[G, H]` in the rule's columns, `l2` being 0; groups: the row of each leaf.
@@ -102,10 +102,12 @@ def update_vjp(
     `[G, H + 1]` as `vjp_`; hyper_wanted: whether they matter."""
     shapes = [leaf.shape for leaf in u]
     adjoints = [_joined(adjoint_updates, u, new=True)]
-    apart: list[tuple[Leaves, Tensor]] = []  # what the kernel leaves in a buffer of its own
+    cotangent, copied = flatten(u)
+    # What the kernel leaves in a buffer of its own.
+    apart: list[tuple[Leaves, Tensor]] = [(u, cotangent)] if copied else []
     for row, wanted in zip(adjoint_slots, new_adjoint_slots, strict=True):
         there = [leaf for leaf in wanted if leaf is not None]
-        flat, copied = flatten(there) if len(there) == len(u) else (None, True)
+        flat, copied = flatten(there) if len(there) == len(u) else (cotangent, True)
         adjoints.append(_joined(row, u, new=True) if copied else fill(flat, row, shapes))
         if copied:
             apart.append((wanted, adjoints[-1]))
@@ -114,9 +116,6 @@ def update_vjp(
     ):
         if leaf is not None:
             torch.mul(adjoint, -rate, out=leaf)
-    cotangent, copied = flatten(u)
-    if copied:
-        apart.append((u, cotangent))
     old = [_joined(row, u) for row in (params, *slots)]
     ends = list(itertools.accumulate(shape.numel() for shape in shapes))
     segments = Segments.merged(list(zip([0, *ends[:-1]], ends, groups, strict=True)), hyper.shape[0])

@@ -159,16 +159,17 @@ def _update(call: Call, hyper: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     new = slots if call.inplace else [call.empty() for _ in slots]
     params = call.ready(call.at_leaves(params), call.dtype)
     call.kernel("update", grads)(call.rule, params, slots, grads, call.table(hyper), call.k, call.groups, updates, new)
+    out: list[Tensor] = list(itertools.chain(*new))
     if call.inplace:
-        for leaf, stepped in zip(itertools.chain(*old), itertools.chain(*new), strict=True):
+        for leaf, stepped in zip(itertools.chain(*old), out, strict=True):
             if leaf.data_ptr() != stepped.data_ptr():
                 leaf.copy_(stepped)
             else:  # the kernel writes past autograd: a graph that saved the leaf must hear of it
                 torch.autograd.graph.increment_version(leaf)
-        new = old
+        out = list(itertools.chain(*old))
     if call.dtype != tensors[0].dtype:
         updates = [update.to(tensors[0].dtype) for update in updates]
-    return *updates, *itertools.chain(*new)
+    return *updates, *out
 
 
 class FusedUpdate(torch.autograd.Function):
