@@ -72,9 +72,11 @@ def update(
             fill(flat, old, [leaf.shape for leaf in new])
         flats.append((flat, copied))
     grad = _joined(grads, updates)
-    table = hyper[:1].clone()
+    table = hyper.clone()
     table[:, rule.column("weight_decay")] = 0
-    segments = Segments.single(update.numel())
+    segments = _segments(updates, groups, len(hyper))
+    if (table == table[0]).all():  # the rows told apart by weight decay alone: one stretch
+        table, segments = table[:1], Segments.single(update.numel())
     backend.step_(rule, update, [flat for flat, _ in flats], grad, table, k, segments)
     for leaves, flat, copied in ((updates, update, apart), *zip(new_slots, *zip(*flats, strict=True), strict=True)):
         if copied:
@@ -117,8 +119,7 @@ def update_vjp(
         if leaf is not None:
             torch.mul(adjoint, -rate, out=leaf)
     old = [_joined(row, u) for row in (params, *slots)]
-    ends = list(itertools.accumulate(shape.numel() for shape in shapes))
-    segments = Segments.merged(list(zip([0, *ends[:-1]], ends, groups, strict=True)), hyper.shape[0])
+    segments = _segments(u, groups, len(hyper))
     found = backend.vjp_(
         rule, old[0], old[1:], _joined(grads, u), hyper, k, segments, adjoints[0], adjoints[1:], cotangent
     )
@@ -144,6 +145,11 @@ def _joined(leaves: Leaves, like: Sequence[Tensor], new: bool = False) -> Tensor
     first = given[0] if given else like[0]
     flat = buffers.empty(sum(leaf.numel() for leaf in like), first.dtype, first.device)
     return fill(flat, leaves, [leaf.shape for leaf in like])
+
+
+def _segments(leaves: Sequence[Tensor], groups: Sequence[int], count: int) -> Segments:
+    ends = list(itertools.accumulate(leaf.numel() for leaf in leaves))
+    return Segments.merged(list(zip([0, *ends[:-1]], ends, groups, strict=True)), count)
 
 
 def _rates(rule: Rule, hyper: Tensor, groups: Sequence[int]) -> list[float]:
