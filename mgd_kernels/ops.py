@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgd_kernels import dispatch
+from mgd_kernels import buffers, dispatch
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends import reference
 from mgd_kernels.errors import BadArgument
@@ -77,26 +77,50 @@ def _step_(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad, hyper, k: 
     backend.step_(rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)))
 
 
-def _step(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad, hyper, k: int, segments) -> list[Tensor]:
-    new = [tensor.clone() for tensor in (params, *slots)]
-    _step_(rule, new[0], new[1:], grad, hyper, k, segments)
+def _out_of_place(rule: Rule, params: Tensor, grad: Tensor) -> bool:
+    return getattr(dispatch.choose(rule, params, grad), "OUT_OF_PLACE", False)
+
+
+def _like(tensor: Tensor, segments: Tensor) -> Tensor:
+    """A new tensor with the elements of `tensor` outside every segment; the others are the kernel's to write."""
+    new = buffers.empty(tensor.numel(), tensor.dtype, tensor.device)
+    ends = [0, *segments[:, 1].tolist()]
+    for start, stop in zip(ends, [*segments[:, 0].tolist(), tensor.numel()], strict=True):
+        if start < stop:
+            new[start:stop] = tensor[start:stop]
     return new
 
 
-def _vjp_(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, u: Tensor) -> Tensor:
+def _step(rule: Rule, params: Tensor, slots: Sequence[Tensor], grad, hyper, k: int, segments) -> list[Tensor]:
+    if not _out_of_place(rule, params, grad):
+        new = [tensor.clone() for tensor in (params, *slots)]
+        _step_(rule, new[0], new[1:], grad, hyper, k, segments)
+        return new
+    _check(rule, params, slots, grad, hyper, k)
+    new = [_like(tensor, segments) for tensor in (params, *slots)]
+    backend = dispatch.choose(rule, params, grad)
+    backend.step_(rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)), out=new)
+    return new
+
+
+def _vjp_(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, u: Tensor, **options) -> Tensor:
     _check(rule, params, [*slots, *adjoints], grad, hyper, k)
     backend = dispatch.choose(rule, params, grad)
     out = backend.vjp_(
-        rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)), adjoints[0], adjoints[1:], u
+        rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)), adjoints[0], adjoints[1:], u, **options
     )
+    if out is None:
+        return torch.zeros_like(hyper, memory_format=torch.contiguous_format)
     return out[:, :-1].to(hyper.device).contiguous()  # the last column belongs to a gradient scale
 
 
-def _vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints) -> list[Tensor]:
-    new = [tensor.clone() for tensor in adjoints]
-    u = torch.zeros_like(params)
-    dhyper = _vjp_(rule, params, slots, grad, hyper, k, segments, new, u)
-    return [*new, u, dhyper]
+def _vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, hyper_wanted: bool) -> list[Tensor]:
+    if not _out_of_place(rule, params, grad):
+        new, u = [tensor.clone() for tensor in adjoints], torch.zeros_like(params)
+        return [*new, u, _vjp_(rule, params, slots, grad, hyper, k, segments, new, u)]
+    new, u = [_like(tensor, segments) for tensor in adjoints], _like(params.new_zeros(()).expand_as(params), segments)
+    options = {"out": new, "hyper_wanted": hyper_wanted}
+    return [*new, u, _vjp_(rule, params, slots, grad, hyper, k, segments, adjoints, u, **options)]
 
 
 def _fake_vjp(params: Tensor, hyper: Tensor, adjoints: Sequence[Tensor]) -> list[Tensor]:
@@ -198,21 +222,34 @@ def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments):
     mutates_args=(),
     schema=(
         f"(Tensor params, Tensor exp_avg, Tensor exp_avg_sq, {_ADAM_INPUTS}, Tensor adjoint_params, "
-        "Tensor adjoint_exp_avg, Tensor adjoint_exp_avg_sq) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor adjoint_exp_avg, Tensor adjoint_exp_avg_sq, *, bool hyper_wanted=True) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def adam_step_vjp(
-    params, exp_avg, exp_avg_sq, grad, hyper, k, segments, adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq
+    params,
+    exp_avg,
+    exp_avg_sq,
+    grad,
+    hyper,
+    k,
+    segments,
+    adjoint_params,
+    adjoint_exp_avg,
+    adjoint_exp_avg_sq,
+    *,
+    hyper_wanted=True,
 ):
     """The VJP of `adam_step`: the adjoints of `(params, exp_avg, exp_avg_sq)` before the step from those after it,
-    the cotangent of grad (in the parameters' dtype), and that of hyper `[G, H]`."""
+    the cotangent of grad (in the parameters' dtype), and that of hyper `[G, H]`, which means nothing without
+    `hyper_wanted`."""
     adjoints = [adjoint_params, adjoint_exp_avg, adjoint_exp_avg_sq]
-    return tuple(_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments, adjoints))
+    return tuple(_vjp(ADAM, params, [exp_avg, exp_avg_sq], grad, hyper, k, segments, adjoints, hyper_wanted))
 
 
 @adam_step_vjp.register_fake
-def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments, *adjoints):
-    return tuple(_fake_vjp(params, hyper, adjoints))
+def _(params, exp_avg, exp_avg_sq, grad, hyper, k, segments, ap, am, av, *, hyper_wanted=True):
+    return tuple(_fake_vjp(params, hyper, (ap, am, av)))
 
 
 @torch.library.custom_op(
@@ -256,14 +293,16 @@ def _adam_setup(ctx, inputs, output):
 def _adam_backward(ctx, *cotangents):
     params, exp_avg, exp_avg_sq, grad, hyper, segments = ctx.saved_tensors
     adjoints = _zeros_for_none(cotangents, (params, exp_avg, exp_avg_sq))
-    dparams, dm, dv, u, dhyper = adam_step_vjp(params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *adjoints)
+    dparams, dm, dv, u, dhyper = adam_step_vjp(
+        params, exp_avg, exp_avg_sq, grad, hyper, ctx.k, segments, *adjoints, hyper_wanted=ctx.needs_input_grad[4]
+    )
     return dparams, dm, dv, u.to(grad.dtype), dhyper, None, None
 
 
 adam_step.register_autograd(_adam_backward, setup_context=_adam_setup)
 
 
-def _adam_vjp_setup(ctx, inputs, output):
+def _adam_vjp_setup(ctx, inputs, keyword_only_inputs, output):
     *tensors, k, segments, ap, am, av = inputs
     ctx.save_for_backward(*tensors, ap, am, av, segments)
     ctx.k = k
@@ -330,16 +369,16 @@ def _(params, slots, grad, hyper, k, segments, nesterov):
 @torch.library.custom_op(
     "mgd_kernels::sgd_step_vjp",
     mutates_args=(),
-    schema=f"(Tensor params, Tensor[] slots, {_SGD_INPUTS}, Tensor[] adjoints) -> Tensor[]",
+    schema=f"(Tensor params, Tensor[] slots, {_SGD_INPUTS}, Tensor[] adjoints, *, bool hyper_wanted=True) -> Tensor[]",
 )
-def sgd_step_vjp(params, slots, grad, hyper, k, segments, nesterov, adjoints):
+def sgd_step_vjp(params, slots, grad, hyper, k, segments, nesterov, adjoints, *, hyper_wanted=True):
     """The VJP of `sgd_step`: the adjoints of `[params, *slots]` before the step from those after it, then the
-    cotangents of grad (in the parameters' dtype) and of hyper `[G, H]`."""
-    return _vjp(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments, adjoints)
+    cotangents of grad (in the parameters' dtype) and of hyper `[G, H]`, as in `adam_step_vjp`."""
+    return _vjp(_sgd(slots, nesterov), params, slots, grad, hyper, k, segments, adjoints, hyper_wanted)
 
 
 @sgd_step_vjp.register_fake
-def _(params, slots, grad, hyper, k, segments, nesterov, adjoints):
+def _(params, slots, grad, hyper, k, segments, nesterov, adjoints, *, hyper_wanted=True):
     return _fake_vjp(params, hyper, adjoints)
 
 
@@ -367,14 +406,16 @@ def _sgd_setup(ctx, inputs, output):
 def _sgd_backward(ctx, cotangents):
     params, grad, hyper, segments, *slots = ctx.saved_tensors
     cotangents = _zeros_for_none(cotangents, (params, *slots))
-    dparams, *dslots, u, dhyper = sgd_step_vjp(params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, cotangents)
+    dparams, *dslots, u, dhyper = sgd_step_vjp(
+        params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, cotangents, hyper_wanted=ctx.needs_input_grad[3]
+    )
     return dparams, dslots, u.to(grad.dtype), dhyper, None, None, None
 
 
 sgd_step.register_autograd(_sgd_backward, setup_context=_sgd_setup)
 
 
-def _sgd_vjp_setup(ctx, inputs, output):
+def _sgd_vjp_setup(ctx, inputs, keyword_only_inputs, output):
     params, slots, grad, hyper, ctx.k, segments, ctx.nesterov, adjoints = inputs
     ctx.save_for_backward(params, grad, hyper, segments, *slots, *adjoints)
     ctx.slots = len(slots)

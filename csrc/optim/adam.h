@@ -84,10 +84,10 @@ struct Adam {
         const V zero = V{};
         const V p = state[0], m = state[1], v = state[2], ap = adjoint[0];
         const Terms<V> t = terms(c, grad, p, m, v, ap);
-        const V lr_ap = t.ap * c.lr;  // = -dn
-        const V through_D = lr_ap * t.n / t.safe_D;
+        const V through_n = t.ap * c.lr / t.safe_D;  // = -dn / D
+        const V through_D = through_n * t.n;
         const V through_vhat = t.S > zero ? through_D / (t.S + t.S) : zero;
-        const V dm1 = adjoint[1] - lr_ap * c.inverse_c1 / t.safe_D;
+        const V dm1 = adjoint[1] - through_n * c.inverse_c1;
         const V dv1 = adjoint[2] + through_vhat * c.inverse_c2;
         const V dg = dm1 * c.one_minus_beta1 + t.g * c.two_one_minus_beta2 * dv1;
 

@@ -18,19 +18,30 @@ namespace {
 using Address = uintptr_t;
 using Addresses = std::vector<Address>;
 
-Task task(int rule, int dtype, int grad_dtype, const Addresses& state, const Addresses& grads, int64_t groups) {
+Task task(int rule, int dtype, int grad_dtype, int64_t steps, int64_t groups, bool update) {
     Task made{};
     made.rule = static_cast<RuleId>(rule);
     made.dtype = static_cast<DType>(dtype);
     made.grad_dtype = static_cast<DType>(grad_dtype);
-    for (size_t i = 0; i < state.size() && i < 3; ++i) made.state[i] = reinterpret_cast<void*>(state[i]);
-    made.grads = reinterpret_cast<const void* const*>(grads.data());
-    made.steps = static_cast<int64_t>(grads.size());
+    made.update = update;
+    made.steps = steps;
     made.groups = groups;
     return made;
 }
 
-Problem problem(int64_t n, Address segments, int64_t rows, int64_t groups, Address hyper, int64_t k, int threads) {
+// `count` addresses from the place `row` of a list of rows on: what is not in the list is null.
+template <class P>
+void set(P (&pointers)[3], const Addresses& addresses, size_t row = 0, size_t count = 3) {
+    for (size_t i = 0; i < count && i < 3 && row * count + i < addresses.size(); ++i)
+        pointers[i] = reinterpret_cast<P>(addresses[row * count + i]);
+}
+
+const void* const* pointers(const Addresses& addresses, size_t at = 0) {
+    return reinterpret_cast<const void* const*>(addresses.data() + at);
+}
+
+Problem flat(int64_t n, Address segments, int64_t rows, int64_t groups, Address hyper, int64_t k, int threads,
+             const Tensors& tensors) {
     const auto* table = reinterpret_cast<const int64_t*>(segments);
     for (int64_t r = 0, end = 0; r < rows; ++r) {
         const int64_t start = table[3 * r], stop = table[3 * r + 1], group = table[3 * r + 2];
@@ -41,8 +52,33 @@ Problem problem(int64_t n, Address segments, int64_t rows, int64_t groups, Addre
                                         std::to_string(group) + ")");
         end = stop;
     }
-    return {n, table, rows, reinterpret_cast<const double*>(hyper), k, threads};
+    return {table, rows, &tensors, false, reinterpret_cast<const double*>(hyper), k, threads};
 }
+
+// Leaves that lie apart: [leaves] tensors, each a stretch of its own from 0 to its size.
+struct Leaves {
+    std::vector<Tensors> tensors;
+    std::vector<int64_t> segments;
+
+    Leaves(const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of, int64_t groups)
+        : tensors(sizes.size()) {
+        for (size_t i = 0; i < sizes.size(); ++i) {
+            const int64_t group = i < group_of.size() ? group_of[i] : -1;
+            if (sizes[i] < 0 || group < 0 || group >= groups)
+                throw std::invalid_argument("expected a group below " + std::to_string(groups) + " for every leaf");
+            segments.insert(segments.end(), {0, sizes[i], group});
+        }
+    }
+    Problem problem(Address hyper, int64_t k, int threads) const {
+        return {segments.data(),
+                static_cast<int64_t>(tensors.size()),
+                tensors.data(),
+                true,
+                reinterpret_cast<const double*>(hyper),
+                k,
+                threads};
+    }
+};
 
 }  // namespace
 
@@ -54,26 +90,70 @@ void bind_optim(py::module_& m) {
         "optim_replay",
         [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, const Addresses& grads,
            const std::vector<double>& grad_scales, Address hypers, int64_t groups, int64_t k, Address segments,
-           int64_t rows, int threads) {
-            const Problem all = problem(n, segments, rows, groups, hypers, k, threads);
+           int64_t rows, const Addresses& new_state, int threads) {
+            Tensors tensors{};
+            set(tensors.state, state);
+            set(tensors.new_state, new_state);
+            tensors.grads = pointers(grads);
+            const Problem all = flat(n, segments, rows, groups, hypers, k, threads, tensors);
             py::gil_scoped_release release;
-            run_replay(task(rule, dtype, grad_dtype, state, grads, groups), all, grad_scales.data());
+            run_replay(task(rule, dtype, grad_dtype, grads.size(), groups, false), all, grad_scales.data());
         },
-        "Steps k, k + 1, ... in place, one for each gradient; hypers: address of float64 [steps, groups, columns].");
+        "Steps k, k + 1, ..., one for each gradient, from state to new_state (which may be the same); hypers: address "
+        "of float64 [steps, groups, columns].");
     m.def(
         "optim_vjp",
         [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, Address grad, double grad_scale,
            Address hyper, int64_t groups, int64_t k, Address segments, int64_t rows, const Addresses& adjoint,
-           Address u, Address out, int threads) {
-            const Problem all = problem(n, segments, rows, groups, hyper, k, threads);
-            py::gil_scoped_release release;
+           const Addresses& new_adjoint, Address u, Address out, int threads) {
             const Addresses grads{grad};
-            Task made = task(rule, dtype, grad_dtype, state, grads, groups);
-            for (size_t i = 0; i < adjoint.size() && i < 3; ++i) made.adjoint[i] = reinterpret_cast<void*>(adjoint[i]);
-            made.u = reinterpret_cast<void*>(u);
-            run_vjp(made, all, grad_scale, reinterpret_cast<double*>(out));
+            Tensors tensors{};
+            set(tensors.state, state);
+            set(tensors.adjoint, adjoint);
+            set(tensors.new_adjoint, new_adjoint);
+            tensors.u = reinterpret_cast<void*>(u);
+            tensors.grads = pointers(grads);
+            const Problem all = flat(n, segments, rows, groups, hyper, k, threads, tensors);
+            py::gil_scoped_release release;
+            run_vjp(task(rule, dtype, grad_dtype, 1, groups, false), all, grad_scale, reinterpret_cast<double*>(out));
         },
-        "The VJP of step k, adjoints and u in place; out: address of float64 [groups, columns + 1].");
+        "The VJP of step k, from adjoint to new_adjoint (which may be the same) and u; out: address of float64 "
+        "[groups, columns + 1].");
+    m.def(
+        "optim_update",
+        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,
+           size_t tensors, const Addresses& state, const Addresses& grads, Address hyper, int64_t groups, int64_t k,
+           const Addresses& new_state, int threads) {
+            Leaves leaves(sizes, group_of, groups);
+            for (size_t i = 0; i < sizes.size(); ++i) {
+                set(leaves.tensors[i].state, state, i, tensors);
+                set(leaves.tensors[i].new_state, new_state, i, tensors);
+                leaves.tensors[i].grads = pointers(grads, i);
+            }
+            py::gil_scoped_release release;
+            const double scale = 1;
+            run_replay(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), &scale);
+        },
+        "Step k of leaves that lie apart, with p' - p in the place of p'; state, new_state: addresses, leaf by leaf, "
+        "`tensors` of each, 0 for a state of zeros.");
+    m.def(
+        "optim_update_vjp",
+        [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,
+           size_t tensors, const Addresses& state, const Addresses& grads, Address hyper, int64_t groups, int64_t k,
+           const Addresses& adjoint, const Addresses& new_adjoint, const Addresses& u, Address out, int threads) {
+            Leaves leaves(sizes, group_of, groups);
+            for (size_t i = 0; i < sizes.size(); ++i) {
+                set(leaves.tensors[i].state, state, i, tensors);
+                set(leaves.tensors[i].adjoint, adjoint, i, tensors);
+                set(leaves.tensors[i].new_adjoint, new_adjoint, i, tensors);
+                leaves.tensors[i].u = reinterpret_cast<void*>(u[i]);
+                leaves.tensors[i].grads = pointers(grads, i);
+            }
+            py::gil_scoped_release release;
+            run_vjp(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), 1,
+                    reinterpret_cast<double*>(out));
+        },
+        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that nobody wants.");
     m.def(
         "dot",
         [](int x_dtype, int y_dtype, int64_t n, Address x, Address y, int threads) {

@@ -87,7 +87,7 @@ struct Tiles {
     void visit(int64_t tile, F f) const {
         const int64_t r = row(tile), *segment = problem.segments + 3 * r;
         const int64_t begin = segment[0] + (tile - first[r]) * kTile;
-        f(segment[2], begin, std::min(begin + kTile, segment[1]));
+        f(problem.tensors[problem.apart ? r : 0], segment[2], begin, std::min(begin + kTile, segment[1]));
     }
 };
 
@@ -121,11 +121,12 @@ const void* prepare(R, const Task& task, const Problem& problem, const double* g
         for (int64_t g = 0; g < task.groups; ++g) {
             const double* row = problem.hyper + (i * task.groups + g) * R::columns;
             const double k = static_cast<double>(problem.first_step + i);
+            Coefficients& c = out[i * task.groups + g];
             if constexpr (R::columns == Adam::columns)
-                out[i * task.groups + g] = R::template prepare<T>(row, k, grad_scales[i]);
+                c = R::template prepare<T>(row, k, grad_scales[i]);
             else
-                out[i * task.groups + g] =
-                    R::template prepare<T>(row, k, grad_scales[i], task.rule == RuleId::sgd_nesterov);
+                c = R::template prepare<T>(row, k, grad_scales[i], task.rule == RuleId::sgd_nesterov);
+            if (task.update) c.decay = T(-row[R::lr] * row[R::weight_decay]);
         }
     return out;
 }
@@ -148,7 +149,9 @@ void run_replay(Task task, const Problem& problem, const double* grad_scales) {
     const Tiles tiles(problem);
     const Kernels& kernels = current().kernels;
     parallel(problem.threads, tiles.count(), [&](int64_t tile) {
-        tiles.visit(tile, [&](int64_t group, int64_t begin, int64_t end) { kernels.replay(task, group, begin, end); });
+        tiles.visit(tile, [&](const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
+            kernels.replay(task, tensors, group, begin, end);
+        });
     });
 }
 
@@ -157,12 +160,13 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
     const Tiles tiles(problem);
     const Kernels& kernels = current().kernels;
     static thread_local std::vector<double> kept;
-    double* const partial = workspace(kept, tiles.count() * kMaxSums);
+    double* const partial = out ? workspace(kept, tiles.count() * kMaxSums) : nullptr;
     parallel(problem.threads, tiles.count(), [&](int64_t tile) {
-        tiles.visit(tile, [&](int64_t group, int64_t begin, int64_t end) {
-            kernels.vjp(task, group, begin, end, partial + tile * kMaxSums);
+        tiles.visit(tile, [&](const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
+            kernels.vjp(task, tensors, group, begin, end, partial ? partial + tile * kMaxSums : nullptr);
         });
     });
+    if (!out) return;
     with_rule(task.rule, [&](auto rule) {
         using R = decltype(rule);
         std::fill(out, out + task.groups * (R::columns + 1), 0.0);

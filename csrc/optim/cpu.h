@@ -15,15 +15,23 @@ constexpr int64_t kTile = 16384;
 constexpr int kLanes = 16;  // virtual accumulators of a reduction: element i of a tile goes to lane i % kLanes
 constexpr int kMaxSums = 9;
 
-// A step, a replay of several, or a VJP over all tiles. Pointers to tensors of `n` elements.
+// The tensors that a stretch of elements lies in. What comes out lies where it came in, or apart from everything.
+// A null pointer stands for zeros in state, grads and adjoint, and in new_adjoint for a cotangent that nobody wants.
+struct Tensors {
+    const void* state[3];
+    void* new_state[3];  // written by a replay
+    const void* adjoint[3];
+    void* new_adjoint[3];  // written by a VJP, as is u
+    void* u;
+    const void* const* grads;  // one for each step
+};
+
+// A step, a replay of several, or a VJP over all tiles.
 struct Task {
     RuleId rule;
     DType dtype;       // of state, adjoint and u
     DType grad_dtype;  // dtype, bf16 or f16
-    void* state[3];
-    void* adjoint[3];
-    void* u;
-    const void* const* grads;  // one for each step
+    bool update;       // the first tensor that comes out is p' - p in the place of p', of one step
     int64_t steps;
     int64_t groups;
     const void* coefficients;  // [steps][groups] of the rule's Coefficients<dtype>
@@ -34,10 +42,11 @@ struct Dot {
     const void *x, *y;
 };
 
-// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places.
+// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places, or null
+// where nobody asks.
 struct Kernels {
-    void (*replay)(const Task&, int64_t group, int64_t begin, int64_t end);
-    void (*vjp)(const Task&, int64_t group, int64_t begin, int64_t end, double* sums);
+    void (*replay)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
+    void (*vjp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end, double* sums);
     void (*dot)(const Dot&, int64_t begin, int64_t end, double* sums);
 };
 

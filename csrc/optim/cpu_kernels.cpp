@@ -49,6 +49,12 @@ struct LaneSums<float> {
     }
 };
 
+// Where nobody asks for the sums.
+struct NoSums {
+    template <class... V>
+    inline __attribute__((always_inline)) void add(int, V...) const {}
+};
+
 double in_order(const DoublePack* lanes) {
     double all[kLanes], sum = 0;
     __builtin_memcpy(all, lanes, sizeof all);
@@ -69,6 +75,10 @@ struct Padded {
     }
 };
 
+// What is read in the place of a tensor that is not there.
+template <class T>
+alignas(64) const T zeros_of[kTile] = {};
+
 template <class R, class T, class G>
 struct Over {
     static constexpr int tensors = R::slots + 1;
@@ -79,7 +89,23 @@ struct Over {
         return static_cast<const Coefficients*>(task.coefficients)[step * task.groups + group];
     }
 
-    MGD_HD void step_lanes(const Coefficients& c, T* const* state, const G* grad) {
+    template <bool Stream>
+    MGD_HD void put(T* to, V x) {
+        if (Stream)
+            stream(to, x);
+        else
+            store(to, x);
+    }
+
+    static bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kRegister == 0; }
+
+    template <class X>
+    static const X* read_from(const void* tensor, int64_t at) {
+        return tensor ? static_cast<const X*>(tensor) + at : zeros_of<X>;
+    }
+
+    template <bool Stream>
+    MGD_HD void step_lanes(const Coefficients& c, const T* const* state, const G* grad, T* const* out) {
 #pragma GCC unroll 8
         for (int j = 0; j < kPacks<T>; ++j) {
             const int at = j * Pack<T>::width;
@@ -88,42 +114,67 @@ struct Over {
             for (int i = 0; i < tensors; ++i) s[i] = load<V>(state[i] + at);
             R::step(c, load_as(grad + at, V{}), s);
 #pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) store(state[i] + at, s[i]);
-        }
-    }
-
-    static void step(const Coefficients& c, T* const* state, const G* grad, int64_t count) {
-        int64_t at = 0;
-        for (; at + kLanes <= count; at += kLanes) {
-            T* here[tensors];
-#pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) here[i] = state[i] + at;
-            step_lanes(c, here, grad + at);
-        }
-        if (at == count) return;
-        Padded<T> last[tensors];
-        T* here[tensors];
-        for (int i = 0; i < tensors; ++i) {
-            last[i] = Padded<T>(state[i] + at, count - at);
-            here[i] = last[i].values;
-        }
-        step_lanes(c, here, Padded<G>(grad + at, count - at).values);
-        for (int i = 0; i < tensors; ++i) last[i].write(state[i] + at, count - at);
-    }
-
-    static void replay(const Task& task, int64_t group, int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at += kReplayTile) {
-            const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
-            T* state[tensors];
-            for (int i = 0; i < tensors; ++i) state[i] = static_cast<T*>(task.state[i]) + at;
-            for (int64_t k = 0; k < task.steps; ++k)
-                step(coefficients(task, k, group), state, static_cast<const G*>(task.grads[k]) + at, count);
+            for (int i = 0; i < tensors; ++i) put<Stream>(out[i] + at, s[i]);
         }
     }
 
     template <bool Stream>
-    MGD_HD void vjp_lanes(const Coefficients& c, const T* const* state, const G* grad, T* const* adjoint, T* u,
-                          DoublePack (*lanes)[kDoublePacks]) {
+    static void step(const Coefficients& c, const T* const* state, const G* grad, T* const* out, int64_t count) {
+        int64_t at = 0;
+        for (; at + kLanes <= count; at += kLanes) {
+            const T* here[tensors];
+            T* there[tensors];
+#pragma GCC unroll 3
+            for (int i = 0; i < tensors; ++i) {
+                here[i] = state[i] + at;
+                there[i] = out[i] + at;
+            }
+            step_lanes<Stream>(c, here, grad + at, there);
+        }
+        if (at == count) return;
+        Padded<T> last[tensors];
+        const T* here[tensors];
+        T* there[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            last[i] = Padded<T>(state[i] + at, count - at);
+            here[i] = there[i] = last[i].values;
+        }
+        step_lanes<false>(c, here, Padded<G>(grad + at, count - at).values, there);
+        for (int i = 0; i < tensors; ++i) last[i].write(out[i] + at, count - at);
+    }
+
+    static void replay(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
+        // Memory that is not read again soon is written past the caches: no line of it is fetched first.
+        bool streams = task.steps == 1;
+        for (int i = 0; i < tensors; ++i)
+            streams = streams && all.new_state[i] != all.state[i] && aligned(static_cast<T*>(all.new_state[i]) + begin);
+        for (int64_t at = begin; at < end; at += kReplayTile) {
+            const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
+            const T* state[tensors];
+            T* out[tensors];
+            for (int i = 0; i < tensors; ++i) {
+                state[i] = read_from<T>(all.state[i], at);
+                out[i] = static_cast<T*>(all.new_state[i]) + at;
+            }
+            for (int64_t k = 0; k < task.steps; ++k) {
+                const Coefficients c = coefficients(task, k, group);
+                const G* grad = read_from<G>(all.grads[k], at);
+                if (streams)
+                    step<true>(c, state, grad, out, count);
+                else
+                    step<false>(c, state, grad, out, count);
+                for (int i = 0; i < tensors; ++i) state[i] = out[i];
+            }
+        }
+        if (streams) fence();
+    }
+
+    // Stream: which of the outputs are written past the caches.
+    enum { kNothing, kCotangent, kEverything };
+
+    template <int Stream, bool Sum>
+    MGD_HD void vjp_lanes(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
+                          T* const* out, T* u, DoublePack (*lanes)[kDoublePacks]) {
 #pragma GCC unroll 8
         for (int j = 0; j < kPacks<T>; ++j) {
             const int at = j * Pack<T>::width;
@@ -133,66 +184,77 @@ struct Over {
                 s[i] = load<V>(state[i] + at);
                 a[i] = load<V>(adjoint[i] + at);
             }
-            R::vjp(c, load_as(grad + at, V{}), s, a, cotangent, LaneSums<T>::make(lanes, j));
-#pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) store(adjoint[i] + at, a[i]);
-            if (Stream)
-                stream(u + at, cotangent);
+            const V g = load_as(grad + at, V{});
+            if constexpr (Sum)
+                R::vjp(c, g, s, a, cotangent, LaneSums<T>::make(lanes, j));
             else
-                store(u + at, cotangent);
+                R::vjp(c, g, s, a, cotangent, NoSums{});
+#pragma GCC unroll 3
+            for (int i = 0; i < tensors; ++i) put<Stream == kEverything>(out[i] + at, a[i]);
+            put<Stream != kNothing>(u + at, cotangent);
         }
     }
 
-    template <bool Stream>
-    static void vjp_lanes_of_tile(const Coefficients& c, const T* const* state, const G* grad, T* const* adjoint, T* u,
-                                  int64_t count, DoublePack (*lanes)[kDoublePacks]) {
+    template <int Stream, bool Sum>
+    static void vjp_lanes_of_tile(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
+                                  T* const* out, T* u, int64_t count, DoublePack (*lanes)[kDoublePacks]) {
         DoublePack sums[R::sums][kDoublePacks] = {};
         for (int64_t at = 0; at < count; at += kLanes) {
-            const T* s[tensors];
-            T* a[tensors];
+            const T *s[tensors], *a[tensors];
+            T* o[tensors];
 #pragma GCC unroll 3
             for (int i = 0; i < tensors; ++i) {
                 s[i] = state[i] + at;
                 a[i] = adjoint[i] + at;
+                o[i] = out[i] + at;
             }
-            vjp_lanes<Stream>(c, s, grad + at, a, u + at, sums);
+            vjp_lanes<Stream, Sum>(c, s, grad + at, a, o, u + at, sums);
         }
         __builtin_memcpy(lanes, sums, sizeof sums);
     }
 
-    static void vjp(const Task& task, int64_t group, int64_t begin, int64_t end, double* sums) {
+    template <bool Sum>
+    static void vjp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end, double* sums) {
         const Coefficients c = coefficients(task, 0, group);
         const int64_t count = end - begin, whole = count / kLanes * kLanes, rest = count - whole;
-        const T* state[tensors];
-        T* adjoint[tensors];
+        const T *state[tensors], *adjoint[tensors];
+        T* out[tensors];
+        const G* grad = read_from<G>(all.grads[0], begin);
+        T* u = static_cast<T*>(all.u) + begin;
+        // As in `replay`; u is always memory of its own.
+        bool apart = true;
         for (int i = 0; i < tensors; ++i) {
-            state[i] = static_cast<const T*>(task.state[i]) + begin;
-            adjoint[i] = static_cast<T*>(task.adjoint[i]) + begin;
+            state[i] = read_from<T>(all.state[i], begin);
+            adjoint[i] = read_from<T>(all.adjoint[i], begin);
+            // What nobody wants goes where u overwrites it at once.
+            out[i] = all.new_adjoint[i] ? static_cast<T*>(all.new_adjoint[i]) + begin : u;
+            apart = apart && out[i] != adjoint[i] && aligned(out[i]);
         }
-        const G* grad = static_cast<const G*>(task.grads[0]) + begin;
-        T* u = static_cast<T*>(task.u) + begin;
         DoublePack lanes[R::sums][kDoublePacks];
-        if (reinterpret_cast<uintptr_t>(u) % kRegister == 0) {
-            vjp_lanes_of_tile<true>(c, state, grad, adjoint, u, whole, lanes);
-            fence();
-        } else {
-            vjp_lanes_of_tile<false>(c, state, grad, adjoint, u, whole, lanes);
-        }
+        if (!aligned(u))
+            vjp_lanes_of_tile<kNothing, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+        else if (apart)
+            vjp_lanes_of_tile<kEverything, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+        else
+            vjp_lanes_of_tile<kCotangent, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+        fence();
         if (rest) {
             Padded<T> last_state[tensors], last_adjoint[tensors], last_u;
-            const T* s[tensors];
-            T* a[tensors];
+            const T *s[tensors], *a[tensors];
+            T* o[tensors];
             for (int i = 0; i < tensors; ++i) {
                 last_state[i] = Padded<T>(state[i] + whole, rest);
                 last_adjoint[i] = Padded<T>(adjoint[i] + whole, rest);
                 s[i] = last_state[i].values;
-                a[i] = last_adjoint[i].values;
+                a[i] = o[i] = last_adjoint[i].values;
             }
-            vjp_lanes<false>(c, s, Padded<G>(grad + whole, rest).values, a, last_u.values, lanes);
-            for (int i = 0; i < tensors; ++i) last_adjoint[i].write(adjoint[i] + whole, rest);
+            const Padded<G> last_grad(grad + whole, rest);
+            vjp_lanes<kNothing, Sum>(c, s, last_grad.values, a, o, last_u.values, lanes);
+            for (int i = 0; i < tensors; ++i) last_adjoint[i].write(out[i] + whole, rest);
             last_u.write(u + whole, rest);
         }
-        for (int i = 0; i < R::sums; ++i) sums[i] = in_order(lanes[i]);
+        if constexpr (Sum)
+            for (int i = 0; i < R::sums; ++i) sums[i] = in_order(lanes[i]);
     }
 };
 
@@ -265,12 +327,16 @@ void with_types(const Task& task, F f) {
     }
 }
 
-void replay(const Task& task, int64_t group, int64_t begin, int64_t end) {
-    with_types(task, [&](auto over) { decltype(over)::replay(task, group, begin, end); });
+void replay(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
+    with_types(task, [&](auto over) { decltype(over)::replay(task, tensors, group, begin, end); });
 }
 
-void vjp(const Task& task, int64_t group, int64_t begin, int64_t end, double* sums) {
-    with_types(task, [&](auto over) { decltype(over)::vjp(task, group, begin, end, sums); });
+void vjp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end, double* sums) {
+    with_types(task, [&](auto over) {
+        using O = decltype(over);
+        sums ? O::template vjp<true>(task, tensors, group, begin, end, sums)
+             : O::template vjp<false>(task, tensors, group, begin, end, sums);
+    });
 }
 
 template <class X, class Y>

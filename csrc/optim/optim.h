@@ -1,4 +1,4 @@
-// The optimizer kernels on whole flat buffers.
+// The optimizer kernels on whole tensors.
 
 #pragma once
 
@@ -10,11 +10,12 @@
 
 namespace mgd {
 
-// A table of hyperparameters and the stretches of the buffers that its rows govern.
+// A table of hyperparameters and the stretches that its rows govern: of flat buffers, or each of tensors of its own.
 struct Problem {
-    int64_t n;                // elements of every tensor
     const int64_t* segments;  // [rows][3]: start, stop, group
     int64_t rows;
+    const Tensors* tensors;  // [rows] where they lie apart, else those of all rows
+    bool apart;
     const double* hyper;  // [steps][groups][columns]
     int64_t first_step;   // k of the first step: 1, 2, ...
     int threads;
@@ -22,10 +23,10 @@ struct Problem {
 
 int columns(RuleId rule);
 
-// Steps first_step, first_step + 1, ... of `task` in place; grad_scales: one for each step.
+// Steps first_step, first_step + 1, ... of `task`; grad_scales: one for each step.
 void run_replay(Task task, const Problem& problem, const double* grad_scales);
 
-// The VJP of one step; out: [groups][columns + 1], overwritten.
+// The VJP of one step; out: [groups][columns + 1], overwritten, or null where nobody asks.
 void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
 
 double run_dot(const Dot& task, int64_t n, int threads);

@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends import addresses
+from mgd_kernels.backends.addresses import DTYPES, check, check_slots, code
 from mgd_kernels.errors import BackendUnavailable, BadArgument, KernelError
 from mgd_kernels.rules import Rule
 
-# The codes of DType and RuleId in csrc/optim/cuda.cu.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_HALVES = (torch.bfloat16, torch.float16)
-_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
 _MAX_STEPS = 32  # kMaxSteps
 _DEVICE = "cuda"
 _LIBRARY = "libmgd_cuda.so"
@@ -143,51 +141,17 @@ def _library() -> ctypes.CDLL:
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     """None where these tensors are served, else the reason: tensors `[n]` of one GPU, contiguous, float32 or float64;
     gradients of that dtype or a 16-bit one."""
-    if _rule(rule) is None:
-        return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
     if params.device.type != _DEVICE or grad.device != params.device:
         return f"expected params and grad on one GPU; got {params.device} and {grad.device}"
-    for name, tensor in (("params", params), ("grad", grad)):
-        if tensor.layout != torch.strided or not tensor.is_contiguous():
-            return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
-    if params.dtype not in (torch.float32, torch.float64):
-        return f"expected float32 or float64 params; got {params.dtype}"
-    if grad.dtype != params.dtype and grad.dtype not in _HALVES:
-        return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
-    return None
-
-
-def _rule(rule: Rule) -> int | None:
-    return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
+    return addresses.unsupported(rule, params, grad)
 
 
 def _check(rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """The kernels take addresses: what is not checked here would read or write memory that is not ours."""
-    params = state[0]
     for grad in grads:
-        reason = unsupported(rule, params, grad)
+        reason = unsupported(rule, state[0], grad)
         if reason:
             raise BadArgument(f"the cuda backend cannot serve these tensors: {reason}")
-        if grad.shape != params.shape or grad.dtype != grads[0].dtype:
-            raise BadArgument(
-                f"expected gradients {grads[0].dtype} {list(params.shape)}; got {grad.dtype} {list(grad.shape)}"
-            )
-    if params.ndim != 1:
-        raise BadArgument(f"expected flat tensors [n]; got params {list(params.shape)}")
-    for tensor in state:
-        same = (tensor.dtype, tensor.shape, tensor.device) == (params.dtype, params.shape, params.device)
-        if not same or not tensor.is_contiguous():
-            raise BadArgument(
-                f"expected every slot, adjoint and u contiguous, {params.dtype} {list(params.shape)} on "
-                f"{params.device} as params; got {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on "
-                f"{tensor.device}"
-            )
-
-
-def _slots(rule: Rule, slots: Sequence[Tensor], what: str) -> list[Tensor]:
-    if len(slots) != len(rule.slots):
-        raise BadArgument(f"expected {len(rule.slots)} {what} ({', '.join(rule.slots)}); got {len(slots)}")
-    return list(slots)
+    check(state, grads)
 
 
 # --- What the kernels read from device memory -------------------------------------------------------------------------
@@ -252,10 +216,6 @@ def _call(function: Any, launch: ctypes.Structure, device: torch.device) -> None
         raise KernelError(f"expected {function.__name__} to launch on {device}; CUDA error {code}: {error}")
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
 # --- The functions every backend has ----------------------------------------------------------------------------------
 
 
@@ -290,7 +250,7 @@ def replay_(
         raise BadArgument(f"expected {len(grads)} grad_scales, one a gradient; got {len(grad_scales)}")
     if not grads:
         return
-    state = [params, *_slots(rule, slots, "slots")]
+    state = [params, *check_slots(rule, slots, "slots")]
     _check(rule, state, grads)
     device, groups = params.device, segments.groups
     tiles = _tiles(segments, params, library.mgd_cuda_tile())
@@ -302,8 +262,8 @@ def replay_(
     for at in range(0, len(grads), _MAX_STEPS):
         part = grads[at : at + _MAX_STEPS]
         launch = _Launch(
-            state=(ctypes.c_void_p * 3)(*_addresses(state)),
-            grads=(ctypes.c_void_p * _MAX_STEPS)(*_addresses(part)),
+            state=(ctypes.c_void_p * 3)(*addresses.addresses(state)),
+            grads=(ctypes.c_void_p * _MAX_STEPS)(*addresses.addresses(part)),
             segments=tiles.table.data_ptr(),
             first_tile=tiles.first.data_ptr(),
             rows=tiles.rows,
@@ -315,9 +275,9 @@ def replay_(
             hyper=hypers[at:].data_ptr(),
             grad_scale=scales[at:].data_ptr(),
             workspace=workspace.data_ptr(),
-            rule=_rule(rule),
-            dtype=_DTYPES[params.dtype],
-            grad_dtype=_DTYPES[part[0].dtype],
+            rule=code(rule),
+            dtype=DTYPES[params.dtype],
+            grad_dtype=DTYPES[part[0].dtype],
         )
         _call(library.mgd_cuda_replay, launch, device)
 
@@ -337,8 +297,8 @@ def vjp_(
 ) -> Tensor:
     """As `reference.vjp_`, in one pass over memory. `k` may be a 0-d int64 tensor on the device."""
     library = _library()
-    state = [params, *_slots(rule, slots, "slots")]
-    adjoint = [adjoint_params, *_slots(rule, adjoint_slots, "adjoints of slots")]
+    state = [params, *check_slots(rule, slots, "slots")]
+    adjoint = [adjoint_params, *check_slots(rule, adjoint_slots, "adjoints of slots")]
     _check(rule, [*state, *adjoint, u], [grad])
     device, groups = params.device, segments.groups
     tiles = _tiles(segments, params, library.mgd_cuda_tile())
@@ -348,8 +308,8 @@ def vjp_(
     workspace = torch.empty(library.mgd_cuda_workspace(1, groups, tiles.count), dtype=torch.uint8, device=device)
     out = torch.empty(groups, len(rule.hyper) + 1, dtype=torch.float64, device=device)
     launch = _Launch(
-        state=(ctypes.c_void_p * 3)(*_addresses(state)),
-        adjoint=(ctypes.c_void_p * 3)(*_addresses(adjoint)),
+        state=(ctypes.c_void_p * 3)(*addresses.addresses(state)),
+        adjoint=(ctypes.c_void_p * 3)(*addresses.addresses(adjoint)),
         u=u.data_ptr(),
         grads=(ctypes.c_void_p * _MAX_STEPS)(grad.data_ptr()),
         segments=tiles.table.data_ptr(),
@@ -364,9 +324,9 @@ def vjp_(
         grad_scale=scale.data_ptr(),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),
-        rule=_rule(rule),
-        dtype=_DTYPES[params.dtype],
-        grad_dtype=_DTYPES[grad.dtype],
+        rule=code(rule),
+        dtype=DTYPES[params.dtype],
+        grad_dtype=DTYPES[grad.dtype],
     )
     _call(library.mgd_cuda_vjp, launch, device)
     return out
@@ -376,7 +336,7 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     """As `reference.dot`: `[n]` tensors of any two of float32, float64, bfloat16 and float16, on one GPU."""
     library = _library()
     for name, tensor in (("x", x), ("y", y)):
-        if tensor.device.type != _DEVICE or tensor.dtype not in _DTYPES or tensor.ndim != 1:
+        if tensor.device.type != _DEVICE or tensor.dtype not in DTYPES or tensor.ndim != 1:
             raise BadArgument(
                 f"expected {name} flat and floating-point on a GPU; got {tensor.dtype} {list(tensor.shape)} on "
                 f"{tensor.device}"
@@ -395,8 +355,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         n=x.numel(),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),
-        x_dtype=_DTYPES[x.dtype],
-        y_dtype=_DTYPES[y.dtype],
+        x_dtype=DTYPES[x.dtype],
+        y_dtype=DTYPES[y.dtype],
     )
     _call(library.mgd_cuda_dot, launch, x.device)
     return out

@@ -230,7 +230,8 @@ def _transformation(
             values = dict(hyper)
             if callable(hyper["lr"]) and not isinstance(hyper["lr"], Tensor):
                 values["lr"] = hyper["lr"](torch.tensor(k - 1))
-            rate = _scalar(values["lr"]) * _scalar(weight_decay)
+            values["weight_decay"] = weight_decay
+            decay_moves = any(isinstance(x, Tensor) and x.requires_grad for x in (values["lr"], weight_decay))
             parts = [[slot[i] for i in indices] for slot in slots]
             if slots and rule is not ADAM:
                 if k == 1:
@@ -241,12 +242,12 @@ def _transformation(
                 rule,
                 k,
                 _row(rule, values),
-                rate,
                 [grads[i] for i in indices],
                 parts,
                 [leaves[i] for i in indices if decayed[i]],
                 [j for j, i in enumerate(indices) if decayed[i]],
                 inplace,
+                decay_moves,
             )
             for j, i in enumerate(indices):
                 new[i] = out[j]

@@ -202,7 +202,7 @@ def test_bad_arguments_are_refused(emulated):
 
 
 def test_a_launch_error_is_raised(emulated, library, monkeypatch):
-    monkeypatch.setitem(cuda._DTYPES, torch.float32, 17)
+    monkeypatch.setitem(cuda.DTYPES, torch.float32, 17)
     with pytest.raises(KernelError, match="CUDA error 1"):
         Problem(ADAM, n=10).step(emulated)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mgd_kernels import buffers, dispatch
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.integrations import buffers
 from mgd_kernels.integrations import torchopt as fused
 
 torchopt = pytest.importorskip("torchopt")
@@ -85,6 +85,39 @@ def test_unrolled_training_agrees_with_torchopt(name, settings):
         return torch.autograd.grad(sum((g * torch.cos(g.detach())).sum() for g in grads), at)
 
     torch.testing.assert_close(second(grads, at), second(expected_grads, expected_at), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "settings"), [SETTINGS[0], SETTINGS[4], SETTINGS[6], SETTINGS[8]])
+@pytest.mark.parametrize("mask", [None, {"weight": True, "rest": False}])
+def test_backends_that_know_flat_buffers_only(name, settings, mask):
+    """What runs on GPUs: the leaves are put into one buffer, here for the reference."""
+    if mask is not None and name != "adamw":
+        pytest.skip("weight decay with a mask is AdamW's")
+    lr = torch.tensor(0.05, requires_grad=True)
+    settings = settings | {"lr": lr} | ({"mask": mask} if mask else {})
+    value, grads, _ = unroll(getattr(fused, name)(**settings))
+    (at_lr,) = torch.autograd.grad(value, lr, retain_graph=True)
+    with dispatch.use_backend("reference"):
+        expected, expected_grads, _ = unroll(getattr(fused, name)(**settings))
+        (expected_at_lr,) = torch.autograd.grad(expected, lr)
+    torch.testing.assert_close((value, at_lr, *grads), (expected, expected_at_lr, *expected_grads), rtol=1e-9, atol=0)
+
+
+def test_leaves_in_any_layout():
+    """Transposed parameters, gradients and moments, and cotangents of one expanded element."""
+    torch.manual_seed(11)
+    found = []
+    for layout in (lambda t: t, lambda t: t.t().contiguous().t()):
+        torch.manual_seed(11)
+        params, grads, mu, nu = (layout(torch.rand(5, 3) + 0.1).requires_grad_() for _ in range(4))
+        state = (fused.AdamState([mu], [nu], torch.tensor([4])),)
+        (update,), ((after, _, _),) = fused.adamw(0.1).update([grads], state, params=[params], inplace=False)
+        total = update.sum() + after[0].sum()
+        found.append(torch.autograd.grad(total, [params, grads, mu, nu]))
+        with torch.no_grad():
+            fused.adamw(0.1).update([grads], state, params=[params], inplace=True)
+        found[-1] += (mu.detach(), nu.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_a_schedule_may_return_a_tensor_of_the_graph():

@@ -1,0 +1,104 @@
+"""What the backends share that hand addresses to C++ and CUDA: the codes of dtypes and rules, and the checks. What is
+not checked here would read or write memory that is not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.errors import BadArgument
+from mgd_kernels.rules import Rule
+
+# The codes of DType and RuleId in csrc/optim/cpu.h and cuda.cu.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
+_HALVES = (torch.bfloat16, torch.float16)
+
+Leaves: TypeAlias = Sequence[Tensor | None]
+Slot = TypeVar("Slot")
+
+
+def code(rule: Rule) -> int | None:
+    return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def by_leaf(rows: Sequence[Leaves]) -> list[int]:
+    """The addresses of all rows' first leaves, of their second ones, and so on; 0 for a leaf that is not there."""
+    return [0 if leaf is None else leaf.data_ptr() for leaves in zip(*rows, strict=True) for leaf in leaves]
+
+
+def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
+    """None where such tensors are served, on whatever device, else the reason: contiguous, float32 or float64;
+    gradients of that dtype or a 16-bit one."""
+    if code(rule) is None:
+        return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
+    for name, tensor in (("params", params), ("grad", grad)):
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"expected float32 or float64 params; got {params.dtype}"
+    if grad.dtype != params.dtype and grad.dtype not in _HALVES:
+        return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
+    return None
+
+
+def check(state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """BadArgument where not all are flat and alike; each gradient has gone through `unsupported`. state: parameters,
+    slots, adjoints and u."""
+    params = state[0]
+    for grad in grads:
+        if grad.shape != params.shape:
+            raise BadArgument(f"expected a gradient {list(params.shape)}; got {list(grad.shape)}")
+        if grad.dtype != grads[0].dtype:
+            raise BadArgument(f"expected gradients of one dtype; got {grads[0].dtype} and {grad.dtype}")
+    if params.ndim != 1:
+        raise BadArgument(f"expected flat tensors [n]; got params {list(params.shape)}")
+    for tensor in state:
+        same = (tensor.dtype, tensor.shape, tensor.device) == (params.dtype, params.shape, params.device)
+        if not same or not tensor.is_contiguous():
+            raise BadArgument(
+                f"expected every slot, adjoint and u contiguous, {params.dtype} {list(params.shape)} on "
+                f"{params.device} as params; got {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on "
+                f"{tensor.device}"
+            )
+
+
+def check_slots(rule: Rule, slots: Sequence[Slot], what: str) -> list[Slot]:
+    if len(slots) != len(rule.slots):
+        raise BadArgument(f"expected {len(rule.slots)} {what} ({', '.join(rule.slots)}); got {len(slots)}")
+    return list(slots)
+
+
+def check_leaves(
+    like: Sequence[Tensor], grads: Leaves, others: Sequence[Leaves], groups: Sequence[int]
+) -> tuple[torch.dtype, torch.dtype, list[int]]:
+    """The dtypes of the state and of the gradients, and the leaves' sizes; BadArgument where not all are alike."""
+    dtype = like[0].dtype
+    given = [grad for grad in grads if grad is not None]
+    grad_dtype = given[0].dtype if given else dtype
+    if dtype not in (torch.float32, torch.float64) or (grad_dtype != dtype and grad_dtype not in _HALVES):
+        raise BadArgument(
+            f"expected leaves in float32 or float64, and gradients in that dtype or a 16-bit one; got {dtype} and "
+            f"{grad_dtype}"
+        )
+    shapes = [leaf.shape for leaf in like]
+    if any(len(row) != len(shapes) for row in (grads, groups, *others)):
+        raise BadArgument(f"expected {len(shapes)} leaves everywhere; got {[len(row) for row in (grads, *others)]}")
+    for row, wanted in ((grads, grad_dtype), *((row, dtype) for row in (like, *others))):
+        for leaf, shape in zip(row, shapes, strict=True):
+            if leaf is None:
+                continue
+            if leaf.dtype != wanted or leaf.shape != shape or not leaf.is_cpu or not leaf.is_contiguous():
+                raise BadArgument(
+                    f"expected a leaf contiguous, {wanted} {list(shape)} on the CPU; got {leaf.dtype} "
+                    f"{list(leaf.shape)}, strides {leaf.stride()}, on {leaf.device}"
+                )
+    return dtype, grad_dtype, [leaf.numel() for leaf in like]
