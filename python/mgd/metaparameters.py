@@ -6,12 +6,12 @@ Reserved keys are the optimizer's hyperparameters and `init`; all other keys bel
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
 from mgd_kernels import Arena, Optimizer
@@ -52,7 +52,10 @@ class Metaparameters:
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
         self.owner = [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]]
         self._check_leaves()
+        self.structure = str(self.spec)
+        self._detached = [leaf.detach() for leaf in self.leaves]
         self.first_read: dict[str, int] = {}
+        self.last_read: dict[str, int] = {}
 
     # --- checks ------------------------------------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Metaparameters:
     def at(self, batch: Any, step: int) -> Slices:
         """The metaparameters that the loss sees with this batch: all of them, or the gathered examples."""
         slices, indices = [], []
-        for key, leaf in zip(self.owner, self.leaves, strict=True):
+        for key, leaf in zip(self.owner, self._detached, strict=True):
             index = None
             if key in self.per_example:
                 index = self.per_example[key](batch)
@@ -117,9 +120,25 @@ class Metaparameters:
                         f"expected per_example[{key!r}] to give an integer index tensor; got {_describe(index)} "
                         f"at step {step}"
                     )
-            slices.append(leaf.detach() if index is None else leaf.detach()[index])
+            slices.append(leaf if index is None else leaf[index])
             indices.append(index)
         return Slices(self, slices, indices, step)
+
+    def rebuilt(self, tensors: list[Tensor]) -> dict[str, Any]:
+        """The part of `z` that the loss sees, made of these tensors."""
+        if len(self.leaves) == len(self.loss_keys) and all(isinstance(self.z[key], Tensor) for key in self.loss_keys):
+            return dict(zip(self.loss_keys, tensors, strict=True))  # the common case is spared torch's recursion
+        return tree_unflatten(tensors, self.spec)
+
+    def note(self, keys: Iterable[str], step: int) -> None:
+        """The loss reads these keys at this step."""
+        for key in keys:
+            self.first_read[key] = min(step, self.first_read.get(key, step))
+            self.last_read[key] = step
+
+    def read_at(self, step: int) -> list[str]:
+        """The keys that the loss has read at this step, which is the last one it ran."""
+        return [key for key, last in self.last_read.items() if last == step]
 
     def unread(self) -> list[str]:
         """Keys that no evaluation of the loss has read."""
@@ -153,13 +172,13 @@ class Slices:
         self.owner, self.tensors, self.indices, self.step = owner, tensors, indices, step
 
     @property
-    def structure(self) -> TreeSpec:
+    def structure(self) -> str:
         """What `mapping` holds beside its tensors."""
-        return self.owner.spec
+        return self.owner.structure
 
     def mapping(self, tensors: list[Tensor]) -> Mapping[str, Any]:
         """`z` as the loss sees it, made of these tensors."""
-        return _Reads(tree_unflatten(tensors, self.owner.spec), self.owner, self.step)
+        return _Reads(self.owner.rebuilt(tensors), self.owner, self.step)
 
 
 class _Reads(Mapping):
@@ -176,8 +195,7 @@ class _Reads(Mapping):
                 f"the loss reads z[{key!r}] at step {self._step}, which was not given"
                 f"{_hint(key, self._values)}; z has {list(self._owner.z)}, of which the loss sees {list(self._values)}"
             ) from None
-        first = self._owner.first_read
-        first[key] = min(self._step, first.get(key, self._step))
+        self._owner.note((key,), self._step)
         return value
 
     def __iter__(self) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
+from mgd.joint import Kept
 from mgd.journal import Journal
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
@@ -87,7 +88,8 @@ class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. index: how many actions of the plan are done. reversed: how many steps the
+    unless another one is put in its place. room: bytes left for `kept`, what the joint graphs of logged steps have
+    computed for their second derivatives. index: how many actions of the plan are done. reversed: how many steps the
     reverse sweep has behind it. trained: the end of the training, once it is reached. adjoints, gradients: of the
     reverse sweep, once it has begun.
     """
@@ -110,6 +112,8 @@ class Sweep:
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
         self.visited = 0
         self.tape = Tape(None, self.buffers, torch.empty(0), steps.microbatches)
+        self.room = 0
+        self.kept: dict[int, list[Kept]] = {}
         self.measured = Measured()
         self.index = 0
         self.reversed = 0
@@ -174,7 +178,11 @@ class Sweep:
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
         step = self._evaluate(t)
+        kept, step.kept = step.kept, None
         if tier is not None:
+            if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room:
+                self.room -= size
+                self.kept[t] = kept
             with self.measured.timed("store"):
                 self.tape.log(t, step, tier)
         with self.measured.timed("update"):
@@ -268,6 +276,9 @@ class Sweep:
         step = step or self._evaluate(t)
         if logged:
             self.tape.forget(t)
+        if (kept := self.kept.pop(t, None)) is not None:
+            self.room += sum(part.bytes for part in kept)
+            step.kept = kept
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
@@ -284,7 +295,7 @@ class Sweep:
 
         def add(j, with_parameters, slices, with_slices):
             pairs = [
-                (x, dx.to(x.dtype))
+                (x, dx if dx.dtype == x.dtype else dx.to(x.dtype))
                 for x, dx in zip(self.arena.slices(adjoints[j].state.params), with_parameters, strict=True)
                 if dx is not None
             ]
