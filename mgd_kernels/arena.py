@@ -130,7 +130,6 @@ class Arena:
             return list(parts)
         return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
 
-    @torch.no_grad()
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """A new flat buffer `[numel]` of `gradient_dtype` with the values of these tensors; padding is zero."""
         parts: list[Tensor] = []
@@ -138,7 +137,8 @@ class Arena:
             parts.append(tensor.reshape(-1))
             if gap:
                 parts.append(self._padding(gap, tensor.dtype))
-        return torch.cat(parts).to(self.gradient_dtype)
+        flat = torch.cat(parts)
+        return flat if flat.dtype == self.gradient_dtype else flat.to(self.gradient_dtype)
 
     def _padding(self, length: int, dtype: torch.dtype) -> Tensor:
         key = length, dtype

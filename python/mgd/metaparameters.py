@@ -6,6 +6,7 @@ Reserved keys are the optimizer's hyperparameters and `init`; all other keys bel
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root
 class Metaparameters:
     """A checked `z` for a training of `steps` steps.
 
-    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step.
+    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, by step.
     leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
     """
 
@@ -47,6 +48,7 @@ class Metaparameters:
         self.hypers = optimizer.table().expand(steps, -1, -1).clone()
         for key in self.hyper_keys:
             self.hypers[:, :, optimizer.column(key)] = self._schedule(key, steps)
+        self.tables = self.hypers.unbind()
         if "init" in self.z:
             self._check_init(self.z["init"])
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
@@ -219,17 +221,29 @@ class Gradients:
         steps, groups, width = meta.hypers.shape
         # The last column of a kernel's cotangents belongs to the gradient's scale, which is not a metaparameter.
         self.hyper = torch.zeros(objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device)
+        # Of the same memory, where it is the CPU's: to write some numbers through torch takes 5 µs.
+        self._hyper = self.hyper.numpy() if self.hyper.device.type == "cpu" else None
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
+
+    def add_hyper(self, objective: int, step: int, cotangents: Tensor) -> bool:
+        """Take down what a kernel found of a step's hyperparameters, `[G, H + 1]`. Whether it is finite."""
+        if self._hyper is None:
+            self.hyper[objective, step] = cotangents[:, :-1]
+            return math.isfinite(float(cotangents.sum()))
+        values = cotangents.numpy()
+        self._hyper[objective, step] = values[:, :-1]
+        return math.isfinite(values.sum())
 
     def add(self, objective: int, slices: Slices, tangents: list[Tensor | None]) -> None:
         """Add the cotangents of the slices of one evaluation."""
         for total, index, tangent in zip(self.leaves, slices.indices, tangents, strict=True):
             if tangent is None:
                 continue
+            one = total[objective]
             if index is None:
-                total[objective] += tangent
+                one += tangent
             else:
-                total[objective].index_put_((index,), tangent.to(total.dtype), accumulate=True)
+                one.index_put_((index,), tangent if tangent.dtype == one.dtype else tangent.to(one), accumulate=True)
 
     def finite(self, initial_adjoints: list[Tensor]) -> bool:
         """Whether everything that `collect` would return is."""
