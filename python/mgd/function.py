@@ -224,7 +224,8 @@ class TrainingFunction:
         if resume is None:
             chosen = memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
             sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena, self.microbatches)
-            sweep.room = memory.spare(chosen, arena.device)
+            if self._joints is not None:
+                sweep.room = memory.spare(chosen, arena.device)
         else:
             disk = memory.resume_limit(resume, self.budget)
             journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})

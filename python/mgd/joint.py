@@ -105,14 +105,14 @@ class Joint:
 
         given: buffers, metaparameters and constants.
         """
-        with torch.no_grad(), below_autograd(not self.compile):
+        with below_autograd(not self.compile):
             loss, left, kept = self._begin(parameters, given)
             grads = self._second(*parameters, *given, *kept)
         return loss, grads, left, self._kept(given, kept)
 
     def again(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, Kept]:
         """As `first`, without the gradient."""
-        with torch.no_grad(), below_autograd(not self.compile):
+        with below_autograd(not self.compile):
             loss, _, kept = self._begin(parameters, given)
         return loss, self._kept(given, kept)
 
@@ -120,7 +120,7 @@ class Joint:
         self, parameters: list[Tensor], kept: Kept, directions: Iterable[Sequence[Tensor]]
     ) -> list[list[Tensor | None]]:
         """For each direction (and cotangents of the buffers), over parameters, buffers and metaparameters."""
-        with torch.no_grad(), below_autograd(not self.compile):
+        with below_autograd(not self.compile):
             return [list(self._third(*parameters, *kept.given, *way, *kept.tensors)) for way in directions]
 
     def _begin(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:

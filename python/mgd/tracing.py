@@ -60,7 +60,7 @@ class Traces:
             finally:
                 restart()
         directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
-        with torch.no_grad(), below_autograd(not self.compile):
+        with below_autograd(not self.compile):
             loss, results = self.graphs[key](inputs, directions)
         return loss, [list(result) for result in results]
 

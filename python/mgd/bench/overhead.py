@@ -95,7 +95,7 @@ def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> Callable[[], Non
     arguments, count = calls[-1], len(calls)
 
     def run() -> None:
-        with torch.no_grad(), below_autograd(True):  # as `mgd.tracing.Traces` replays it
+        with below_autograd(True):  # as `mgd.tracing.Traces` replays it
             for _ in range(count):
                 graph(*arguments)
 
