@@ -106,9 +106,7 @@ def reverse_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> 
     return loss, results
 
 
-def first_and_second(
-    evaluate: Evaluate, point: Point
-) -> tuple[Tensor, list[Tensor | None], list[Tensor], Gradients]:
+def first_and_second(evaluate: Evaluate, point: Point) -> tuple[Tensor, list[Tensor | None], list[Tensor], Gradients]:
     """The loss, its gradient, the buffers that the step leaves behind, and the second derivatives in each direction.
 
     Of the buffers, as many as the point has are differentiated; an evaluation may return constant ones after them.

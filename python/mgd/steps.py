@@ -235,7 +235,7 @@ class Steps:
         tangents: list[list[Tensor]],
         cotangents: list[list[Tensor]],
     ) -> tuple[Slices, Gradients]:
-        """The second derivatives from what the step's joint graph has kept, and the metaparameters that it was given."""
+        """The second derivatives from what the step's joint graph has kept, and the metaparameters it was given."""
         if not kept.unchanged:
             raise ReplayDivergence(t, f"the tensors of microbatch {i} were changed in place since.")
         assert kept.slices is not None
@@ -313,8 +313,9 @@ class Steps:
         return (loss if share == 1.0 else loss * share), left
 
     def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None]) -> Tensor:
-        if total is None and not any(g is None for g in grads):
-            return self.arena.joined(grads)
+        present = [g for g in grads if g is not None]
+        if total is None and len(present) == len(grads):
+            return self.arena.joined(present)
         if total is None:
             total = self.arena.zeros(self.arena.gradient_dtype)
         pairs = [(x, g) for x, g in zip(self.arena.slices(total), grads, strict=True) if g is not None]

@@ -150,4 +150,3 @@ def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None])
     ]
     noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
     return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)
-
