@@ -39,8 +39,11 @@ class _Loss(nn.Module):
     def __init__(self, function: TrainingFunction):
         super().__init__()
         self.model, self.loss = copy.deepcopy(function.model), function.loss
+        self.one_label = function.batches[0][1].ndim == 1
 
     def forward(self, input_ids: Tensor, labels: Tensor, example_weight: Tensor) -> Tensor:
+        if self.one_label:
+            labels = labels[:, 0]
         return self.loss(self.model, (input_ids, labels, None), {"data_weights": example_weight})
 
 
@@ -64,6 +67,8 @@ class _Stream:
 
     def __getitem__(self, t: int) -> dict[str, Tensor]:
         inputs, labels, index = self.batches[t]
+        if labels.ndim == 1:
+            labels = torch.stack([labels, labels], 1)  # it counts the labels of all tokens but the first
         return {"input_ids": inputs, "labels": labels, "example_weight": self.weights[index]}
 
 
