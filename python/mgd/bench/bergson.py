@@ -91,6 +91,8 @@ def magic(function: TrainingFunction, z: Mapping[str, Any]) -> Found:
         raise Unsupported("bergson differentiates data weights alone")
     if function.microbatches > 1 or function.max_grad_norm is not None or function.optimizer.param_groups:
         raise Unsupported("the comparison with bergson has no microbatches, clipping or parameter groups")
+    if len(list(function.model.named_parameters(remove_duplicate=False))) != len(list(function.model.parameters())):
+        raise Unsupported("bergson trains tied weights as if they were not tied, which is another training")
     trainer, torchopt = _load()
     with (
         tempfile.TemporaryDirectory() as folder,
