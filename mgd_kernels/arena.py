@@ -78,6 +78,9 @@ class Arena:
             end += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
         self.offsets = tuple(offsets)
         self.numel = end
+        self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._uniform = len(set(self.dtypes)) == 1
+        self._gaps = [b - a - s.numel() for a, b, s in zip(offsets, [*offsets[1:], end], self.shapes, strict=True)]
         self._slices: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
 
     @classmethod
@@ -91,7 +94,7 @@ class Arena:
     @property
     def gradient_dtype(self) -> torch.dtype:
         """The dtype in which the model produces gradients, where it is one; else that of the arena."""
-        return self.dtypes[0] if len(set(self.dtypes)) == 1 else self.dtype
+        return self.dtypes[0] if self._uniform else self.dtype
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(self.numel, dtype=dtype or self.dtype, device=self.device)
@@ -119,6 +122,29 @@ class Arena:
         return {
             name: part.to(dtype) for name, part, dtype in zip(self.names, self.slices(flat), self.dtypes, strict=True)
         }
+
+    def tensors(self, flat: Tensor) -> list[Tensor]:
+        """As `views`, in order, without their names."""
+        parts = self.slices(flat)
+        if self._uniform and self.dtypes[0] == flat.dtype:
+            return list(parts)
+        return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A new flat buffer `[numel]` of `gradient_dtype` with the values of these tensors; padding is zero."""
+        parts: list[Tensor] = []
+        for tensor, gap in zip(tensors, self._gaps, strict=True):
+            parts.append(tensor.reshape(-1))
+            if gap:
+                parts.append(self._padding(gap, tensor.dtype))
+        flat = torch.cat(parts)
+        return flat if flat.dtype == self.gradient_dtype else flat.to(self.gradient_dtype)
+
+    def _padding(self, length: int, dtype: torch.dtype) -> Tensor:
+        key = length, dtype
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(length, dtype=dtype, device=self.device)
+        return self._zeros[key]
 
     def slices(self, flat: Tensor) -> list[Tensor]:
         """The tensors as views of `flat`, in its dtype, in order; made once for each flat buffer."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mgd.graphs import ancestors
+
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -32,7 +34,7 @@ def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModul
     """
     graph = module.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
-    kept = _ancestors(output.args[0][:exact])
+    kept = ancestors(output.args[0][:exact])
     for add in list(graph.nodes):
         if add.target is not aten.add.Tensor or add in kept or add.kwargs or not _alike(add, *add.args):
             continue
@@ -84,16 +86,6 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
     add.replace_all_uses_with(result)
     graph.erase_node(add)
     return True
-
-
-def _ancestors(nodes) -> set[fx.Node]:
-    seen, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, fx.Node) and node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return seen
 
 
 def _alike(*nodes) -> bool:

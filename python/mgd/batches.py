@@ -22,7 +22,7 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     slices are not of one length. Tensors without dimensions go to every microbatch.
     """
     leaves, spec = flatten(batch)
-    if any(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves):
+    if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
     if count == 1:
         return [(batch, 1.0)]
@@ -41,9 +41,11 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
 
 def flatten(batch: Any) -> tuple[list[Any], Any]:
     """The leaves of a batch and its structure. A tuple of tensors, the common case, is spared torch's recursion."""
-    if type(batch) is tuple and all(type(leaf) is Tensor for leaf in batch):
-        return list(batch), _tuple_spec(len(batch))
-    return tree_flatten(batch)
+    return (list(batch), _tuple_spec(len(batch))) if _is_plain(batch) else tree_flatten(batch)
+
+
+def _is_plain(batch: Any) -> bool:
+    return type(batch) is tuple and all([type(leaf) is Tensor for leaf in batch])
 
 
 @cache
@@ -53,7 +55,9 @@ def _tuple_spec(length: int) -> Any:
 
 def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]], Any]]:
     """The tensors of a batch, what else it holds as a hashable value, and what puts such tensors in their places."""
-    leaves, spec = flatten(batch)
+    if _is_plain(batch):
+        return list(batch), f"{len(batch)} tensors", tuple
+    leaves, spec = tree_flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: list[Tensor]) -> Any:
@@ -62,7 +66,7 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]
             filled[i] = tensor
         return tree_unflatten(filled, spec)
 
-    rest = spec, tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    rest = str(spec), tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return [leaves[i] for i in places], rest, rebuild
 
 

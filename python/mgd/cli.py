@@ -16,6 +16,7 @@ from mgd.options import Data, Json, Out, Seed, Steps, Threads, write_json
 BENCHMARKS: dict[str, str] = {
     "throughput": "mgd.bench.throughput",
     "memory": "mgd.bench.memory",
+    "overhead": "mgd.bench.overhead",
     "offload": "mgd.bench.offload",
     "kernels": "mgd.bench.kernels",
 }

@@ -45,8 +45,13 @@ class Point:
     directions: Sequence[Tensors]
     cotangents: Sequence[Tensors]
 
+    def fixed(self) -> list[Tensors]:
+        """The tensors that all directions share, by kind."""
+        return [self.parameters, self.buffers, self.metaparameters, self.constants]
 
-# evaluate(parameters, buffers, metaparameters, constants) -> (loss, buffers that the step leaves behind)
+
+# evaluate(parameters, buffers, metaparameters, constants) -> (loss, buffers that the step leaves behind: those that are
+# differentiated, then the others)
 Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 Restart = Callable[[], None]  # puts the random generators back to the beginning of the evaluation's stream
 
@@ -86,9 +91,9 @@ def forward_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> 
             with StopGradient():
                 loss, left = evaluate(duals, [x.clone() for x in b], z, list(point.constants))
             total = loss
-            if left:
+            if b:
                 one = loss.new_ones(())
-                total = loss + fwAD.make_dual(torch.zeros_like(one), one) * _inner(left, cotangents)
+                total = loss + fwAD.make_dual(torch.zeros_like(one), one) * _inner(left[: len(b)], cotangents)
             grads = torch.autograd.grad(total, [*duals, *b, *z], allow_unused=True)
             results.append([None if g is None else fwAD.unpack_dual(g).tangent for g in grads])
             loss = fwAD.unpack_dual(loss).primal.detach()
@@ -97,24 +102,35 @@ def forward_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> 
 
 def reverse_over_reverse(evaluate: Evaluate, point: Point, restart: Restart) -> tuple[Tensor, Gradients]:
     """The loss, and for each direction the gradient through the gradient's graph, which is built once."""
+    loss, _, _, results = first_and_second(evaluate, point)
+    return loss, results
+
+
+def first_and_second(evaluate: Evaluate, point: Point) -> tuple[Tensor, list[Tensor | None], list[Tensor], Gradients]:
+    """The loss, its gradient, the buffers that the step leaves behind, and the second derivatives in each direction.
+
+    Of the buffers, as many as the point has are differentiated; an evaluation may return constant ones after them.
+    """
     p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
     inputs = [*p, *b, *z]
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
-    grads = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
-    outputs = [*grads, *left]
+    grads = list(torch.autograd.grad(loss, p, create_graph=True, allow_unused=True))
+    outputs = [*grads, *left[: len(b)]]
     live = [i for i, output in enumerate(outputs) if output is not None and output.requires_grad]
+    first = [None if g is None else g.detach() for g in grads], [x.detach() for x in left]
     if not live:
-        return loss.detach(), [[None] * len(inputs) for _ in point.directions]
+        return loss.detach(), *first, [[None] * len(inputs) for _ in point.directions]
     outputs = [outputs[i] for i in live]
     cotangents = [
         [[*direction, *cotangent][i] for i in live]
         for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
     ]
     keep = [True] * (len(cotangents) - 1) + [False]
-    return loss.detach(), [
+    results = [
         list(torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True, retain_graph=retain))
         for cotangent, retain in zip(cotangents, keep, strict=True)
     ]
+    return loss.detach(), *first, results
 
 
 def _inner(x: Tensors, y: Tensors) -> Tensor:

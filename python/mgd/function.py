@@ -21,6 +21,7 @@ from mgd.batches import seed_generators, seed_of
 from mgd.budget import Budget, Costs
 from mgd.derivatives import SecondDerivative
 from mgd.errors import BadArgument, BadMetaparameter
+from mgd.joint import Joints
 from mgd.journal import Journal, digest
 from mgd.metaparameters import Metaparameters
 from mgd.model import Binding, model_kept
@@ -55,7 +56,9 @@ class TrainingFunction:
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.planner`).
     hvp: "auto", "forward" or "reverse" (see `mgd.derivatives`).
     trace: replay the second derivatives from a graph that is traced once (see `mgd.tracing`); by default for trainings
-        long enough to win the time of the trace back. compile: compile that graph with `torch.compile`.
+        long enough to win the time of the trace back. "joint": the gradients that train come from that graph, too, and
+        what it has computed for them is kept where memory allows (see `mgd.joint`). compile: compile the joint graph
+        with `torch.compile`.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class TrainingFunction:
         budget: Budget | None = None,
         schedule: str = "auto",
         hvp: str = "auto",
-        trace: bool | None = None,
+        trace: bool | str | None = None,
         compile: bool = False,
     ):
         if not isinstance(model, nn.Module):
@@ -87,6 +90,10 @@ class TrainingFunction:
             raise BadArgument("expected at least one batch; len(batches) is the number of training steps")
         if hvp not in ("auto", "forward", "reverse"):
             raise BadArgument(f"expected hvp to be 'auto', 'forward' or 'reverse'; got {hvp!r}")
+        if trace not in (None, False, True, "joint"):
+            raise BadArgument(f"expected trace to be None, False, True or 'joint'; got {trace!r}")
+        if trace == "joint" and hvp == "forward":
+            raise BadArgument("a joint graph goes in reverse: expected hvp='auto' or 'reverse' with trace='joint'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise BadArgument(f"expected max_grad_norm > 0; got {max_grad_norm}")
         if microbatches < 1:
@@ -99,7 +106,10 @@ class TrainingFunction:
         self.trace, self.compile = trace, compile
         self._costs: Costs | None = None  # measured by the last metagradient
         long = len(batches) * microbatches >= WORTH_TRACING
-        self._traces = Traces(compile) if compile or (long if trace is None else trace) else None
+        together = trace == "joint" or (compile and hvp != "forward")
+        self._joints = Joints(compile) if together else None
+        traced = not together and (compile or (long if trace is None else bool(trace)))
+        self._traces = Traces(compile) if traced else None
 
     def __len__(self) -> int:
         """The number of training steps."""
@@ -192,6 +202,7 @@ class TrainingFunction:
             self.autocast,
             SecondDerivative(self.hvp),
             self._traces,
+            self._joints,
         )
         return Sweep(steps, self.optimizer, meta, self.max_grad_norm, tick)
 
@@ -213,6 +224,8 @@ class TrainingFunction:
         if resume is None:
             chosen = memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
             sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena, self.microbatches)
+            if self._joints is not None:
+                sweep.room = memory.spare(chosen, arena.device)
         else:
             disk = memory.resume_limit(resume, self.budget)
             journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
@@ -246,7 +259,7 @@ class TrainingFunction:
             "the seed": (self.seed,),
             "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
             "the schedule": (self.schedule,),
-            "the execution (hvp, trace, compile)": (self.hvp, self._traces is None, self.compile),
+            "the execution (hvp, trace, compile)": (self.hvp, self._traces is None, self._joints is None, self.compile),
             "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
             "the version of mgd": (version("mgd-kernels"),),
         }
@@ -270,7 +283,7 @@ class TrainingFunction:
             counts=dict(sweep.measured.counts),
             hvp=second.used,
             hvp_fallback=second.fallback,
-            execution=self._traces.describe() if self._traces else "eager",
+            execution=graphs.describe() if (graphs := self._traces or self._joints) else "eager",
             backend=backend,
             plan=run.plan.to_dict(),
             measured_seconds=dict(sweep.measured.phases),

@@ -47,7 +47,7 @@ class PerDirection:
         self, module: fx.GraphModule, shared: int, optimized: Callable[[fx.GraphModule, int], Callable[..., tuple]]
     ):
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        varying = _dependents(module.graph, placeholders[shared:])
+        varying = dependents(module.graph, placeholders[shared:])
         (output,) = (node for node in module.graph.nodes if node.op == "output")
         loss, *results = output.args[0]
         nodes = [node for node in module.graph.nodes if node.op != "output"]
@@ -55,15 +55,16 @@ class PerDirection:
         read = {x for node in own for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
         boundary = [node for node in nodes if node in read and node not in varying]
         once = [node for node in nodes if node not in varying and node.op != "placeholder"]
-        self.once = optimized(_part(module, placeholders[:shared], once, [loss, *boundary]), 1)
-        self.each = optimized(_part(module, [*boundary, *placeholders[shared:]], own, results), 0)
+        self.once = optimized(part(module, placeholders[:shared], once, [loss, *boundary]), 1)
+        self.each = optimized(part(module, [*boundary, *placeholders[shared:]], own, results), 0)
 
     def __call__(self, inputs: Sequence[Tensor], directions: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[tuple]]:
         loss, *boundary = self.once(*inputs)
         return loss, [self.each(*boundary, *direction) for direction in directions]
 
 
-def _dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+def dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The sources and every node that is computed from one."""
     found = set(sources)
     for node in graph.nodes:
         if any(x in found for x in node.all_input_nodes):
@@ -71,7 +72,27 @@ def _dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _part(
+def ancestors(nodes: Iterable[object]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's result shares memory with its first argument's."""
+    if node.target is operator.getitem:
+        return is_view(node.args[0])  # type: ignore[arg-type]
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def part(
     module: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node | None]
 ) -> fx.GraphModule:
     """A graph of its own with these inputs, computing these nodes, in order, and returning these outputs."""

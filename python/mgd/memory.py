@@ -172,6 +172,12 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
     return Tape(store, constants, _scratch(arena, store), microbatches, on_device)
 
 
+def spare(chosen: Plan, device: torch.device) -> int:
+    """Bytes of the training's own memory that the plan leaves free, for what joint graphs keep (see `mgd.joint`)."""
+    tier = "host" if device.type == "cpu" else "device"
+    return max(0, chosen.limits.get(tier, 0) - chosen.peak.get(tier, 0))
+
+
 def resume_limit(directory: str | os.PathLike[str], budget: Budget) -> int:
     """Bytes of disk that a resumable run may take: those of the budget, else a share of what is free."""
     try:

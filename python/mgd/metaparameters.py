@@ -6,12 +6,13 @@ Reserved keys are the optimizer's hyperparameters and `init`; all other keys bel
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
 from mgd_kernels import Arena, Optimizer
@@ -22,7 +23,7 @@ RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root
 class Metaparameters:
     """A checked `z` for a training of `steps` steps.
 
-    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step.
+    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, by step.
     leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
     """
 
@@ -47,12 +48,16 @@ class Metaparameters:
         self.hypers = optimizer.table().expand(steps, -1, -1).clone()
         for key in self.hyper_keys:
             self.hypers[:, :, optimizer.column(key)] = self._schedule(key, steps)
+        self.tables = self.hypers.unbind()
         if "init" in self.z:
             self._check_init(self.z["init"])
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
         self.owner = [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]]
         self._check_leaves()
+        self.structure = str(self.spec)
+        self._detached = [leaf.detach() for leaf in self.leaves]
         self.first_read: dict[str, int] = {}
+        self.last_read: dict[str, int] = {}
 
     # --- checks ------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class Metaparameters:
     def at(self, batch: Any, step: int) -> Slices:
         """The metaparameters that the loss sees with this batch: all of them, or the gathered examples."""
         slices, indices = [], []
-        for key, leaf in zip(self.owner, self.leaves, strict=True):
+        for key, leaf in zip(self.owner, self._detached, strict=True):
             index = None
             if key in self.per_example:
                 index = self.per_example[key](batch)
@@ -117,9 +122,25 @@ class Metaparameters:
                         f"expected per_example[{key!r}] to give an integer index tensor; got {_describe(index)} "
                         f"at step {step}"
                     )
-            slices.append(leaf.detach() if index is None else leaf.detach()[index])
+            slices.append(leaf if index is None else leaf[index])
             indices.append(index)
         return Slices(self, slices, indices, step)
+
+    def rebuilt(self, tensors: list[Tensor]) -> dict[str, Any]:
+        """The part of `z` that the loss sees, made of these tensors."""
+        if len(self.leaves) == len(self.loss_keys) and all(isinstance(self.z[key], Tensor) for key in self.loss_keys):
+            return dict(zip(self.loss_keys, tensors, strict=True))  # the common case is spared torch's recursion
+        return tree_unflatten(tensors, self.spec)
+
+    def note(self, keys: Iterable[str], step: int) -> None:
+        """The loss reads these keys at this step."""
+        for key in keys:
+            self.first_read[key] = min(step, self.first_read.get(key, step))
+            self.last_read[key] = step
+
+    def read_at(self, step: int) -> list[str]:
+        """The keys that the loss has read at this step, which is the last one it ran."""
+        return [key for key, last in self.last_read.items() if last == step]
 
     def unread(self) -> list[str]:
         """Keys that no evaluation of the loss has read."""
@@ -153,13 +174,13 @@ class Slices:
         self.owner, self.tensors, self.indices, self.step = owner, tensors, indices, step
 
     @property
-    def structure(self) -> TreeSpec:
+    def structure(self) -> str:
         """What `mapping` holds beside its tensors."""
-        return self.owner.spec
+        return self.owner.structure
 
     def mapping(self, tensors: list[Tensor]) -> Mapping[str, Any]:
         """`z` as the loss sees it, made of these tensors."""
-        return _Reads(tree_unflatten(tensors, self.owner.spec), self.owner, self.step)
+        return _Reads(self.owner.rebuilt(tensors), self.owner, self.step)
 
 
 class _Reads(Mapping):
@@ -176,8 +197,7 @@ class _Reads(Mapping):
                 f"the loss reads z[{key!r}] at step {self._step}, which was not given"
                 f"{_hint(key, self._values)}; z has {list(self._owner.z)}, of which the loss sees {list(self._values)}"
             ) from None
-        first = self._owner.first_read
-        first[key] = min(self._step, first.get(key, self._step))
+        self._owner.note((key,), self._step)
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -201,17 +221,29 @@ class Gradients:
         steps, groups, width = meta.hypers.shape
         # The last column of a kernel's cotangents belongs to the gradient's scale, which is not a metaparameter.
         self.hyper = torch.zeros(objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device)
+        # Of the same memory, where it is the CPU's: to write some numbers through torch takes 5 µs.
+        self._hyper = self.hyper.numpy() if self.hyper.device.type == "cpu" else None
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
+
+    def add_hyper(self, objective: int, step: int, cotangents: Tensor) -> bool:
+        """Take down what a kernel found of a step's hyperparameters, `[G, H + 1]`. Whether it is finite."""
+        if self._hyper is None:
+            self.hyper[objective, step] = cotangents[:, :-1]
+            return math.isfinite(float(cotangents.sum()))
+        values = cotangents.numpy()
+        self._hyper[objective, step] = values[:, :-1]
+        return math.isfinite(values.sum())
 
     def add(self, objective: int, slices: Slices, tangents: list[Tensor | None]) -> None:
         """Add the cotangents of the slices of one evaluation."""
         for total, index, tangent in zip(self.leaves, slices.indices, tangents, strict=True):
             if tangent is None:
                 continue
+            one = total[objective]
             if index is None:
-                total[objective] += tangent
+                one += tangent
             else:
-                total[objective].index_put_((index,), tangent.to(total.dtype), accumulate=True)
+                one.index_put_((index,), tangent if tangent.dtype == one.dtype else tangent.to(one), accumulate=True)
 
     def finite(self, initial_adjoints: list[Tensor]) -> bool:
         """Whether everything that `collect` would return is."""

@@ -30,7 +30,7 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, fused: bool = True):
-        self.model = model
+        self.model, self.modules = model, list(model.modules())
         self.fused = fused
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)

@@ -30,8 +30,6 @@ def chrome_trace(path: str | os.PathLike[str] | None) -> Iterator[None]:
         profiler.export_chrome_trace(str(path))
 
 
-def phase(name: str) -> contextlib.AbstractContextManager:
-    """A mark in the trace; nothing where nobody profiles."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(f"mgd: {name}")
-    return contextlib.nullcontext()
+def phase(name: str) -> contextlib.AbstractContextManager | None:
+    """A mark in the trace; None where nobody profiles."""
+    return torch.profiler.record_function(f"mgd: {name}") if torch.autograd._profiler_enabled() else None

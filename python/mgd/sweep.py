@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
+from mgd.joint import Kept
 from mgd.journal import Journal
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
@@ -55,9 +56,12 @@ class Measured:
     counts: Counter = field(default_factory=Counter)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _timers: dict[str, _Timer] = field(default_factory=dict)
 
     def timed(self, phase: str) -> _Timer:
-        return _Timer(self.seconds, phase, self.firsts)
+        if phase not in self._timers:
+            self._timers[phase] = _Timer(self.seconds, phase, self.firsts)
+        return self._timers[phase]
 
     def mean(self, phase: str) -> float:
         """Seconds each time; the first is left out, since it warms up, or makes a trace."""
@@ -66,28 +70,33 @@ class Measured:
 
 
 class _Timer:
+    """Adds the seconds of blocks to those of a phase, which it marks in a profile; blocks of one timer do not nest."""
+
     def __init__(self, seconds: dict[str, float], phase: str, firsts: dict[str, tuple[float, int]] | None = None):
         self.seconds, self.phase, self.firsts = seconds, phase, firsts
 
     def __enter__(self) -> None:
         self.mark = phase(self.phase)
-        self.mark.__enter__()
+        if self.mark is not None:
+            self.mark.__enter__()
         self.start = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
         seconds = time.perf_counter() - self.start
         self.seconds[self.phase] += seconds
         if self.firsts is not None:
-            first, times = self.firsts.get(self.phase, (seconds, 0))
-            self.firsts[self.phase] = first, times + 1
-        self.mark.__exit__(*error)
+            known = self.firsts.get(self.phase)
+            self.firsts[self.phase] = (seconds, 1) if known is None else (known[0], known[1] + 1)
+        if self.mark is not None:
+            self.mark.__exit__(*error)
 
 
 class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. index: how many actions of the plan are done. reversed: how many steps the
+    unless another one is put in its place. room: bytes left for `kept`, what the joint graphs of logged steps have
+    computed for their second derivatives. index: how many actions of the plan are done. reversed: how many steps the
     reverse sweep has behind it. trained: the end of the training, once it is reached. adjoints, gradients: of the
     reverse sweep, once it has begun.
     """
@@ -108,8 +117,11 @@ class Sweep:
         self.buffers = steps.binding.buffers()
         self.length = len(steps.batches)
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
+        self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self.visited = 0
         self.tape = Tape(None, self.buffers, torch.empty(0), steps.microbatches)
+        self.room = 0
+        self.kept: dict[int, list[Kept]] = {}
         self.measured = Measured()
         self.index = 0
         self.reversed = 0
@@ -174,11 +186,15 @@ class Sweep:
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
         step = self._evaluate(t)
+        kept, step.kept = step.kept, None
         if tier is not None:
+            if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room:
+                self.room -= size
+                self.kept[t] = kept
             with self.measured.timed("store"):
                 self.tape.log(t, step, tier)
         with self.measured.timed("update"):
-            self.optimizer.step_(self.state, step.gradient, self.meta.hypers[t], self._clip(step)[0])
+            self.optimizer.step_(self.state, step.gradient, self.meta.tables[t], self._clip(step)[0])
         self.buffers = step.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
@@ -205,9 +221,10 @@ class Sweep:
         self.measured.counts["model steps"] += 1
         losses = evaluated.losses
         if first:
-            if not all(map(math.isfinite, losses.tolist())):
+            values = losses.tolist()
+            if not all(map(math.isfinite, values)):
                 raise NonFiniteState(t, "the loss")
-            self.losses[t] = losses
+            self._losses[t] = values
             self.visited = t + 1
             self.tick("train")
         elif not torch.equal(self.losses[t], losses):
@@ -268,23 +285,25 @@ class Sweep:
         step = step or self._evaluate(t)
         if logged:
             self.tape.forget(t)
+        if (kept := self.kept.pop(t, None)) is not None:
+            self.room += sum(part.bytes for part in kept)
+            step.kept = kept
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
                 out = self.optimizer.vjp_table_(
-                    self.state, step.gradient, self.meta.hypers[t], adjoint.state, directions[j], scale
+                    self.state, step.gradient, self.meta.tables[t], adjoint.state, directions[j], scale
                 )
-                gradients.hyper[j, t] = out[:, :-1]
+                if not gradients.add_hyper(j, t, out):
+                    raise NonFiniteState(t, "the adjoint")
                 if clip:
                     directions[j].add_(step.gradient, alpha=clip * float(out[:, -1].sum()))
-                if not math.isfinite(float(out.sum())):
-                    raise NonFiniteState(t, "the adjoint")
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
         def add(j, with_parameters, slices, with_slices):
             pairs = [
-                (x, dx.to(x.dtype))
+                (x, dx if dx.dtype == x.dtype else dx.to(x.dtype))
                 for x, dx in zip(self.arena.slices(adjoints[j].state.params), with_parameters, strict=True)
                 if dx is not None
             ]

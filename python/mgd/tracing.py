@@ -9,6 +9,7 @@ traced, every replayed loss is compared with the one of the eager first sweep, a
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate, pairwise
@@ -44,12 +45,12 @@ class Traces:
     ) -> tuple[Tensor, Gradients] | None:
         """As `second(evaluate, point, restart)`, from a graph; None where it cannot be traced.
 
-        key: everything but the shapes of the point's tensors that the evaluation depends on.
+        key: everything that the evaluation depends on, but for the number of directions and the tensors' values.
         """
         if self.refused:
             return None
-        inputs = [x for kind in _fixed(point) for x in kind]
-        key = (key, len(point.directions) > 1, tuple((x.shape, x.stride(), x.dtype) for x in inputs))
+        inputs = [x for kind in point.fixed() for x in kind]
+        key = key, len(point.directions) > 1
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._trace(second, evaluate, point, restart)
@@ -59,7 +60,8 @@ class Traces:
             finally:
                 restart()
         directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
-        loss, results = self.graphs[key](inputs, directions)
+        with below_autograd(not self.compile):
+            loss, results = self.graphs[key](inputs, directions)
         return loss, [list(result) for result in results]
 
     def describe(self) -> str:
@@ -82,7 +84,7 @@ class Traces:
 
     def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, restart: Callable[[], None]) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
-        kinds = [*_fixed(point), point.directions[0], point.cotangents[0]]
+        kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
         inputs = [x for kind in kinds for x in kind]
         shared = bounds[3][1]
@@ -103,13 +105,13 @@ class Traces:
             restart()
             _, (replayed,) = replay(inputs[:shared], [inputs[shared:]])
         restart()
-        if not _agree(replayed, function(*inputs)[1:]):
+        if not agree(replayed, function(*inputs)[1:]):
             raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
         return replay
 
     def _optimized(self, graph: fx.GraphModule, exact: int) -> Callable[..., tuple]:
         """exact: the number of first outputs that keep their bits, unless they are compiled."""
-        return _compiled(graph) if self.compile else accumulate_products(graph, exact)
+        return compiled(graph) if self.compile else accumulate_products(graph, exact)
 
     def _whole(self, graph: fx.GraphModule) -> Graph:
         """The graph for a single direction."""
@@ -122,12 +124,18 @@ class Traces:
         return replay
 
 
-def _compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
+def compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
+    """By torch.compile; torch keeps what it has compiled on disk (TORCHINDUCTOR_CACHE_DIR) for later processes."""
     # Random operators keep torch's eager streams, so that a compiled step draws the masks of the first sweep.
     return torch.compile(module, fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
-def _agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
+def below_autograd(skipped: bool) -> contextlib.AbstractContextManager:
+    """Operators inside go past autograd's bookkeeping, where `skipped`; what they are given needs no gradient."""
+    return torch._C._AutoDispatchBelowAutograd() if skipped else contextlib.nullcontext()
+
+
+def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
     """Whether a graph repeats the second derivatives of an evaluation up to rounding, tensor by tensor.
 
     The loss alone would not tell: activation checkpointing puts random generators back for its recomputation, which a
@@ -142,8 +150,3 @@ def _agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]
     ]
     noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
     return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)
-
-
-def _fixed(point: Point) -> list[Sequence[Tensor]]:
-    """The tensors that all directions share, by kind."""
-    return [point.parameters, point.buffers, point.metaparameters, point.constants]

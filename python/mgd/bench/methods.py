@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgd.bench import baselines
+from mgd.bench.bergson import magic
 from mgd.bench.cases import Case
 from mgd.errors import BadArgument
 from mgd.report import Report
@@ -83,10 +84,12 @@ METHODS: dict[str, Method] = {
     "unrolled": Method("plain torch: one autograd graph through all steps", _plain(baselines.unrolled)),
     "states": Method("plain torch: every state kept, each step differentiated by autograd", _plain(baselines.states)),
     "sqrt": Method("plain torch: a state every sqrt(T) steps, the rest trained again", _plain(baselines.sqrt)),
+    "bergson": Method("bergson: MAGIC from checkpoints on disk, the data weights' gradient alone", _plain(magic)),
     "mgd": Method("mgd, with the options that the training function was made with", package(), ours=True),
     "eager": Method("mgd, second derivatives by eager torch", package(trace=False), ours=True),
     "traced": Method("mgd, second derivatives from a graph traced once", package(trace=True), ours=True),
-    "compiled": Method("mgd, that graph compiled by torch.compile (takes minutes)", package(compile=True), ours=True),
+    "joint": Method("mgd, the training's gradients from the graph, too, and kept", package(trace="joint"), ours=True),
+    "compiled": Method("mgd, joint, compiled by torch.compile (takes a minute)", package(compile=True), ours=True),
     "objectives": Method(
         f"mgd, {OBJECTIVES} objectives in one sweep, ratio for one of them",
         _objectives,
@@ -95,7 +98,7 @@ METHODS: dict[str, Method] = {
         share=1 / 8,
     ),
 }
-DEFAULT = tuple(name for name in METHODS if name not in ("mgd", "compiled"))
+DEFAULT = tuple(name for name in METHODS if name not in ("bergson", "mgd", "compiled"))
 
 
 def chosen(names: str) -> list[str]:
@@ -111,5 +114,5 @@ def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[
     return {
         key: float((found[key].double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-300))
         for key, wanted in reference.items()
-        if isinstance(wanted, Tensor) and torch.is_floating_point(wanted)
+        if key in found and isinstance(wanted, Tensor) and torch.is_floating_point(wanted)
     }

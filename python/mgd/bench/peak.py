@@ -163,7 +163,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     case = load(request["source"], request["steps"], device)
     # Libraries, thread pools and lazy imports come first, by a tiny call of the same kind.
     tracing = request["method"] == "package" and case.function.replaced(**_execution(request))._traces is not None
-    warm = request | {"options": {**_execution(request), "trace": tracing}}
+    warm = request | {"options": {"trace": tracing, **_execution(request)}}
     _prepared(load("small", 2, device), warm)()
     with timing.pinned(request["core"]):
         run, outcomes = _prepared(case, request), []

@@ -1,0 +1,216 @@
+"""One graph of a whole step, cut where the direction enters: what the training computes, the reverse sweep need not.
+
+The second derivatives of a step begin with the step's own forward and backward pass (2 of the 8 matrix products of a
+linear layer). Here the gradient that trains comes from the same graph as the second derivatives, in three parts: the
+loss and what the others read; the gradients of the weights; the second derivatives in a direction. What the first part
+has computed is kept for the third where memory allows, and computed again, to the same bits, where it does not.
+
+A trace freezes whatever Python computed on the way, and here it trains. So the first evaluation of every graph is
+compared with the eager one, tensor by tensor, and the loss with the eager one at some later steps (`watched`).
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mgd.accumulation import accumulate_products
+from mgd.derivatives import Evaluate, Point, Restart, first_and_second, refuse_once_differentiable
+from mgd.graphs import ancestors, clean, dependents, is_view, part, without_mutation
+from mgd.metaparameters import Slices
+from mgd.tracing import COMPILED_TOLERANCE, agree, below_autograd, compiled
+
+Function = Callable[..., Sequence["Tensor | None"]]
+
+
+def watched(step: int, steps: int) -> bool:
+    """Whether the loss of this step is compared with an eager one: the last step, and 16, 64, 256, ..."""
+    return step == steps - 1 or (step >= 16 and step & (step - 1) == 0 and step.bit_length() % 2 == 1)
+
+
+@dataclass
+class Kept:
+    """What the first part of a step's graph has computed for the third, and what that was given beside parameters.
+
+    versions: how often each of `given` had been changed in place. slices: the metaparameters among them.
+    """
+
+    joint: Joint
+    given: list[Tensor]
+    tensors: Sequence[Tensor]
+    versions: list[int]
+    slices: Slices | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.tensors)
+
+    @property
+    def unchanged(self) -> bool:
+        return [x._version for x in self.given] == self.versions
+
+
+class Joint:
+    """The graph in its three parts.
+
+    graph: without mutation; its first `fixed` inputs depend on no direction, its outputs are the loss, the gradient of
+    each parameter, the buffers left behind (`counts` of both), and the second derivatives.
+    reads: the metaparameters that the loss read while it was traced.
+    """
+
+    def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int], compile: bool):
+        nodes = list(graph.graph.nodes)
+        places = [node for node in nodes if node.op == "placeholder"]
+        outputs = list(next(node for node in nodes if node.op == "output").args[0])
+        own = [node for node in nodes if node.op not in ("placeholder", "output")]
+        grads = outputs[1 : 1 + counts[0]]
+        left, results = outputs[1 + counts[0] : 1 + sum(counts)], outputs[1 + sum(counts) :]
+        varying = dependents(graph.graph, places[fixed:])
+        third = [node for node in own if node in varying]
+        read = {x for node in third for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
+        needed = ancestors([outputs[0], *left, *(x for x in read if x not in varying)])
+        for_grads = ancestors(grads)
+        # An operator with several results belongs to one part, with all of them.
+        needed |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in needed}
+        second = [node for node in own if node in for_grads and node not in needed]
+        first = [node for node in own if node in needed]
+        second, second_reads = _with_views(own, second, grads)
+        third, third_reads = _with_views(own, third, results)
+        kept = list(dict.fromkeys([*second_reads, *third_reads]))
+        self.counts, self.compile, self.reads = counts, compile, frozenset[str]()
+        # A tensor that only the gradients of the weights read need not be kept for the third part.
+        self._for_third = [i for i, node in enumerate(kept) if node in third_reads]
+        made = [
+            part(graph, places[:fixed], first, [outputs[0], *left, *kept]),
+            part(graph, [*places[:fixed], *kept], second, grads),
+            part(graph, [*places, *(kept[i] for i in self._for_third)], third, results),
+        ]
+        if compile:
+            self._first, self._second, self._third = map(compiled, made)
+        else:
+            self._first, self._second = made[0].forward, made[1].forward
+            self._third = accumulate_products(made[2], 0).forward
+
+    def first(
+        self, parameters: list[Tensor], given: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], Kept]:
+        """The loss, its gradient, the buffers left behind, and what `second_derivatives` needs.
+
+        given: buffers, metaparameters and constants.
+        """
+        with below_autograd(not self.compile):
+            loss, left, kept = self._begin(parameters, given)
+            grads = self._second(*parameters, *given, *kept)
+        return loss, grads, left, self._kept(given, kept)
+
+    def again(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, Kept]:
+        """As `first`, without the gradient."""
+        with below_autograd(not self.compile):
+            loss, _, kept = self._begin(parameters, given)
+        return loss, self._kept(given, kept)
+
+    def second_derivatives(
+        self, parameters: list[Tensor], kept: Kept, directions: Iterable[Sequence[Tensor]]
+    ) -> list[list[Tensor | None]]:
+        """For each direction (and cotangents of the buffers), over parameters, buffers and metaparameters."""
+        with below_autograd(not self.compile):
+            return [list(self._third(*parameters, *kept.given, *way, *kept.tensors)) for way in directions]
+
+    def _begin(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        loss, *rest = self._first(*parameters, *given)
+        return loss, rest[: self.counts[1]], rest[self.counts[1] :]
+
+    def _kept(self, given: list[Tensor], kept: list[Tensor]) -> Kept:
+        return Kept(self, given, [kept[i] for i in self._for_third], [x._version for x in given])
+
+
+def _with_views(
+    order: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[object]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes, with the views that they read made anew; and the tensors with memory of their own that they read.
+
+    A view of a parameter must not be kept: the parameter moves on.
+    """
+    own, read = set(nodes), dict[fx.Node, None]()
+    stack = [x for node in nodes for x in node.all_input_nodes] + [x for x in outputs if isinstance(x, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in own or node.op == "placeholder":
+            continue
+        if node.op == "get_attr" or is_view(node):
+            own.add(node)
+            stack += node.all_input_nodes
+        else:
+            read[node] = None
+    return [node for node in order if node in own], [node for node in order if node in read]
+
+
+class Joints:
+    """The joint graphs of one training function, by what they depend on. refused: why they were given up, if so."""
+
+    def __init__(self, compile: bool = False):
+        self.compile = compile
+        self.graphs: dict[Hashable, Joint] = {}
+        self.refused: str | None = None
+
+    def describe(self) -> str:
+        """How steps are executed, for the report."""
+        if self.refused:
+            return f"eager, since the joint graph was given up: {self.refused}"
+        return "joint, compiled" if self.compile else "joint"
+
+    def make(
+        self,
+        key: Hashable,
+        evaluate: Evaluate,
+        point: Point,
+        restart: Restart,
+        first: tuple[Tensor, Sequence[Tensor | None]],
+    ) -> Joint | None:
+        """The graph at a point with one direction, and the eager loss and gradient there; None where there is none."""
+        kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
+        bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
+        inputs = [x for kind in kinds for x in kind]
+        fixed = bounds[3][1]
+        counts = [0, 0]
+
+        def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+            there = Point(p, b, z, constants, [direction], [cotangent])
+            loss, grads, left, (result,) = first_and_second(evaluate, there)
+            counts[:] = len(grads), len(left)
+            return loss, *grads, *left, *result
+
+        try:
+            evaluate, checked = refuse_once_differentiable(evaluate), evaluate
+            expected = function(*inputs)
+            evaluate = checked
+            restart()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = without_mutation(clean(make_fx(function)(*inputs)), inputs)
+                joint = Joint(graph, fixed, (counts[0], counts[1]), self.compile)
+                restart()
+                parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
+                loss, grads, left, kept = joint.first(parameters, given)
+                results = joint.second_derivatives(parameters, kept, [inputs[fixed:]])[0]
+            found = [*grads, *left, *results]
+            if not (agree(found, expected[1:]) and agree(grads, first[1]) and self.accepts(loss, first[0])):
+                raise RuntimeError("the graph has other derivatives than the evaluation that it traced")
+        except Exception as error:  # whatever stops a trace does not stop the eager evaluation
+            self.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return None
+        self.graphs[key] = joint
+        return joint
+
+    def accepts(self, loss: Tensor, eager: Tensor) -> bool:
+        """Whether the graph's loss is the eager one: bit by bit, or up to rounding where operators are fused."""
+        loss, eager = loss.double().cpu(), eager.detach().double().cpu()
+        return torch.allclose(loss, eager, rtol=COMPILED_TOLERANCE) if self.compile else torch.equal(loss, eager)

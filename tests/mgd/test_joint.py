@@ -1,0 +1,64 @@
+"""The joint graph: the gradient that trains and its second derivatives from one trace."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import TOLERANCE, cross_entropy, errors, mlp, supervised
+from test_bit_identity import cases, same
+
+import mgd
+from mgd.errors import BadArgument, ReplayDivergence
+from mgd.joint import watched
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
+def test_the_metagradient_is_the_references(name):
+    case = cases()[name]
+    f = case.function(trace="joint")
+    first = f.metagradient(case.z)
+    assert first.report.execution == "joint"
+    assert max(errors(first, case.unrolled()).values()) < TOLERANCE[torch.float64]
+    assert same(f.metagradient(case.z), first)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
+def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
+    case = cases()[name].to(torch.float32)
+    kept = case.metagradient(trace="joint")
+    monkeypatch.setattr(mgd.memory, "spare", lambda *_: 0)
+    again = case.metagradient(trace="joint")
+    assert same(kept, again)
+
+
+def test_the_training_has_the_bits_of_the_eager_one():
+    case = supervised(mlp(), (5,)).to(torch.float32)
+    assert torch.equal(case.metagradient(trace="joint").value, case.metagradient(trace=False).value)
+
+
+def test_a_loss_that_changes_behind_the_graph_is_noticed():
+    count = itertools.count()
+    # The first three calls make the graph: the eager evaluation, what it is compared with, and the trace.
+    loss = lambda model, batch, z: cross_entropy(model, batch, z) * (1.0 if next(count) < 3 else 2.0)
+    with pytest.raises(ReplayDivergence, match="state kept outside the model"):
+        supervised(mlp(), (5,)).but(loss=loss).function(trace="joint").train({})
+
+
+def test_a_loss_that_cannot_be_traced_is_eager():
+    loss = lambda model, batch, z: F.cross_entropy(model(batch[0]), batch[1]) * (2.0 if batch[0].sum() > 0 else 1.0)
+    case = supervised(mlp(), (5,)).but(loss=loss, per_example={})
+    case.z = {"lr": torch.full((len(case),), 0.05, dtype=torch.float64)}
+    result = case.metagradient(trace="joint")
+    assert result.report.execution.startswith("eager, since the joint graph was given up")
+    assert max(errors(result, case.unrolled()).values()) < TOLERANCE[torch.float64]
+
+
+def test_the_last_step_is_watched_and_few_others():
+    assert watched(9, 10) and not watched(8, 10)
+    assert [t for t in range(300) if watched(t, 1000)] == [16, 64, 256]
+
+
+def test_forward_mode_is_refused():
+    with pytest.raises(BadArgument, match="joint"):
+        supervised(mlp(), (5,)).function(trace="joint", hvp="forward")
