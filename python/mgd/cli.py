@@ -21,7 +21,7 @@ BENCHMARKS: dict[str, str] = {
     "kernels": "mgd.bench.kernels",
 }
 PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
-RECIPES: dict[str, str] = {}
+RECIPES: dict[str, str] = {"poison": "mgd.recipes.poison.command"}
 
 app = typer.Typer(
     name="mgd",

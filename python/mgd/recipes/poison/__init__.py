@@ -1,0 +1,1 @@
+"""How much a few perturbed training images cost, and which checks find them: `mgd recipe poison`."""

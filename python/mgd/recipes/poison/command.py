@@ -1,0 +1,28 @@
+"""`mgd recipe poison`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mgd.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.recipes.form import Session
+
+
+def command(
+    data: Data = None,
+    out: Out = None,
+    json: Json = None,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    quick: Quick = False,
+) -> None:
+    """Measure how much a few perturbed training images cost a training, and which checks find them."""
+    from mgd.data import load
+    from mgd.recipes.poison import report
+    from mgd.recipes.poison.recipe import Settings, run
+
+    session = Session("recipe poison", out, json, threads)
+    train, test = load(data), load(data, train=False)
+    settings = replace(Settings().quick() if quick else Settings(), seed=seed).fitting(len(train))
+    found = run(train, test, settings, session.talk)
+    session.finish(report.page(found), found.to_dict())
