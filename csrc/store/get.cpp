@@ -157,17 +157,30 @@ BufferPtr Get::chunk(uint32_t i, bool wait) {
     return store->take(entry_, i, wait);
 }
 
+void Get::keep(uint32_t i, BufferPtr buffer) {
+    TieredStore* store = use_.store;
+    std::lock_guard lock(store->mutex_);
+    const auto found = store->entries_.find(entry_->header.key);
+    Entry::Slot& slot = entry_->slots[i];
+    if (entry_->tier != Tier::disk || found == store->entries_.end() || found->second != entry_ ||
+        slot.state != Entry::Chunk::absent)
+        return;
+    slot.state = Entry::Chunk::loaded;
+    slot.buffer = std::move(buffer);
+    store->prefetched_.emplace_front(entry_, i);
+}
+
 void Get::end() {
     if (use_.store != nullptr) use_.store->pump();
     use_.end();
 }
 
-void TieredStore::get(const std::string& key, const std::vector<void*>& targets) {
+void TieredStore::get(const std::string& key, const std::vector<void*>& targets, bool keep) {
     Get get(*this, key);
     const Header& h = get.header();
     Meter::Span span(get_, h.tensor_bytes());
     for (uint32_t i = 0; i < h.chunks(); ++i) {
-        const BufferPtr buffer = get.chunk(i, true);
+        BufferPtr buffer = get.chunk(i, true);
         const std::vector<Piece> pieces = h.pieces(i);
         const auto to = [&](const Piece& p) { return static_cast<char*>(targets[p.tensor]) + p.tensor_offset; };
         const auto scatter = [&](size_t begin, size_t end) {  // into the cache: what is fetched is used next
@@ -177,6 +190,7 @@ void TieredStore::get(const std::string& key, const std::vector<void*>& targets)
             }
         };
         get.verify(i, checksum_in_tiles(buffer->data(), h.chunk_size(i), nullptr, scatter));
+        if (keep) get.keep(i, std::move(buffer));
     }
     get.end();
     span.done();

@@ -14,6 +14,7 @@ TieredStore::TieredStore(const StoreOptions& options)
     : options_(options),
       pool_(std::make_shared<BufferPool>(options.host_bytes)),
       owner_(getpid()),
+      leases_(std::make_shared<LeaseAccount>(options.staging_bytes, options.chunk_bytes)),
       io_(options.directory.empty() ? 0 : std::max(1u, options.threads)) {
     if (options.directory.empty()) return;
     directory_.emplace(options.persistent ? StoreDirectory::persistent(options.directory)
@@ -61,6 +62,7 @@ void TieredStore::load_entries() {
             entry->error = std::current_exception();
         }
         entry->slots.resize(entry->header.chunks());
+        if (entry->header.chunks() != 0) leases_->know(entry->header.chunk_size(0));
         disk_used_ += entry->published;
         entries_[found.key] = entry;
     }
@@ -155,7 +157,8 @@ TieredStore::Stats TieredStore::stats() const {
             host_used_,      options_.disk_bytes,
             disk_used_,      disk_peak_,
             entries_.size(), hits_,
-            drops_,          put_.reading(),
+            drops_,          lent_,
+            leased_,         put_.reading(),
             get_.reading(),  write_.reading(),
             read_.reading(), mode_.direct(),
             mode_.why(),     directory_ ? directory_->path() : ""};

@@ -49,6 +49,10 @@ class ReadAhead:
         self._asked.discard(key)
         self._ask()
 
+    def again(self, key: Key) -> bool:
+        """Whether the entry, which is being read, is to be read once more, as far as one can see."""
+        return any(key == coming for coming, _ in self._coming)
+
     def removed(self, key: Key) -> None:
         self._asked.discard(key)
 

@@ -1,14 +1,15 @@
 """What a sweep keeps: the gradient log and the snapshots, each entry on the tier its plan names.
 
 Entries in the memory where the training runs are held as they are; others go through `mgd_kernels.Store`, which
-copies, checks and prefetches.
+copies, checks and prefetches. A gradient for the disk is computed into a buffer that the store lends, and read back in
+one that it leases, so that neither is copied; where the store has none to spare, they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,13 @@ from mgd_kernels import OptimizerState
 
 if TYPE_CHECKING:
     from mgd.read_ahead import ReadAhead
+    from mgd_kernels import Arena
+    from mgd_kernels.lending import Lent
     from mgd_kernels.store import Store
 
 Key = tuple[str, int]
+
+LEASED = 3  # gradients leased at a time, to advance over them in one pass
 
 
 @dataclass
@@ -40,21 +45,25 @@ class Tape:
     constants: the buffers before the first step. One that the training never replaces is held once, here.
     microbatches: evaluations a step. persistent: the tape outlives the process: every entry is whole (it refers to no
     constants), all go to disk, and what is removed stays on disk until `sweep_out`.
-    scratch: flat `[n]`, receives a gradient that is read from the store; it is valid until the next read.
+    gradient: flat `[n]` and uninitialised, or None where the store does not hold any: makes the memory for a gradient
+    that has to be copied from the store. It is made once, and what was read is valid until the next such read.
     """
 
     def __init__(
         self,
         store: Store | None,
         constants: Buffers,
-        scratch: Tensor,
+        gradient: Callable[[], Tensor] | None,
         microbatches: int,
         on_device: bool = False,
         persistent: bool = False,
     ):
-        self.store, self.constants, self.scratch = store, constants, scratch
+        self.store, self.constants, self._new_gradient = store, constants, gradient
+        self._scratch: Tensor | None = None
+        self._lent: Lent | None = None
+        self._spare = (1 + microbatches) * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
         self._direct = ("device",) if on_device else ("device", "host")
-        self._microbatches, self._persistent = microbatches, persistent
+        self._microbatches, self._persistent, self._copying = microbatches, persistent, on_device
         self._condemned: set[Key] = set()
         self._held: dict[Key, Evaluated | Snapshot] = {}
         self._names: dict[Key, list[tuple[str, ...]]] = {}  # of stored entries: the buffers that are not constants
@@ -66,32 +75,67 @@ class Tape:
 
     # --- the log -----------------------------------------------------------------------------------------------
 
+    def blank(self, arena: Arena, tier: str | None) -> Tensor | None:
+        """Memory of the store in which to compute the gradient that is logged next, or None: then anywhere."""
+        if tier != "disk" and not self._persistent or tier is None or arena.device.type != "cpu":
+            return None
+        assert self.store is not None
+        with explained(("gradient", -1)):
+            self._lent = self.store.lend([arena.numel], arena.gradient_dtype, self._spare)
+        return None if self._lent is None else self._lent.tensor
+
     def log(self, t: int, step: Evaluated, tier: str) -> None:
         """Keep what the evaluation of step `t` left behind."""
         if self.in_memory(tier):
             self._held["gradient", t] = step
         else:
             self._put(("gradient", t), [step.gradient, step.losses], step.buffers, tier)
+        self._lent = None
 
     def logged(self, t: int) -> bool:
         return ("gradient", t) in self._held or ("gradient", t) in self._names
 
-    def held(self, start: int, stop: int) -> list[Evaluated]:
-        """The longest run of logged steps from `start` that lies in memory."""
-        run = []
+    def run(self, start: int, stop: int) -> list[Evaluated]:
+        """Logged steps from `start` on, at least one: as many as lie in memory, or a few from the store."""
+        run: list[Evaluated] = []
         for t in range(start, stop):
             step = self._held.get(("gradient", t))
+            if step is None and ("gradient", t) in self._names and len(run) < LEASED:
+                step = self._lease(t)
             if step is None:
                 break
             run.append(step)
-        return run
+        return run or [self.read(start)]
 
     def read(self, t: int) -> Evaluated:
         """The log entry of step `t`."""
-        if ("gradient", t) in self._held:
-            return self._held["gradient", t]
+        step = self._held.get(("gradient", t)) or self._lease(t)
+        if step is not None:
+            return step
+        if self._scratch is None:
+            assert self._new_gradient is not None
+            self._scratch = self._new_gradient()
         losses = torch.empty(self._microbatches, dtype=torch.float64)
-        return Evaluated(self.scratch, losses, self._get(("gradient", t), [self.scratch, losses]))
+        return Evaluated(self._scratch, losses, self._get(("gradient", t), [self._scratch, losses]))
+
+    def _lease(self, t: int) -> Evaluated | None:
+        """The log entry of step `t` in the store's buffer, until the gradient is let go of; None where it must copy."""
+        key = ("gradient", t)
+        if self._copying or key not in self._names:
+            return None
+        with explained(key):
+            leased = self.store.lease(key, self._again(key))
+        if leased is None:
+            return None
+        if self.ahead is not None:
+            self.ahead.got(key)
+        rest = (b.clone() for b in leased[2:])  # buffers outlive the step
+        histories = [self.constants | {name: next(rest) for name in changed} for changed in self._names[key]]
+        return Evaluated(leased[0], leased[1].clone(), histories)
+
+    def _again(self, key: Key) -> bool:
+        """Whether the entry is to be read again soon."""
+        return self.ahead is not None and self.ahead.again(key)
 
     def forget(self, t: int) -> None:
         self._remove(("gradient", t))
@@ -127,7 +171,10 @@ class Tape:
         extra = [buffers[n] for buffers, changed in zip(histories, names, strict=True) for n in changed]
         with explained(key):
             self.store.check()  # a write that failed meanwhile: the training need not go on
-            self.store.put(key, tensors + extra, tier)
+            if self._lent is not None and tensors[0] is self._lent.tensor:
+                self.store.put_lent(key, self._lent, tensors[1:] + extra)
+            else:
+                self.store.put(key, tensors + extra, tier)
         self._names[key] = names
         self._condemned.discard(key)
         if self.ahead is not None:
@@ -143,7 +190,7 @@ class Tape:
         ]
         rest = [b[name] for b, changed in zip(histories, self._names[key], strict=True) for name in changed]
         with explained(key):
-            self.store.get(key, out=[*out, *rest])
+            self.store.get(key, out=[*out, *rest], again=self._again(key))
         if self.ahead is not None:
             self.ahead.got(key)
         return histories
@@ -192,7 +239,7 @@ class Tape:
         """Let go of everything. A resumable tape then raises the error of a write that failed."""
         self._held.clear()
         self._names.clear()
-        self.ahead = None
+        self.ahead = self._lent = None
         if self.store is not None:
             self.store.close()
 
@@ -209,6 +256,11 @@ class Tape:
     def stats(self) -> dict[str, Any] | None:
         """What the store did, or None where there was none."""
         return None if self.store is None else self.store.stats()
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in an entry at most."""
+    return tensor.nbytes + 64
 
 
 ADVICE = "What it held cannot be had again: delete the directory, and begin anew."
