@@ -12,7 +12,9 @@ namespace mgd {
 std::unique_ptr<Lease> TieredStore::lend(uint64_t bytes) {
     Use use(*this);
     std::unique_ptr<Lease> lease = Lease::take(leases_, bytes);
-    if (lease) lease->buffer = acquire(lease->bytes());
+    if (!lease) return nullptr;
+    lease->buffer = acquire(lease->bytes());
+    last_lent_ = lease->bytes();
     return lease;
 }
 
@@ -36,12 +38,12 @@ std::unique_ptr<Lease> TieredStore::lease(const std::string& key, bool keep) {
     Get get(*this, key);
     const Header& h = get.header();
     if (get.tier() != Tier::disk || h.chunks() != 1) return nullptr;
-    std::unique_ptr<Lease> lease = Lease::take(leases_, h.chunk_size(0));
+    std::unique_ptr<Lease> lease = Lease::take(leases_, get.buffer_size(0));
     if (!lease) return nullptr;
     Meter::Span span(get_, h.tensor_bytes());
     lease->buffer = get.chunk(0, true);
     get.verify(0, checksum(lease->buffer->data(), h.chunk_size(0)));
-    if (keep) get.keep(0, lease->buffer);
+    if (keep) get.keep(0, lease->buffer, false);  // its borrower may write to it
     get.end();
     span.done();
     ++leased_;

@@ -12,6 +12,8 @@
 
 namespace mgd {
 
+constexpr uint64_t kLentUnit = 16 * kPage;  // large lent buffers are multiples of it: fewer sizes
+
 class LeaseAccount {
   public:
     LeaseAccount(uint64_t staging, uint64_t chunk) : staging_(staging), largest_(chunk) {}
@@ -48,7 +50,7 @@ class Lease {
   public:
     // Null when the account has no room. The buffer is filled in later.
     static std::unique_ptr<Lease> take(const std::shared_ptr<LeaseAccount>& account, uint64_t bytes) {
-        bytes = round_up(std::max<uint64_t>(bytes, 1), kPage);
+        bytes = round_up(std::max<uint64_t>(bytes, 1), bytes < 16 * kLentUnit ? kPage : kLentUnit);
         if (!account->take(bytes)) return nullptr;
         return std::unique_ptr<Lease>(new Lease(account, bytes));
     }

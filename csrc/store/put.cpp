@@ -37,7 +37,7 @@ const Header& Put::header() const { return entry_->header; }
 
 BufferPtr Put::buffer(uint32_t chunk, bool wait) {
     const Header& h = entry_->header;
-    const size_t bytes = h.chunk_size(chunk);
+    const size_t bytes = use_.store->buffer_size(*entry_, chunk);
     BufferPtr buffer = wait ? use_.store->acquire(bytes) : use_.store->pool_->try_acquire(bytes);
     if (!buffer) return nullptr;
     h.clear_padding(chunk, buffer->data());

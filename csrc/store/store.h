@@ -112,9 +112,10 @@ class TieredStore {
     void load_entries();
     EntryPtr find(const std::string& key) const;  // with mutex_ held; throws MissingKey
     BufferPtr acquire(size_t bytes);
+    size_t buffer_size(const Entry& entry, uint32_t chunk) const;
     bool drop_one_prefetched();
     void pump();
-    BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait);
+    BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait, bool* verified);
     void read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to);
     void load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr buffer, bool urgent);
     void read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer);  // unverified
@@ -143,7 +144,7 @@ class TieredStore {
     bool suspect_ = false;  // a write has failed; the entry may be gone since
     Meter put_, get_, write_, read_;
     const std::shared_ptr<LeaseAccount> leases_;
-    std::atomic<uint64_t> lent_{0}, leased_{0};
+    std::atomic<uint64_t> lent_{0}, leased_{0}, last_lent_{0};
 
     IoThreads io_;  // last: its threads use everything above
 };
@@ -170,15 +171,18 @@ class Get {
     Get(TieredStore& store, const std::string& key);  // waits until the entry is written
     const Header& header() const;
     Tier tier() const { return entry_->tier; }
+    size_t buffer_size(uint32_t i) const { return use_.store->buffer_size(*entry_, i); }
     // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
     void verify(uint32_t i, uint64_t sum) const;  // throws CorruptState unless it is the checksum of chunk i
-    void keep(uint32_t i, BufferPtr buffer);      // for the next get, which verifies it again
+    bool verified() const { return verified_; }   // whether the last chunk was kept, and is known to be good
+    void keep(uint32_t i, BufferPtr buffer, bool verified);  // for the next get
     void end();
 
   private:
     TieredStore::Use use_;
     EntryPtr entry_;
+    bool verified_ = false;
 };
 
 }  // namespace mgd
