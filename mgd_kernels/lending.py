@@ -35,7 +35,9 @@ class Lent:
         tensors = [self.tensor, *others]
         places = offsets(t.nbytes for t in tensors)
         if places[-1] > len(self._lease):
-            raise BadArgument(f"a buffer of {len(self._lease)} bytes was lent; the entry needs {places[-1]}: ask for room")
+            raise BadArgument(
+                f"a buffer of {len(self._lease)} bytes was lent; the entry needs {places[-1]}: ask for room"
+            )
         for start, other in zip(places[1:], others, strict=False):
             _view(self._bytes, start, tuple(other.shape), other.dtype).copy_(other)
         core.put_lent(name, True, [(DTYPES[t.dtype], tuple(t.shape)) for t in tensors], self._lease)

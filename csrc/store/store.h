@@ -174,8 +174,8 @@ class Get {
     size_t buffer_size(uint32_t i) const { return use_.store->buffer_size(*entry_, i); }
     // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
-    void verify(uint32_t i, uint64_t sum) const;  // throws CorruptState unless it is the checksum of chunk i
-    bool verified() const { return verified_; }   // whether the last chunk was kept, and is known to be good
+    void verify(uint32_t i, uint64_t sum) const;             // throws CorruptState unless it is the checksum of chunk i
+    bool verified() const { return verified_; }              // whether the last chunk was kept, and is known to be good
     void keep(uint32_t i, BufferPtr buffer, bool verified);  // for the next get
     void end();
 

@@ -77,7 +77,7 @@ class Tape:
 
     def blank(self, arena: Arena, tier: str | None) -> Tensor | None:
         """Memory of the store in which to compute the gradient that is logged next, or None: then anywhere."""
-        if tier != "disk" and not self._persistent or tier is None or arena.device.type != "cpu":
+        if (tier != "disk" and not self._persistent) or tier is None or arena.device.type != "cpu":
             return None
         assert self.store is not None
         with explained(("gradient", -1)):

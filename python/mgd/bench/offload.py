@@ -120,7 +120,11 @@ def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict
         sections.append(plots.Section("Store", STORE, picture, "store", store_rows(stores)))
     if sweeps:
         slow = [
-            (f"{f['workload']}, snapshots {place_of(f)}, {sweep}", 100 * f["ratios"][f"{sweep} wall"]["median"] - 100, verdict(f, sweep))
+            (
+                f"{f['workload']}, snapshots {place_of(f)}, {sweep}",
+                100 * f["ratios"][f"{sweep} wall"]["median"] - 100,
+                verdict(f, sweep),
+            )
             for f in sweeps
             for sweep in f["promised"]
         ]
