@@ -73,7 +73,7 @@ class ReadAhead:
             if self._tape.stored(key):
                 self._asked.add(key)
                 keys.append(key)
-        if keys:
+        if keys and self._tape.store is not None:
             self._tape.store.prefetch(keys)
 
     def _look(self) -> bool:

@@ -64,6 +64,7 @@ def measure(
             for name in order:
                 runs[name].append(_run(variants[name], z, others if apart else set()))
     costs, store = variants["disk"]._costs, runs["disk"][-1]["store"]
+    assert costs is not None  # measured by now
     gradient = runs["disk"][-1]["plan"]["sizes"]["gradient"]
     ratios = {
         f"{sweep} {clock}": quantiles(
