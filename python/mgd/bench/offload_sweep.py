@@ -108,12 +108,12 @@ def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, pla
     made = on_disk.plan()
     buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.memory.staging
     for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):
-        budget = Budget(host=max(2 * buffers, buffers + count * made.sizes.snapshot), disk=(place, 1 << 40))
+        budget = Budget(host=buffers + count * made.sizes.snapshot, disk=(place, 1 << 40))
         function = workload.function(schedule="log", budget=budget)
         function._costs = on_disk._costs
         if not function.plan().to_dict()["logged_gradients"]["host"]:
-            break
-    return function
+            return function
+    return on_disk
 
 
 def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -> dict[str, Any]:
