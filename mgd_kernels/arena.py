@@ -130,14 +130,19 @@ class Arena:
             return list(parts)
         return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
 
-    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A new flat buffer `[numel]` of `gradient_dtype` with the values of these tensors; padding is zero."""
+    def joined(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
+        """A flat buffer `[numel]` of `gradient_dtype`, `into` or a new one, with the values of these tensors; padding
+        is zero."""
         parts: list[Tensor] = []
         for tensor, gap in zip(tensors, self._gaps, strict=True):
             parts.append(tensor.reshape(-1))
             if gap:
                 parts.append(self._padding(gap, tensor.dtype))
+        if into is not None and all(part.dtype == into.dtype for part in parts):
+            return torch.cat(parts, out=into)
         flat = torch.cat(parts)
+        if into is not None:
+            return into.copy_(flat)
         return flat if flat.dtype == self.gradient_dtype else flat.to(self.gradient_dtype)
 
     def _padding(self, length: int, dtype: torch.dtype) -> Tensor:

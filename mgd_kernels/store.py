@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,51 +20,16 @@ from typing import Any
 import torch
 
 from mgd_kernels.device_copy import DeviceCopies
+from mgd_kernels.device_tier import DeviceTier
 from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
+from mgd_kernels.lending import Lent, leased_tensors
+from mgd_kernels.store_format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, encode_key
 
-__all__ = ["Key", "Store"]
+__all__ = ["CHUNK", "PAGE", "Key", "Store"]
 
-Key = str | tuple[str, int]
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
-PAGE = 4096
-CHUNK = 4 << 20  # bytes of one transfer and one checksum; 4 MiB reaches the disk's bandwidth with two threads
 UNLIMITED = 1 << 62
-
-# The codes of docs/format.md.
-DTYPES = {
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float32: 3,
-    torch.float64: 4,
-    torch.int64: 5,
-    torch.uint8: 6,
-    torch.int32: 7,
-    torch.int16: 8,
-    torch.int8: 9,
-    torch.bool: 10,
-}
-_DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
-
-
-def encode_key(key: Key) -> bytes:
-    """The key as the format spells it: ``text-<text>`` or ``step-<step>-<kind>``."""
-    if isinstance(key, str) and key:
-        return b"text-" + key.encode("utf-8", "surrogateescape")
-    if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and key[0]:
-        kind, step = key
-        if hasattr(step, "__index__") and not isinstance(step, bool):
-            return b"step-%d-" % step.__index__() + kind.encode("utf-8", "surrogateescape")
-    raise BadArgument(f"a key is a text or (kind, step), a text and an integer; {key!r} came")
-
-
-def decode_key(name: bytes) -> Key:
-    """The inverse of :func:`encode_key`."""
-    if name.startswith(b"text-"):
-        return name[5:].decode("utf-8", "surrogateescape")
-    match = re.fullmatch(rb"step-(-?\d+)-(.+)", name, re.DOTALL)
-    assert match is not None, name
-    return match[2].decode("utf-8", "surrogateescape"), int(match[1])
 
 
 class Store:
@@ -165,7 +128,7 @@ class Store:
         self._finalizer = weakref.finalize(self, _close_quietly, self._core)
         self._owner = os.getpid()
         self._host, self._disk, self._persistent = host, disk is not None, persistent
-        self._device = _DeviceTier(device or 0)
+        self._device = DeviceTier(device or 0)
         self._devices: dict[bytes, list[torch.device]] = {}  # where an entry's tensors were, if not all on the CPU
         self._copies = DeviceCopies(self._core)
 
@@ -217,7 +180,11 @@ class Store:
         )
 
     def get(
-        self, key: Key, out: Tensors | None = None, device: torch.device | str | None = None
+        self,
+        key: Key,
+        out: Tensors | None = None,
+        device: torch.device | str | None = None,
+        again: bool = False,
     ) -> torch.Tensor | list[torch.Tensor]:
         """What was put under ``key``, bit-equal: a tensor, or a list of them.
 
@@ -225,6 +192,8 @@ class Store:
             out: contiguous tensors of the stored dtypes and shapes to fill and return; after an error their contents
                 are undefined.
             device: where to make the tensors, without ``out``; by default where they were put from, in this process.
+            again: it will be got again soon: the buffers stay filled for that while nobody needs their room. What is
+                in them is checked again.
 
         Raises:
             KeyError: nothing was put under this key.
@@ -244,7 +213,7 @@ class Store:
         if out is None:
             where = default if device is None else [torch.device(device)] * len(layout)
             targets = [
-                torch.empty(shape, dtype=_DTYPE_OF[code], device=d)
+                torch.empty(shape, dtype=DTYPE_OF[code], device=d)
                 for (code, shape), d in zip(layout, where, strict=True)
             ]
         else:
@@ -255,10 +224,50 @@ class Store:
         elif any(t.device.type != "cpu" for t in targets):
             self._copies.get(name, targets)
         else:
-            core.get(name, [t.data_ptr() for t in targets])
+            core.get(name, [t.data_ptr() for t in targets], again)
         if out is not None:
             return out if isinstance(out, torch.Tensor) else list(out)
         return targets if sequence else targets[0]
+
+    # --- entries without a copy
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype, room: int = 0) -> Lent | None:
+        """One of the buffers through which entries pass to the disk, to compute into and then :meth:`put_lent`.
+
+        Its ``tensor`` has this shape and dtype, lies on the CPU and is not initialised. Waits for a free buffer.
+        ``None`` without a disk tier, and where so much is lent and leased by now that the store could not go on.
+
+        Args:
+            room: bytes for further tensors of the entry, each with up to 64 more.
+        """
+        return Lent.of(self._live(), shape, dtype, room)
+
+    def put_lent(self, key: Key, lent: Lent, others: Sequence[torch.Tensor] = ()) -> None:
+        """Puts the list ``[lent.tensor, *others]`` on disk under ``key``, the first of them without a copy.
+
+        The buffer is the store's from now on: ``lent.tensor`` may be read until it is let go of, and not written. What
+        is written nevertheless never comes back as data: ``get`` of the key finds the entry damaged.
+
+        Raises:
+            StoreFull: the disk tier has no room; nothing was stored.
+            BadArgument: the others need more room than was asked for, or the buffer was put before.
+        """
+        core, name = self._live(), encode_key(key)
+        lent.put(core, name, [_storable(t, i + 1) for i, t in enumerate(others)])
+        self._devices.pop(name, None)
+        self._device.drop(name)
+
+    def lease(self, key: Key, again: bool = False) -> list[torch.Tensor] | None:
+        """An entry in the buffer into which it was read: the tensors on the CPU, to be read, and let go of soon.
+
+        Until all of them are gone the buffer is not used for anything else. ``None`` where :meth:`get` has to copy: of
+        entries that are not on disk, or not in one chunk (as those of :meth:`put_lent` are), and where so much is lent
+        and leased by now that the store could not go on. ``again`` and the errors are those of :meth:`get`.
+        """
+        core, name = self._live(), encode_key(key)
+        return None if self._device.get(name) is not None else leased_tensors(core, name, again)
+
+    # --- what is where
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Starts to read these entries, in this order, as far as there are free buffers; the rest as buffers become
@@ -328,7 +337,8 @@ class Store:
 
         ``device``, ``host``, ``disk``: each ``limit`` and ``used`` bytes; ``disk`` also ``peak``, ``io`` ("direct" or
         "buffered"), ``why`` and ``directory``. ``pool``: the buffers of host memory: ``limit``, ``in_use``, ``mapped``
-        and ``peak`` bytes, and how many requests were met by a ``reused`` buffer. ``put``, ``get`` (copies in and
+        and ``peak`` bytes, and how many requests were met by a ``reused`` buffer. ``handed``: entries put and
+        got without a copy, ``lent`` and ``leased``. ``put``, ``get`` (copies in and
         out, waiting included), ``write`` and ``read`` (files): ``bytes``, busy ``seconds``, ``bandwidth`` in bytes a
         second. ``read_ahead``: chunks that were there when wanted (``hits``) and dropped for want of room (``drops``).
         """
@@ -351,6 +361,7 @@ class Store:
             },
             "pool": {name: raw["pool_" + name] for name in ("limit", "mapped", "in_use", "peak", "reused")},
             "read_ahead": {"hits": raw["read_ahead_hits"], "drops": raw["read_ahead_drops"]},
+            "handed": {"lent": raw["lent"], "leased": raw["leased"]},
             "pinned": self._copies.report(),
             **rates,
         }
@@ -365,49 +376,6 @@ class Store:
         if os.getpid() != self._owner:
             raise StoreClosed(f"the store belongs to process {self._owner}, not to a fork of it; open one here")
         return self._core
-
-
-class _DeviceTier:
-    """Clones on the tensors' own device, under a byte limit."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.peak = limit, 0, 0
-        self._entries: dict[bytes, tuple[bool, list[torch.Tensor]]] = {}
-        self._lock = threading.Lock()
-
-    def put(self, name: bytes, sequence: bool, tensors: list[torch.Tensor]) -> None:
-        needs = sum(t.nbytes for t in tensors)
-        with self._lock:
-            if needs > self.limit - self.used:
-                raise StoreFull(needs, self.limit - self.used, "device")
-            self.used += needs
-            self.peak = max(self.peak, self.used)
-        try:
-            copies = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-        except BaseException:
-            with self._lock:
-                self.used -= needs
-            raise
-        self.drop(name)
-        with self._lock:
-            self._entries[name] = (sequence, copies)
-
-    def get(self, name: bytes) -> tuple[bool, list[torch.Tensor]] | None:
-        return self._entries.get(name)
-
-    def drop(self, name: bytes) -> bool:
-        with self._lock:
-            entry = self._entries.pop(name, None)
-            if entry is not None:
-                self.used -= sum(t.nbytes for t in entry[1])
-            return entry is not None
-
-    def names(self) -> list[bytes]:
-        return list(self._entries)
-
-    def clear(self) -> None:
-        for name in self.names():
-            self.drop(name)
 
 
 def _storable(t: Any, i: int) -> torch.Tensor:
@@ -426,9 +394,9 @@ def _checked_targets(key: Key, sequence: bool, layout: list[tuple[int, Any]], ou
     if len(targets) != len(layout):
         raise BadArgument(f"out for {key!r}: {len(layout)} tensors expected, {len(targets)} came")
     for i, (t, (code, shape)) in enumerate(zip(targets, layout, strict=True)):
-        if t.dtype != _DTYPE_OF[code] or tuple(t.shape) != tuple(shape) or not t.is_contiguous():
+        if t.dtype != DTYPE_OF[code] or tuple(t.shape) != tuple(shape) or not t.is_contiguous():
             raise BadArgument(
-                f"out[{i}] for {key!r}: contiguous {_DTYPE_OF[code]} of shape {tuple(shape)} expected, "
+                f"out[{i}] for {key!r}: contiguous {DTYPE_OF[code]} of shape {tuple(shape)} expected, "
                 f"{t.dtype} {tuple(t.shape)} of strides {t.stride()} came"
             )
     return [t.detach() for t in targets]

@@ -44,9 +44,23 @@ struct HeldBuffer {
     }
 };
 
+struct HeldLease {
+    std::unique_ptr<Lease> lease;
+    explicit HeldLease(std::unique_ptr<Lease> l) : lease(std::move(l)) {}
+    ~HeldLease() {
+        py::gil_scoped_release unlocked;
+        lease.reset();
+    }
+};
+
 py::object held(BufferPtr buffer) {
     if (!buffer) return py::none();
     return py::cast(std::make_unique<HeldBuffer>(HeldBuffer{std::move(buffer)}));
+}
+
+py::object leased(std::unique_ptr<Lease> lease) {
+    if (!lease) return py::none();
+    return py::cast(std::make_unique<HeldLease>(std::move(lease)));
 }
 
 Tier tier_of(const std::string& name) {
@@ -59,14 +73,18 @@ py::bytes key_bytes(const std::string& key) { return py::bytes(key); }
 
 using Tensors = std::vector<std::pair<uint32_t, std::vector<int64_t>>>;
 
-Header layout(const TieredStore& store, const std::string& key, bool sequence, const Tensors& tensors) {
+std::vector<TensorInfo> infos_of(const std::string& key, const Tensors& tensors) {
     if (!valid_key(key)) throw BadStoreArgument("not a key: '" + key + "'");
     std::vector<TensorInfo> infos(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
         infos[i].dtype = tensors[i].first;
         infos[i].shape = tensors[i].second;
     }
-    return store.layout(key, sequence, std::move(infos));
+    return infos;
+}
+
+Header layout(const TieredStore& store, const std::string& key, bool sequence, const Tensors& tensors) {
+    return store.layout(key, sequence, infos_of(key, tensors));
 }
 
 template <class Pointer>
@@ -111,6 +129,8 @@ py::dict stats(const TieredStore& store) {
     d["entries"] = s.entries;
     d["read_ahead_hits"] = s.prefetch_hits;
     d["read_ahead_drops"] = s.prefetch_drops;
+    d["lent"] = s.lent;
+    d["leased"] = s.leased;
     d["put"] = reading(s.put);
     d["get"] = reading(s.get);
     d["write"] = reading(s.write);
@@ -128,7 +148,7 @@ void raise(const char* name, const py::tuple& arguments) {
 }
 
 py::object python_key(const std::string& key) {
-    return py::module_::import("mgd_kernels.store").attr("decode_key")(key_bytes(key));
+    return py::module_::import("mgd_kernels.store_format").attr("decode_key")(key_bytes(key));
 }
 
 void translate(std::exception_ptr p) {
@@ -186,6 +206,13 @@ void bind_store(py::module_& m) {
         .def_property_readonly("address",
                                [](const HeldBuffer& b) { return reinterpret_cast<uintptr_t>(b.buffer->data()); });
 
+    py::class_<HeldLease>(m, "StoreLease", py::buffer_protocol())
+        .def_buffer([](HeldLease& h) {
+            return py::buffer_info(reinterpret_cast<uint8_t*>(h.lease->buffer->data()),
+                                   static_cast<py::ssize_t>(h.lease->buffer->size()));
+        })
+        .def("__len__", [](const HeldLease& h) { return h.lease->bytes(); });
+
     py::class_<TieredStore, std::unique_ptr<TieredStore, StoreDelete>>(m, "TieredStore")
         .def(py::init([](uint64_t host, uint64_t staging, uint64_t chunk, const std::string& directory, uint64_t disk,
                          bool persistent, bool durable, unsigned threads) {
@@ -212,9 +239,33 @@ void bind_store(py::module_& m) {
                  s.put(std::move(header), sources, tier_of(tier));
              })
         .def("get",
-             [](TieredStore& s, const std::string& key, const std::vector<uintptr_t>& addresses) {
+             [](TieredStore& s, const std::string& key, const std::vector<uintptr_t>& addresses, bool keep) {
                  py::gil_scoped_release unlocked;
-                 s.get(key, pointers<void*>(addresses, s.describe(key).tensors.size()));
+                 s.get(key, pointers<void*>(addresses, s.describe(key).tensors.size()), keep);
+             })
+        .def("lend",
+             [](TieredStore& s, uint64_t bytes) {
+                 std::unique_ptr<Lease> lease;
+                 {
+                     py::gil_scoped_release unlocked;
+                     lease = s.lend(bytes);
+                 }
+                 return leased(std::move(lease));
+             })
+        .def("put_lent",
+             [](TieredStore& s, const std::string& key, bool sequence, const Tensors& tensors, const HeldLease& held) {
+                 std::vector<TensorInfo> infos = infos_of(key, tensors);
+                 py::gil_scoped_release unlocked;
+                 s.put_lent(key, sequence, std::move(infos), *held.lease);
+             })
+        .def("lease",
+             [](TieredStore& s, const std::string& key, bool keep) {
+                 std::unique_ptr<Lease> lease;
+                 {
+                     py::gil_scoped_release unlocked;
+                     lease = s.lease(key, keep);
+                 }
+                 return leased(std::move(lease));
              })
         .def(
             "begin_put",

@@ -20,7 +20,8 @@ struct Entry {
     enum class Chunk { absent, loading, loaded };
     struct Slot {
         Chunk state = Chunk::absent;
-        unsigned awaited = 0;  // gets that wait for it: not to be dropped
+        unsigned awaited = 0;   // gets that wait for it: not to be dropped
+        bool verified = false;  // a kept buffer that nobody else has had in his hands since it was verified
         BufferPtr buffer;
     };
 

@@ -271,6 +271,15 @@ std::vector<Piece> Header::pieces(uint32_t chunk) const {
     return result;
 }
 
+void Header::clear_padding(uint32_t chunk, char* data) const {
+    size_t end = 0;
+    for (const Piece& piece : pieces(chunk)) {
+        std::memset(data + end, 0, piece.chunk_offset - end);
+        end = piece.chunk_offset + piece.bytes;
+    }
+    std::memset(data + end, 0, chunk_size(chunk) - end);
+}
+
 bool valid_key(const std::string& key) {
     if (key.compare(0, 5, "text-") == 0) return key.size() > 5;
     if (key.compare(0, 5, "step-") != 0) return false;

@@ -55,6 +55,7 @@ struct Header {
     uint64_t file_bytes() const { return header_bytes + payload_bytes; }
     uint64_t tensor_bytes() const;  // what the user stored, without padding
     std::vector<Piece> pieces(uint32_t chunk) const;
+    void clear_padding(uint32_t chunk, char* data) const;  // zeros what is no tensor's in the chunk's bytes
 };
 
 // Keys are "text-<any text>" or "step-<integer>-<kind>"; a file is called <escaped key>.mgd.

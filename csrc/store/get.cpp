@@ -3,6 +3,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "store/checksum.h"
 #include "store/errors.h"
@@ -41,6 +42,7 @@ void TieredStore::load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr bu
             const auto found = entries_.find(entry->header.key);
             good = good && found != entries_.end() && (found->second == entry || slot.awaited != 0);
             slot.state = good ? Entry::Chunk::loaded : Entry::Chunk::absent;
+            slot.verified = false;
             if (good) slot.buffer = std::move(buffer);
         }
         buffer.reset();
@@ -81,7 +83,7 @@ void TieredStore::pump() {
         if (entry->slots[next].state == Entry::Chunk::absent) {
             BufferPtr buffer;
             try {
-                if (pool_->waiters() == 0) buffer = pool_->try_acquire(entry->header.chunk_size(next));
+                if (pool_->waiters() == 0) buffer = pool_->try_acquire(buffer_size(*entry, next));
             } catch (const std::bad_alloc&) {
                 // the same as no room
             }
@@ -99,7 +101,7 @@ void TieredStore::read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to) 
     for (uint32_t i = from; i < std::min(to, entry->header.chunks()); ++i) {
         std::lock_guard lock(mutex_);
         if (entry->slots[i].state != Entry::Chunk::absent) continue;
-        BufferPtr buffer = pool_->try_acquire(entry->header.chunk_size(i));
+        BufferPtr buffer = pool_->try_acquire(buffer_size(*entry, i));
         if (!buffer) return;
         entry->slots[i].state = Entry::Chunk::loading;
         prefetched_.emplace_back(entry, i);
@@ -108,8 +110,9 @@ void TieredStore::read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to) 
 }
 
 // The chunk's contents: from its buffer, or from the file.
-BufferPtr TieredStore::take(const EntryPtr& entry, uint32_t chunk, bool wait) {
+BufferPtr TieredStore::take(const EntryPtr& entry, uint32_t chunk, bool wait, bool* verified) {
     Entry::Slot& slot = entry->slots[chunk];
+    *verified = false;
     {
         std::unique_lock lock(mutex_);
         ++slot.awaited;
@@ -117,11 +120,12 @@ BufferPtr TieredStore::take(const EntryPtr& entry, uint32_t chunk, bool wait) {
         --slot.awaited;
         if (slot.state == Entry::Chunk::loaded) {
             slot.state = Entry::Chunk::absent;
+            *verified = std::exchange(slot.verified, false);
             ++hits_;
             return std::move(slot.buffer);
         }
     }
-    const size_t bytes = entry->header.chunk_size(chunk);
+    const size_t bytes = buffer_size(*entry, chunk);
     BufferPtr buffer = wait ? acquire(bytes) : pool_->try_acquire(bytes);
     if (buffer) read_chunk(*entry, chunk, *buffer);
     return buffer;
@@ -154,7 +158,21 @@ BufferPtr Get::chunk(uint32_t i, bool wait) {
     if (entry_->tier == Tier::host) return entry_->slots[i].buffer;  // constant since the entry is ready
     store->read_ahead(entry_, i + 1, i + 1 + 2 * store->io_.count());
     store->pump();  // the buffer of the chunk before is free again
-    return store->take(entry_, i, wait);
+    return store->take(entry_, i, wait, &verified_);
+}
+
+void Get::keep(uint32_t i, BufferPtr buffer, bool verified) {
+    TieredStore* store = use_.store;
+    std::lock_guard lock(store->mutex_);
+    const auto found = store->entries_.find(entry_->header.key);
+    Entry::Slot& slot = entry_->slots[i];
+    if (entry_->tier != Tier::disk || found == store->entries_.end() || found->second != entry_ ||
+        slot.state != Entry::Chunk::absent)
+        return;
+    slot.state = Entry::Chunk::loaded;
+    slot.buffer = std::move(buffer);
+    slot.verified = verified;
+    store->prefetched_.emplace_front(entry_, i);
 }
 
 void Get::end() {
@@ -162,12 +180,12 @@ void Get::end() {
     use_.end();
 }
 
-void TieredStore::get(const std::string& key, const std::vector<void*>& targets) {
+void TieredStore::get(const std::string& key, const std::vector<void*>& targets, bool keep) {
     Get get(*this, key);
     const Header& h = get.header();
     Meter::Span span(get_, h.tensor_bytes());
     for (uint32_t i = 0; i < h.chunks(); ++i) {
-        const BufferPtr buffer = get.chunk(i, true);
+        BufferPtr buffer = get.chunk(i, true);
         const std::vector<Piece> pieces = h.pieces(i);
         const auto to = [&](const Piece& p) { return static_cast<char*>(targets[p.tensor]) + p.tensor_offset; };
         const auto scatter = [&](size_t begin, size_t end) {  // into the cache: what is fetched is used next
@@ -176,7 +194,12 @@ void TieredStore::get(const std::string& key, const std::vector<void*>& targets)
                 if (a < b) std::memcpy(to(p) + (a - p.chunk_offset), buffer->data() + a, b - a);
             }
         };
-        get.verify(i, checksum_in_tiles(buffer->data(), h.chunk_size(i), nullptr, scatter));
+        if (get.verified()) {
+            scatter(0, h.chunk_size(i));
+        } else {
+            get.verify(i, checksum_in_tiles(buffer->data(), h.chunk_size(i), nullptr, scatter));
+        }
+        if (keep) get.keep(i, std::move(buffer), true);
     }
     get.end();
     span.done();

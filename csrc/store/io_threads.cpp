@@ -10,7 +10,11 @@ IoThreads::IoThreads(unsigned threads) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
+    for (unsigned i = 0; i < threads; ++i)
+        threads_.emplace_back([this] {
+            pthread_setname_np(pthread_self(), "mgd-store");  // for `top -H`, and for who places threads on cores
+            run();
+        });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

@@ -6,6 +6,29 @@
 
 namespace mgd {
 
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+
+// Fresh zeroed memory, in huge pages as far as it has whole ones: fewer faults and shorter I/O vectors. Null when the
+// system has none.
+char* map(size_t bytes) {
+    const size_t slack = bytes >= kHugePage ? kHugePage - kPage : 0;  // to begin at a huge page
+    void* found = mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) return nullptr;
+    char* begin = static_cast<char*>(found);
+    char* data = begin;
+    if (slack != 0) {
+        data += round_up(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
+        if (data != begin) munmap(begin, static_cast<size_t>(data - begin));
+        if (data != begin + slack) munmap(data + bytes, static_cast<size_t>(begin + slack - data));
+    }
+    madvise(data, bytes, MADV_HUGEPAGE);  // harmless where refused
+    return data;
+}
+
+}  // namespace
+
 Buffer::~Buffer() { pool_->release(data_, bytes_); }
 
 void BufferPool::set_hooks(Hook mapped, Hook unmapping) {
@@ -40,16 +63,15 @@ BufferPtr BufferPool::try_acquire(size_t bytes) {
         peak_ = std::max(peak_, mapped_);
     }
     unmap(evicted);
-    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) {
+    char* data = map(bytes);
+    if (data == nullptr) {
         std::lock_guard lock(mutex_);
         mapped_ -= bytes;
         in_use_ -= bytes;
         throw std::bad_alloc();
     }
-    madvise(data, bytes, MADV_HUGEPAGE);  // fewer faults and shorter I/O vectors; harmless where refused
     if (mapped_hook_) mapped_hook_(data, bytes);
-    return std::make_shared<Buffer>(shared_from_this(), static_cast<char*>(data), bytes);
+    return std::make_shared<Buffer>(shared_from_this(), data, bytes);
 }
 
 void BufferPool::release(char* data, size_t bytes) {

@@ -37,15 +37,10 @@ const Header& Put::header() const { return entry_->header; }
 
 BufferPtr Put::buffer(uint32_t chunk, bool wait) {
     const Header& h = entry_->header;
-    const size_t bytes = h.chunk_size(chunk);
+    const size_t bytes = use_.store->buffer_size(*entry_, chunk);
     BufferPtr buffer = wait ? use_.store->acquire(bytes) : use_.store->pool_->try_acquire(bytes);
     if (!buffer) return nullptr;
-    size_t end = 0;
-    for (const Piece& piece : h.pieces(chunk)) {
-        std::memset(buffer->data() + end, 0, piece.chunk_offset - end);
-        end = piece.chunk_offset + piece.bytes;
-    }
-    std::memset(buffer->data() + end, 0, bytes - end);
+    h.clear_padding(chunk, buffer->data());
     return buffer;
 }
 
@@ -140,8 +135,9 @@ void TieredStore::write_chunk(const EntryPtr& entry, uint32_t chunk, const Buffe
         std::lock_guard lock(mutex_);
         if (entry->error) return;
     }
-    Meter::Span span(write_, buffer.size());
     const Header& h = entry->header;
+    const size_t bytes = h.chunk_size(chunk);  // a lent buffer may be larger
+    Meter::Span span(write_, bytes);
     {
         std::lock_guard lock(entry->file_mutex);
         if (!entry->file) {
@@ -150,7 +146,7 @@ void TieredStore::write_chunk(const EntryPtr& entry, uint32_t chunk, const Buffe
             entry->file->reserve(h.file_bytes());
         }
     }
-    entry->file->write(buffer.data(), buffer.size(), h.header_bytes + chunk * h.chunk_bytes);
+    entry->file->write(buffer.data(), bytes, h.header_bytes + chunk * h.chunk_bytes);
     span.done();
 }
 

@@ -14,6 +14,7 @@ TieredStore::TieredStore(const StoreOptions& options)
     : options_(options),
       pool_(std::make_shared<BufferPool>(options.host_bytes)),
       owner_(getpid()),
+      leases_(std::make_shared<LeaseAccount>(options.staging_bytes, options.chunk_bytes)),
       io_(options.directory.empty() ? 0 : std::max(1u, options.threads)) {
     if (options.directory.empty()) return;
     directory_.emplace(options.persistent ? StoreDirectory::persistent(options.directory)
@@ -61,6 +62,7 @@ void TieredStore::load_entries() {
             entry->error = std::current_exception();
         }
         entry->slots.resize(entry->header.chunks());
+        if (entry->header.chunks() != 0) leases_->know(buffer_size(*entry, 0));
         disk_used_ += entry->published;
         entries_[found.key] = entry;
     }
@@ -155,7 +157,8 @@ TieredStore::Stats TieredStore::stats() const {
             host_used_,      options_.disk_bytes,
             disk_used_,      disk_peak_,
             entries_.size(), hits_,
-            drops_,          put_.reading(),
+            drops_,          lent_,
+            leased_,         put_.reading(),
             get_.reading(),  write_.reading(),
             read_.reading(), mode_.direct(),
             mode_.why(),     directory_ ? directory_->path() : ""};
@@ -164,7 +167,17 @@ TieredStore::Stats TieredStore::stats() const {
 // --- room ------------------------------------------------------------------------------------------------------
 
 Header TieredStore::layout(std::string key, bool sequence, std::vector<TensorInfo> tensors) const {
-    return Header::make(std::move(key), sequence, std::move(tensors), options_.chunk_bytes);
+    // Chunks as large as the buffers that are lent where these are not much smaller: one size of buffers serves all.
+    const uint64_t lent = last_lent_, chunk = lent >= options_.chunk_bytes / 4 ? lent : options_.chunk_bytes;
+    return Header::make(std::move(key), sequence, std::move(tensors), chunk);
+}
+
+// Bytes of the buffer for a chunk: in the disk tier all chunks of an entry have one size, so that buffers are used
+// again rather than mapped anew.
+size_t TieredStore::buffer_size(const Entry& entry, uint32_t chunk) const {
+    const Header& h = entry.header;
+    const bool alike = entry.tier == Tier::disk && (h.chunks() > 1 || h.chunk_bytes - h.payload_bytes < kLentUnit);
+    return alike ? std::min<uint64_t>(h.chunk_bytes, options_.staging_bytes) : h.chunk_size(chunk);
 }
 
 // Lets go of what an entry that left the table holds; a get that is under way keeps what it uses.

@@ -5,12 +5,15 @@
 //             writes each and lets go of its buffer, so a put returns when its last chunk is copied (write-behind).
 //   prefetch  reads chunks of the given entries, in order, into buffers that are free.
 //   get       takes each chunk from its buffer, or reads it there and then, a few chunks ahead.
+//   lend      hands out a buffer, which put_lent then writes as it is; lease hands one out with an entry of one chunk.
 //
 // Why nothing blocks for ever: a thread waits for a buffer only while it holds none, or holds buffers of the host
-// tier, whose total is bounded below the pool's limit by `staging`. All other buffers are being written, read or
-// copied, which ends by itself, or are prefetched, and then a waiter drops them (they are still on disk).
+// tier, whose total is bounded below the pool's limit by `staging`, or leases, which leave room for the largest chunk
+// (lease.h). All other buffers are being written, read or copied, which ends by itself, or are prefetched, and then a
+// waiter drops them (they are still on disk).
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -26,6 +29,7 @@
 #include "store/entry.h"
 #include "store/format.h"
 #include "store/io_threads.h"
+#include "store/lease.h"
 #include "store/meter.h"
 #include "store/pool.h"
 
@@ -51,9 +55,16 @@ class TieredStore {
     // One pointer a tensor. put copies out of the pointers, get into them. put throws StoreFull (whose text is the
     // tier's name) before it copies anything.
     void put(Header header, const std::vector<const void*>& sources, Tier tier);
-    void get(const std::string& key, const std::vector<void*>& targets);
+    void get(const std::string& key, const std::vector<void*>& targets, bool keep = false);
     void prefetch(const std::vector<std::string>& keys);
     void remove(const std::string& key);
+
+    // Without a copy. Both are null where the account of leases has no room; a lease, too, for what is not one chunk of
+    // the disk tier. A lent buffer becomes the entry: who writes to it after put_lent spoils it, and get will tell.
+    // keep (of get, too): it will be got again soon, so its buffers stay filled while nobody needs their room.
+    std::unique_ptr<Lease> lend(uint64_t bytes);
+    void put_lent(std::string key, bool sequence, std::vector<TensorInfo> tensors, const Lease& lease);
+    std::unique_ptr<Lease> lease(const std::string& key, bool keep);
 
     struct Description {
         Tier tier;
@@ -71,6 +82,7 @@ class TieredStore {
     struct Stats {
         BufferPool::Stats pool;
         uint64_t host_limit, host_used, disk_limit, disk_used, disk_peak, entries, prefetch_hits, prefetch_drops;
+        uint64_t lent, leased;
         Meter::Reading put, get, write, read;  // copies in and out of buffers; files
         bool direct;
         std::string why_buffered, directory;
@@ -100,9 +112,10 @@ class TieredStore {
     void load_entries();
     EntryPtr find(const std::string& key) const;  // with mutex_ held; throws MissingKey
     BufferPtr acquire(size_t bytes);
+    size_t buffer_size(const Entry& entry, uint32_t chunk) const;
     bool drop_one_prefetched();
     void pump();
-    BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait);
+    BufferPtr take(const EntryPtr& entry, uint32_t chunk, bool wait, bool* verified);
     void read_ahead(const EntryPtr& entry, uint32_t from, uint32_t to);
     void load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr buffer, bool urgent);
     void read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer);  // unverified
@@ -130,6 +143,8 @@ class TieredStore {
     bool closing_ = false, closed_ = false;
     bool suspect_ = false;  // a write has failed; the entry may be gone since
     Meter put_, get_, write_, read_;
+    const std::shared_ptr<LeaseAccount> leases_;
+    std::atomic<uint64_t> lent_{0}, leased_{0}, last_lent_{0};
 
     IoThreads io_;  // last: its threads use everything above
 };
@@ -155,14 +170,19 @@ class Get {
   public:
     Get(TieredStore& store, const std::string& key);  // waits until the entry is written
     const Header& header() const;
+    Tier tier() const { return entry_->tier; }
+    size_t buffer_size(uint32_t i) const { return use_.store->buffer_size(*entry_, i); }
     // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
-    void verify(uint32_t i, uint64_t sum) const;  // throws CorruptState unless it is the checksum of chunk i
+    void verify(uint32_t i, uint64_t sum) const;             // throws CorruptState unless it is the checksum of chunk i
+    bool verified() const { return verified_; }              // whether the last chunk was kept, and is known to be good
+    void keep(uint32_t i, BufferPtr buffer, bool verified);  // for the next get
     void end();
 
   private:
     TieredStore::Use use_;
     EntryPtr entry_;
+    bool verified_ = false;
 };
 
 }  // namespace mgd

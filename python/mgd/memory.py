@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from mgd.budget import Budget, Costs, Sizes
 from mgd.errors import BudgetTooSmall, StoreIOError
@@ -169,7 +168,7 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
         host = buffers + (chosen.limits.get("host", 0) if on_device else 0)
         disk = (chosen.directory, chosen.limits["disk"]) if "disk" in used else None
         store = Store(host=host, disk=disk, staging=buffers if disk else None)
-    return Tape(store, constants, _scratch(arena, store), microbatches, on_device)
+    return Tape(store, constants, functools.partial(arena.zeros, arena.gradient_dtype), microbatches, on_device)
 
 
 def spare(chosen: Plan, device: torch.device) -> int:
@@ -200,11 +199,7 @@ def resumable(
 
 def resumable_tape(store: Store, constants: Buffers, arena: Arena, microbatches: int) -> Tape:
     """A tape all of whose entries are in `store` and outlive the process."""
-    return Tape(store, constants, _scratch(arena, store), microbatches, persistent=True)
-
-
-def _scratch(arena: Arena, store: Store | None) -> Tensor:
-    return torch.empty(0) if store is None else arena.zeros(arena.gradient_dtype)
+    return Tape(store, constants, functools.partial(arena.zeros, arena.gradient_dtype), microbatches, persistent=True)
 
 
 def free_host_memory() -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import comb, inf
+from typing import NamedTuple
 
 from mgd.budget import Costs, Sizes
 from mgd.layout import Layout, rebuilt
@@ -23,9 +25,11 @@ THRIFT = 1.01
 SHORTLIST = 8
 
 
-@dataclass(frozen=True, order=True)
-class Candidate:
-    """A layout to be; `bound` is a lower bound of its seconds, `peak` its bytes in all tiers together."""
+class Candidate(NamedTuple):
+    """A layout to be; `bound` is a lower bound of its seconds, `peak` its bytes in all tiers together.
+
+    Thousands are compared, so it is a tuple.
+    """
 
     bound: float
     peak: int
@@ -192,13 +196,26 @@ class Search:
         written = state * (saves(n, outer) + (n - 1) * saves(length, inner)) + grad * logged
         read = state * (self.chain - 1) + grad * (updates + logged)
         work = model * costs.step + updates * costs.update + (self.chain - 1) * costs.hvp
-        tiers = list(self.limits)[:used]
-        moving = written * min(1 / costs.write[t] for t in tiers) + read * min(1 / costs.read[t] for t in tiers)
-        if not set(tiers) & set(costs.overlap):
+        write_cost, read_cost, beside = self._traffic[used - 1]
+        moving = written * write_cost + read * read_cost
+        if beside == 0:
             work += moving
-        elif set(tiers) <= set(costs.overlap):
+        elif beside == used:
             work = max(work, moving / used)
         return Candidate(work, state * (outer + inner) + grad * (length - 1), length, outer, inner, used)
+
+    @cached_property
+    def _traffic(self) -> list[tuple[float, float, int]]:
+        """Of the fastest tiers, one, two and so on: the least seconds a byte written and read, and how many overlap."""
+        costs, tiers = self.costs, list(self.limits)
+        return [
+            (
+                min(1 / costs.write[tier] for tier in tiers[:used]),
+                min(1 / costs.read[tier] for tier in tiers[:used]),
+                sum(tier in costs.overlap for tier in tiers[:used]),
+            )
+            for used in range(1, len(tiers) + 1)
+        ]
 
 
 def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -49,6 +49,10 @@ class ReadAhead:
         self._asked.discard(key)
         self._ask()
 
+    def again(self, key: Key) -> bool:
+        """Whether the entry, which is being read, is to be read once more, as far as one can see."""
+        return any(key == coming for coming, _ in self._coming)
+
     def removed(self, key: Key) -> None:
         self._asked.discard(key)
 
@@ -69,7 +73,7 @@ class ReadAhead:
             if self._tape.stored(key):
                 self._asked.add(key)
                 keys.append(key)
-        if keys:
+        if keys and self._tape.store is not None:
             self._tape.store.prefetch(keys)
 
     def _look(self) -> bool:

@@ -63,8 +63,10 @@ class Steps:
         self.traces, self.joints = traces, joints
         self.evaluations = 0
 
-    def gradient(self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters) -> Evaluated:
-        """Evaluate step `t` at the flat `params`. Errors name the step."""
+    def gradient(
+        self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
+    ) -> Evaluated:
+        """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
         total: Tensor | None = None
         losses, history, kept = [], [buffers], []
         for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
@@ -75,7 +77,7 @@ class Steps:
             else:
                 loss, grads, after, own = whole
                 kept.append(own)
-            total = self._accumulate(total, grads)
+            total = self._accumulate(total, grads, into)
             losses.append(loss.detach().double())
             history.append(after)
         self.evaluations += 1
@@ -312,12 +314,12 @@ class Steps:
             )
         return (loss if share == 1.0 else loss * share), left
 
-    def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None]) -> Tensor:
+    def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None], into: Tensor | None) -> Tensor:
         present = [g for g in grads if g is not None]
         if total is None and len(present) == len(grads):
-            return self.arena.joined(present)
+            return self.arena.joined(present, into)
         if total is None:
-            total = self.arena.zeros(self.arena.gradient_dtype)
+            total = self.arena.zeros(self.arena.gradient_dtype) if into is None else into.zero_()
         pairs = [(x, g) for x, g in zip(self.arena.slices(total), grads, strict=True) if g is not None]
         torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
         return total

@@ -119,7 +119,7 @@ class Sweep:
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self.visited = 0
-        self.tape = Tape(None, self.buffers, torch.empty(0), steps.microbatches)
+        self.tape = Tape(None, self.buffers, None, steps.microbatches)
         self.room = 0
         self.kept: dict[int, list[Kept]] = {}
         self.measured = Measured()
@@ -185,7 +185,7 @@ class Sweep:
 
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
-        step = self._evaluate(t)
+        step = self._evaluate(t, self.tape.blank(self.arena, tier))
         kept, step.kept = step.kept, None
         if tier is not None:
             if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room:
@@ -198,12 +198,10 @@ class Sweep:
         self.buffers = step.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
-        """Advance over logged steps by their updates: as many as lie in memory in one pass, or one from the store."""
+        """Advance over logged steps by their updates, in one pass as many as can be had at a time."""
         start = self.state.step
-        run = self.tape.held(start, stop)
-        if not run:
-            with self.measured.timed("store"):
-                run = [self.tape.read(start)]
+        with self.measured.timed("store"):
+            run = self.tape.run(start, stop)
         with self.measured.timed("rebuild"):
             self.optimizer.replay_(
                 self.state,
@@ -214,10 +212,10 @@ class Sweep:
         self.buffers = run[-1].buffers[-1]
         self.measured.counts["rebuilt steps"] += len(run)
 
-    def _evaluate(self, t: int) -> Evaluated:
+    def _evaluate(self, t: int, into: Tensor | None = None) -> Evaluated:
         first = t >= self.visited
         with self.measured.timed("training" if first else "replay"):
-            evaluated = self.steps.gradient(t, self.state.params, self.buffers, self.meta)
+            evaluated = self.steps.gradient(t, self.state.params, self.buffers, self.meta, into)
         self.measured.counts["model steps"] += 1
         losses = evaluated.losses
         if first:

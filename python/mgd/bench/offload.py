@@ -59,7 +59,7 @@ def sweep_rows(results: list[dict[str, Any]]) -> list[list[str]]:
             wall = found["ratios"][f"{sweep} wall"]
             lines.append(
                 [
-                    found["workload"] if i == 0 else "",
+                    f"{found['workload']}, snapshots {place_of(found)}" if i == 0 else "",
                     sweep,
                     f"{found['seconds']['memory'][f'{sweep} wall']['median']:.3f}",
                     f"{found['seconds']['disk'][f'{sweep} wall']['median']:.3f}",
@@ -77,8 +77,15 @@ def conditions(found: dict[str, Any]) -> str:
     applies = "the promise applies" if step >= write else "the promise does not apply"
     return (
         f"{found['workload']}: {found['steps']} steps of {step:.2f} ms; the write of a gradient "
-        f"({format_bytes(found['gradient_bytes'])}) takes {write:.2f} ms, so {applies}."
+        f"({format_bytes(found['gradient_bytes'])}) takes {write:.2f} ms, so {applies}. Snapshots lie "
+        f"{place_of(found)}, {found['log_on_disk']} gradients on disk; the store's threads run "
+        + ("on other cores." if found["apart"] else "on the core of the computation.")
     )
+
+
+def place_of(found: dict[str, Any]) -> str:
+    """Where a sweep had its snapshots, for people."""
+    return "in memory" if found["snapshots_in"] == "memory" else "on disk"
 
 
 def verdict(found: dict[str, Any], sweep: str) -> str:
@@ -93,8 +100,8 @@ def _percent(ratio: float) -> str:
 
 
 SWEEP = (
-    "The whole log and all snapshots on disk, against everything in memory, in alternation. slower by: median (20%, "
-    "80%) of wall time; its thread: CPU time of the computing thread alone, to judge by where others use the machine. "
+    "The whole log on disk, against everything in memory, in alternation. slower by: median (20%, 80%) of wall time; "
+    "its thread: CPU time of the computing thread alone, to judge by where others use the machine. "
     "The promise is made where a step takes at least as long as the write."
 )
 
@@ -113,7 +120,11 @@ def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict
         sections.append(plots.Section("Store", STORE, picture, "store", store_rows(stores)))
     if sweeps:
         slow = [
-            (f"{f['workload']}, {sweep}", 100 * f["ratios"][f"{sweep} wall"]["median"] - 100, verdict(f, sweep))
+            (
+                f"{f['workload']}, snapshots {place_of(f)}, {sweep}",
+                100 * f["ratios"][f"{sweep} wall"]["median"] - 100,
+                verdict(f, sweep),
+            )
             for f in sweeps
             for sweep in f["promised"]
         ]
@@ -138,6 +149,12 @@ def command(
     sizes: Annotated[
         str, typer.Option("--sizes", metavar="A,B,...", help=f"Of {', '.join(store_io.SIZES)}; none: the sweeps alone.")
     ] = ",".join(store_io.SIZES),
+    snapshots: Annotated[
+        str, typer.Option("--snapshots", metavar="A,B", help="Where they lie: disk, memory, or both.")
+    ] = "disk,memory",
+    apart: Annotated[
+        bool, typer.Option("--apart", help="The store's threads on other cores than the computation.")
+    ] = False,
     rounds: show.Rounds = 7,
     core: show.Core = -1,
     out: Out = None,
@@ -151,7 +168,8 @@ def command(
         plots.require_matplotlib()
     wanted = [] if sizes == "none" else [size.strip() for size in sizes.split(",")]
     sources = [] if workload == "none" else [name.strip() for name in workload.split(",")]
-    for given, known in ((wanted, store_io.SIZES), (sources, WORKLOADS)):
+    placements = [name.strip() for name in snapshots.split(",")]
+    for given, known in ((wanted, store_io.SIZES), (sources, WORKLOADS), (placements, offload_sweep.SNAPSHOTS)):
         if unknown := [name for name in given if name not in known]:
             raise BadArgument(f"expected some of {', '.join(known)}; got {', '.join(unknown)}")
     place = directory or Path(tempfile.gettempdir())
@@ -168,9 +186,10 @@ def command(
             with timing.pinned(None):  # raw and store have threads of their own
                 stores.append(store_io.measure(place, store_io.SIZES[size]))
         for name in sources:
-            tick(f"{name}, log on disk and in memory")
-            made = WORKLOADS[name](steps=steps)
-            sweeps.append(offload_sweep.measure(made, place, rounds, show.core_of(core)))
+            for placement in placements:
+                tick(f"{name}, log on disk and in memory, snapshots: {placement}")
+                made, on = WORKLOADS[name](steps=steps), show.core_of(core)
+                sweeps.append(offload_sweep.measure(made, place, rounds, on, placement, apart))
     if stores:
         show.table(console, f"The store at {place}, {stores[0]['io']} I/O", store_rows(stores), STORE)
     if sweeps:

@@ -1,7 +1,7 @@
 """What a log on disk costs a metagradient: the time of both sweeps, against everything in memory.
 
 The promise holds where a step takes at least as long as writing its gradient: the transfers then hide behind the
-computation, and what is left is the copy of every entry to and from the store's buffers.
+computation, and what is left are checksums and the copies of snapshots to and from the store's buffers.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import itertools
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from mgd import Budget, TrainingFunction
 from mgd.bench.timing import pinned, quantiles
 from mgd.bench.workloads import Workload, mlp
+from mgd.errors import BadArgument
+from mgd.memory import STAGING
 
 # Of the machine; of the computing thread; and of the whole process, the store's threads included.
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time, "process": time.process_time}
 
 PROMISED = {"forward": 1.05, "reverse": 1.10}  # of the time in memory
+SNAPSHOTS = ("disk", "memory")
 
 
 def measure(
@@ -27,11 +31,15 @@ def measure(
     directory: str | os.PathLike[str] | None = None,
     rounds: int = 7,
     core: int | None = -1,
+    snapshots: str = "disk",
+    apart: bool = False,
 ) -> dict[str, Any]:
-    """Both sweeps with the whole log and all snapshots on disk, alternating with the same in memory.
+    """Both sweeps with the whole log on disk, alternating with everything in memory.
 
-    directory: on the disk to measure; the system's place for temporary files by default. The store has 32 MiB of
-    buffers; its own threads share `core` with the computation.
+    directory: on the disk to measure; the system's place for temporary files by default. snapshots: where they lie:
+    "disk", or "memory", as many as a disk budget alone would keep there, as far as there is no use for their room as a
+    log. The store has 32 MiB of buffers or those of three gradients. apart: its threads run on the process's other
+    cores, not on `core` with the computation.
 
     Returns seconds by each clock of each sweep and variant, the ratios of disk to memory (quantiles over the rounds,
     each of which runs both), and what the disk did. `step_seconds` and `write_seconds` (of one gradient) tell whether
@@ -39,17 +47,24 @@ def measure(
     """
     workload = workload or mlp()
     z = workload.z()
+    others = os.sched_getaffinity(0) - {max(os.sched_getaffinity(0)) if core == -1 else core}
+    if apart and not others:
+        raise BadArgument("the store's threads need a second core to be apart; this process may use one")
     with pinned(core) as pinning, tempfile.TemporaryDirectory(dir=directory) as place:
         budgets = {"memory": Budget(host=1 << 40), "disk": Budget(disk=(place, 1 << 40))}
         variants = {name: workload.function(schedule="log", budget=budget) for name, budget in budgets.items()}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for function in variants.values():
             function.metagradient(z)  # traces, and measures the costs that the plans are made from
+        if snapshots == "memory":
+            variants["disk"] = _with_snapshots_in_memory(workload, variants["disk"], place)
+            variants["disk"].metagradient(z)
         for i in range(rounds):
             order = list(variants) if i % 2 == 0 else list(variants)[::-1]
             for name in order:
-                runs[name].append(_run(variants[name], z))
+                runs[name].append(_run(variants[name], z, others if apart else set()))
     costs, store = variants["disk"]._costs, runs["disk"][-1]["store"]
+    assert costs is not None  # measured by now
     gradient = runs["disk"][-1]["plan"]["sizes"]["gradient"]
     ratios = {
         f"{sweep} {clock}": quantiles(
@@ -77,23 +92,47 @@ def measure(
         "io": store["disk"]["io"],
         "bandwidth": {way: store[way]["bandwidth"] for way in ("write", "read")},
         "read_ahead": store["read_ahead"],
+        "handed": store["handed"],
+        "snapshots_in": snapshots,
         "snapshots": {name: measured[-1]["plan"]["inner_snapshots"] for name, measured in runs.items()},
+        "log_on_disk": min(run["plan"]["logged_gradients"]["disk"] for run in runs["disk"]),
+        "apart": sorted(others) if apart else None,
         "rebuilt_steps": {name: measured[-1]["rebuilt"] for name, measured in runs.items()},
         "pinning": pinning,
         "rounds": rounds,
     }
 
 
-def _run(function: TrainingFunction, z: dict[str, Any]) -> dict[str, Any]:
-    """One metagradient, its two halves timed apart."""
+def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, place: str) -> TrainingFunction:
+    """The same with a host part that has room for the snapshots, or as many of them that no gradient lies there."""
+    made = on_disk.plan()
+    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.memory.staging
+    for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):
+        budget = Budget(host=buffers + count * made.sizes.snapshot, disk=(place, 1 << 40))
+        function = workload.function(schedule="log", budget=budget)
+        function._costs = on_disk._costs
+        if not function.plan().to_dict()["logged_gradients"]["host"]:
+            return function
+    return on_disk
+
+
+def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -> dict[str, Any]:
+    """One metagradient, its two halves timed apart. store_cores: for the store's threads; none: where they are."""
     marks = []
+    unplaced = [store_cores] if store_cores else []
 
     def mark() -> None:
         marks.append({name: clock() for name, clock in CLOCKS.items()})
 
     with function._guarded() as tick:
         mark()
-        run = function._forward(z, tick)
+
+        def place_and_tick(phase: str) -> None:
+            if unplaced:  # the store is made within the sweep
+                _place_store(unplaced.pop())
+            tick(phase)
+
+        run = function._forward(z, place_and_tick)
         mark()
         run.reverse()
         mark()
@@ -106,3 +145,10 @@ def _run(function: TrainingFunction, z: dict[str, Any]) -> dict[str, Any]:
         "store": report.store,
         "rebuilt": report.counts.get("rebuilt steps", 0),
     }
+
+
+def _place_store(cores: set[int]) -> None:
+    """Put the store's threads, which begin where their maker runs, on these cores."""
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == "mgd-store":
+            os.sched_setaffinity(int(task.name), cores)

@@ -1,0 +1,62 @@
+"""What docs/format.md says of keys, dtypes and the place of tensors in an entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from mgd_kernels.errors import BadArgument
+
+Key = str | tuple[str, int]
+
+ALIGNMENT = 64  # bytes, of every tensor in its entry
+PAGE = 4096
+CHUNK = 4 << 20  # bytes of one transfer and one checksum; 4 MiB reaches the disk's bandwidth with two threads
+
+# The codes of docs/format.md.
+DTYPES = {
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float32: 3,
+    torch.float64: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+    torch.int32: 7,
+    torch.int16: 8,
+    torch.int8: 9,
+    torch.bool: 10,
+}
+DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
+
+
+def encode_key(key: Key) -> bytes:
+    """The key as the format spells it: ``text-<text>`` or ``step-<step>-<kind>``."""
+    if isinstance(key, str) and key:
+        return b"text-" + key.encode("utf-8", "surrogateescape")
+    if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and key[0]:
+        kind, step = key
+        if hasattr(step, "__index__") and not isinstance(step, bool):
+            return b"step-%d-" % step.__index__() + kind.encode("utf-8", "surrogateescape")
+    raise BadArgument(f"a key is a text or (kind, step), a text and an integer; {key!r} came")
+
+
+def decode_key(name: bytes) -> Key:
+    """The inverse of :func:`encode_key`."""
+    if name.startswith(b"text-"):
+        return name[5:].decode("utf-8", "surrogateescape")
+    match = re.fullmatch(rb"step-(-?\d+)-(.+)", name, re.DOTALL)
+    assert match is not None, name
+    return match[2].decode("utf-8", "surrogateescape"), int(match[1])
+
+
+def offsets(sizes: Iterable[int]) -> list[int]:
+    """Where in an entry's payload tensors of these sizes in bytes begin, and where the last one ends."""
+    found = [0]
+    end = 0
+    for size in sizes:
+        found[-1] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = found[-1] + size
+        found.append(end)
+    return found
