@@ -114,23 +114,25 @@ def first_and_second(evaluate: Evaluate, point: Point) -> tuple[Tensor, list[Ten
     p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
     inputs = [*p, *b, *z]
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
-    grads = list(torch.autograd.grad(loss, p, create_graph=True, allow_unused=True))
+    grads: list[Tensor | None] = list(torch.autograd.grad(loss, p, create_graph=True, allow_unused=True))
     outputs = [*grads, *left[: len(b)]]
-    live = [i for i, output in enumerate(outputs) if output is not None and output.requires_grad]
-    first = [None if g is None else g.detach() for g in grads], [x.detach() for x in left]
+    live = {i: output for i, output in enumerate(outputs) if output is not None and output.requires_grad}
+    gradient: list[Tensor | None] = [None if g is None else g.detach() for g in grads]
+    after = [x.detach() for x in left]
+    results: Gradients
     if not live:
-        return loss.detach(), *first, [[None] * len(inputs) for _ in point.directions]
-    outputs = [outputs[i] for i in live]
+        results = [[None] * len(inputs) for _ in point.directions]
+        return loss.detach(), gradient, after, results
     cotangents = [
         [[*direction, *cotangent][i] for i in live]
         for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
     ]
     keep = [True] * (len(cotangents) - 1) + [False]
     results = [
-        list(torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True, retain_graph=retain))
+        list(torch.autograd.grad(list(live.values()), inputs, cotangent, allow_unused=True, retain_graph=retain))
         for cotangent, retain in zip(cotangents, keep, strict=True)
     ]
-    return loss.detach(), *first, results
+    return loss.detach(), gradient, after, results
 
 
 def _inner(x: Tensors, y: Tensors) -> Tensor:

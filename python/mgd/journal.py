@@ -149,7 +149,7 @@ def digest(*values: Any) -> str:
         if isinstance(value, Tensor):
             state.update(repr((value.dtype, tuple(value.shape))).encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            state.update(memoryview(flat.view(torch.uint8).numpy()))
+            state.update(memoryview(flat.view(torch.uint8).numpy().data))
         else:
             state.update(repr(value).encode())
     return state.hexdigest()
@@ -159,5 +159,5 @@ def _encode(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _decode(tensor: Tensor) -> Any:
+def _decode(tensor: Any) -> Any:
     return json.loads(bytes(tensor.tolist()))

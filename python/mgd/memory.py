@@ -94,7 +94,7 @@ def choose(
             parts["disk"] -= reserve
             parts["host"] = parts.get("host", 0) - staging(limits, size)
         parts = {tier: max(0, room) for tier, room in parts.items()}
-        disk = (budget.directory, parts.pop("disk")) if "disk" in parts else None
+        disk = (budget.directory or "", parts.pop("disk")) if "disk" in parts else None
         return plan(steps, size, Budget(**parts, disk=disk), costs, schedule=schedule)
 
     try:
@@ -102,7 +102,11 @@ def choose(
     except BudgetTooSmall as refusal:
         # The search for the quickest plan takes long, and what it finds needs no less than revolve.
         feasible = functools.partial(within, schedule="revolve" if schedule == "auto" else schedule)
-        needs = {tier: _least(lambda room, tier=tier: feasible(limits | {tier: room})) for tier in limits}
+
+        def least(tier: str) -> int:
+            return _least(lambda room: feasible(limits | {tier: room}))
+
+        needs = {tier: least(tier) for tier in limits}
         raise BudgetTooSmall(needs, limits, refusal.advice) from None
 
 
@@ -130,7 +134,7 @@ def _transfers(on_device: bool, write: Mapping[str, float] | None = None) -> dic
     """What runs beside the computation, and what of it the processor does itself. write: as measured."""
     if on_device:
         return {"overlap": ("host", "disk"), "write": write or {}}
-    return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": FRESH_MEMORY | (write or {})}
+    return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": {**FRESH_MEMORY, **(write or {})}}
 
 
 def measured_costs(measured: Measured, store: dict[str, Any] | None, device: torch.device) -> Costs | None:
@@ -166,7 +170,7 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
 
         buffers = staging(budget.limits(), size)
         host = buffers + (chosen.limits.get("host", 0) if on_device else 0)
-        disk = (chosen.directory, chosen.limits["disk"]) if "disk" in used else None
+        disk = (chosen.directory or "", chosen.limits["disk"]) if "disk" in used else None
         store = Store(host=host, disk=disk, staging=buffers if disk else None)
     return Tape(store, constants, functools.partial(arena.zeros, arena.gradient_dtype), microbatches, on_device)
 

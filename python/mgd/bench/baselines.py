@@ -267,7 +267,7 @@ class Training:
             case Adam() as adam:
                 kind = torch.optim.AdamW if isinstance(adam, AdamW) else torch.optim.Adam
                 betas = (h["beta1"], h["beta2"])
-                self.optimizer = kind(self.params, h["lr"], betas, h["eps"], h["weight_decay"])
+                self.optimizer: torch.optim.Optimizer = kind(self.params, h["lr"], betas, h["eps"], h["weight_decay"])
             case SGD() as sgd:
                 self.optimizer = torch.optim.SGD(
                     self.params, h["lr"], h.get("momentum", 0), h.get("dampening", 0), h["weight_decay"],
