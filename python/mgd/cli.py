@@ -21,7 +21,11 @@ BENCHMARKS: dict[str, str] = {
     "kernels": "mgd.bench.kernels",
 }
 PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
-RECIPES: dict[str, str] = {"poison": "mgd.recipes.poison.command"}
+RECIPES: dict[str, str] = {
+    "poison": "mgd.recipes.poison.command",
+    "lr-schedule": "mgd.recipes.lr_schedule",
+    "smoothness": "mgd.recipes.smoothness",
+}
 
 app = typer.Typer(
     name="mgd",

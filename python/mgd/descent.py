@@ -62,7 +62,7 @@ class MetaDescent:
         By default the objective itself.
 
     A training that diverges (`NonFiniteState`) is not the end: the variables go back, the outer learning rate is
-    halved, and the step is taken again, which `notes` and the history say.
+    halved from then on, and the step is taken again, which `notes` and the history say.
     """
 
     def __init__(
@@ -73,6 +73,11 @@ class MetaDescent:
         constraints: Mapping[str, Constraint] | None = None,
         validate: Callable[[Metagradient], float] | None = None,
     ):
+        if not callable(problem):
+            raise BadArgument(
+                f"expected problem to be a TrainingFunction or a function (variables, meta-step) -> (f, z); got "
+                f"{type(problem).__name__}"
+            )
         self.problem, self.optimizer = problem, optimizer
         self.constraints, self.validate = dict(constraints or {}), validate
 
@@ -89,15 +94,19 @@ class MetaDescent:
         """Train `steps` times, each time with a metagradient and a step of the outer optimizer. `variables`, where the
         descent starts, stay as they are.
 
-        patience: end after so many meta-steps without a lower score. directory: keep history and state there after
-        every meta-step, so that the same call continues an interrupted descent, and one with more steps a finished one.
+        patience: end after so many meta-steps without a lower score.
+        directory: keep history and state there after every meta-step, so that the same call continues an interrupted
+            descent, to the same bits, and one with more steps a finished one. Start, constraints and optimizer are
+            compared with those of the descent that is there; the problem is not.
         observe: called after every training, with the variables that it was trained with.
 
-        Raises BadArgument for variables that do not fit, StaleRun for the directory of another descent, NonFiniteState
-        where the start itself, or every smaller step, diverges.
+        Raises BadArgument for variables that do not fit, StaleRun for the directory of another descent, CorruptState
+        for one whose file is damaged, NonFiniteState where the start itself, or every smaller step, diverges.
         """
+        if steps < 1 or (patience is not None and patience < 1):
+            raise BadArgument(f"expected steps and patience of at least 1; got {steps} and {patience}")
         place = Place(variables, self.constraints, self.optimizer)
-        kept = None if directory is None else Directory(directory, variables)
+        kept = None if directory is None else Directory(directory)
         if kept is not None:
             kept.restore(place)
         with tracked("meta-steps", steps, len(place.history), progress) as tick:
@@ -131,7 +140,7 @@ class MetaDescent:
 
     def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
         """The metagradient, carried on from `z` to the variables: the `grad` of each of them."""
-        f, z = (self.problem, leaves) if isinstance(self.problem, TrainingFunction) else self.problem(leaves, index)
+        f, z = self._training(leaves, index)
         result = f.metagradient(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(z)))
         if result.value.ndim:
             raise BadArgument(f"expected one objective to descend on; got {result.value.numel()}")
@@ -142,7 +151,21 @@ class MetaDescent:
         for x in leaves.values():
             x.grad = None
         torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        for name, x in leaves.items():
+            if x.grad is not None and not bool(x.grad.isfinite().all()):
+                raise NonFiniteState(0, f"the gradient of variable {name!r}")
         return result
+
+    def _training(self, leaves: Variables, index: int) -> tuple[TrainingFunction, Mapping[str, Any]]:
+        if isinstance(self.problem, TrainingFunction):
+            return self.problem, leaves
+        with torch.enable_grad():
+            f, z = self.problem(leaves, index)
+        if not isinstance(f, TrainingFunction) or not isinstance(z, Mapping):
+            raise BadArgument(
+                f"expected problem to return a TrainingFunction and its z; got {type(f).__name__}, {type(z).__name__}"
+            )
+        return f, z
 
 
 def _moves(x: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgd.constraints import Constraint
-from mgd.errors import BadArgument, NonFiniteState, StaleRun
+from mgd.errors import BadArgument, CorruptState, NonFiniteState, StaleRun
 from mgd.journal import digest
 
 Variables = dict[str, Tensor]
@@ -49,7 +51,10 @@ class Place:
             raise BadArgument("expected at least one variable to descend on")
         for name, x in variables.items():
             if not isinstance(x, Tensor) or not x.is_floating_point():
-                raise BadArgument(f"expected variable {name!r} to be a floating-point tensor; got {type(x).__name__}")
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise BadArgument(f"expected variable {name!r} to be a floating-point tensor; got {got}")
+            if not bool(x.isfinite().all()):
+                raise BadArgument(f"expected variable {name!r} to be finite")
         if unknown := sorted(set(constraints) - set(variables)):
             raise BadArgument(f"expected constraints for some of {list(variables)}; got {unknown}")
         for name, constraint in constraints.items():
@@ -58,16 +63,29 @@ class Place:
         self.leaves = {name: x.detach().clone().requires_grad_() for name, x in variables.items()}
         self._project()
         self.optimizer = optimizer(list(self.leaves.values()))
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise BadArgument(f"expected optimizer to make one of torch.optim; got {type(self.optimizer).__name__}")
+        self.identity = self._identity()
         self.history: list[MetaStep] = []
         self.notes: list[str] = []
         self.best, self.best_step = self.copy(), 0
         self.before: dict[str, Any] | None = None  # variables, gradients and optimizer state before the last step
 
+    def _identity(self) -> dict[str, str]:
+        """Digests of what a descent of the same problem would not share."""
+        optimizer = [v for group in self.optimizer.param_groups for v in _plain({**group, "params": None})]
+        starts = {f"the start of {name!r}": digest(x) for name, x in self.leaves.items()}
+        kept = {
+            f"the constraint on {name!r}": digest(type(c).__name__, *_plain(getattr(c, "__dict__", {})))
+            for name, c in self.constraints.items()
+        }
+        return starts | kept | {"the outer optimizer": digest(type(self.optimizer).__name__, *optimizer)}
+
     def copy(self) -> Variables:
         return {name: x.detach().clone() for name, x in self.leaves.items()}
 
     def record(self, step: MetaStep) -> None:
-        if not self.history or step.score < self.history[self.best_step].score:
+        if not self.history or _rank(step) < _rank(self.history[self.best_step]):
             self.best, self.best_step = self.copy(), step.step
         self.history.append(step)
 
@@ -133,25 +151,41 @@ class Place:
         self.best, self.best_step = state["best"]
 
 
+def _plain(values: Mapping[str, Any]) -> list[Any]:
+    """The names and values that mean the same in every process."""
+    known = (Tensor, bool, int, float, str, tuple, type(None))
+    return [x for name, value in sorted(values.items()) if isinstance(value, known) for x in (name, value)]
+
+
+def _rank(step: MetaStep) -> float:
+    """The score, by which a NaN is never the best."""
+    return math.inf if math.isnan(step.score) else step.score
+
+
 class Directory:
     """A descent's state in a directory: `state.pt`, and `history.json` for people."""
 
-    def __init__(self, directory: str | os.PathLike[str], start: Mapping[str, Tensor]):
+    def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory)
-        self.identity = {f"the start of {name!r}": digest(x) for name, x in start.items()}
         self.path.mkdir(parents=True, exist_ok=True)
 
     def restore(self, place: Place) -> None:
-        if not (self.path / "state.pt").exists():
+        """Put the descent where the directory left it, if it holds one."""
+        file = self.path / "state.pt"
+        if not file.exists():
             return
-        kept = torch.load(self.path / "state.pt", weights_only=True)
-        known = self.identity | kept["identity"]
-        if differing := [name for name in known if kept["identity"].get(name) != self.identity.get(name)]:
+        try:
+            kept = torch.load(file, weights_only=True)
+            theirs, state = kept["identity"], kept["place"]
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise CorruptState(str(file), None, str(error), "Delete it to begin the descent again.") from error
+        known = place.identity | theirs
+        if differing := [name for name in known if theirs.get(name) != place.identity.get(name)]:
             raise StaleRun(str(self.path), differing)
-        place.load(kept["place"])
+        place.load(state)
 
     def save(self, place: Place) -> None:
-        self._replace("state.pt", lambda path: torch.save({"identity": self.identity, "place": place.state()}, path))
+        self._replace("state.pt", lambda path: torch.save({"identity": place.identity, "place": place.state()}, path))
         history = json.dumps([asdict(step) for step in place.history], indent=1)
         self._replace("history.json", lambda path: path.write_text(history + "\n"))
 
@@ -159,4 +193,6 @@ class Directory:
         """All of the new file or all of the old one, whenever the process ends."""
         temporary = self.path / f".{name}"
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, self.path / name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mgd.batches import seed_of
 from mgd.errors import BadArgument
 
 
@@ -20,8 +22,8 @@ class SignDescent(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, share: float = 1.0, seed: int = 0):
-        if not lr > 0:
-            raise BadArgument(f"expected lr > 0; got {lr}")
+        if not 0 < lr < math.inf:
+            raise BadArgument(f"expected a finite lr > 0; got {lr}")
         if not 0 < share <= 1:
             raise BadArgument(f"expected a share of the coordinates in (0, 1]; got {share}")
         super().__init__(params, {"lr": lr, "share": share, "seed": seed, "step": 0})
@@ -33,14 +35,13 @@ class SignDescent(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            # A stream a group and step; Python's hash of integers is the same in every process.
-            generator = torch.Generator().manual_seed(hash((group["seed"], number, group["step"])) & (2**63 - 1))
-            group["step"] += 1
+            generator = torch.Generator().manual_seed(seed_of(group["seed"], group["step"], number))
+            group["step"] += 1  # in the group, so that `state_dict` holds it
             for x in group["params"]:
+                # Drawn for every tensor, so that one without a gradient does not change the masks of the others.
+                mask = torch.rand(x.shape, generator=generator) < group["share"] if group["share"] < 1 else None
                 if x.grad is None:
                     continue
                 move = x.grad.sign()
-                if group["share"] < 1:
-                    move = move * (torch.rand(x.shape, generator=generator) < group["share"]).to(move)
-                x.sub_(move, alpha=group["lr"])
+                x.sub_(move if mask is None else move * mask.to(move), alpha=group["lr"])
         return loss

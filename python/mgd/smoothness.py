@@ -44,7 +44,14 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
         parameters = f.train({**z, **moved}).parameters.values()
         return torch.cat([p.reshape(-1).double() for p in parameters])
 
-    start, middle, end = trained(0), trained(1), trained(2)
+    return agreement(trained(0), trained(1), trained(2))
+
+
+def agreement(start: Tensor, middle: Tensor, end: Tensor) -> float:
+    """The metasmoothness of a training, from the parameters `[n]` that it ends with at z, z + h v and z + 2 h v.
+
+    Raises BadArgument where no parameter moves.
+    """
     weight = (end - start).abs()
     total = weight.sum()
     if total == 0:

@@ -1,0 +1,84 @@
+"""Metagradient descent on the learning-rate schedule of any training, and what its meta-steps cost."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd import schedules
+from mgd.constraints import Box
+from mgd.descent import Descent, MetaDescent
+from mgd.descent_state import MetaStep
+from mgd.function import TrainingFunction
+
+RANGE = (1e-6, 1.0)  # rates stay in it
+PAIRS = 3  # timings of a training and a metagradient, alternating
+
+
+def descend_on_schedule(
+    function: TrainingFunction,
+    start: Tensor,
+    meta_steps: int,
+    *,
+    outer: float = 0.1,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    observe: Callable[[MetaStep, Any, dict[str, Tensor]], None] | None = None,
+) -> Descent:
+    """Descend on the knots `start` `[k]`, logarithms of learning rates, of any training; they are interpolated
+    (`mgd.schedules.from_knots`; k = T sets every step). The knots found are `.best["log_lr"]`.
+
+    outer: Adam's learning rate; no knot moves by much more in a meta-step, so that 0.1 is about a tenth of the rate.
+    """
+
+    def problem(variables: dict[str, Tensor], meta_step: int) -> tuple[TrainingFunction, dict[str, Tensor]]:
+        return function, {"lr": schedules.from_knots(variables["log_lr"], len(function))}
+
+    descent = MetaDescent(
+        problem,
+        lambda variables: torch.optim.Adam(variables, lr=outer, betas=(0.8, 0.95)),
+        constraints={"log_lr": Box(math.log(RANGE[0]), math.log(RANGE[1]))},
+    )
+    return descent.run({"log_lr": start}, meta_steps, directory=directory, progress=progress, observe=observe)
+
+
+def costs(function: TrainingFunction, z: dict[str, Tensor]) -> tuple[float, float, float]:
+    """Seconds of a training with its objective; those of a metagradient in that unit; and, in that unit, what the
+    first metagradient costs beyond the others, which is the trace of its graph."""
+    begin = time.perf_counter()
+    function.metagradient(z)
+    first = time.perf_counter() - begin
+    plain, full = [], []
+    for _ in range(PAIRS):
+        start = time.perf_counter()
+        function.value(z)
+        middle = time.perf_counter()
+        function.metagradient(z)
+        plain.append(middle - start)
+        full.append(time.perf_counter() - middle)
+    unit = statistics.median(plain)
+    cost = statistics.median(full)
+    return unit, cost / unit, max(0.0, first - cost) / unit
+
+
+class Knots:
+    """The knots of every meta-step, in memory and in a file."""
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        self.knots: dict[int, Tensor] = torch.load(file, weights_only=True) if file and file.exists() else {}
+
+    def reached(self, step: int, knots: Tensor) -> None:
+        self.knots[step] = knots
+        if self.file is not None:
+            temporary = self.file.with_name(f".{self.file.name}")
+            torch.save(self.knots, temporary)
+            os.replace(temporary, self.file)
