@@ -25,6 +25,7 @@ RECIPES: dict[str, str] = {
     "poison": "mgd.recipes.poison.command",
     "lr-schedule": "mgd.recipes.lr_schedule",
     "smoothness": "mgd.recipes.smoothness",
+    "select": "mgd.recipes.select.command",
 }
 
 app = typer.Typer(

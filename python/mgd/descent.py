@@ -62,7 +62,8 @@ class MetaDescent:
         By default the objective itself.
 
     A training that diverges (`NonFiniteState`) is not the end: the variables go back, the outer learning rate is
-    halved from then on, and the step is taken again, which `notes` and the history say.
+    halved from then on (or what the optimizer's groups name under "shrinks"), and the step is taken again, which
+    `notes` and the history say.
     """
 
     def __init__(

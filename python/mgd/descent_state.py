@@ -21,7 +21,7 @@ from mgd.journal import digest
 
 Variables = dict[str, Tensor]
 
-SMALLER = 0.5  # factor of the outer learning rate after a divergent training
+SMALLER = 0.5  # factor of the outer learning rate (or of what a group's "shrinks" names) after a divergent training
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,14 @@ class Place:
         self._set(self.before["variables"])
         for name, g in self.before["gradients"].items():
             self.leaves[name].grad = g.clone()
-        for group in self.before["optimizer"]["param_groups"]:
-            group["lr"] *= SMALLER
+        names = [group.get("shrinks", "lr") for group in self.before["optimizer"]["param_groups"]]
+        for name, group in zip(names, self.before["optimizer"]["param_groups"], strict=True):
+            group[name] *= SMALLER
         self.optimizer.load_state_dict(copy.deepcopy(self.before["optimizer"]))
-        rate = self.optimizer.param_groups[0]["lr"]
+        words = {"lr": "an outer learning rate"}.get(names[0], f"a {names[0]}")
         self.notes.append(
             f"meta-step {len(self.history)}: {error.where} left the finite numbers at training step {error.step}; "
-            f"taken again with an outer learning rate of {rate:.3g}"
+            f"taken again with {words} of {self.optimizer.param_groups[0][names[0]]:.3g}"
         )
         self._step()
 

@@ -51,6 +51,8 @@ class TrainingFunction:
     max_grad_norm: clip each step's gradient to this global norm.
     microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
+    fixed: hyperparameters as in `z`, such as a learning rate for every step, that are no metaparameters: without
+        them in `z`, the reverse sweep still ends at the first step that reads one. An entry of `z` overrides them.
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.planner`).
@@ -72,6 +74,7 @@ class TrainingFunction:
         max_grad_norm: float | None = None,
         microbatches: int = 1,
         seed: int = 0,
+        fixed: Mapping[str, Any] | None = None,
         per_example: Mapping[str, Callable[[Any], Tensor]] | None = None,
         autocast: torch.dtype | None = None,
         budget: Budget | None = None,
@@ -101,7 +104,7 @@ class TrainingFunction:
         self.model, self.loss, self.batches = model, loss, batches
         self.optimizer, self.objective = optimizer, objective
         self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
-        self.per_example, self.autocast = dict(per_example or {}), autocast
+        self.fixed, self.per_example, self.autocast = dict(fixed or {}), dict(per_example or {}), autocast
         self.budget, self.schedule, self.hvp = budget or Budget(), schedule, hvp
         self.trace, self.compile = trace, compile
         self._costs: Costs | None = None  # measured by the last metagradient
@@ -191,7 +194,7 @@ class TrainingFunction:
     def _sweep(self, z: Mapping[str, Any], tick: Callable[[str], None], arena: Arena | None = None) -> Sweep:
         """A fresh training, at step 0."""
         arena = arena or Arena.of(self.model)
-        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example)
+        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
         steps = Steps(
             Binding(self.model, fused=self.hvp != "forward"),
             arena,
@@ -254,6 +257,7 @@ class TrainingFunction:
             "the initial parameters": (sweep.state.params,),
             "the initial buffers": tuple(sweep.buffers.values()),
             "the optimizer": (type(optimizer).__name__, optimizer.table(), sweep.state.segments.table),
+            "the fixed hyperparameters": (sweep.meta.hypers,),
             "the number of steps": (len(self),),
             "the first batch": tuple(tree_flatten(self.batches[0])[0]),
             "the seed": (self.seed,),

@@ -23,6 +23,7 @@ RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root
 class Metaparameters:
     """A checked `z` for a training of `steps` steps.
 
+    fixed: hyperparameters that are none of them, where `z` does not override them.
     hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, by step.
     leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
     """
@@ -34,6 +35,7 @@ class Metaparameters:
         optimizer: Optimizer,
         arena: Arena,
         per_example: Mapping[str, Callable[[Any], Tensor]],
+        fixed: Mapping[str, Any] | None = None,
     ):
         if not isinstance(z, Mapping):
             raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
@@ -46,8 +48,15 @@ class Metaparameters:
         self.hyper_keys = [key for key in self.z if key in optimizer.hyper_names]
         self.loss_keys = [key for key in self.z if key not in self.hyper_keys and key != "init"]
         self.hypers = optimizer.table().expand(steps, -1, -1).clone()
+        for key, value in (fixed or {}).items():
+            if key not in optimizer.hyper_names:
+                raise BadMetaparameter(
+                    f"expected fixed hyperparameters of {type(optimizer).__name__}, {list(optimizer.hyper_names)}; "
+                    f"got {key!r}"
+                )
+            self.hypers[:, :, optimizer.column(key)] = self._schedule(f"fixed[{key!r}]", value, steps)
         for key in self.hyper_keys:
-            self.hypers[:, :, optimizer.column(key)] = self._schedule(key, steps)
+            self.hypers[:, :, optimizer.column(key)] = self._schedule(f"z[{key!r}]", self.z[key], steps)
         self.tables = self.hypers.unbind()
         if "init" in self.z:
             self._check_init(self.z["init"])
@@ -71,18 +80,19 @@ class Metaparameters:
                     + "Leave the key out of z, or change the optimizer."
                 )
 
-    def _schedule(self, key: str, steps: int) -> Tensor:
+    def _schedule(self, name: str, value: Any, steps: int) -> Tensor:
         """The values of one hyperparameter as `[T, G]` (or broadcastable to it)."""
-        value, groups = self.z[key], self.optimizer.groups
+        groups = self.optimizer.groups
+        value = torch.tensor(float(value), dtype=torch.float64) if isinstance(value, float | int) else value
         if not isinstance(value, Tensor):
-            raise BadMetaparameter(f"expected a tensor for z[{key!r}]; got {type(value).__name__}")
+            raise BadMetaparameter(f"expected a tensor for {name}; got {type(value).__name__}")
         value = value.detach().to("cpu", torch.float64)
         if value.shape in ((), (groups,), (steps, groups)) and value.shape != (steps,):
             return value
         if value.shape == (steps,):
             return value[:, None]
         raise BadMetaparameter(
-            f"expected z[{key!r}] of shape [] (one value), [{steps}] (one a step)"
+            f"expected {name} of shape [] (one value), [{steps}] (one a step)"
             + (f", [{groups}] (one a parameter group) or [{steps}, {groups}]" if groups > 1 else "")
             + f"; got {list(value.shape)}. The training has {steps} steps (batches) and {groups} group(s)."
         )

@@ -19,14 +19,19 @@ class SignDescent(torch.optim.Optimizer):
     Coordinates whose gradient is 0 stay as well. The masks are a function of `seed` and of the number of the step, so
     that a descent that is resumed draws what an uninterrupted one draws. With whole numbers in x and lr = 1 they stay
     whole numbers: the paper's update of the counts of training examples.
+
+    shrinks: what `MetaDescent` halves after a training that diverged, "lr" or "share"; whole numbers want the latter,
+    by which a smaller step moves fewer of the coordinates that the step before moved.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, share: float = 1.0, seed: int = 0):
+    def __init__(self, params: Iterable[Tensor], lr: float, share: float = 1.0, seed: int = 0, shrinks: str = "lr"):
         if not 0 < lr < math.inf:
             raise BadArgument(f"expected a finite lr > 0; got {lr}")
         if not 0 < share <= 1:
             raise BadArgument(f"expected a share of the coordinates in (0, 1]; got {share}")
-        super().__init__(params, {"lr": lr, "share": share, "seed": seed, "step": 0})
+        if shrinks not in ("lr", "share"):
+            raise BadArgument(f"expected shrinks to be 'lr' or 'share'; got {shrinks!r}")
+        super().__init__(params, {"lr": lr, "share": share, "seed": seed, "shrinks": shrinks, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
