@@ -70,7 +70,7 @@ class UpdateRule(Optimizer):
     def _step_(self, state, grad, table, grad_scale):
         scaled = grad.to(state.params.dtype) * grad_scale
         for group, (g, *views) in self._pieces(state, scaled, *state.tensors()):
-            new = self._call(views[0], views[1:], g, table[group].unbind(), state.step + 1)
+            new = self._call(views[0], views[1:], g, table[group].unbind(), state.next_count)
             _assign(views, new)
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
@@ -82,7 +82,7 @@ class UpdateRule(Optimizer):
             with torch.enable_grad():
                 leaves = [view.detach().requires_grad_() for view in (g * grad_scale, *views[:count])]
                 hyper = table[group].detach().clone().requires_grad_()
-                new = self._call(leaves[1], leaves[2:], leaves[0], hyper.unbind(), state.step + 1)
+                new = self._call(leaves[1], leaves[2:], leaves[0], hyper.unbind(), state.next_count)
                 if not new[0].requires_grad:
                     raise BadArgument("expected an update of differentiable torch operations; got a detached parameter")
                 live = [(y, a) for y, a in zip(new, views[count:], strict=True) if y.requires_grad]

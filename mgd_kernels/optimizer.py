@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ Hyper = Mapping[str, Any] | Tensor | None
 class OptimizerState:
     """The training state that the optimizer owns, after `step` steps.
 
-    params: flat `[n]`. slots: the optimizer's own tensors, each `[n]` and of the parameters' dtype.
+    params: flat `[n]`. slots: the optimizer's own tensors, each `[n]` and of the parameters' dtype. before: steps made
+    earlier, which `step` does not count and the rules do (Adam's bias correction).
     """
 
     params: Tensor
@@ -35,6 +36,12 @@ class OptimizerState:
     step: int
     segments: Segments
     arena: Arena | None = None
+    before: int = 0
+
+    @property
+    def next_count(self) -> int:
+        """The step that comes next, as the rules count them: 1, 2, ..."""
+        return self.before + self.step + 1
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.params, *self.slots)
@@ -52,7 +59,7 @@ class OptimizerState:
         return self._like([torch.zeros_like(tensor) for tensor in self.tensors()])
 
     def _like(self, tensors: Sequence[Tensor]) -> OptimizerState:
-        return OptimizerState(tensors[0], tuple(tensors[1:]), self.step, self.segments, self.arena)
+        return replace(self, params=tensors[0], slots=tuple(tensors[1:]))
 
 
 class Optimizer(ABC):
@@ -246,7 +253,7 @@ class Optimizer(ABC):
 
     @staticmethod
     def _at(state: OptimizerState, step: int) -> OptimizerState:
-        return OptimizerState(state.params, state.slots, step, state.segments, state.arena)
+        return replace(state, step=step)
 
 
 class FusedOptimizer(Optimizer):
@@ -280,7 +287,7 @@ class FusedOptimizer(Optimizer):
 
     def _step_(self, state, grad, table, grad_scale):
         self.backend(state.params, grad).step_(
-            self.rule, state.params, state.slots, grad, table, state.step + 1, state.segments, grad_scale
+            self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale
         )
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
@@ -290,7 +297,7 @@ class FusedOptimizer(Optimizer):
             state.slots,
             grad,
             table,
-            state.step + 1,
+            state.next_count,
             state.segments,
             adjoint.params,
             adjoint.slots,
@@ -300,7 +307,7 @@ class FusedOptimizer(Optimizer):
 
     def _replay_(self, state, grads, tables, grad_scales):
         self.backend(state.params, grads[0]).replay_(
-            self.rule, state.params, state.slots, grads, tables, state.step + 1, state.segments, grad_scales
+            self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales
         )
 
 

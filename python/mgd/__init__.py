@@ -4,6 +4,7 @@ from mgd import errors
 from mgd.budget import Budget
 from mgd.check import CheckResult, check
 from mgd.constraints import Box, Simplex
+from mgd.data_rater import DataRater
 from mgd.descent import Descent, MetaDescent
 from mgd.function import TrainingFunction
 from mgd.planner import Plan
@@ -16,6 +17,7 @@ __all__ = [
     "Box",
     "Budget",
     "CheckResult",
+    "DataRater",
     "Descent",
     "MetaDescent",
     "Metagradient",

@@ -26,6 +26,7 @@ RECIPES: dict[str, str] = {
     "lr-schedule": "mgd.recipes.lr_schedule",
     "smoothness": "mgd.recipes.smoothness",
     "select": "mgd.recipes.select.command",
+    "rate": "mgd.recipes.rate.command",
 }
 
 app = typer.Typer(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.constraints import Constraint
-from mgd.descent_state import Directory, MetaStep, Place, Variables
+from mgd.descent_state import MetaStep, Place, Variables
+from mgd.directory import Directory
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
 from mgd.progress import tracked

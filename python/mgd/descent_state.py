@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.constraints import Constraint
-from mgd.errors import BadArgument, CorruptState, NonFiniteState, StaleRun
+from mgd.errors import BadArgument, NonFiniteState
 from mgd.journal import digest
 
 Variables = dict[str, Tensor]
@@ -161,39 +157,3 @@ def _plain(values: Mapping[str, Any]) -> list[Any]:
 def _rank(step: MetaStep) -> float:
     """The score, by which a NaN is never the best."""
     return math.inf if math.isnan(step.score) else step.score
-
-
-class Directory:
-    """A descent's state in a directory: `state.pt`, and `history.json` for people."""
-
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.path = Path(directory)
-        self.path.mkdir(parents=True, exist_ok=True)
-
-    def restore(self, place: Place) -> None:
-        """Put the descent where the directory left it, if it holds one."""
-        file = self.path / "state.pt"
-        if not file.exists():
-            return
-        try:
-            kept = torch.load(file, weights_only=True)
-            theirs, state = kept["identity"], kept["place"]
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise CorruptState(str(file), None, str(error), "Delete it to begin the descent again.") from error
-        known = place.identity | theirs
-        if differing := [name for name in known if theirs.get(name) != place.identity.get(name)]:
-            raise StaleRun(str(self.path), differing)
-        place.load(state)
-
-    def save(self, place: Place) -> None:
-        self._replace("state.pt", lambda path: torch.save({"identity": place.identity, "place": place.state()}, path))
-        history = json.dumps([asdict(step) for step in place.history], indent=1)
-        self._replace("history.json", lambda path: path.write_text(history + "\n"))
-
-    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
-        """All of the new file or all of the old one, whenever the process ends."""
-        temporary = self.path / f".{name}"
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)

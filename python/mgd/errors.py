@@ -119,7 +119,7 @@ class ReplayDivergence(MetagradientError):
     """A step that was evaluated twice gave different results."""
 
     def __init__(self, step: int, cause: str):
-        self.step = step
+        self.step, self.cause = step, cause
         super().__init__(f"step {step} did not repeat itself bit by bit: {cause}")
 
 

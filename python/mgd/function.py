@@ -30,6 +30,7 @@ from mgd.profiler import chrome_trace
 from mgd.progress import Progress
 from mgd.report import Report
 from mgd.results import Metagradient, Trained
+from mgd.start import starting_state
 from mgd.steps import Steps
 from mgd.sweep import Sweep, objective_adjoints, weighted_sum
 from mgd.tracing import Traces
@@ -61,6 +62,10 @@ class TrainingFunction:
         long enough to win the time of the trace back. "joint": the gradients that train come from that graph, too, and
         what it has computed for them is kept where memory allows (see `mgd.joint`). compile: compile the joint graph
         with `torch.compile`.
+    optimizer_state: go on where another training ended: its `optimizer_state` (`{}`: at the very beginning), beside its
+        parameters and buffers in `model`. Steps are then counted on, in Adam's bias corrections and in random
+        streams, so that two trainings make the same bits as one of both lengths; a metagradient gives back the state
+        at its end. The attribute may be set anew between calls, as may what `model` and `batches` hold.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class TrainingFunction:
         hvp: str = "auto",
         trace: bool | str | None = None,
         compile: bool = False,
+        optimizer_state: Mapping[str, Any] | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise BadArgument(f"expected model to be a torch.nn.Module; got {type(model).__name__}")
@@ -107,6 +113,7 @@ class TrainingFunction:
         self.fixed, self.per_example, self.autocast = dict(fixed or {}), dict(per_example or {}), autocast
         self.budget, self.schedule, self.hvp = budget or Budget(), schedule, hvp
         self.trace, self.compile = trace, compile
+        self.optimizer_state = optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
         long = len(batches) * microbatches >= WORTH_TRACING
         together = trace == "joint" or (compile and hvp != "forward")
@@ -153,7 +160,8 @@ class TrainingFunction:
                 grads = _map(lambda g: g[0], grads)
             trained = run.sweep.trained
             self._costs = memory.measured_costs(run.sweep.measured, run.store, run.sweep.arena.device) or self._costs
-            return Metagradient(run.value, grads, trained.model_state, trained.losses, self._report(run))
+            state = trained.optimizer_state if run.sweep.continued else None
+            return Metagradient(run.value, grads, trained.model_state, trained.losses, self._report(run), state)
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
         """The objective as a node of the autograd graph: `backward` fills the gradients of the tensors in `z`."""
@@ -195,8 +203,11 @@ class TrainingFunction:
         """A fresh training, at step 0."""
         arena = arena or Arena.of(self.model)
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
+        binding = Binding(self.model, fused=self.hvp != "forward")
+        initial = binding.parameters() | dict(meta.z.get("init", {}))
+        state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
         steps = Steps(
-            Binding(self.model, fused=self.hvp != "forward"),
+            binding,
             arena,
             self.loss,
             self.batches,
@@ -206,8 +217,11 @@ class TrainingFunction:
             SecondDerivative(self.hvp),
             self._traces,
             self._joints,
+            state.before,
         )
-        return Sweep(steps, self.optimizer, meta, self.max_grad_norm, tick)
+        sweep = Sweep(steps, self.optimizer, meta, state, self.max_grad_norm, tick)
+        sweep.continued = self.optimizer_state is not None
+        return sweep
 
     def _train(self, z: Mapping[str, Any], tick: Callable[[str], None]) -> Sweep:
         """A training run to its end, with nothing kept."""
@@ -256,6 +270,7 @@ class TrainingFunction:
         parts = {f"z{keystr(path)}": (leaf,) for path, leaf in leaves} | {
             "the initial parameters": (sweep.state.params,),
             "the initial buffers": tuple(sweep.buffers.values()),
+            "the initial optimizer state": (sweep.state.before, sweep.continued, *sweep.state.slots),
             "the optimizer": (type(optimizer).__name__, optimizer.table(), sweep.state.segments.table),
             "the fixed hyperparameters": (sweep.meta.hypers,),
             "the number of steps": (len(self),),
@@ -270,7 +285,7 @@ class TrainingFunction:
         return {name: digest(*values) for name, values in parts.items()}
 
     def _objective(self, sweep: Sweep):
-        seed_generators(seed_of(self.seed, len(self)), sweep.arena.device)
+        seed_generators(seed_of(self.seed, sweep.state.before + len(self)), sweep.arena.device)
         with sweep.measured.timed("objective"):
             return objective_adjoints(sweep.steps.binding, self.objective, sweep)
 

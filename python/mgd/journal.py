@@ -105,7 +105,7 @@ class Journal:
         if header["objectives"]:
             value, *end = end
             self._load(sweep, iter(end), len(sweep.losses))
-            sweep.complete(slots=False)
+            sweep.complete(sweep.continued)
             sweep.tick("reverse", sweep.reversed)
         self._load(sweep, tensors, header["step"])
         if header["objectives"]:

@@ -28,10 +28,12 @@ class Trained:
 @dataclass
 class Metagradient:
     """value: `[]` or `[k]`. grads: the keys and shapes of z, `[k, ...]` for k objectives. model_state: the trained
-    model's parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost."""
+    model's parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost.
+    optimizer_state: of the trained model, as in `Trained`, where the training was given that of its beginning."""
 
     value: Tensor
     grads: dict[str, Any]
     model_state: dict[str, Tensor]
     losses: Tensor
     report: Report
+    optimizer_state: dict[str, Any] | None = None

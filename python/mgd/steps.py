@@ -43,7 +43,7 @@ class Evaluated:
 
 
 class Steps:
-    """Evaluates the steps of one training."""
+    """Evaluates the steps of one training. before: steps made by an earlier one, whose random streams are behind."""
 
     def __init__(
         self,
@@ -57,10 +57,11 @@ class Steps:
         second: SecondDerivative,
         traces: Traces | None = None,
         joints: Joints | None = None,
+        before: int = 0,
     ):
         self.binding, self.arena, self.loss, self.batches = binding, arena, loss, batches
         self.microbatches, self.seed, self.autocast, self.second = microbatches, seed, autocast, second
-        self.traces, self.joints = traces, joints
+        self.traces, self.joints, self.before = traces, joints, before
         self.evaluations = 0
 
     def gradient(
@@ -288,7 +289,7 @@ class Steps:
 
     def _seed(self, t: int, i: int) -> None:
         """Put torch's generators at the beginning of the random stream of microbatch `i` of step `t`."""
-        seed_generators(seed_of(self.seed, t, i), self.arena.device)
+        seed_generators(seed_of(self.seed, self.before + t, i), self.arena.device)
 
     def _run(
         self,

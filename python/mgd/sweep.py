@@ -96,9 +96,9 @@ class Sweep:
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
     unless another one is put in its place. room: bytes left for `kept`, what the joint graphs of logged steps have
-    computed for their second derivatives. index: how many actions of the plan are done. reversed: how many steps the
-    reverse sweep has behind it. trained: the end of the training, once it is reached. adjoints, gradients: of the
-    reverse sweep, once it has begun.
+    computed for their second derivatives. continued: the end is a beginning, too, so its optimizer state is kept.
+    index: how many actions of the plan are done. reversed: how many steps the reverse sweep has behind it. trained: the
+    end of the training, once it is reached. adjoints, gradients: of the reverse sweep, once it has begun.
     """
 
     def __init__(
@@ -106,16 +106,17 @@ class Sweep:
         steps: Steps,
         optimizer: Optimizer,
         meta: Metaparameters,
+        state: OptimizerState,
         max_grad_norm: float | None,
         tick: Callable[..., None],
     ):
         self.steps, self.optimizer, self.meta = steps, optimizer, meta
         self.max_grad_norm, self.tick = max_grad_norm, tick
         self.arena = steps.arena
-        initial = steps.binding.parameters() | dict(meta.z.get("init", {}))
-        self.state = optimizer.init(self.arena.flatten(initial), self.arena)
+        self.state = state
         self.buffers = steps.binding.buffers()
         self.length = len(steps.batches)
+        self.continued = False
         self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self.visited = 0
@@ -143,7 +144,7 @@ class Sweep:
             while self.state.step < self.length:
                 self._perform(next(actions))
                 self.index += 1
-        self.complete(slots=False)
+        self.complete(self.continued)
 
     def complete(self, slots: bool = True) -> None:
         """The current state is the end of the training. slots: keep the optimizer's, too."""
@@ -152,7 +153,7 @@ class Sweep:
         self.trained = Trained(
             parameters={name: p.clone() for name, p in views(self.state.params).items()},
             buffers={name: b.clone() for name, b in self.buffers.items()},
-            optimizer_state={"step": self.state.step}
+            optimizer_state={"step": self.state.next_count - 1}
             | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in kept},
             losses=self.losses.sum(1),
         )

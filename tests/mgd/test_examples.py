@@ -25,3 +25,7 @@ def test_learning_rate_knots(capsys):
 
 def test_the_page_on_descent_runs_from_top_to_bottom():
     run_page("descent.md", blocks=3)
+
+
+def test_the_page_on_rating():
+    run_page("recipes/rate.md", blocks=1)

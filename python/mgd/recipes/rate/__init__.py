@@ -1,0 +1,1 @@
+"""What text is worth training on, learned by metagradients: `mgd recipe rate`."""
