@@ -23,8 +23,8 @@ BENCHMARKS: dict[str, str] = {
 PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
 RECIPES: dict[str, str] = {
     "poison": "mgd.recipes.poison.command",
-    "lr-schedule": "mgd.recipes.lr_schedule",
-    "smoothness": "mgd.recipes.smoothness",
+    "lr-schedule": "mgd.recipes.lr_schedule.command",
+    "smoothness": "mgd.recipes.smoothness.command",
     "select": "mgd.recipes.select.command",
     "rate": "mgd.recipes.rate.command",
 }
@@ -86,13 +86,12 @@ def demo(
 ) -> None:
     """Find the mislabelled images of a training set, and check the metagradient that finds them."""
     from mgd.data import load
-    from mgd.recipes import demo as recipe
-    from mgd.recipes import demo_report
+    from mgd.recipes.demo import recipe, report
     from mgd.recipes.form import Session
 
     session = Session("demo", out, json, threads)
     found = recipe.run(load(data), load(data, train=False), steps, seed, session.talk)
-    session.finish(demo_report.page(found), found.to_dict())
+    session.finish(report.page(found), found.to_dict())
     if not found.check.passed:
         raise typer.Exit(1)
 

@@ -61,15 +61,15 @@ def test_the_demo_writes_pictures_and_json(capsys, tmp_path, monkeypatch):
 
 def test_a_failed_check_is_a_failure_of_the_command(capsys, tmp_path, monkeypatch):
     from mgd.check import CheckResult
-    from mgd.recipes import demo
+    from mgd.recipes.demo import recipe
 
     def run_nothing(*args):
         return types.SimpleNamespace(check=CheckResult({}, 0.0, (), 0, 0.0, 0.0, 0.0), to_dict=dict)
 
-    monkeypatch.setattr(demo, "run", run_nothing)
+    monkeypatch.setattr(recipe, "run", run_nothing)
     monkeypatch.setattr(CheckResult, "passed", False)
     monkeypatch.setattr("mgd.recipes.form.Session.finish", lambda *args: None)
-    monkeypatch.setattr("mgd.recipes.demo_report.page", lambda found: None)
+    monkeypatch.setattr("mgd.recipes.demo.report.page", lambda found: None)
     run(capsys, "demo", code=1)
 
 

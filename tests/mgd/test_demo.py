@@ -14,19 +14,20 @@ from sklearn.metrics import roc_auc_score
 
 from mgd import data
 from mgd.errors import BadArgument
-from mgd.recipes import demo, demo_report, form
+from mgd.recipes import form
+from mgd.recipes.demo import recipe, report
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def problem():
-    return demo.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=0)
+    return recipe.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=0)
 
 
 @pytest.fixture(scope="module")
 def found():
-    return demo.run(data.digits(), data.digits(train=False), STEPS, seed=0)
+    return recipe.run(data.digits(), data.digits(train=False), STEPS, seed=0)
 
 
 def test_a_fifth_of_the_labels_is_wrong_and_only_those(problem):
@@ -54,24 +55,24 @@ def test_every_batch_holds_the_images_and_the_given_labels_of_its_indices(proble
 
 
 def test_the_same_seed_makes_the_same_problem_and_another_seed_another(problem):
-    again = demo.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=0)
-    other = demo.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=1)
+    again = recipe.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=0)
+    other = recipe.Problem.make(data.digits(), data.digits(train=False), STEPS, seed=1)
     assert torch.equal(again.given, problem.given) and not torch.equal(other.wrong, problem.wrong)
     for a, b in zip(again.function.model.parameters(), problem.function.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_schedule_rises_to_its_peak_and_falls():
-    rate = demo.schedule(100)
-    assert float(rate.max()) == pytest.approx(demo.LEARNING_RATE, rel=0.03)
+    rate = recipe.schedule(100)
+    assert float(rate.max()) == pytest.approx(recipe.LEARNING_RATE, rel=0.03)
     assert 8 <= int(rate.argmax()) <= 10
-    assert bool((rate > 0).all()) and float(rate[-1]) < 0.001 * demo.LEARNING_RATE
+    assert bool((rate > 0).all()) and float(rate[-1]) < 0.001 * recipe.LEARNING_RATE
 
 
 @pytest.mark.parametrize("side, channels", [(8, 1), (28, 1), (32, 3), (4, 1)])
 def test_the_network_takes_images_of_any_side(side, channels):
     images = data.Images("x", torch.zeros(3, channels, side, side, dtype=torch.uint8), torch.arange(3), tuple("abc"))
-    assert demo.network(images)(images.images.float()).shape == (3, 3)
+    assert recipe.network(images)(images.images.float()).shape == (3, 3)
 
 
 def test_the_metagradient_holds_and_finds_the_wrong_labels(found):
@@ -79,7 +80,7 @@ def test_the_metagradient_holds_and_finds_the_wrong_labels(found):
     assert max(key.relative_error for key in found.check.keys.values()) < 1e-6
     # By chance 0.2 and 0.5; this run, which is the same everywhere up to rounding, gives about 0.9 and 0.9.
     assert found.precision(0.05) > 0.6
-    assert demo.auc(found.harm, found.problem.wrong) > 0.8
+    assert recipe.auc(found.harm, found.problem.wrong) > 0.8
 
 
 def test_images_found_harmful_are_harmful_out_of_sample(found):
@@ -96,8 +97,8 @@ def test_auc_is_that_of_scikit_learn_ties_included():
     generator = torch.Generator().manual_seed(0)
     score = torch.randint(0, 12, (200,), generator=generator).float()
     positive = torch.rand(200, generator=generator) < score / 20
-    assert demo.auc(score, positive) == pytest.approx(roc_auc_score(positive, score), rel=1e-12)
-    assert demo.auc(torch.arange(4.0), torch.tensor([False, False, True, True])) == 1.0
+    assert recipe.auc(score, positive) == pytest.approx(roc_auc_score(positive, score), rel=1e-12)
+    assert recipe.auc(torch.arange(4.0), torch.tensor([False, False, True, True])) == 1.0
 
 
 def test_the_report_holds_what_was_measured(found):
@@ -115,7 +116,7 @@ def test_the_report_holds_what_was_measured(found):
 
 def test_the_terminal_shows_the_figures(found):
     console = Console(width=80, record=True, file=io.StringIO())
-    form.show(demo_report.page(found), console)
+    form.show(report.page(found), console)
     text = console.export_text()
     assert f"{float(found.result.value):.4f}" in text
     assert f"{found.check.keys['lr'].relative_error:.1e}" in text
@@ -127,7 +128,7 @@ def test_the_terminal_shows_the_figures(found):
 def test_the_page_is_self_contained_and_its_pictures_are_not_blank(found, tmp_path):
     from matplotlib.image import imread
 
-    paths = form.write(demo_report.page(found), tmp_path / "new" / "folder")
+    paths = form.write(report.page(found), tmp_path / "new" / "folder")
     assert {path.name for path in paths} == {
         "index.html",
         "most-harmful.png",
@@ -141,12 +142,12 @@ def test_the_page_is_self_contained_and_its_pictures_are_not_blank(found, tmp_pa
     assert embedded == [path.read_bytes() for path in paths[1:]]
     for path in paths[1:]:
         assert imread(path)[..., :3].std() > 0.05
-    assert f"{demo.auc(found.harm, found.problem.wrong):.3f}" in page
+    assert f"{recipe.auc(found.harm, found.problem.wrong):.3f}" in page
 
 
 def test_too_little_data_or_no_step_is_refused():
     digits = data.digits()
     with pytest.raises(BadArgument, match="at least 200 training images; digits has 100"):
-        demo.Problem.make(digits[:100], digits, 10, 0)
+        recipe.Problem.make(digits[:100], digits, 10, 0)
     with pytest.raises(BadArgument, match="at least one training step"):
-        demo.Problem.make(digits, digits, 0, 0)
+        recipe.Problem.make(digits, digits, 0, 0)

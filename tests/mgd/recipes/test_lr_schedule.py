@@ -16,10 +16,10 @@ from torch import nn
 
 from mgd import TrainingFunction, data, schedules
 from mgd.errors import BadArgument, BadData, StaleRun
-from mgd.recipes import form, intervals, lr_schedule, lr_schedule_report
-from mgd.recipes import schedule_search as search
-from mgd.recipes.schedule_descent import descend_on_schedule
-from mgd.recipes.schedule_search import Objective, Record, Shape
+from mgd.recipes import form, intervals
+from mgd.recipes.lr_schedule import recipe, report, search
+from mgd.recipes.lr_schedule.descent import descend_on_schedule
+from mgd.recipes.lr_schedule.search import Objective, Record, Shape
 from mgd.recipes.small_images import Task
 from mgd_kernels import SGD
 
@@ -170,7 +170,7 @@ def test_intervals_are_those_of_scipy():
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
 
-QUICK = lr_schedule.Settings().quick()
+QUICK = recipe.Settings().quick()
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(kept):
-    return lr_schedule.run(data.digits(), data.digits(train=False), QUICK, seed=0, resume=kept)
+    return recipe.run(data.digits(), data.digits(train=False), QUICK, seed=0, resume=kept)
 
 
 def test_training_held_out_and_test_images_are_disjoint():
@@ -195,18 +195,18 @@ def test_training_held_out_and_test_images_are_disjoint():
 
 
 def test_descent_finds_a_better_schedule_than_its_start_on_images_that_nothing_saw(found):
-    descent = found.searches[lr_schedule.DESCENT]
+    descent = found.searches[recipe.DESCENT]
     assert descent.lowest < 0.8 * descent.values[0]
     judged = found.judged
-    assert judged[lr_schedule.DESCENT].loss[0] < judged[lr_schedule.START].loss[0]
-    assert np.mean(judged[lr_schedule.DESCENT].loss[1:]) < np.mean(judged[lr_schedule.START].loss[1:])
+    assert judged[recipe.DESCENT].loss[0] < judged[recipe.START].loss[0]
+    assert np.mean(judged[recipe.DESCENT].loss[1:]) < np.mean(judged[recipe.START].loss[1:])
 
 
 def test_work_is_counted_as_measured(found):
-    descent = found.searches[lr_schedule.DESCENT]
+    descent = found.searches[recipe.DESCENT]
     assert found.ratio > 1.5  # a metagradient holds a training
     assert descent.spent == pytest.approx([found.trace + found.ratio * (i + 1) for i in range(QUICK.meta_steps)])
-    for name in (lr_schedule.GRID, "random search", "TPE", "CMA-ES"):
+    for name in (recipe.GRID, "random search", "TPE", "CMA-ES"):
         assert found.searches[name].spent[-1] == QUICK.budget
     # CMA-ES begins where the descent begins.
     assert found.searches["CMA-ES"].values[0] == pytest.approx(descent.values[0], rel=1e-6)
@@ -216,25 +216,25 @@ def test_the_result_is_complete_and_json(found):
     result = json.loads(json.dumps(found.to_dict()))
     assert {"data", "searches", "descent", "schedules", "judged", "seconds", "settings", "seed"} <= set(result)
     assert len(result["searches"]["TPE"]["values"]) == QUICK.budget
-    assert len(result["schedules"][lr_schedule.DESCENT]) == QUICK.steps
-    assert len(result["judged"][lr_schedule.GRID]["loss"]) == QUICK.seeds + 1
+    assert len(result["schedules"][recipe.DESCENT]) == QUICK.steps
+    assert len(result["judged"][recipe.GRID]["loss"]) == QUICK.seeds + 1
 
 
 def test_a_finished_run_is_read_from_its_directory_and_another_one_is_refused(found, kept):
-    again = lr_schedule.run(data.digits(), data.digits(train=False), QUICK, seed=0, resume=kept)
+    again = recipe.run(data.digits(), data.digits(train=False), QUICK, seed=0, resume=kept)
     for name, record in found.searches.items():
         assert again.searches[name].values == record.values
         assert torch.equal(again.schedules[name], found.schedules[name])
     assert again.judged["TPE"].loss == found.judged["TPE"].loss
     with pytest.raises(StaleRun, match="seed"):
-        lr_schedule.run(data.digits(), data.digits(train=False), QUICK, seed=1, resume=kept)
+        recipe.run(data.digits(), data.digits(train=False), QUICK, seed=1, resume=kept)
 
 
 def test_terminal_and_page(found, tmp_path):
     from matplotlib.image import imread
 
     console = Console(width=80, record=True, file=io.StringIO())
-    page = lr_schedule_report.page(found)
+    page = report.page(found)
     form.show(page, console)
     text = console.export_text()
     assert f"{found.searches['TPE'].lowest:.4f}" in text and "…" not in text
@@ -256,4 +256,4 @@ def test_terminal_and_page(found, tmp_path):
 )
 def test_settings_that_mean_nothing(bad, says):
     with pytest.raises(BadArgument, match=says):
-        lr_schedule.run(data.digits(), data.digits(train=False), lr_schedule.replace(QUICK, **bad))
+        recipe.run(data.digits(), data.digits(train=False), recipe.replace(QUICK, **bad))

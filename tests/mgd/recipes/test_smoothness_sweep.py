@@ -14,10 +14,11 @@ from torch import nn
 import mgd
 from mgd import data
 from mgd.errors import BadArgument
-from mgd.recipes import form, smoothness, smoothness_report
+from mgd.recipes import form
 from mgd.recipes.small_images import Task
-from mgd.recipes.smoothness import BASE, CHOICES, Choice, Settings
-from mgd.recipes.trust import Trust, trust
+from mgd.recipes.smoothness import recipe, report
+from mgd.recipes.smoothness.recipe import BASE, CHOICES, Choice, Settings
+from mgd.recipes.smoothness.trust import Trust, trust
 from mgd_kernels import SGD
 
 QUICK = Settings().quick()
@@ -72,10 +73,10 @@ def test_a_metagradient_of_zero_has_no_step():
 
 def test_means():
     one = Trust([[1.0, 0.5]], [-1.0, -1.0], [-0.9, -0.6])
-    measured = smoothness.Measured([one, Trust([[0.5]], [2.0], [2.2])], [0.5, 0.7])
+    measured = recipe.Measured([one, Trust([[0.5]], [2.0], [2.2])], [0.5, 0.7])
     assert measured.smoothness == pytest.approx((0.75 + 0.5) / 2)
     assert measured.error == pytest.approx((0.2 + 0.1) / 2) and measured.accuracy == pytest.approx(0.6)
-    assert math.isnan(smoothness.Measured([one, None], [0.5, math.nan]).smoothness)
+    assert math.isnan(recipe.Measured([one, None], [0.5, math.nan]).smoothness)
 
 
 # --- the trainings -------------------------------------------------------------------------------------------------
@@ -84,12 +85,12 @@ def test_means():
 def test_weights_count_from_the_step_of_their_injection_on():
     """Examples that are seen before it only have a metagradient of exactly 0, those that are seen after it have one."""
     task = Task.make(data.digits(), data.digits(train=False), 128, 100, 100, seed=0)
-    f, z = smoothness.training(task, Choice(batch=16, injected=0.5), Settings(steps=8), seed=0)
+    f, z = recipe.training(task, Choice(batch=16, injected=0.5), Settings(steps=8), seed=0)
     gradient = f.metagradient(z).grads["data_weights"]
     late = torch.cat([i for _, _, i, _ in list(f.batches)[4:]])
     early = torch.ones(128, dtype=torch.bool).index_fill(0, late, False)
     assert int(early.sum()) == 64 and not gradient[early].any() and bool((gradient[~early] != 0).all())
-    plain = smoothness.training(task, Choice(batch=16), Settings(steps=8), seed=0)[0]
+    plain = recipe.training(task, Choice(batch=16), Settings(steps=8), seed=0)[0]
     assert torch.equal(plain.value(z), f.value(z))  # at weights of 1 it is the same training
 
 
@@ -97,14 +98,14 @@ def test_every_choice_differs_from_the_base_and_trains():
     assert CHOICES[BASE] == Choice() and len(set(CHOICES.values())) == len(CHOICES)
     task = Task.make(data.digits(), data.digits(train=False), 192, 100, 100, seed=0)
     for choice in CHOICES.values():
-        f, z = smoothness.training(task, choice, Settings(steps=2), seed=0)
+        f, z = recipe.training(task, choice, Settings(steps=2), seed=0)
         assert math.isfinite(float(f.value(z)))
 
 
 def test_a_choice_that_diverges_is_said_and_the_others_are_measured():
     task = Task.make(data.digits(), data.digits(train=False), 96, 100, 100, seed=0)
-    entry = smoothness.Measured([], [])
-    smoothness.measure(task, Choice(norm="none"), Settings(steps=4, rate=1e12, directions=0), 0, entry)
+    entry = recipe.Measured([], [])
+    recipe.measure(task, Choice(norm="none"), Settings(steps=4, rate=1e12, directions=0), 0, entry)
     assert entry.trusts == [None] and math.isnan(entry.smoothness)
 
 
@@ -121,7 +122,7 @@ def test_a_choice_that_diverges_is_said_and_the_others_are_measured():
 )
 def test_settings_that_mean_nothing(bad, says):
     with pytest.raises(BadArgument, match=says):
-        smoothness.run(data.digits(), data.digits(train=False), smoothness.replace(QUICK, **bad))
+        recipe.run(data.digits(), data.digits(train=False), recipe.replace(QUICK, **bad))
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_settings_that_mean_nothing(bad, says):
 
 @pytest.fixture(scope="module")
 def found():
-    return smoothness.run(data.digits(), data.digits(train=False), QUICK, seed=0)
+    return recipe.run(data.digits(), data.digits(train=False), QUICK, seed=0)
 
 
 def test_smooth_trainings_are_predicted_better_than_rough_ones(found):
@@ -154,7 +155,7 @@ def test_terminal_and_page(found, tmp_path):
     from matplotlib.image import imread
 
     console = Console(width=80, record=True, file=io.StringIO())
-    page = smoothness_report.page(found)
+    page = report.page(found)
     form.show(page, console)
     text = console.export_text()
     assert f"{found.measured[BASE].smoothness:.3f}" in text and f"{found.rho:.2f}" in text and "…" not in text
@@ -165,6 +166,6 @@ def test_terminal_and_page(found, tmp_path):
 
 
 def test_a_diverged_choice_stands_last_and_without_numbers(found):
-    measured = {**found.measured, "ReLU": smoothness.Measured([None], [math.nan])}
-    rows = smoothness_report.ranking(smoothness.replace(found, measured=measured))
+    measured = {**found.measured, "ReLU": recipe.Measured([None], [math.nan])}
+    rows = report.ranking(recipe.replace(found, measured=measured))
     assert rows[-1] == ["ReLU", "diverged", "", "", "", ""]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd.recipes.demo import auc
+from mgd.recipes.demo.recipe import auc
 from mgd.recipes.poison.training import Training
 
 

@@ -9,7 +9,7 @@ import torch
 from mgd import plots
 from mgd.budget import format_bytes
 from mgd.data import Images
-from mgd.recipes.demo import Demo, auc
+from mgd.recipes.demo.recipe import Demo, auc
 from mgd.recipes.form import Page, Table
 
 _NAMES = {

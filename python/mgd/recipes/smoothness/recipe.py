@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgd import schedules
-from mgd.data import Images, load
+from mgd.data import Images
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
-from mgd.recipes.form import Session, Talk
+from mgd.recipes.form import Talk
 from mgd.recipes.intervals import spearman
 from mgd.recipes.small_images import Task
-from mgd.recipes.trust import Trust, trust
+from mgd.recipes.smoothness.trust import Trust, trust
 from mgd_kernels import AdamW
 
 BASE = "as it stands"
@@ -224,15 +223,3 @@ def training(task: Task, choice: Choice, settings: Settings, seed: int) -> tuple
     )
     rates = schedules.one_cycle(settings.steps, settings.rate, 0.2 * settings.rate, 0.1 * settings.rate)
     return f, {"data_weights": torch.ones(len(task.train)), "lr": rates}
-
-
-def command(
-    data: Data = None, out: Out = None, json: Json = None, seed: Seed = 0, threads: Threads = 1, quick: Quick = False
-) -> None:
-    """Which choices make a training smooth, whether smooth ones can be predicted, and what accuracy they cost."""
-    from mgd.recipes import smoothness_report
-
-    session = Session("recipe smoothness", out, json, threads)
-    settings = Settings().quick() if quick else Settings()
-    found = run(load(data), load(data, train=False), settings, seed, session.talk)
-    session.finish(smoothness_report.page(found), found.to_dict())

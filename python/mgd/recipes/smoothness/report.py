@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mgd import plots
 from mgd.recipes.form import Page, Table
-from mgd.recipes.smoothness import BASE, Found
+from mgd.recipes.smoothness.recipe import BASE, Found
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,24 +14,22 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor
 
 from mgd import schedules
-from mgd.data import Images, load
+from mgd.data import Images
 from mgd.descent import Descent
 from mgd.errors import BadArgument, StaleRun
 from mgd.function import TrainingFunction
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
-from mgd.recipes import schedule_search as search
-from mgd.recipes.form import Session, Talk
-from mgd.recipes.schedule_descent import RANGE, Knots, costs, descend_on_schedule
-from mgd.recipes.schedule_judging import Judged, judge
-from mgd.recipes.schedule_search import Objective, Record
+from mgd.recipes.form import Talk
+from mgd.recipes.lr_schedule import search
+from mgd.recipes.lr_schedule.descent import RANGE, Knots, costs, descend_on_schedule
+from mgd.recipes.lr_schedule.judging import Judged, judge
+from mgd.recipes.lr_schedule.search import Objective, Record
 from mgd.recipes.small_images import Task
 from mgd_kernels import AdamW
 
@@ -229,28 +227,3 @@ def _opened(folder: Path, task: Task, settings: Settings, seed: int) -> Path:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def command(
-    data: Data = None,
-    out: Out = None,
-    json: Json = None,
-    seed: Seed = 0,
-    threads: Threads = 1,
-    quick: Quick = False,
-    meta_steps: Annotated[int | None, typer.Option(min=1, help="Of metagradient descent.")] = None,
-    knots: Annotated[int | None, typer.Option(min=1, help="Of the schedule; as many as steps set every step.")] = None,
-    outer: Annotated[float | None, typer.Option(help="Learning rate of Adam on the logarithms of the knots.")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep every training there, and continue from what it holds.")
-    ] = None,
-) -> None:
-    """Find a learning-rate schedule by metagradients, and compare with a grid, random search, TPE and CMA-ES."""
-    from mgd.recipes import lr_schedule_report
-
-    session = Session("recipe lr-schedule", out, json, threads)
-    settings = Settings().quick() if quick else Settings()
-    given: dict[str, Any] = {"meta_steps": meta_steps, "knots": knots, "outer": outer}
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    found = run(load(data), load(data, train=False), settings, seed, resume, session.talk)
-    session.finish(lr_schedule_report.page(found), found.to_dict())

@@ -10,7 +10,7 @@ import numpy as np
 from mgd import plots
 from mgd.recipes.form import Page, Table
 from mgd.recipes.intervals import Interval
-from mgd.recipes.lr_schedule import DESCENT, GRID, START, Found
+from mgd.recipes.lr_schedule.recipe import DESCENT, GRID, START, Found
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,1 @@
+"""Which training images hurt: `mgd demo`."""

@@ -1,0 +1,1 @@
+"""A learning-rate schedule by metagradients, beside searches: `mgd recipe lr-schedule`."""

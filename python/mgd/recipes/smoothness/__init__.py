@@ -1,0 +1,1 @@
+"""What makes a training smooth enough to follow its metagradients: `mgd recipe smoothness`."""

@@ -1,0 +1,20 @@
+"""`mgd recipe smoothness`."""
+
+from __future__ import annotations
+
+from mgd.data import load
+from mgd.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.recipes.form import Session
+
+
+def command(
+    data: Data = None, out: Out = None, json: Json = None, seed: Seed = 0, threads: Threads = 1, quick: Quick = False
+) -> None:
+    """Which choices make a training smooth, whether smooth ones can be predicted, and what accuracy they cost."""
+    from mgd.recipes.smoothness import report
+    from mgd.recipes.smoothness.recipe import Settings, run
+
+    session = Session("recipe smoothness", out, json, threads)
+    settings = Settings().quick() if quick else Settings()
+    found = run(load(data), load(data, train=False), settings, seed, session.talk)
+    session.finish(report.page(found), found.to_dict())
