@@ -1,6 +1,8 @@
 """Exact metagradients: the gradient of a trained model's output with respect to how it was trained."""
 
 from mgd import errors
+from mgd.attribution import attribute
+from mgd.attribution_result import Attribution
 from mgd.budget import Budget
 from mgd.check import CheckResult, check
 from mgd.constraints import Box, Simplex
@@ -14,6 +16,7 @@ from mgd.sign_descent import SignDescent
 from mgd.smoothness import metasmoothness
 
 __all__ = [
+    "Attribution",
     "Box",
     "Budget",
     "CheckResult",
@@ -27,6 +30,7 @@ __all__ = [
     "Simplex",
     "Trained",
     "TrainingFunction",
+    "attribute",
     "check",
     "errors",
     "metasmoothness",

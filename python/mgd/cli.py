@@ -27,6 +27,7 @@ RECIPES: dict[str, str] = {
     "smoothness": "mgd.recipes.smoothness.command",
     "select": "mgd.recipes.select.command",
     "rate": "mgd.recipes.rate.command",
+    "attribute": "mgd.recipes.attribute.command",
 }
 
 app = typer.Typer(

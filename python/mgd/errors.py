@@ -17,6 +17,7 @@ __all__ = [
     "BadMetaparameter",
     "BadObjective",
     "BudgetTooSmall",
+    "CorruptScores",
     "CorruptState",
     "KernelError",
     "MetagradientError",
@@ -112,6 +113,17 @@ class StaleRun(MetagradientError):
         super().__init__(
             f"{directory} holds an unfinished run that differs from this call in {', '.join(differing)}. Make the same "
             "call to continue it, or name another directory (delete this one to give that run up)."
+        )
+
+
+class CorruptScores(MetagradientError):
+    """Rows of an attribution's scores are not as they were written."""
+
+    def __init__(self, path: str, start: int, stop: int):
+        self.path, self.start, self.stop = path, start, stop
+        super().__init__(
+            f"rows {start} to {stop} of {path} differ from what was written there (their digest is in index.json). "
+            "Delete the directory and attribute again, or restore the file."
         )
 
 

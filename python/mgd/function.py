@@ -176,6 +176,11 @@ class TrainingFunction:
         size = memory.sizes(arena, self.optimizer, dict(self.model.named_buffers()), self.microbatches, self.budget)
         return memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
 
+    def identity(self, z: Mapping[str, Any]) -> dict[str, str]:
+        """Digests, by name, of what a metagradient at `z` depends on, as far as it can be told without running it."""
+        with self._guarded() as tick:
+            return self._identity(self._sweep(z, tick))
+
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
         arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}

@@ -1,0 +1,82 @@
+"""The command `mgd recipe attribute`, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgd.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.recipe import Evaluation, run
+from mgd.recipes.attribute.task import Task, Training
+from mgd.recipes.attribute.texts import gpt_task, lora_task
+
+
+class Setting(str, Enum):
+    """What is trained."""
+
+    images = "images"
+    text = "text"
+    lora = "lora"
+
+
+Tasks = tuple[Task, "Task | None", Evaluation]
+
+SMOOTH = Training(examples=1000, batch=100, epochs=10, rate=1.5e-3, eps_root=1e-3)
+ROUGH = Training(examples=1000, batch=100, epochs=10, rate=4e-3, eps_root=1e-12)
+QUICK = Training(examples=400, batch=50, epochs=5, rate=2e-3, eps_root=1e-3)
+TEXT = Training(examples=1000, batch=50, epochs=6, rate=3e-3, eps_root=1e-4)
+QUICK_TEXT = Training(examples=200, batch=50, epochs=6, rate=3e-3, eps_root=1e-4)
+LORA = Training(examples=200, batch=20, epochs=2, rate=1e-3, eps_root=1e-4)
+QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
+
+
+def images(data: Path | None, seed: int, quick: bool) -> Tasks:
+    from mgd.data import load
+
+    train, test, evaluation = load(data), load(data, train=False), Evaluation()
+    if quick:
+        return images_task(train, test, QUICK, 6, seed), None, evaluation.quick()
+    rough = images_task(train, test, ROUGH, 16, seed, rough=True)
+    return images_task(train, test, SMOOTH, 16, seed), rough, evaluation
+
+
+def text(data: Path | None, seed: int, quick: bool) -> Tasks:
+    if quick:
+        return gpt_task(QUICK_TEXT, 4, seed), None, Evaluation().quick()
+    return gpt_task(TEXT, 16, seed), None, Evaluation(subsets=30)
+
+
+def lora(data: Path | None, seed: int, quick: bool) -> Tasks:
+    if quick:
+        return lora_task(QUICK_LORA, 3, seed), None, replace(Evaluation().quick(), fractions=(0.1,), subsets=5)
+    return lora_task(LORA, 8, seed), None, Evaluation(subsets=12)
+
+
+SETTINGS: dict[str, Callable[[Path | None, int, bool], Tasks]] = {"images": images, "text": text, "lora": lora}
+
+
+def command(
+    setting: Annotated[
+        Setting, typer.Option(help="A network on images, a GPT on text, or LoRA on a pretrained encoder.")
+    ] = Setting.images,
+    data: Data = None,
+    out: Out = None,
+    json: Json = None,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    quick: Quick = False,
+) -> None:
+    """Which training examples decided a prediction? Exact scores, judged by retraining without some (MAGIC)."""
+    from mgd.recipes.attribute import report
+    from mgd.recipes.form import Session
+
+    session = Session("recipe attribute", out, json, threads)
+    task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
+    found = run(task, rough, evaluation, session.talk)
+    session.finish(report.page(found), found.to_dict())

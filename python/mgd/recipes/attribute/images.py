@@ -1,0 +1,58 @@
+"""Setting `images`: a ResNet-9-style network on small images (Fashion-MNIST at 14×14, or digits at 8×8)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mgd.data import Images
+from mgd.errors import BadArgument
+from mgd.models.resnet import resnet9
+from mgd.recipes.attribute.task import Task, Training
+
+TEST = 2000
+SMOOTH = {"norm": "group", "pool": "average", "activation": nn.SiLU, "scale": 0.5}
+ROUGH = {"norm": "none", "pool": "max", "activation": nn.ReLU}
+
+
+def images_task(train: Images, test: Images, training: Training, queries: int, seed: int, rough: bool = False) -> Task:
+    """rough: the choices that make a training hard to differentiate: ReLU, max pooling, no norm."""
+    if len(train) < training.examples or len(test) < queries:
+        raise BadArgument(
+            f"expected at least {training.examples} training and {queries} test images; {train.name} has {len(train)} "
+            f"and {len(test)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    train = train[torch.randperm(len(train), generator=generator)[: training.examples]]
+    order = torch.randperm(len(test), generator=generator)
+    query, rest = test[order[:queries]], test[order[queries : queries + TEST]]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        options = ROUGH if rough else SMOOTH
+        channels = train.images.shape[1]
+        model = resnet9(width=8, classes=len(train.classes), channels=channels, **options)  # type: ignore[arg-type]
+    words = train.classes
+    return Task(
+        name="images, trained roughly" if rough else "images",
+        data=train.name,
+        model=model,
+        training=training,
+        x=_pixels(train),
+        y=train.labels,
+        query_x=_pixels(query),
+        query_y=query.labels,
+        test_x=_pixels(rest),
+        test_y=rest.labels,
+        labels=[words[i] for i in train.labels.tolist()],
+        query_labels=[words[i] for i in query.labels.tolist()],
+        pictures=train.images,
+        query_pictures=query.images,
+        seed=seed,
+    )
+
+
+def _pixels(images: Images) -> Tensor:
+    """Float images of at most 16×16 pixels. Every set is scaled by constants, so that no image depends on another."""
+    x = (images.images.float() / 255 - 0.3) / 0.35
+    return F.avg_pool2d(x, 2) if x.shape[-1] > 16 else x

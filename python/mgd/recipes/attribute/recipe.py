@@ -1,0 +1,186 @@
+"""The recipe: attribute the losses of test examples to training examples, and judge it by retraining without some."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.attribution import attribute
+from mgd.attribution_result import Attribution
+from mgd.errors import BadArgument, MetagradientError, MissingPackage
+from mgd.recipes.attribute.baselines import BASELINES
+from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
+from mgd.recipes.attribute.task import Task
+from mgd.recipes.form import Talk
+from mgd.smoothness import metasmoothness
+
+OURS = "metagradient"
+SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and how far a step of metasmoothness goes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How scores are judged. fractions: of the training examples that are dropped. subsets: retrainings a fraction.
+    rough_subsets: the same for the roughly trained network; 0 leaves it out. baselines: names of those to compare."""
+
+    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    subsets: int = 40
+    rough_subsets: int = 20
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    resamples: int = 1000
+    chunk: int | None = None
+
+    def quick(self) -> Evaluation:
+        return replace(self, fractions=(0.05, 0.2), subsets=8, rough_subsets=0, resamples=200)
+
+
+@dataclass
+class Judged:
+    """A training, the attribution of its queries, and how well each method's predictions came true.
+
+    predicted: method -> fraction -> `[m, k]`; true: fraction -> `[m, k]`; scores: method -> fraction -> LDS.
+    missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. smoothness: the
+    training's empirical metasmoothness along the weights of a tenth of the examples.
+    """
+
+    task: Task
+    attribution: Attribution
+    loss: float
+    accuracy: float
+    plain_seconds: float
+    attribution_seconds: float
+    smoothness: float
+    true: dict[float, Tensor] = field(default_factory=dict)
+    predicted: dict[str, dict[float, Tensor]] = field(default_factory=dict)
+    scores: dict[str, dict[float, LDS]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    baseline_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trainings_per_query(self) -> float:
+        """Seconds of the attribution a query, in units of a plain training."""
+        return self.attribution_seconds / self.task.queries / self.plain_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        task, a = self.task, self.attribution
+        return {
+            "setting": task.name,
+            "data": task.data,
+            "training": asdict(task.training) | {"steps": task.training.steps},
+            "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+            "queries": task.queries,
+            "test_loss": self.loss,
+            "test_accuracy": self.accuracy,
+            "metasmoothness": self.smoothness,
+            "plain_training_seconds": self.plain_seconds,
+            "attribution_seconds": self.attribution_seconds,
+            "trainings_per_query": self.trainings_per_query,
+            "attribution": a.report.to_dict(),
+            "unvisited": a.unvisited.tolist(),
+            "query_losses": a.values.tolist(),
+            "lds": {m: {str(f): s.to_dict() for f, s in by.items()} for m, by in self.scores.items()},
+            "true_change_std": {str(f): t.std(0).tolist() for f, t in self.true.items()},
+            "baseline_seconds": self.baseline_seconds,
+            "baselines_missing": self.missing,
+        }
+
+
+@dataclass
+class Found:
+    """The recipe's result. rough: the same of a training that is hard to differentiate, if it was made."""
+
+    smooth: Judged
+    rough: Judged | None
+    rough_failure: str | None
+    evaluation: Evaluation
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self.smooth.task.seed,
+            "evaluation": asdict(self.evaluation),
+            "smooth": self.smooth.to_dict(),
+            "rough": self.rough and self.rough.to_dict(),
+            "rough_failure": self.rough_failure,
+            "seconds": dict(self.seconds),
+        }
+
+
+def run(task: Task, rough: Task | None = None, evaluation: Evaluation | None = None, talk: Talk | None = None) -> Found:
+    """Attribute, compare, and retrain without random subsets. rough: a training to contrast it with."""
+    evaluation, talk = evaluation or Evaluation(), talk or Talk()
+    if unknown := sorted(set(evaluation.baselines) - set(BASELINES)):
+        raise BadArgument(f"expected baselines among {list(BASELINES)}; got {unknown}")
+    smooth = judge(task, evaluation, evaluation.subsets, evaluation.baselines, talk)
+    contrast, failure = None, None
+    if rough is not None and evaluation.rough_subsets:
+        try:
+            contrast = judge(rough, evaluation, evaluation.rough_subsets, (), talk)
+        except MetagradientError as error:  # a training that diverges is an outcome, too
+            failure = f"{type(error).__name__}: {error}"
+    return Found(smooth, contrast, failure, evaluation, talk.seconds)
+
+
+def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, ...], talk: Talk) -> Judged:
+    """One training: its attribution, the baselines' scores, and `count` retrainings for each fraction."""
+    f, z = task.function, task.z
+    f.replaced(batches=f.batches[:2]).train({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
+    with talk.phase("training", f"{task.name}: training on {len(task):,} examples of {task.data}"):
+        timed = [_timed(lambda: f.train(z)) for _ in range(2)]
+        trained = timed[0][0]
+    plain = min(seconds for _, seconds in timed)
+    with talk.phase("attribution", f"attributing {task.queries} test losses"):
+        a, seconds = _timed(
+            lambda: attribute(f, z, task.queries, task.objectives, chunk=evaluation.chunk, progress=talk.progress)
+        )
+    loss, accuracy = task.test(trained.model_state)
+    with talk.phase("metasmoothness"):
+        smoothness = metasmoothness(f, z, _direction(task), SMOOTHNESS_STEP)
+    judged = Judged(task, a, loss, accuracy, plain, seconds, smoothness)
+
+    scores: dict[str, Any] = {OURS: a.scores}
+    for name in baselines:
+        with talk.phase(name, f"comparing with {name}"):
+            try:
+                scores[name], judged.baseline_seconds[name] = _timed(
+                    lambda name=name: BASELINES[name](task, trained.model_state)  # type: ignore[misc]
+                )
+            except MissingPackage as error:
+                judged.missing[name] = str(error)
+                talk.say(f"without {name}: {error}")
+
+    dropped = {p: subsets(len(task), p, count, task.seed + i + 1) for i, p in enumerate(evaluation.fractions)}
+    base = task.query_losses(trained.model_state)
+    with (
+        talk.phase("retraining", f"training {count * len(dropped)} times without some of the examples"),
+        talk.bar("retraining", count * len(dropped)) as tick,
+    ):
+        for fraction, sets in dropped.items():
+            changes = []
+            for index in sets:
+                changes.append(task.without(index) - base)
+                tick(f"without {fraction:.0%}")
+            judged.true[fraction] = torch.stack(changes)
+    with talk.phase("judging", "ranking the predictions"):
+        for method, table in scores.items():
+            judged.predicted[method] = {p: predictions(table, sets) for p, sets in dropped.items()}
+            judged.scores[method] = {
+                p: linear_datamodeling_score(guess, judged.true[p], resamples=evaluation.resamples, seed=task.seed)
+                for p, guess in judged.predicted[method].items()
+            }
+    return judged
+
+
+def _direction(task: Task) -> dict[str, Tensor]:
+    (index,) = subsets(len(task), SMOOTHNESS_SHARE, 1, task.seed)
+    return {"data_weights": torch.zeros(len(task)).index_fill(0, index, -1.0)}
+
+
+def _timed(work: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start

@@ -1,0 +1,162 @@
+"""What the recipe shows: tables for terminal and page, and pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from mgd import plots
+from mgd.recipes.attribute import pictures
+from mgd.recipes.attribute.recipe import OURS, Found, Judged
+from mgd.recipes.form import Page, Table
+
+GALLERY, EACH = 8, 6  # queries shown, and training examples of each kind for one of them
+WORK = {
+    "training": ("training", "update"),
+    "rehearsal: the training once more": ("rehearsal",),
+    "replay of the training": ("replay", "rebuild", "store"),
+    "second derivatives": ("hvp",),
+    "optimizer VJP": ("optimizer vjp",),
+    "scoring": ("objective", "scores"),
+}
+
+
+def page(found: Found) -> Page:
+    smooth = found.smooth
+    tables = [("Linear datamodeling score, by share of examples dropped", lds(found)), ("What it cost", cost(smooth))]
+    if found.rough is not None:
+        tables.insert(1, ("How smooth must a training be?", roughness(found)))
+    return Page("Which training examples decided?", lead(found), tables, lambda: sections(found), verdict(found))
+
+
+def lead(found: Found) -> str:
+    smooth, task = found.smooth, found.smooth.task
+    never = len(smooth.attribution.unvisited)
+    unread = f" {never} training examples were read at no step: their scores are exactly 0." if never else ""
+    return (
+        f"{task.data}: {len(task):,} training examples, {task.queries} test examples. A network of "
+        f"{sum(p.numel() for p in task.model.parameters() if p.requires_grad):,} trained parameters, "
+        f"{len(task.function):,} steps of AdamW; test loss {smooth.loss:.3f}, accuracy {smooth.accuracy:.1%}. The "
+        "metagradient of every test loss with respect to the weight of every training example says how it would "
+        f"change without the example.{unread}"
+    )
+
+
+def verdict(found: Found) -> str:
+    first, by = min(found.smooth.true), found.smooth.scores
+    ours = by[OURS][first]
+    others = {name: scores[first].mean for name, scores in by.items() if name != OURS}
+    rest = ""
+    if others:
+        best = max(others, key=lambda name: others[name])
+        rest = f"; the best baseline, {best}, {others[best]:.2f}"
+    return f"With {first:.0%} of the examples dropped, the metagradient's score is {ours.mean:.3f}{rest}."
+
+
+def lds(found: Found) -> Table:
+    fractions = list(found.smooth.true)
+    rows = [["method", *(f"{p:.0%}\ndropped" for p in fractions)]]
+    entries = dict(found.smooth.scores)
+    if found.rough is not None:
+        entries[pictures.ROUGH] = found.rough.scores[OURS]
+    for name, by in entries.items():
+        rows.append([name, *(f"{by[p].mean:.3f}\n[{by[p].low:.2f}, {by[p].high:.2f}]" for p in fractions)])
+    for name in found.smooth.missing:
+        rows.append([name, *("not installed" for _ in fractions)])
+    return rows
+
+
+def roughness(found: Found) -> Table:
+    rows = [["training", "meta-\nsmoothness", "test\naccuracy", *(f"score,\n{p:.0%}" for p in found.smooth.true)]]
+    for name, judged in (("smooth", found.smooth), ("rough", found.rough)):
+        if judged is not None:
+            scores = [f"{score.mean:.3f}" for score in judged.scores[OURS].values()]
+            rows.append([name, f"{judged.smoothness:.2f}", f"{judged.accuracy:.1%}", *scores])
+    return rows
+
+
+def cost(judged: Judged) -> Table:
+    """Where the attribution's seconds went, and what that is in plain trainings a query."""
+    k, plain, report = judged.task.queries, judged.plain_seconds, judged.attribution.report
+    rows = [["work", "seconds", "share", "trainings a query"]]
+
+    def row(name: str, seconds: float) -> None:
+        rows.append([name, f"{seconds:.2f}", f"{seconds / total:.0%}", f"{seconds / plain / k:.2f}"])
+
+    total = judged.attribution_seconds
+    for name, kinds in WORK.items():
+        row(name, sum(report.seconds.get(kind, 0.0) for kind in kinds))
+    row(f"all of the attribution of {k} queries", total)
+    rows.append(["a plain training", f"{plain:.2f}", "", "1.00"])
+    for name, seconds in judged.baseline_seconds.items():
+        rows.append([f"{name}, for comparison", f"{seconds:.2f}", "", f"{seconds / plain / k:.2f}"])
+    return rows
+
+
+def sections(found: Found) -> list[plots.Section]:
+    smooth, count = found.smooth, len(next(iter(found.smooth.true.values())))
+    methods = [m for m in (OURS, "EK-FAC", "TRAK") if m in smooth.scores]
+    parts = [
+        *_examples(smooth),
+        plots.Section(
+            "Do the scores predict what leaving examples out does?",
+            f"For every share, {count} random subsets of the training examples got weight 0, and the training was "
+            "repeated. For each test example the predicted changes of its loss are ranked against the true ones "
+            "(Spearman), and the correlations averaged. In brackets and as bars: 95% bootstrap intervals over test "
+            "examples and subsets. All methods predict the same retrainings.",
+            pictures.scores_by_fraction(smooth, found.rough),
+            "scores",
+            lds(found),
+        ),
+        plots.Section(
+            "Predicted and true changes",
+            "Each point is one test example and one subset. The metagradient predicts the change itself; the other "
+            "methods' predictions have no scale, and are scaled to fit best.",
+            pictures.prediction_against_truth(smooth, methods),
+            "predictions",
+        ),
+    ]
+    if found.rough is not None or found.rough_failure:
+        text = (
+            "The same data and evaluation with ReLU, max pooling, no norm, a larger learning rate and a tiny eps_root. "
+            "Its metagradient is as exact as before, but a training whose outcome jumps with the weights is not "
+            "predicted by its derivative; the empirical metasmoothness says so beforehand, for three trainings."
+        )
+        if found.rough_failure:
+            text += f"\n\nThat training came to no attribution: {found.rough_failure}"
+        table = roughness(found) if found.rough is not None else ()
+        parts.append(plots.Section("How smooth must a training be?", text, table=table))
+    parts.append(
+        plots.Section(
+            "What it cost",
+            "All test examples of a chunk share a training and a reverse sweep. The rehearsal is one more training: "
+            "the others must repeat it bit by bit.",
+            table=cost(smooth),
+        )
+    )
+    return parts
+
+
+def _examples(judged: Judged) -> list[plots.Section]:
+    """The most helpful and harmful training examples of some test examples, as pictures or as texts."""
+    task, a = judged.task, judged.attribution
+    words = (
+        "More weight on the helpful examples lowers the loss of the test example, more weight on the harmful ones "
+        "raises it."
+    )
+    shown = range(min(GALLERY, task.queries))
+    if task.pictures is not None:
+        rows = [(q, torch.from_numpy(a.scores[q].copy()), *a.top(q, EACH)) for q in shown]
+        figure = pictures.examples(task, rows, EACH)
+        return [plots.Section("Which training images decided?", words, figure, "examples")]
+    assert task.texts is not None and task.query_texts is not None
+    parts = []
+    for q in shown:
+        helpful, harmful = a.top(q, EACH // 2)
+        table: Table = [["", "score", "training text"]]
+        for name, index in (("helpful", helpful), ("harmful", harmful)):
+            for i in index.tolist():
+                table.append([name, f"{a.scores[q, i]:+.2e}", pictures.cut(f"[{task.labels[i]}] {task.texts[i]}")])
+        text = f"[{task.query_labels[q]}] {pictures.cut(task.query_texts[q])}"
+        parts.append(plots.Section(f"Test text {q + 1}, loss {float(a.values[q]):.2f}", text, table=table))
+    parts[0].text = f"{words}\n\n{parts[0].text}"
+    return parts
