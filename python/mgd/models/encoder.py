@@ -66,11 +66,14 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         there = tokens != 0
         mask = there[:, None, None, :]
-        x = self.norm(self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.segment)
+        x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, mask)
-        weight = there[..., None].to(x.dtype)
-        return self.head((x * weight).sum(1) / weight.sum(1).clamp_min(1.0))
+        return self.head(mean_of(x, there))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer gets, `[B, T, WIDTH]`."""
+        return self.norm(self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.segment)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take over the weights of a Hugging Face BertModel."""
@@ -103,6 +106,12 @@ class Encoder(nn.Module):
         for layer in self.layers:
             layer.query, layer.value = LoRA(layer.query), LoRA(layer.value)  # type: ignore[arg-type, assignment]
         self.head.requires_grad_(True)
+
+
+def mean_of(x: Tensor, there: Tensor) -> Tensor:
+    """The mean of hidden states `[B, T, WIDTH]` over the tokens that are there, bool `[B, T]`."""
+    weight = there[..., None].to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp_min(1.0)
 
 
 def installed() -> Path | None:

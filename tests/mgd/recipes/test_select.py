@@ -19,8 +19,9 @@ from mgd.errors import BadArgument, BadData, BadLoss, NonFiniteState
 from mgd.recipes import form
 from mgd.recipes.select import Exchange, SelectionProblem, draw, report, select
 from mgd.recipes.select import run as recipe
-from mgd.recipes.select.images import COPIES, KINDS, Settings, make_pool
+from mgd.recipes.select.images import COPIES, KINDS, ImageSetting, Settings, make_pool
 from mgd.recipes.select.problem import WEIGHTS
+from mgd.recipes.select.setting import Setting
 from mgd_kernels import SGD, AdamW
 
 N, STEPS, B, AT = 12, 9, 4, 5
@@ -294,7 +295,7 @@ def test_bad_images_are_refused():
 
 @pytest.fixture(scope="module")
 def found():
-    return recipe.run(data.digits(), data.digits(train=False), Settings().quick())
+    return recipe.run(ImageSetting(data.digits(), data.digits(train=False), Settings().quick()))
 
 
 def test_the_pool_is_as_it_says():
@@ -323,20 +324,32 @@ def test_the_pool_is_as_it_says():
 
 def test_selection_beats_everything_chance_and_the_filters_on_test_images(found):
     assert found.gain(recipe.ALL) > 0.1 and found.gain(recipe.RANDOM) > 0.1
-    assert found.gain(recipe.LOSS) > 0.05
-    pool, counts = found.pool, found.selection.counts
-    share = [float((counts[pool.kind == i] > 0).double().mean()) for i in range(4)]
+    assert found.gain(recipe.names(found.setting)[0]) > 0.05
+    share = kept_by_kind(found)
     assert share[0] > 0.9 and share[1] < 0.5  # clean ones stay, wrong ones go
-    assert found.choices[recipe.SELECTED].precision > float(pool.good.double().mean()) + 0.1
+    assert found.choices[recipe.SELECTED].precision > float(found.setting.good.double().mean()) + 0.1
+
+
+def kept_by_kind(found) -> list[float]:
+    """The share of each kind's examples that is used."""
+    counts, kind = found.selection.counts, found.setting.kind
+    return [float((counts[kind == i] > 0).double().mean()) for i in range(len(found.setting.kinds))]
 
 
 def test_the_json_is_complete(found):
+    complete(found)
+
+
+def complete(found) -> None:
+    settings = found.setting.settings
     report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert len(report["trace"]) == found.settings.meta_steps
-    assert sum(report["data"]["pool"].values()) == found.settings.pool
+    assert report["setting"] == found.setting.name
+    assert len(report["trace"]) == settings.meta_steps
+    assert sum(report["data"]["pool"].values()) == settings.pool
     assert set(report["choices"]) == set(found.choices) and len(report["choices"]) == 7
     for choice in report["choices"].values():
-        assert len(choice["accuracies"]) == found.settings.repeats
+        assert len(choice["accuracies"]) == settings.repeats
+        assert all(len(values) == settings.repeats for values in choice["further"].values())
     selected = report["choices"][recipe.SELECTED]
     kept = {kind: sum(numbers[1:]) for kind, numbers in report["counts_by_kind"].items()}
     assert sum(kept.values()) == selected["examples"] == len(found.selection.kept)
@@ -377,3 +390,123 @@ def test_the_command_runs_with_a_budget_and_shards(tmp_path):
     result = json.loads(target.read_text())
     assert [step["total"] for step in result["trace"]] == [250, 250] and result["command"] == "recipe select"
     assert replace(Settings(), **result["settings"]).shard == 400
+
+
+# --- the other settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    from mgd.data.emoji import load
+    from mgd.recipes.select.emoji import EmojiSetting
+    from mgd.recipes.select.emoji import Settings as EmojiSettings
+
+    try:
+        emoji = load()
+    except BadData as error:
+        pytest.skip(str(error))
+    return EmojiSetting(emoji, EmojiSettings().quick())
+
+
+def test_pairs_are_as_they_say(pairs):
+    n = pairs.settings.pool
+    matched = torch.tensor([given == true for given, true in zip(pairs.given, pairs.true, strict=True)])
+    assert bool(matched[:n][pairs.kind == 0].all())
+    assert int(matched[:n][pairs.kind == 1].sum()) <= 1  # two emoji share a name
+    assert pairs.given.count("emoji") == 48 and int(matched[:n][pairs.kind == 2].sum()) == 48
+    assert bool(matched[n:].all()) and pairs.numbers() == {"matched": 288, "mismatched": 256, "uninformative": 96}
+    assert len(pairs.held[0]) + len(pairs._test[0]) + n <= len(pairs.true)
+    assert len(pairs._test[0]) % 200 == 0
+
+
+def test_contrastive_losses_and_ranks_are_those_of_the_definition(pairs, monkeypatch):
+    from mgd.recipes.select.emoji import contrastive, features
+
+    similar = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.arange(5)
+    entropy = torch.nn.functional.cross_entropy
+    both = entropy(similar, target, reduction="none") + entropy(similar.T, target, reduction="none")
+    assert torch.allclose(contrastive(similar), both / 2)
+    cosines = features(["red apple", "green apple", "zebra"]) @ features(["red apple"]).T
+    assert cosines[0] == pytest.approx(1) and cosines[0] > cosines[1] > cosines[2]
+    perfect, third = torch.eye(200), torch.eye(200).roll(1, 1) + torch.eye(200).roll(2, 1) + torch.eye(200) / 2
+    monkeypatch.setattr(pairs, "call", lambda *_: perfect)
+    assert pairs.test({}) == (1, 1)
+    monkeypatch.setattr(pairs, "call", lambda *_: third)
+    assert pairs.test({}) == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def found_pairs(pairs):
+    return recipe.run(pairs)
+
+
+def test_selection_drops_mismatched_pairs(found_pairs, tmp_path):
+    complete(found_pairs)
+    matched, mismatched, _ = kept_by_kind(found_pairs)
+    assert matched > mismatched + 0.15
+    written(found_pairs, tmp_path, {"accuracy", "precision", "counts", "dropped", "kept"})
+
+
+def written(found, folder, pictures: set[str]) -> None:
+    from matplotlib.image import imread
+
+    paths = form.write(report.page(found), folder)
+    assert {path.stem for path in paths} == pictures | {"index"}
+    assert all(imread(path)[..., :3].std() > 0.02 for path in paths[1:])
+
+
+@pytest.fixture(scope="module")
+def found_passages():
+    from mgd.data.text import installed
+    from mgd.models import encoder
+    from mgd.recipes.select.lora import CLASSES, OTHERS, LoraSetting
+    from mgd.recipes.select.lora import Settings as LoraSettings
+
+    missing = [text for name, text in installed().items() if name in CLASSES + OTHERS and text]
+    if missing or encoder.installed() is None:
+        pytest.skip(f"needs `make data`: {missing or encoder.INSTALL}")
+    return recipe.run(LoraSetting(LoraSettings().quick()))
+
+
+def test_selection_drops_passages_with_wrong_labels(found_passages, tmp_path):
+    complete(found_passages)
+    clean, wrong, _ = kept_by_kind(found_passages)
+    assert clean > wrong + 0.1
+    written(found_passages, tmp_path, {"accuracy", "precision", "counts"})
+    assert "is from" in (tmp_path / "index.html").read_text()
+
+
+def test_layers_below_lora_computed_once_are_the_whole_encoder(found_passages):
+    setting = found_passages.setting
+    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    tokens[:, :9] = torch.randint(1, 2000, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        upper = setting.problem.model(setting._below(tokens), tokens != 0)
+        assert torch.allclose(upper, setting.whole(tokens), atol=1e-5)
+
+
+def test_bad_sizes_of_the_other_settings_are_refused(pairs):
+    from mgd.data.emoji import Captioned
+    from mgd.recipes.select import emoji, lora
+
+    few = Captioned(pairs.images[:300], tuple(pairs.true[:300]), ("",) * 300)
+    with pytest.raises(BadArgument, match="and at most 100 together, as 200 of the 300 test; got 640 and 280"):
+        emoji.EmojiSetting(few, pairs.settings)
+    with pytest.raises(BadArgument, match=r"1\.\.6 layers; got 7"):
+        lora.LoraSetting(lora.Settings(layers=7))
+    with pytest.raises(BadArgument, match=r"at least a batch \(16\)"):
+        lora.LoraSetting(lora.Settings(held_out=4))
+
+
+def test_a_setting_says_what_it_lacks():
+    with pytest.raises(TypeError, match="abstract"):
+        Setting()
+
+
+def test_the_command_refuses_what_another_setting_wants(capsys):
+    from mgd.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main("recipe select --setting lora --uniform".split())
+    assert ended.value.code != 0

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgd import plots
 from mgd.data import Images
 from mgd.errors import BadArgument, BadData
+from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
+from mgd.recipes.select.setting import State, initialiser, reset_layers
 from mgd_kernels import AdamW
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KINDS = ("clean", "wrong", "duplicate", "irrelevant")
 WRONG, COPIES = 0.4, 20  # share of the labels that are wrong; how often a duplicated image comes
@@ -22,25 +28,13 @@ FASHION = (6, 3, 4, 0, 2, 7, 0, 9, 5, 5)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """pool, held_out: numbers of images. uniform: wrong labels are of any other class, not of a similar one. budget,
-    shard, share, highest: of `select`. repeats: trainings a figure."""
+class Settings(setting.Settings):
+    """pool, held_out: numbers of images. uniform: wrong labels are of any other class, not of a similar one."""
 
     pool: int = 5000
     held_out: int = 500
     uniform: bool = False
-    steps: int = 400
-    batch_size: int = 100
-    at: float = 0.8
-    learning_rate: float = 1e-3
     width: int = 64
-    meta_steps: int = 60
-    share: float = 0.05
-    highest: int = 2
-    budget: int | None = None
-    shard: int | None = None
-    repeats: int = 5
-    seed: int = 0
 
     def quick(self) -> Settings:
         return replace(
@@ -109,65 +103,81 @@ def make_pool(train: Images, test: Images, settings: Settings) -> Pool:
     return Pool(Images(train.name, images, given, train.classes), truth, kind, held_out, test)
 
 
-class Classifier:
+class ImageSetting(setting.Setting):
     """The training that all selections share: a network of one hidden layer, AdamW, a learning rate that falls."""
 
-    def __init__(self, pool: Pool, settings: Settings):
-        pixels = pool.held_out.images.float()
-        self.mean, self.std, self.settings = pixels.mean(), pixels.std(), settings
-        self.classes = len(pool.test.classes)
-        self.x, self.y = self.inputs(pool.images), pool.images.labels
-        self.held_x, self.held_y = self.inputs(pool.held_out), pool.held_out.labels
-        self.test_x, self.test_y = self.inputs(pool.test), pool.test.labels
+    name, title, examples, kinds = "images", "Which images to train on?", "images", KINDS
+    settings: Settings
+
+    def __init__(self, train: Images, test: Images, settings: Settings):
+        self.data_pool, self.settings = make_pool(train, test, settings), settings
+        self.kind, self.good = self.data_pool.kind, self.data_pool.good
+        pixels = self.data_pool.held_out.images.float()
+        self.mean, self.std = pixels.mean(), pixels.std()
+        self.x, self.held_x, self.test_x = (
+            self.inputs(i) for i in (self.data_pool.images, self.data_pool.held_out, self.data_pool.test)
+        )
+
+    @property
+    def pool(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.data_pool.images.labels
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        return self.held_x, self.data_pool.held_out.labels
 
     def inputs(self, images: Images) -> Tensor:
         """float32 `[n, pixels]`, shifted and scaled by the held-out images."""
         return ((images.images.float() - self.mean) / self.std).flatten(1)
 
-    def problem(self, x: Tensor, y: Tensor) -> SelectionProblem:
-        """The training on a pool of inputs `[n, pixels]` and labels `[n]`, judged by the held-out loss."""
-        s = self.settings
-        t = torch.arange(s.steps, dtype=torch.float64)
-        rate = torch.minimum((t + 1) / max(1.0, 0.1 * s.steps), 0.5 * (1 + torch.cos(torch.pi * t / s.steps)))
+    def over(self, pool: Any) -> SelectionProblem:
+        s, held = self.settings, self.held
+        classes = len(self.data_pool.test.classes)
         return SelectionProblem(
-            nn.Sequential(nn.Linear(x.shape[1], s.width), nn.GELU(), nn.Linear(s.width, self.classes)),
-            (x, y),
+            nn.Sequential(nn.Linear(pool[0].shape[1], s.width), nn.GELU(), nn.Linear(s.width, classes)),
+            pool,
             lambda model, examples: F.cross_entropy(model(examples[0]), examples[1], reduction="none"),
-            lambda model: F.cross_entropy(model(self.held_x), self.held_y),
+            lambda model: F.cross_entropy(model(held[0]), held[1]),
             AdamW(lr=s.learning_rate, weight_decay=0.05, eps_root=1e-6),
             s.steps,
             s.batch_size,
             at=int(s.at * s.steps),
-            initialise=_initialise,
-            fixed={"lr": s.learning_rate * rate},
+            initialise=initialiser(reset_layers),
+            fixed={"lr": s.schedule()},
         )
 
-    def logits(self, state: dict[str, Tensor], model: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.func.functional_call(model, state, (x,))
+    def test(self, state: State) -> tuple[float, ...]:
+        right = self.call(state, self.test_x).argmax(1) == self.data_pool.test.labels
+        return (float(right.double().mean()),)
 
-    def test_accuracy(self, state: dict[str, Tensor], model: nn.Module) -> float:
-        return float((self.logits(state, model, self.test_x).argmax(1) == self.test_y).double().mean())
+    def scores(self, state: State) -> Tensor:
+        x, y = self.pool
+        return F.cross_entropy(self.call(state, x), y, reduction="none")
 
-    def held_out_loss(self, problem: SelectionProblem, counts: Tensor, seed: int) -> float:
-        problem.prepare(counts, seed)
-        return float(problem.function.value())
+    def lead(self) -> str:
+        s, numbers = self.settings, self.numbers()
+        other = "another" if s.uniform else "a similar"
+        return (
+            f"{self.data_pool.images.name}: a pool of {s.pool:,} images, of which {numbers['wrong']:,} have the label "
+            f"of {other} class, {numbers['duplicate']:,} are copies of a few others and {numbers['irrelevant']:,} show "
+            f"noise; {len(self.data_pool.held_out):,} held-out images; a network of one hidden layer."
+        )
 
-    def losses(self, problem: SelectionProblem, seed: int) -> Tensor:
-        """`[n]`: of the pool's examples, under a model trained on all examples of a problem."""
-        state = problem.train(torch.ones(len(problem)), seed).model_state
-        return F.cross_entropy(self.logits(state, problem.model, self.x), self.y, reduction="none")
+    def data(self) -> dict[str, Any]:
+        return {
+            "name": self.data_pool.images.name,
+            "pool": self.numbers(),
+            "true_labels_of_the_task": int(self.good.sum()),
+            "held_out_images": len(self.data_pool.held_out),
+            "test_images": len(self.data_pool.test),
+        }
 
-
-def _initialise(model: nn.Module, seed: int) -> None:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
-
-
-def by_kind(pool: Pool, counts: Tensor) -> dict[str, Any]:
-    """kind -> how many of its examples have which count, up to the highest: `{"clean": [dropped, once, twice]}`."""
-    top = int(counts.max()) + 1
-    return {name: torch.bincount(counts[pool.kind == i].long(), minlength=top).tolist() for i, name in enumerate(KINDS)}
+    def show(self, some: Tensor, title: str) -> tuple[Figure | None, list[list[str]]]:
+        pool, irrelevant = self.data_pool, KINDS.index("irrelevant")
+        classes = pool.images.classes
+        given = [classes[label] for label in pool.images.labels[some].tolist()]
+        true = [
+            "noise" if kind == irrelevant else classes[label]
+            for kind, label in zip(pool.kind[some].tolist(), pool.truth[some].tolist(), strict=True)
+        ]
+        return plots.gallery(title, pool.images.images[some], given, true), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,49 +11,47 @@ from torch import Tensor
 from mgd import plots
 from mgd.plots import BAD, GOOD, INK, SOFT
 from mgd.recipes.form import Page, Table
-from mgd.recipes.select.images import KINDS, by_kind
-from mgd.recipes.select.run import ALL, HELD, LOSS, LOSS_HELD, RANDOM, SELECTED, TRUTH, Found
+from mgd.recipes.select.run import ALL, RANDOM, SELECTED, Found, names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"clean": GOOD, "wrong": BAD, "duplicate": "#d99a2b", "irrelevant": SOFT}
-LINES = {ALL: (BAD, "-"), RANDOM: (SOFT, "--"), LOSS: ("#d99a2b", "--"), LOSS_HELD: ("#d99a2b", "-"), HELD: (INK, ":")}
+COLOURS = (GOOD, BAD, "#d99a2b", SOFT)  # of the kinds
 
 
 def page(found: Found) -> Page:
+    title = found.setting.title
     tables = [("What a training on each choice reaches", comparison(found)), ("What was kept", kept(found))]
-    gains = ", ".join(
-        f"{found.gain(name) * 100:+.1f} points over {name}" for name in (ALL, RANDOM, LOSS, LOSS_HELD, HELD)
-    )
-    return Page("Which images to train on?", lead(found), tables, lambda: _sections(found), f"Selected: {gains}.")
+    by_pool, by_held, held, _ = names(found.setting)
+    others = (ALL, RANDOM, by_pool, by_held, held)
+    gains = ", ".join(f"{found.gain(name) * 100:+.1f} points over {name}" for name in others)
+    return Page(title, lead(found), tables, lambda: _sections(found), f"Selected: {gains}.")
 
 
 def lead(found: Found) -> str:
-    s, pool, choice = found.settings, found.pool, found.choices[SELECTED]
-    numbers = {name: int((pool.kind == i).sum()) for i, name in enumerate(KINDS)}
-    other = "another" if s.uniform else "a similar"
+    setting, choice = found.setting, found.choices[SELECTED]
+    s = setting.settings
     return (
-        f"{pool.images.name}: a pool of {s.pool:,} images, of which {numbers['wrong']:,} have the label of {other} "
-        f"class, {numbers['duplicate']:,} are copies of a few others and {numbers['irrelevant']:,} show noise; a "
-        f"network of one hidden layer, {s.steps} steps of AdamW whatever is kept. After {s.meta_steps} trainings, each "
-        f"with the metagradient of the loss on {len(pool.held_out):,} held-out images with respect to how often each "
-        f"image is used, {choice.examples:,} images are kept. {choice.precision:.0%} of them are images of the task "
-        f"with a true label ({pool.good.double().mean():.0%} of the pool)."
+        f"{setting.lead()} {s.steps} steps of AdamW whatever is kept. After {s.meta_steps} trainings, each with the "
+        f"metagradient of the held-out loss with respect to how often each candidate is used, {choice.examples:,} "
+        f"{setting.examples} are kept. {choice.precision:.0%} of them are {setting.examples} of the task with "
+        f"{setting.truths} ({setting.good.double().mean():.0%} of the pool)."
     )
 
 
 def comparison(found: Found) -> Table:
-    rows = [["trained on", "images", "true labels", "test accuracy"]]
+    setting = found.setting
+    rows = [["trained on", setting.examples, setting.truths, *setting.measures]]
     for name, c in found.choices.items():
         precision = "-" if c.precision is None else f"{c.precision:.0%}"
-        rows.append([name, f"{c.examples:,}", precision, f"{c.accuracy:.1%} ± {c.spread * 100:.1f}"])
+        further = [f"{mean(values):.1%}" for values in c.further.values()]
+        rows.append([name, f"{c.examples:,}", precision, f"{c.accuracy:.1%} ± {c.spread * 100:.1f}", *further])
     return rows
 
 
 def kept(found: Found) -> Table:
-    counts = by_kind(found.pool, found.selection.counts)
-    highest = len(counts[KINDS[0]])
+    counts = found.setting.by_kind(found.selection.counts)
+    highest = len(next(iter(counts.values())))
     rows = [["kind", "in the pool", "dropped", *(f"used {times}×" for times in range(1, highest))]]
     for name, numbers in counts.items():
         total = max(1, sum(numbers))
@@ -61,40 +60,32 @@ def kept(found: Found) -> Table:
 
 
 def _sections(found: Found) -> list[plots.Section]:
-    s = found.settings
+    setting, s = found.setting, found.setting.settings
+    examples, measure = setting.examples, setting.measures[0]
+    dropped, keeps = found.selection.counts == 0, found.selection.counts == found.selection.counts.max()
     notes = "\n\n".join(found.selection.descent.notes)
     return [
         plots.Section(
-            "Accuracy against meta-step",
+            f"{measure[0].upper()}{measure[1:]} against meta-step",
             f"Each meta-step trains on the counts so far and changes a share of {s.share:.0%} of them. The selection "
             f"is that of the lowest held-out loss (dot). Lines: other choices, means of {s.repeats} trainings with "
-            "initial parameters and orders that the selection did not see. Filters keep the images of lowest loss, as "
-            f"many as suit the held-out images best. Judged by {len(found.pool.test):,} test images that nothing else "
-            "looks at." + (f"\n\n{notes}" if notes else ""),
+            f"initial parameters and orders that the selection did not see. Filters keep the {examples} of "
+            f"{setting.filtered}, as many as suit the held-out {examples} best. Judged by test {examples} that nothing "
+            "else looks at." + (f"\n\n{notes}" if notes else ""),
             accuracy(found),
             "accuracy",
             comparison(found),
         ),
         plots.Section(
             "What is kept, against meta-step",
-            "Precision: the share of the kept images that belong to the task and carry a true label, copies among "
-            "them. Recall: the share of such images that are kept.",
+            f"Precision: the share of the kept {examples} that belong to the task and have {setting.truths}. Recall: "
+            f"the share of such {examples} that are kept.",
             precision(found),
             "precision",
         ),
         plots.Section("How often each kind is used", "", histogram(found), "counts", kept(found)),
-        plots.Section(
-            "Dropped",
-            "Drawn at random from the dropped images. In red, in quotation marks: a label that is not the true one.",
-            _gallery(found, found.selection.counts == 0, "Dropped: the label in the pool, and what it is."),
-            "dropped",
-        ),
-        plots.Section(
-            "Kept",
-            "Drawn at random from the images with the highest count.",
-            _gallery(found, found.selection.counts == found.selection.counts.max(), "Kept, with the highest count."),
-            "kept",
-        ),
+        _gallery(found, dropped, "Dropped", "dropped", f"Drawn at random from the dropped {examples}."),
+        _gallery(found, keeps, "Kept", "kept", f"Drawn at random from the {examples} with the highest count."),
     ]
 
 
@@ -113,60 +104,68 @@ def accuracy(found: Found) -> Figure:
         capsize=3,
         label=f"{SELECTED}, mean",
     )
-    for name, (colour, style) in LINES.items():
+    by_pool, by_held, held, truth = names(found.setting)
+    lines = {
+        ALL: (BAD, "-"),
+        RANDOM: (SOFT, "--"),
+        by_pool: ("#d99a2b", "--"),
+        by_held: ("#d99a2b", "-"),
+        held: (INK, ":"),
+    }
+    for name, (colour, style) in lines.items():
         c = found.choices[name]
         axes.axhline(100 * c.accuracy, color=colour, linestyle=style, linewidth=1.2, label=name)
         axes.axhspan(
             100 * (c.accuracy - c.spread), 100 * (c.accuracy + c.spread), color=colour, alpha=0.08, linewidth=0
         )
-    axes.axhline(100 * found.choices[TRUTH].accuracy, color=GOOD, linestyle=":", linewidth=1.2, label=TRUTH)
-    axes.set(xlabel="meta-step (trainings with a metagradient)", ylabel="test accuracy (%)")
+    axes.axhline(100 * found.choices[truth].accuracy, color=GOOD, linestyle=":", linewidth=1.2, label=truth)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="meta-step (trainings with a metagradient)", ylabel=f"{found.setting.measures[0]} (%)")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
 def precision(found: Found) -> Figure:
-    """Precision and recall of the kept images, and their number, by meta-step."""
+    """Precision and recall of the kept examples, and their number, by meta-step."""
     fig, (left, right) = plots.figure(10, 3.8, columns=2)
     left.plot([100 * step["precision"] for step in found.trace], color=GOOD, label="precision")
     left.plot([100 * step["recall"] for step in found.trace], color=INK, label="recall")
     left.axhline(
-        100 * float(found.pool.good.double().mean()), color=SOFT, linestyle="--", label="precision of the pool"
+        100 * float(found.setting.good.double().mean()), color=SOFT, linestyle="--", label="precision of the pool"
     )
     left.set(xlabel="meta-step", ylabel="share (%)", ylim=(0, 102))
     left.legend(frameon=False, loc="lower left")
-    right.plot([step["examples"] for step in found.trace], color=INK, label="images kept")
+    right.plot([step["examples"] for step in found.trace], color=INK, label=f"{found.setting.examples} kept")
     right.plot([step["total"] for step in found.trace], color=SOFT, label="sum of their counts")
-    right.set(xlabel="meta-step", ylabel="images")
+    right.set(xlabel="meta-step", ylabel=found.setting.examples)
     right.set_ylim(bottom=0)
     right.legend(frameon=False, loc="lower left")
     return fig
 
 
 def histogram(found: Found) -> Figure:
-    """For every kind, the share of its images that has each count."""
-    counts = by_kind(found.pool, found.selection.counts)
+    """For every kind, the share of its examples that has each count."""
+    examples, counts = found.setting.examples, found.setting.by_kind(found.selection.counts)
+    highest = max(len(numbers) for numbers in counts.values())
     fig, axes = plots.figure(8, 3.8)
     width = 0.8 / len(counts)
     for i, (name, numbers) in enumerate(counts.items()):
         places = [times + (i - (len(counts) - 1) / 2) * width for times in range(len(numbers))]
         shares = [100 * number / max(1, sum(numbers)) for number in numbers]
-        axes.bar(places, shares, width, color=COLOURS[name], label=f"{name} ({sum(numbers):,} images)")
-    axes.set(xlabel="final count (0: dropped)", ylabel="images of the kind (%)", xticks=range(len(counts[KINDS[0]])))
+        axes.bar(places, shares, width, color=COLOURS[i], label=f"{name} ({sum(numbers):,} {examples})")
+    axes.set(xlabel="final count (0: dropped)", ylabel=f"{examples} of the kind (%)", xticks=range(highest))
     axes.legend(frameon=False)
     return fig
 
 
-def _gallery(found: Found, mask: Tensor, title: str) -> Figure | None:
+def _gallery(found: Found, mask: Tensor, title: str, name: str, text: str) -> plots.Section:
+    """Some of the examples, and what they really are: a picture or a table, as the setting shows them."""
     some = mask.nonzero()[:, 0]
     if len(some) == 0:
-        return None
-    some = some[torch.randperm(len(some), generator=torch.Generator().manual_seed(found.settings.seed))[:24]]
-    pool, irrelevant = found.pool, KINDS.index("irrelevant")
-    classes = pool.images.classes
-    given = [classes[label] for label in pool.images.labels[some].tolist()]
-    true = [
-        "noise" if kind == irrelevant else classes[label]
-        for kind, label in zip(pool.kind[some].tolist(), pool.truth[some].tolist(), strict=True)
-    ]
-    return plots.gallery(title, pool.images.images[some], given, true)
+        return plots.Section(title, "None.")
+    generator = torch.Generator().manual_seed(found.setting.settings.seed)
+    some = some[torch.randperm(len(some), generator=generator)[:24]]
+    figure, table = found.setting.show(some, f"{title}: what the pool says, and what it is.")
+    return plots.Section(
+        title, f"{text} In red, in quotation marks: what is not true." if figure else text, figure, name, table
+    )

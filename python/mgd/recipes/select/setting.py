@@ -1,0 +1,136 @@
+"""What a setting of the recipe is: a pool whose good examples are known, a training, and who judges it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mgd.recipes.select.problem import SelectionProblem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+State = dict[str, Tensor]  # a trained model's parameters and buffers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of every setting. at: share of the steps after which candidates enter. budget, memory, shard, share, highest: of
+    `select`. repeats: trainings a figure."""
+
+    steps: int = 400
+    batch_size: int = 100
+    at: float = 0.8
+    learning_rate: float = 1e-3
+    meta_steps: int = 60
+    share: float = 0.05
+    highest: int = 2
+    budget: int | None = None
+    memory: float = 0.0
+    shard: int | None = None
+    repeats: int = 5
+    seed: int = 0
+
+    def schedule(self) -> Tensor:
+        """The learning rate of every step, float64 `[steps]`: up over a tenth of them, then down with a cosine."""
+        t = torch.arange(self.steps, dtype=torch.float64)
+        rate = torch.minimum((t + 1) / max(1.0, 0.1 * self.steps), 0.5 * (1 + torch.cos(torch.pi * t / self.steps)))
+        return self.learning_rate * rate
+
+
+class Setting(ABC):
+    """Once made, it holds `settings`, and of the n examples of the pool `kind`, int64 `[n]`, an index into `kinds`, and
+    `good`, bool `[n]`: which of them are as they should be. No method but `test` looks at test data."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    examples: ClassVar[str]  # what the pool holds: "images"
+    kinds: ClassVar[tuple[str, ...]]
+    measures: ClassVar[tuple[str, ...]] = ("test accuracy",)  # the first judges; each in 0..1
+    #: Shares of the pool that a filter may keep, beside what the selection keeps.
+    sizes: ClassVar[tuple[float, ...]] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    filtered: ClassVar[str] = "lowest loss"  # by what a filter keeps
+    truths: ClassVar[str] = "true labels"  # what the good examples have
+
+    settings: Settings
+    kind: Tensor
+    good: Tensor
+
+    @abstractmethod
+    def over(self, pool: Any) -> SelectionProblem:
+        """The training of this setting on a pool of examples (a pytree), with the held-out loss as objective."""
+
+    @property
+    @abstractmethod
+    def pool(self) -> Any:
+        """The pool, as a pytree of tensors `[n, ...]`."""
+
+    @property
+    @abstractmethod
+    def held(self) -> Any:
+        """The held-out examples, in the form of the pool."""
+
+    @abstractmethod
+    def test(self, state: State) -> tuple[float, ...]:
+        """The measures on test data of a trained model."""
+
+    @abstractmethod
+    def scores(self, state: State) -> Tensor:
+        """`[n]`: of the pool's examples under a trained model, low where a filter should keep them."""
+
+    @abstractmethod
+    def lead(self) -> str:
+        """What the pool, the training and the held-out data are, in a sentence or two."""
+
+    @abstractmethod
+    def data(self) -> dict[str, Any]:
+        """What the data are, as JSON."""
+
+    @abstractmethod
+    def show(self, some: Tensor, title: str) -> tuple[Figure | None, list[list[str]]]:
+        """Some examples (indices) as a picture, or as a table."""
+
+    @cached_property
+    def problem(self) -> SelectionProblem:
+        return self.over(self.pool)
+
+    def numbers(self) -> dict[str, int]:
+        """kind -> how many of the pool's examples are of it."""
+        return {name: int((self.kind == i).sum()) for i, name in enumerate(self.kinds)}
+
+    def by_kind(self, counts: Tensor) -> dict[str, list[int]]:
+        """kind -> how many of its examples have which count, up to the highest: `{"clean": [dropped, once, twice]}`."""
+        top = int(counts.max()) + 1
+        return {
+            name: torch.bincount(counts[self.kind == i].long(), minlength=top).tolist()
+            for i, name in enumerate(self.kinds)
+        }
+
+    def call(self, state: State, *args: Any) -> Any:
+        """The model with other parameters, without a gradient."""
+        with torch.no_grad():
+            return torch.func.functional_call(self.problem.model, state, args)
+
+
+def initialiser(reset: Callable[[nn.Module], None]) -> Callable[[nn.Module, int], None]:
+    """`initialise` of a `SelectionProblem`: `reset` with the random numbers of a seed."""
+
+    def initialise(model: nn.Module, seed: int) -> None:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            reset(model)
+
+    return initialise
+
+
+def reset_layers(model: nn.Module) -> None:
+    """New parameters for its linear and convolutional layers."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.reset_parameters()
