@@ -57,11 +57,11 @@ def schedule(rate: Tensor, gradient: Tensor) -> Figure:
     steps = range(len(rate))
     above.plot(steps, rate.tolist(), color=INK)
     above.set_ylim(bottom=0)
-    _label(above, "The learning rate of every step ...", "", "learning rate")
+    label(above, "The learning rate of every step ...", "", "learning rate")
     effect, unit = _scaled(0.1 * rate.double() * gradient.double())
     below.bar(steps, effect.tolist(), width=1.0, color=[BAD if value > 0 else GOOD for value in effect.tolist()])
     below.axhline(0, color=INK, linewidth=0.8)
-    _label(
+    label(
         below,
         "... and what 10% more of it at that step alone would do",
         "training step",
@@ -80,7 +80,7 @@ def separation(harm: Tensor, wrong: Tensor) -> Figure:
     for mask, colour in ((~wrong, SOFT), (wrong, BAD)):
         left.hist(values[mask].tolist(), bins=edges.tolist(), color=colour, alpha=0.75)
     left.axvline(0, color=INK, linewidth=0.8)
-    _label(left, "Wrong labels stand out ...", f"change in held-out loss per unit of weight{unit}", "training images")
+    label(left, "Wrong labels stand out ...", f"change in held-out loss per unit of weight{unit}", "training images")
     _legend(left, [("label is right", SOFT), ("label is wrong", BAD)])
     total, count = int(wrong.sum()), len(wrong)
     found = wrong[harm.argsort(descending=True)].cumsum(0)
@@ -89,7 +89,7 @@ def separation(harm: Tensor, wrong: Tensor) -> Figure:
     right.plot([0, count], [0, total], color=SOFT, linestyle="--", linewidth=1, label="in random order")
     right.set(xlim=(0, count), ylim=(0, max(1, total) * 1.04))
     right.legend(loc="lower right", frameon=False)
-    _label(
+    label(
         right,
         "... so looking at the most harmful first finds them",
         "images looked at, the most harmful first",
@@ -119,7 +119,7 @@ def gallery(title: str, images: Tensor, given: Sequence[str], true: Sequence[str
     return fig
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.set(xlabel=x, ylabel=y)
 

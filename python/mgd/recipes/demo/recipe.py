@@ -22,6 +22,7 @@ from mgd.data import Images
 from mgd.errors import BadArgument
 from mgd.function import Metagradient, TrainingFunction
 from mgd.recipes.form import Talk
+from mgd.recipes.ranking import auc
 from mgd_kernels import AdamW
 
 NOISE = 0.2  # share of the training labels that are replaced by another class
@@ -239,17 +240,6 @@ def run(
 
     demo.retrained = phase("retraining", "training without the images that were found", retrain)
     return demo
-
-
-def auc(score: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
-    values, index = score.double().unique(return_inverse=True)
-    counts = torch.bincount(index, minlength=len(values)).double()
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[index]
-    p, n = int(positive.sum()), int((~positive).sum())
-    if p == 0 or n == 0:
-        return float("nan")
-    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
 def _high_water() -> int:

@@ -9,8 +9,9 @@ import torch
 from mgd import plots
 from mgd.budget import format_bytes
 from mgd.data import Images
-from mgd.recipes.demo.recipe import Demo, auc
+from mgd.recipes.demo.recipe import Demo
 from mgd.recipes.form import Page, Table
+from mgd.recipes.ranking import auc
 
 _NAMES = {
     "lr": "learning rates",

@@ -141,7 +141,7 @@ def curves(found: Found) -> Figure:
     axes.annotate("flat, the start", (1, start), (0, 3), "data", "offset points", fontsize=8, color=plots.SOFT)
     axes.set(ylim=(low - 0.08 * (start - low), start + 0.35 * (start - low)), xlim=(0, None))
     axes.legend(frameon=False)
-    plots._label(axes, "Held-out loss against work", "work spent (trainings)", "lowest held-out loss so far (nats)")
+    plots.label(axes, "Held-out loss against work", "work spent (trainings)", "lowest held-out loss so far (nats)")
     return fig
 
 
@@ -155,7 +155,7 @@ def rates(found: Found) -> Figure:
         axes.plot(schedule.tolist(), linewidth=2.4 if name == DESCENT else 1.3, label=name, **style)
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
-    plots._label(axes, "Learning rates found", "training step", "learning rate of AdamW (logarithmic)")
+    plots.label(axes, "Learning rates found", "training step", "learning rate of AdamW (logarithmic)")
     return fig
 
 
@@ -172,7 +172,7 @@ def tested(found: Found) -> Figure:
             axis.plot(values[0], i, "D", color=colour, markersize=7)
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="x", color="#e3e6ec")
-        plots._label(axis, "", label, "")
+        plots.label(axis, "", label, "")
     axes[0].invert_yaxis()
     axes[0].set_title("◆ the training sought on   ○ other trainings   | their mean", loc="left", fontsize=9)
     return fig

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd.recipes.demo.recipe import auc
 from mgd.recipes.poison.training import Training
+from mgd.recipes.ranking import auc
 
 
 def psnr(changed: Tensor, original: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from mgd.data.emoji import Captioned
 from mgd.errors import BadArgument
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
-from mgd.recipes.select.setting import State, initialiser, reset_layers
-from mgd_kernels import AdamW
+from mgd.recipes.select.setting import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,18 +137,12 @@ class EmojiSetting(setting.Setting):
         return self._held
 
     def over(self, pool: Any) -> SelectionProblem:
-        s = self.settings
-        return SelectionProblem(
+        return self.training(
             TwoTowers(),
             pool,
             lambda model, pairs: contrastive(model(*pairs)),
             lambda model: contrastive(model(*self._held)).mean(),
-            AdamW(lr=s.learning_rate, weight_decay=0.1, eps_root=1e-6),
-            s.steps,
-            s.batch_size,
-            at=int(s.at * s.steps),
-            initialise=initialiser(reset_layers),
-            fixed={"lr": s.schedule()},
+            weight_decay=0.1,
         )
 
     def test(self, state: State) -> tuple[float, ...]:

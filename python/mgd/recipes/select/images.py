@@ -14,8 +14,7 @@ from mgd.data import Images
 from mgd.errors import BadArgument, BadData
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
-from mgd.recipes.select.setting import State, initialiser, reset_layers
-from mgd_kernels import AdamW
+from mgd.recipes.select.setting import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,17 +132,12 @@ class ImageSetting(setting.Setting):
     def over(self, pool: Any) -> SelectionProblem:
         s, held = self.settings, self.held
         classes = len(self.data_pool.test.classes)
-        return SelectionProblem(
+        return self.training(
             nn.Sequential(nn.Linear(pool[0].shape[1], s.width), nn.GELU(), nn.Linear(s.width, classes)),
             pool,
             lambda model, examples: F.cross_entropy(model(examples[0]), examples[1], reduction="none"),
             lambda model: F.cross_entropy(model(held[0]), held[1]),
-            AdamW(lr=s.learning_rate, weight_decay=0.05, eps_root=1e-6),
-            s.steps,
-            s.batch_size,
-            at=int(s.at * s.steps),
-            initialise=initialiser(reset_layers),
-            fixed={"lr": s.schedule()},
+            weight_decay=0.05,
         )
 
     def test(self, state: State) -> tuple[float, ...]:

@@ -16,8 +16,7 @@ from mgd.errors import BadArgument
 from mgd.models import encoder
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
-from mgd.recipes.select.setting import State, initialiser
-from mgd_kernels import AdamW
+from mgd.recipes.select.setting import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,17 +123,13 @@ class LoraSetting(setting.Setting):
 
     def over(self, pool: Any) -> SelectionProblem:
         s = self.settings
-        return SelectionProblem(
+        return self.training(
             Upper(self.whole, s.layers),
             pool,
             lambda model, e: F.cross_entropy(model(e[0], e[1]), e[2], reduction="none"),
             lambda model: F.cross_entropy(model(*self._held[:2]), self._held[2]),
-            AdamW(lr=s.learning_rate, weight_decay=0.01, eps_root=1e-6),
-            s.steps,
-            s.batch_size,
-            at=int(s.at * s.steps),
-            initialise=initialiser(_reset),
-            fixed={"lr": s.schedule()},
+            weight_decay=0.01,
+            reset=_reset,
         )
 
     def _logits(self, state: State, examples: tuple[Tensor, ...]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mgd.recipes.select.problem import SelectionProblem
+from mgd_kernels import AdamW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,6 +100,30 @@ class Setting(ABC):
     @cached_property
     def problem(self) -> SelectionProblem:
         return self.over(self.pool)
+
+    def training(
+        self,
+        model: nn.Module,
+        pool: Any,
+        losses: Callable[[nn.Module, Any], Tensor],
+        objective: Callable[[nn.Module], Tensor],
+        weight_decay: float,
+        reset: Callable[[nn.Module], None] | None = None,
+    ) -> SelectionProblem:
+        """A training as the settings say, for `over`. reset: draws the initial parameters anew (`reset_layers`)."""
+        s = self.settings
+        return SelectionProblem(
+            model,
+            pool,
+            losses,
+            objective,
+            AdamW(lr=s.learning_rate, weight_decay=weight_decay, eps_root=1e-6),
+            s.steps,
+            s.batch_size,
+            at=int(s.at * s.steps),
+            initialise=initialiser(reset or reset_layers),
+            fixed={"lr": s.schedule()},
+        )
 
     def numbers(self) -> dict[str, int]:
         """kind -> how many of the pool's examples are of it."""

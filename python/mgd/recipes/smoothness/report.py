@@ -89,7 +89,7 @@ def scatter(found: Found) -> Figure:
     fig, axes = plots.figure(8.5, 5.5)
     _points(axes, found, "error")
     axes.set_yscale("log")
-    plots._label(
+    plots.label(
         axes,
         f"Spearman's ρ = {found.rho:.2f} [{found.interval[0]:.2f}, {found.interval[1]:.2f}]",
         "metasmoothness",
@@ -101,7 +101,7 @@ def scatter(found: Found) -> Figure:
 def costs(found: Found) -> Figure:
     fig, axes = plots.figure(8.5, 5.5)
     _points(axes, found, "accuracy")
-    plots._label(axes, "", "metasmoothness", "test accuracy")
+    plots.label(axes, "", "metasmoothness", "test accuracy")
     return fig
 
 
