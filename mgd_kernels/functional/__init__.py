@@ -5,7 +5,7 @@ the function, its gradient and the gradient of that are one operator each (`torc
 node each in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
 torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
-threads.
+threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,14 @@ import torch.nn.functional as F
 
 from mgd_kernels.functional.activation import gelu, sigmoid, silu, tanh
 from mgd_kernels.functional.attention import scaled_dot_product_attention, softmax
+from mgd_kernels.functional.convolution import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import batch_norm, batch_norm_with_statistics, group_norm, layer_norm
 
@@ -22,6 +30,12 @@ __all__ = [
     "REPLACEMENTS",
     "batch_norm",
     "batch_norm_with_statistics",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "cross_entropy",
     "gelu",
     "group_norm",
@@ -46,4 +60,10 @@ REPLACEMENTS: dict[Callable, Callable] = {
     F.softmax: softmax,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.cross_entropy: cross_entropy,
+    F.conv1d: conv1d,
+    F.conv2d: conv2d,
+    F.conv3d: conv3d,
+    F.conv_transpose1d: conv_transpose1d,
+    F.conv_transpose2d: conv_transpose2d,
+    F.conv_transpose3d: conv_transpose3d,
 }
