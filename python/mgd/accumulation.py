@@ -2,6 +2,8 @@
 
 A double backward adds up products: the cotangent of a linear layer's output is `c Wᵀ + x cᵂ + cᵇ`. A matrix product can
 add to what stands in its output at no cost (beta = 1 in BLAS), which spares a pass over three tensors for each sum.
+Other sums, of convolutions and elementwise operators, go into the memory of a summand that nobody else reads: new
+memory costs more than the addition where the system has to provide it page by page.
 """
 
 from __future__ import annotations
@@ -18,8 +20,21 @@ aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _INTO = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
-# Operators whose output is memory of its own.
-_FRESH = (*_INTO, *_INTO.values(), aten.addmm.default, aten.add.Tensor)
+# Operators whose output, or each of whose outputs, is memory of its own.
+_FRESH = (
+    *_INTO,
+    *_INTO.values(),
+    aten.addmm.default,
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.mul.Tensor,
+    aten.addcmul.default,
+    aten.addcmul_.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool2d_backward.default,
+)
 
 # The backward pass of an activation, `gy slope`.
 _SLOPE = "mgd_kernels.activation_backward.default"
@@ -41,6 +56,8 @@ def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModul
         for x, y in (add.args, add.args[::-1]):
             if _accumulate(graph, add, x, y):
                 break
+        else:
+            _add_in_place(add)
     for node in reversed(graph.nodes):
         # By hand, for eliminate_dead_code takes in-place operators for alive and their inputs with them.
         if not node.users and (node.target in _VIEWS or node.target in _INTO or node.target is aten.expand.default):
@@ -55,8 +72,11 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
     if str(y.target) == _SLOPE and len(y.users) == 1 and _shape(x) == _shape(y):
         operands: list[Any] = [x, *y.args[:2]]  # the other summand, the cotangent, the slope
         if all(operand.meta["val"].is_contiguous() for operand in operands):
+            alone = len(x.users) == 1 and _is_fresh(x)
             with graph.inserting_before(add):
-                total = graph.call_function(aten.addcmul.default, tuple(operands))
+                total = graph.call_function(
+                    aten.addcmul_.default if alone else aten.addcmul.default, tuple(operands)
+                )  # fmt: skip
             total.meta["val"] = add.meta["val"]
             add.replace_all_uses_with(total)
             graph.erase_node(add)
@@ -86,6 +106,15 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
     add.replace_all_uses_with(result)
     graph.erase_node(add)
     return True
+
+
+def _add_in_place(add: fx.Node) -> None:
+    """Let a sum take the memory of a summand that is laid out as the sum, if nobody else reads that."""
+    for x, y in (add.args, add.args[::-1]):
+        same = _shape(x) == _shape(y) and x.meta["val"].stride() == add.meta["val"].stride()
+        if same and len(x.users) == 1 and _is_fresh(x):
+            add.target, add.args = aten.add_.Tensor, (x, y)
+            return
 
 
 def _alike(*nodes) -> bool:
@@ -119,5 +148,5 @@ def _is_fresh(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor) or not value.is_contiguous():
         return False
     if node.target is operator.getitem:
-        return str(_source(node).target).startswith("mgd_kernels.")
-    return node.target in _FRESH
+        node = _source(node)
+    return node.target in _FRESH or str(node.target).startswith("mgd_kernels.")

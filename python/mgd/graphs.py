@@ -13,10 +13,12 @@ aten = torch.ops.aten
 
 
 def clean(module: fx.GraphModule) -> fx.GraphModule:
-    """Drop views that change nothing, results that nobody reads, and the outputs of convolutions that nobody reads."""
+    """Drop views and sums that change nothing, and results that nobody reads, of convolutions among others."""
     graph = module.graph
     for node in graph.nodes:
-        if node.target in (aten.alias.default, aten.detach.default):
+        if node.target is aten.add.Tensor:
+            _drop_zeros(node)
+        elif node.target in (aten.alias.default, aten.detach.default):
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
@@ -28,6 +30,29 @@ def clean(module: fx.GraphModule) -> fx.GraphModule:
             node.args = (*args, [wanted and i in read for i, wanted in enumerate(mask)])
     module.recompile()
     return module
+
+
+def _drop_zeros(add: fx.Node) -> None:
+    """Let the sum with a tensor of zeros be the other summand: torch adds the cotangents of what has no influence."""
+    for zeros, x in (add.args, add.args[::-1]):
+        if not (isinstance(zeros, fx.Node) and isinstance(x, fx.Node)) or zeros.target not in _ZEROS or add.kwargs:
+            continue
+        (a, b), readers = (node.meta.get("val") for node in (add, x)), [*add.users, *x.users, *zeros.users]
+        if a is None or b is None or any(map(_changes, readers)):
+            continue
+        if (a.shape, a.stride(), a.dtype) != (b.shape, b.stride(), b.dtype):
+            continue
+        add.replace_all_uses_with(x)
+        return
+
+
+_ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether the operator may change what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def without_mutation(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:

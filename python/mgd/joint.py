@@ -81,22 +81,26 @@ class Joint:
         needed |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in needed}
         second = [node for node in own if node in for_grads and node not in needed]
         first = [node for node in own if node in needed]
-        second, second_reads = _with_views(own, second, grads)
-        third, third_reads = _with_views(own, third, results)
-        kept = list(dict.fromkeys([*second_reads, *third_reads]))
+        second, second_reads = _with_sources(own, second, grads, is_view)
+        third, third_reads = _with_sources(own, third, results, is_view)
+        refresh, sources = _with_sources(own, [], third_reads, _is_cheap)
+        if _bytes(third_reads) < _WORTHWHILE * _bytes(sources):
+            refresh, sources = [], third_reads
+        kept = list(dict.fromkeys([*second_reads, *third_reads, *sources]))
         self.counts, self.compile, self.reads = counts, compile, frozenset[str]()
-        # A tensor that only the gradients of the weights read need not be kept for the third part.
-        self._for_third = [i for i, node in enumerate(kept) if node in third_reads]
+        self._for_third = [kept.index(node) for node in third_reads]
+        self._sources = [kept.index(node) for node in sources]
         made = [
             part(graph, places[:fixed], first, [outputs[0], *left, *kept]),
             part(graph, [*places[:fixed], *kept], second, grads),
-            part(graph, [*places, *(kept[i] for i in self._for_third)], third, results),
+            part(graph, [*places[:fixed], *sources], refresh, third_reads),
+            part(graph, [*places, *third_reads], third, results),
         ]
         if compile:
-            self._first, self._second, self._third = map(compiled, made)
+            self._first, self._second, self._refresh, self._third = map(compiled, made)
         else:
-            self._first, self._second = made[0].forward, made[1].forward
-            self._third = accumulate_products(made[2], 0).forward
+            self._first, self._second, self._refresh = (module.forward for module in made[:3])
+            self._third = accumulate_products(made[3], 0).forward
 
     def first(
         self, parameters: list[Tensor], given: list[Tensor]
@@ -108,35 +112,75 @@ class Joint:
         with below_autograd(not self.compile):
             loss, left, kept = self._begin(parameters, given)
             grads = self._second(*parameters, *given, *kept)
-        return loss, grads, left, self._kept(given, kept)
+        return loss, grads, left, Kept(self, given, [kept[i] for i in self._sources], [x._version for x in given])
 
-    def again(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, Kept]:
-        """As `first`, without the gradient."""
+    def again(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss as of `first`, and what `second_derivatives` reads."""
         with below_autograd(not self.compile):
             loss, _, kept = self._begin(parameters, given)
-        return loss, self._kept(given, kept)
+        return loss, [kept[i] for i in self._for_third]
+
+    def refreshed(self, parameters: list[Tensor], kept: Kept) -> list[Tensor]:
+        """What `second_derivatives` reads, from what was kept of it."""
+        with below_autograd(not self.compile):
+            return list(self._refresh(*parameters, *kept.given, *kept.tensors))
 
     def second_derivatives(
-        self, parameters: list[Tensor], kept: Kept, directions: Iterable[Sequence[Tensor]]
+        self,
+        parameters: list[Tensor],
+        given: list[Tensor],
+        read: list[Tensor],
+        directions: Iterable[Sequence[Tensor]],
     ) -> list[list[Tensor | None]]:
-        """For each direction (and cotangents of the buffers), over parameters, buffers and metaparameters."""
+        """For each direction (and cotangents of the buffers), over parameters, buffers and metaparameters.
+
+        read: of `again` or `refreshed`.
+        """
         with below_autograd(not self.compile):
-            return [list(self._third(*parameters, *kept.given, *way, *kept.tensors)) for way in directions]
+            return [list(self._third(*parameters, *given, *way, *read)) for way in directions]
 
     def _begin(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         loss, *rest = self._first(*parameters, *given)
         return loss, rest[: self.counts[1]], rest[self.counts[1] :]
 
-    def _kept(self, given: list[Tensor], kept: list[Tensor]) -> Kept:
-        return Kept(self, given, [kept[i] for i in self._for_third], [x._version for x in given])
+
+# Beside elementwise and this package's own ones, operators that take about as long as reading what they read.
+_LIGHT = {
+    f"aten::{name}"
+    for name in """cat clone constant_pad_nd fill full_like zeros_like sum mean var_mean amax _softmax _log_softmax
+    _softmax_backward_data avg_pool2d avg_pool2d_backward max_pool2d_with_indices_backward native_layer_norm
+    native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm
+    native_batch_norm_backward""".split()
+}
 
 
-def _with_views(
-    order: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[object]
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether the node's result is better computed again than kept, as far as its operator tells."""
+    if node.target is operator.getitem:
+        return _is_cheap(node.args[0])  # type: ignore[arg-type]
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return is_view(node)
+    name = node.target._schema.name
+    return (
+        is_view(node) or torch.Tag.pointwise in node.target.tags or name in _LIGHT or name.startswith("mgd_kernels::")
+    )
+
+
+# To compute cheap results again takes time; to keep them takes memory, and the time to touch it. Computing again paid
+# at 5 times the memory (convnets), and not at 2 (transformers and MLPs; docs/speed.md).
+_WORTHWHILE = 3
+
+
+def _bytes(nodes: Iterable[fx.Node]) -> int:
+    return sum(node.meta["val"].nbytes for node in nodes if isinstance(node.meta.get("val"), Tensor))
+
+
+def _with_sources(
+    order: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[object], again: Callable[[fx.Node], bool]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes, with the views that they read made anew; and the tensors with memory of their own that they read.
+    """The nodes, with those that they read and that are to be computed again; and the others that are read then.
 
-    A view of a parameter must not be kept: the parameter moves on.
+    again: true of views in any case. A view of a parameter must not be kept: the parameter moves on.
     """
     own, read = set(nodes), dict[fx.Node, None]()
     stack = [x for node in nodes for x in node.all_input_nodes] + [x for x in outputs if isinstance(x, fx.Node)]
@@ -144,7 +188,7 @@ def _with_views(
         node = stack.pop()
         if node in own or node.op == "placeholder":
             continue
-        if node.op == "get_attr" or is_view(node):
+        if node.op == "get_attr" or again(node):
             own.add(node)
             stack += node.all_input_nodes
         else:
@@ -200,7 +244,8 @@ class Joints:
                 restart()
                 parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
                 loss, grads, left, kept = joint.first(parameters, given)
-                results = joint.second_derivatives(parameters, kept, [inputs[fixed:]])[0]
+                read = joint.refreshed(parameters, kept)
+                results = joint.second_derivatives(parameters, given, read, [inputs[fixed:]])[0]
             found = [*grads, *left, *results]
             if not (agree(found, expected[1:]) and agree(grads, first[1]) and self.accepts(loss, first[0])):
                 raise RuntimeError("the graph has other derivatives than the evaluation that it traced")

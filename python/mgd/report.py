@@ -16,7 +16,7 @@ class Report:
     steps: T. objectives: k. seconds, counts: by kind of work. hvp: the road the second derivatives took, and the
     operator that forced a fallback. execution: eager, traced or compiled, and why not traced where that was given up.
     backend: of the optimizer's kernels. plan: what was kept where (see Plan.to_dict). measured_seconds: of the plan's
-    phases.
+    phases. kept_bytes: that joint graphs held at most for second derivatives, where the plan left memory.
     store: what it moved and how fast (see mgd_kernels.Store.stats), None where everything stayed in memory.
     """
 
@@ -31,6 +31,7 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)
     measured_seconds: dict[str, float] = field(default_factory=dict)
     store: dict[str, Any] | None = None
+    kept_bytes: int = 0
 
     @property
     def predicted_seconds(self) -> dict[str, float]:
@@ -47,6 +48,7 @@ class Report:
             "second derivatives": f"{road}, {self.execution}",
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
+            **({"kept for them": format_bytes(self.kept_bytes)} if self.kept_bytes else {}),
             **self._store_facts(),
         }
         width = max(map(len, facts))

@@ -49,13 +49,14 @@ class Measured:
     """Seconds and counts by kind of work, filled while the sweeps run.
 
     phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time
-    took, and how often it was done.
+    took, and how often it was done. kept_bytes: that joint graphs held at most.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter = field(default_factory=Counter)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
+    kept_bytes: int = 0
     _timers: dict[str, _Timer] = field(default_factory=dict)
 
     def timed(self, phase: str) -> _Timer:
@@ -95,10 +96,11 @@ class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. room: bytes left for `kept`, what the joint graphs of logged steps have
-    computed for their second derivatives. continued: the end is a beginning, too, so its optimizer state is kept.
-    index: how many actions of the plan are done. reversed: how many steps the reverse sweep has behind it. trained: the
-    end of the training, once it is reached. adjoints, gradients: of the reverse sweep, once it has begun.
+    unless another one is put in its place. room: bytes for `kept`, what the joint graphs of logged steps have computed
+    for their second derivatives; held: bytes that it takes. continued: the end is a beginning, too, so its optimizer
+    state is kept. index: how many actions of the plan are done. reversed: how many steps the reverse sweep has behind
+    it. trained: the end of the training, once it is reached. adjoints, gradients: of the reverse sweep, once it has
+    begun.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class Sweep:
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self.visited = 0
         self.tape = Tape(None, self.buffers, None, steps.microbatches)
-        self.room = 0
+        self.room = self.held = 0
         self.kept: dict[int, list[Kept]] = {}
         self.measured = Measured()
         self.index = 0
@@ -189,9 +191,10 @@ class Sweep:
         step = self._evaluate(t, self.tape.blank(self.arena, tier))
         kept, step.kept = step.kept, None
         if tier is not None:
-            if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room:
-                self.room -= size
+            if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room - self.held:
+                self.held += size
                 self.kept[t] = kept
+                self.measured.kept_bytes = max(self.measured.kept_bytes, self.held)
             with self.measured.timed("store"):
                 self.tape.log(t, step, tier)
         with self.measured.timed("update"):
@@ -285,7 +288,7 @@ class Sweep:
         if logged:
             self.tape.forget(t)
         if (kept := self.kept.pop(t, None)) is not None:
-            self.room += sum(part.bytes for part in kept)
+            self.held -= sum(part.bytes for part in kept)
             step.kept = kept
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):

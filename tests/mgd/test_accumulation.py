@@ -7,6 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.accumulation import accumulate_products
+from mgd.graphs import clean
 from mgd_kernels import functional
 
 aten = torch.ops.aten
@@ -64,7 +65,36 @@ def test_what_is_read_again_is_not_overwritten(matrices):
 
 
 def test_inputs_are_not_overwritten(matrices):
-    check(lambda a, b, c, d: (a.sum(), a + b @ c, d.view(2, 8) + (b @ c).view(2, 8)), *matrices, sums_left=2)
+    def function(a, b, c, d):
+        return a.sum(), a + b, d.view(2, 8) + (b @ c).view(2, 8), a + b @ c
+
+    after = check(function, *matrices, sums_left=2)
+    assert count(after, aten.add_.Tensor) == 1  # the last one, into the product
+
+
+def test_sums_take_the_memory_of_a_summand_that_nobody_else_reads(matrices):
+    def function(a, b, c, d):
+        image = lambda x: x.view(1, 1, 4, 4)
+        products = torch.conv2d(image(a), image(b)[:, :, :1, :1]) + torch.conv2d(image(c), image(d)[:, :, :1, :1])
+        return a.sum(), products, a * b + c * d, a * b + c.view(1, 4, 4)
+
+    after = check(function, *matrices, sums_left=1)  # the last one is larger than its fresh summand
+    assert count(after, aten.add_.Tensor) == 2
+
+
+def test_sums_keep_their_layout(matrices):
+    """A view that comes later would not fit another one."""
+    check(lambda a, b, c, d: (a.sum(), (a.T + b * c).T.view(16)), *matrices, sums_left=1)
+
+
+def test_sums_with_zeros_go(matrices):
+    def function(a, b, c, d):
+        return a.sum(), torch.zeros_like(a) + b, c * 1 + torch.zeros(4, 4, dtype=a.dtype), d + torch.zeros(1, 4, 4)
+
+    cleaned = clean(make_fx(function)(*matrices))
+    assert count(cleaned, aten.add.Tensor) == 1  # the last one is larger than the other summand
+    for got, value in zip(cleaned(*matrices), function(*matrices), strict=True):
+        assert torch.equal(got, value)
 
 
 def test_the_loss_keeps_its_bits(matrices):
@@ -83,6 +113,6 @@ def test_the_slope_of_an_activation():
         return loss.detach(), *torch.autograd.grad(g, x, u)
 
     before, after = graphs(function, x, u)
-    assert count(after, aten.addcmul.default) == 1
+    assert count(after, aten.addcmul_.default) == 1  # into the second derivative, which nobody else reads
     assert torch.equal(after(x, u)[0], before(x, u)[0])
     torch.testing.assert_close(after(x, u)[1], before(x, u)[1], rtol=1e-6, atol=1e-6)

@@ -30,6 +30,27 @@ def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
     monkeypatch.setattr(mgd.memory, "spare", lambda *_: 0)
     again = case.metagradient(trace="joint")
     assert same(kept, again)
+    assert kept.report.kept_bytes > 0 == again.report.kept_bytes
+    assert "kept for them" in str(kept.report) and "kept for them" not in str(again.report)
+
+
+def test_what_is_kept_stays_within_the_budget():
+    case = cases()["gpt"].to(torch.float32)
+    whole = case.metagradient(trace="joint")
+    stored = sum(whole.report.plan["peak"].values())
+    budget = mgd.Budget(host=stored + whole.report.kept_bytes // 2)
+    part = case.function(trace="joint", budget=budget).metagradient(case.z)
+    assert same(whole, part)
+    assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
+
+
+def test_a_convnet_keeps_its_products_alone():
+    """Elementwise results are computed again: kept, they would take most of the memory."""
+    case = cases()["convnet"]
+    f = case.function(trace="joint")
+    f.metagradient(case.z)
+    (joint,) = f._joints.graphs.values()
+    assert len(joint._sources) < len(joint._for_third)
 
 
 def test_the_training_has_the_bits_of_the_eager_one():
