@@ -33,6 +33,7 @@ from mgd.results import Metagradient, Trained
 from mgd.start import starting_state
 from mgd.steps import Steps
 from mgd.sweep import Sweep, objective_adjoints, weighted_sum
+from mgd.system import keep_freed_memory
 from mgd.tracing import Traces
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
@@ -193,6 +194,7 @@ class TrainingFunction:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
         mode. Yields the progress bar's tick."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        keep_freed_memory()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -312,6 +314,7 @@ class TrainingFunction:
             plan=run.plan.to_dict(),
             measured_seconds=dict(sweep.measured.phases),
             store=run.store,
+            kept_bytes=sweep.measured.kept_bytes,
         )
 
 
