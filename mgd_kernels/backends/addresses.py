@@ -17,6 +17,7 @@ from mgd_kernels.rules import Rule
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
 _HALVES = (torch.bfloat16, torch.float16)
+_PAIRS = {(dtype, grad) for dtype in (torch.float32, torch.float64) for grad in (dtype, *_HALVES)}
 
 Leaves: TypeAlias = Sequence[Tensor | None]
 Slot = TypeVar("Slot")
@@ -38,6 +39,9 @@ def by_leaf(rows: Sequence[Leaves]) -> list[int]:
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     """None where such tensors are served, on whatever device, else the reason: contiguous, float32 or float64;
     gradients of that dtype or a 16-bit one."""
+    served = (params.dtype, grad.dtype) in _PAIRS and params.layout is grad.layout is torch.strided
+    if served and params.is_contiguous() and grad.is_contiguous() and code(rule) is not None:
+        return None
     if code(rule) is None:
         return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
     for name, tensor in (("params", params), ("grad", grad)):
@@ -45,29 +49,27 @@ def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
             return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
     if params.dtype not in (torch.float32, torch.float64):
         return f"expected float32 or float64 params; got {params.dtype}"
-    if grad.dtype != params.dtype and grad.dtype not in _HALVES:
-        return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
-    return None
+    return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
 
 
 def check(state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """BadArgument where not all are flat and alike; each gradient has gone through `unsupported`. state: parameters,
     slots, adjoints and u."""
     params = state[0]
+    dtype, shape, device = params.dtype, params.shape, params.device
     for grad in grads:
-        if grad.shape != params.shape:
-            raise BadArgument(f"expected a gradient {list(params.shape)}; got {list(grad.shape)}")
+        if grad.shape != shape:
+            raise BadArgument(f"expected a gradient {list(shape)}; got {list(grad.shape)}")
         if grad.dtype != grads[0].dtype:
             raise BadArgument(f"expected gradients of one dtype; got {grads[0].dtype} and {grad.dtype}")
     if params.ndim != 1:
-        raise BadArgument(f"expected flat tensors [n]; got params {list(params.shape)}")
+        raise BadArgument(f"expected flat tensors [n]; got params {list(shape)}")
     for tensor in state:
-        same = (tensor.dtype, tensor.shape, tensor.device) == (params.dtype, params.shape, params.device)
+        same = tensor.dtype is dtype and tensor.shape == shape and tensor.device == device
         if not same or not tensor.is_contiguous():
             raise BadArgument(
-                f"expected every slot, adjoint and u contiguous, {params.dtype} {list(params.shape)} on "
-                f"{params.device} as params; got {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on "
-                f"{tensor.device}"
+                f"expected every slot, adjoint and u contiguous, {dtype} {list(shape)} on {device} as params; got "
+                f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
             )
 
 

@@ -53,9 +53,8 @@ def _core() -> ModuleType:
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     """None where these tensors are served, else the reason: tensors `[n]` of the CPU, contiguous, float32 or float64;
     gradients of that dtype or a 16-bit one."""
-    for name, tensor in (("params", params), ("grad", grad)):
-        if tensor.device.type != "cpu":
-            return f"expected {name} on the CPU; got {tensor.device}"
+    if not (params.is_cpu and grad.is_cpu):
+        return f"expected params and grad on the CPU; got {params.device} and {grad.device}"
     return addresses.unsupported(rule, params, grad)
 
 
@@ -77,7 +76,7 @@ def _table(rule: Rule, hyper: Tensor, *leading: int) -> Tensor:
     shape = (*leading, len(rule.hyper))
     if hyper.dtype != torch.float64 or hyper.shape != shape:
         raise BadArgument(f"expected hyperparameters as float64 {list(shape)}; got {hyper.dtype} {list(hyper.shape)}")
-    return hyper.cpu().contiguous()
+    return hyper if hyper.is_cpu and hyper.is_contiguous() else hyper.cpu().contiguous()
 
 
 def _segments(segments: Segments) -> tuple[Tensor, int]:

@@ -15,6 +15,8 @@ from mgd_kernels.errors import BadArgument
 
 _library = torch.library.Library("mgd_kernels", "FRAGMENT")
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
 # The codes of mgd::Pass (csrc/nn/kernels.h).
 FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
 
@@ -29,7 +31,7 @@ def operator(
     plain: Callable[..., Sequence[Tensor]] | None = None,
     differentiable: Callable[..., Any] | None = None,
 ):
-    """Defines `mgd_kernels::<schema>` and returns the operator.
+    """Defines `mgd_kernels::<schema>` and returns a function that calls it.
 
     save(args, outputs): the tensors that `backward` will need. backward(ctx, *cotangents): the cotangents of args,
     from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
@@ -46,8 +48,11 @@ def operator(
     below_autograd = torch._C._after_autograd_keyset
 
     def forward(ctx, keyset, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = op.redispatch(keyset & below_autograd, *args)
+        if keyset is None:
+            outputs = kernel(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op.redispatch(keyset & below_autograd, *args)
         ctx.set_materialize_grads(False)
         ctx.arguments = [None if isinstance(arg, Tensor) else arg for arg in args]
         if save is not None:
@@ -81,6 +86,14 @@ def operator(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below_autograd, *args)
 
+    def call(*args):
+        # Where nobody listens to the dispatcher, a small tensor's time is mostly spent in it.
+        if not _plain(args):
+            return op(*args)
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(None, *args) if differentiable is None else differentiable(*args)
+        return kernel(*args)
+
     def over_batch(info, in_dims, *args):
         results = [
             op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
@@ -95,7 +108,21 @@ def operator(
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_vmap(qualified, over_batch, lib=_library)
-    return op
+    return call
+
+
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether these are tensors of the CPU and nothing else than autograd would see the operator: no trace, no
+    compilation, no transform, no forward mode, no profile."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or fwAD._current_level >= 0
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return False
+    return all([not isinstance(x, Tensor) or (type(x) in _ORDINARY and x.is_cpu) for x in args])
 
 
 def _differentiate_plain(plain: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple]:

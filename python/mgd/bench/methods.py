@@ -12,10 +12,12 @@ from torch import Tensor
 from mgd.bench import baselines
 from mgd.bench.bergson import magic
 from mgd.bench.cases import Case
+from mgd.budget import Budget
 from mgd.errors import BadArgument
 from mgd.report import Report
 
 OBJECTIVES = 16
+BUDGET = "64MB"
 
 
 @dataclass
@@ -90,6 +92,10 @@ METHODS: dict[str, Method] = {
     "traced": Method("mgd, second derivatives from a graph traced once", package(trace=True), ours=True),
     "joint": Method("mgd, the training's gradients from the graph, too, and kept", package(trace="joint"), ours=True),
     "compiled": Method("mgd, joint, compiled by torch.compile (takes a minute)", package(compile=True), ours=True),
+    "bounded": Method(
+        f"mgd joint, all that it keeps within {BUDGET}", package(trace="joint", budget=Budget(host=BUDGET)), ours=True
+    ),
+    "microbatches": Method("mgd traced, each batch in 4 parts", package(trace=True, microbatches=4), ours=True),
     "objectives": Method(
         f"mgd, {OBJECTIVES} objectives in one sweep, ratio for one of them",
         _objectives,
@@ -98,7 +104,7 @@ METHODS: dict[str, Method] = {
         share=1 / 8,
     ),
 }
-DEFAULT = tuple(name for name in METHODS if name not in ("bergson", "mgd", "compiled"))
+DEFAULT = tuple(name for name in METHODS if name not in ("bergson", "mgd", "compiled", "microbatches"))
 
 
 def chosen(names: str) -> list[str]:

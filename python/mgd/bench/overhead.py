@@ -1,11 +1,14 @@
 """`mgd bench overhead`: what this package's own Python costs a step, on a network too small for anything else to count.
 
-Of the time of a step of a metagradient, the plain gradient (torch's operators and autograd) and the replay of the
-second derivatives' graph are measured alone; what is left is ours: states, kernels of the optimizer, log, bookkeeping.
+Of the time of a step of a metagradient, torch's part is measured alone: the plain gradient by autograd and the replay
+of the second derivatives' graph, or the parts of the joint graph. What is left is ours: states, kernels of the
+optimizer, log, bookkeeping.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -46,18 +49,18 @@ def smallest(steps: int, seed: int = 0) -> tuple[TrainingFunction, dict[str, Ten
 
 
 def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[str, Any]:
-    """Microseconds a step, the least of `rounds`, in JSON's types."""
+    """Microseconds a step, the least of `rounds`, in JSON's types: for a traced and a joint graph, the whole, torch's
+    parts, and our own."""
     with timing.pinned(core) as pinning:
         function, z = smallest(steps)
-
-        def whole() -> None:
-            function.metagradient(z)
-
-        whole()
-        parts = {"whole": whole, "gradient": _gradient(function, z), "second derivatives": _graph(function, z)}
-        seconds = timing.least(rounds, *parts.values())
-        found = {name: 1e6 * value / steps for name, value in zip(parts, seconds, strict=True)}
-        found["own"] = found["whole"] - found["gradient"] - found["second derivatives"]
+        found = {}
+        for name, run in {"traced": function, "joint": function.replaced(trace="joint")}.items():
+            run.metagradient(z)  # traces
+            parts = _joint(run, z) if name == "joint" else {"gradient": _gradient(run, z), **_graph(run, z)}
+            whole = functools.partial(run.metagradient, z)
+            seconds = timing.least(rounds, whole, *parts.values())
+            micro = [1e6 * value / steps for value in seconds]
+            found[name] = dict(zip(("whole", *parts), micro, strict=True)) | {"own": micro[0] - sum(micro[1:])}
         parameters = sum(p.numel() for p in function.model.parameters())
         return {"steps": steps, "parameters": parameters, **pinning, "microseconds": found}
 
@@ -75,27 +78,50 @@ def _gradient(function: TrainingFunction, z: dict[str, Tensor]) -> Callable[[], 
     return run
 
 
-def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> Callable[[], None]:
-    """As many replays of the traced graph as a metagradient makes, always on the tensors of one step."""
+def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+    """The replays of the traced graph in a metagradient."""
     traces = function._traces
     assert traces is not None
-    ((key, graph),) = traces.graphs.items()
+    (key,) = traces.graphs
+    return {
+        "second derivatives": _replays(
+            function, z, functools.partial(operator.setitem, traces.graphs, key), traces.graphs[key]
+        )
+    }
+
+
+def _joint(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+    """The replays of each part of the joint graph in a metagradient."""
+    joints = function._joints
+    assert joints is not None
+    (joint,) = joints.graphs.values()
+    parts = {"loss": "_first", "gradient": "_second", "kept": "_refresh", "second derivatives": "_third"}
+    return {
+        name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))
+        for name, part in parts.items()
+    }
+
+
+def _replays(
+    function: TrainingFunction, z: dict[str, Tensor], put: Callable[[Any], None], graph: Callable[..., Any]
+) -> Callable[[], None]:
+    """As many calls of a graph as a metagradient makes, on the tensors of one step. put: sets it in its place."""
     calls: list[Any] = []
 
     def noting(*arguments: Any) -> Any:
         calls.append(arguments)
         return graph(*arguments)
 
-    traces.graphs[key] = noting
+    put(noting)
     try:
         function.metagradient(z)
     finally:
-        traces.graphs[key] = graph
+        put(graph)
     # The tensors of the sweep's end: their values are those of no step, which matters to nobody here.
     arguments, count = calls[-1], len(calls)
 
     def run() -> None:
-        with below_autograd(True):  # as `mgd.tracing.Traces` replays it
+        with below_autograd(True):  # as it is replayed
             for _ in range(count):
                 graph(*arguments)
 
@@ -112,13 +138,16 @@ def command(
     console, where = show.console(), timing.machine()
     console.print(timing.describe(where), highlight=False)
     found = measure(steps, rounds, show.core_of(core))
-    rows = [["a step", "µs"]]
+    rows = [["µs a step", *found["microseconds"]]]
     names = {
         "whole": "metagradient",
-        "gradient": "of it: a plain gradient by torch",
-        "second derivatives": "of it: the traced graph of the second derivatives",
-        "own": "of it: this package's own",
+        "loss": "of it, the graph of the loss",
+        "gradient": "of it, the gradient",
+        "kept": "of it, the graph of what is not kept",
+        "second derivatives": "of it, the graph of the second derivatives",
+        "own": "of it, this package's own",
     }
-    rows += [[text, f"{found['microseconds'][name]:.0f}"] for name, text in names.items()]
+    for name, text in names.items():
+        rows.append([text, *(f"{each[name]:.0f}" if name in each else "-" for each in found["microseconds"].values())])
     show.table(console, f"{found['parameters']} parameters, {steps} steps, the least of {rounds}", rows)
     show.finish(console, "bench overhead", {"machine": where, **found}, json, None, lambda: ("", "", []))
