@@ -122,7 +122,10 @@ def _plain(args: Sequence[Any]) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
     ):
         return False
-    return all([not isinstance(x, Tensor) or (type(x) in _ORDINARY and x.is_cpu) for x in args])
+    # A tensor without storage stands for a batch of cotangents (`is_grads_batched`), or for none at all.
+    return all(
+        [not isinstance(x, Tensor) or (type(x) in _ORDINARY and x.is_cpu and torch._C._has_storage(x)) for x in args]
+    )
 
 
 def _differentiate_plain(plain: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple]:
