@@ -22,14 +22,18 @@ def clean(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+    _drop_unread(graph)
+    module.recompile()
+    return module
+
+
+def _drop_unread(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.target is aten.convolution_backward.default:
             *args, mask = node.args
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
             node.args = (*args, [wanted and i in read for i, wanted in enumerate(mask)])
-    module.recompile()
-    return module
 
 
 def _drop_zeros(add: fx.Node) -> None:
@@ -128,4 +132,35 @@ def part(
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))
+    _drop_unread(graph)
     return fx.GraphModule(module, graph)
+
+
+def chained(
+    module: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    handed: Sequence[fx.Node],
+    then: fx.GraphModule,
+) -> fx.GraphModule:
+    """`part(module, inputs, nodes, [*outputs, *handed])`, and `then` on its inputs and what it hands on, in one graph.
+
+    then: a graph of the inputs, of which there may be fewer, and of `handed`. Returns `outputs` and its results.
+    """
+    first = part(module, inputs, nodes, [*outputs, *handed])
+    graph = first.graph
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    own, given = [node for node in graph.nodes if node.op == "placeholder"], end.args[0][len(outputs) :]
+    places = [node for node in then.graph.nodes if node.op == "placeholder"]
+    count = len(places) - len(handed)
+    copies = dict(zip(places, [*own[:count], *given], strict=True))
+    with graph.inserting_before(end):
+        for node in then.graph.nodes:
+            if node.op == "output":
+                results = [copies[x] if isinstance(x, fx.Node) else x for x in node.args[0]]
+            elif node.op != "placeholder":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+    end.args = ((*end.args[0][: len(outputs)], *results),)
+    first.recompile()
+    return first

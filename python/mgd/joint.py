@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.accumulation import accumulate_products
 from mgd.derivatives import Evaluate, Point, Restart, first_and_second, refuse_once_differentiable
-from mgd.graphs import ancestors, clean, dependents, is_view, part, without_mutation
+from mgd.graphs import ancestors, chained, clean, dependents, is_view, part, without_mutation
 from mgd.metaparameters import Slices
 from mgd.tracing import COMPILED_TOLERANCE, agree, below_autograd, compiled
 
@@ -58,7 +58,7 @@ class Kept:
 
 
 class Joint:
-    """The graph in its three parts.
+    """The graph in its parts.
 
     graph: without mutation; its first `fixed` inputs depend on no direction, its outputs are the loss, the gradient of
     each parameter, the buffers left behind (`counts` of both), and the second derivatives.
@@ -86,62 +86,61 @@ class Joint:
         refresh, sources = _with_sources(own, [], third_reads, _is_cheap)
         if _bytes(third_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], third_reads
-        kept = list(dict.fromkeys([*second_reads, *third_reads, *sources]))
+        kept = list(dict.fromkeys([*second_reads, *sources]))
         self.counts, self.compile, self.reads = counts, compile, frozenset[str]()
-        self._for_third = [kept.index(node) for node in third_reads]
+        # A tensor that only the gradients of the weights read need not be kept for the third part.
         self._sources = [kept.index(node) for node in sources]
-        made = [
-            part(graph, places[:fixed], first, [outputs[0], *left, *kept]),
-            part(graph, [*places[:fixed], *kept], second, grads),
-            part(graph, [*places[:fixed], *sources], refresh, third_reads),
-            part(graph, [*places, *third_reads], third, results),
-        ]
-        if compile:
-            self._first, self._second, self._refresh, self._third = map(compiled, made)
-        else:
-            self._first, self._second, self._refresh = (module.forward for module in made[:3])
-            self._third = accumulate_products(made[3], 0).forward
+        fixed_places, read = places[:fixed], ancestors([outputs[0], *third_reads])
+        again = [node for node in own if node in read]
+        each = part(graph, [*places, *third_reads], third, results)
+        if not compile:
+            accumulate_products(each, 0)
+        finished = compiled if compile else operator.attrgetter("forward")
+        self._first = finished(part(graph, fixed_places, first, [outputs[0], *left, *kept]))
+        self._second = finished(part(graph, [*fixed_places, *kept], second, grads))
+        # The third part, from the inputs and from what was kept: in one graph, which frees what it has read, for one
+        # direction, and in two for several.
+        self._each = finished(each)
+        self._again = finished(part(graph, fixed_places, again, [outputs[0], *third_reads]))
+        self._again_once = finished(chained(graph, places, again, outputs[:1], third_reads, each))
+        self._later = finished(part(graph, [*fixed_places, *sources], refresh, third_reads))
+        self._later_once = finished(chained(graph, [*places, *sources], refresh, [], third_reads, each))
 
     def first(
         self, parameters: list[Tensor], given: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], Kept]:
-        """The loss, its gradient, the buffers left behind, and what `second_derivatives` needs.
+        """The loss, its gradient, the buffers left behind, and what is to be kept.
 
         given: buffers, metaparameters and constants.
         """
         with below_autograd(not self.compile):
-            loss, left, kept = self._begin(parameters, given)
+            loss, *rest = self._first(*parameters, *given)
+            left, kept = rest[: self.counts[1]], rest[self.counts[1] :]
             grads = self._second(*parameters, *given, *kept)
         return loss, grads, left, Kept(self, given, [kept[i] for i in self._sources], [x._version for x in given])
 
-    def again(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The loss as of `first`, and what `second_derivatives` reads."""
+    def again(
+        self, parameters: list[Tensor], given: list[Tensor], directions: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[list[Tensor | None]]]:
+        """The loss, and for each direction (and cotangents of the buffers) the second derivatives over parameters,
+        buffers and metaparameters."""
         with below_autograd(not self.compile):
-            loss, _, kept = self._begin(parameters, given)
-        return loss, [kept[i] for i in self._for_third]
+            if len(directions) == 1:
+                loss, *result = self._again_once(*parameters, *given, *directions[0])
+                return loss, [result]
+            loss, *read = self._again(*parameters, *given)
+            return loss, [list(self._each(*parameters, *given, *way, *read)) for way in directions]
 
-    def refreshed(self, parameters: list[Tensor], kept: Kept) -> list[Tensor]:
-        """What `second_derivatives` reads, from what was kept of it."""
-        with below_autograd(not self.compile):
-            return list(self._refresh(*parameters, *kept.given, *kept.tensors))
-
-    def second_derivatives(
-        self,
-        parameters: list[Tensor],
-        given: list[Tensor],
-        read: list[Tensor],
-        directions: Iterable[Sequence[Tensor]],
+    def later(
+        self, parameters: list[Tensor], kept: Kept, directions: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor | None]]:
-        """For each direction (and cotangents of the buffers), over parameters, buffers and metaparameters.
-
-        read: of `again` or `refreshed`.
-        """
+        """The second derivatives of `again`, from what `first` has kept; `parameters` are those of then."""
+        given = kept.given
         with below_autograd(not self.compile):
-            return [list(self._third(*parameters, *given, *way, *read)) for way in directions]
-
-    def _begin(self, parameters: list[Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        loss, *rest = self._first(*parameters, *given)
-        return loss, rest[: self.counts[1]], rest[self.counts[1] :]
+            if len(directions) == 1:
+                return [list(self._later_once(*parameters, *given, *directions[0], *kept.tensors))]
+            read = self._later(*parameters, *given, *kept.tensors)
+            return [list(self._each(*parameters, *given, *way, *read)) for way in directions]
 
 
 # Beside elementwise and this package's own ones, operators that take about as long as reading what they read.
@@ -244,8 +243,7 @@ class Joints:
                 restart()
                 parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
                 loss, grads, left, kept = joint.first(parameters, given)
-                read = joint.refreshed(parameters, kept)
-                results = joint.second_derivatives(parameters, given, read, [inputs[fixed:]])[0]
+                (results,) = joint.later(parameters, kept, [inputs[fixed:]])
             found = [*grads, *left, *results]
             if not (agree(found, expected[1:]) and agree(grads, first[1]) and self.accepts(loss, first[0])):
                 raise RuntimeError("the graph has other derivatives than the evaluation that it traced")

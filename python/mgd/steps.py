@@ -243,9 +243,7 @@ class Steps:
             raise ReplayDivergence(t, f"the tensors of microbatch {i} were changed in place since.")
         assert kept.slices is not None
         directions = [(*d, *c) for d, c in zip(tangents, cotangents, strict=True)]
-        joint = kept.joint
-        read = joint.refreshed(parameters, kept)
-        return kept.slices, joint.second_derivatives(parameters, kept.given, read, directions)
+        return kept.slices, kept.joint.later(parameters, kept, directions)
 
     def _differentiate(
         self,
@@ -283,11 +281,11 @@ class Steps:
         tensors = [x for kind in others for x in kind]
         assert self.joints is not None
         joint = self.joints.graphs[self._key(given, [*parameters, *tensors])]
-        loss, read = joint.again(list(parameters), tensors)
+        directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
+        loss, results = joint.again(list(parameters), tensors, directions)
         if not torch.equal(loss.double().cpu(), expected):
             raise ReplayDivergence(t, self.diagnose(t, i, float(expected), float(loss)))
-        directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
-        return joint.second_derivatives(list(parameters), tensors, read, directions)
+        return results
 
     def _seed(self, t: int, i: int) -> None:
         """Put torch's generators at the beginning of the random stream of microbatch `i` of step `t`."""

@@ -38,7 +38,7 @@ def test_overhead_says_what_a_step_costs_beside_torch(tmp_path, capsys):
     found = json.loads((tmp_path / "a").read_text())
     assert found["parameters"] == 15 and found["steps"] == 40
     out = capsys.readouterr().out
-    for name, torchs in (("traced", 2), ("joint", 4)):
+    for name, torchs in (("traced", 2), ("joint", 3)):
         parts = dict(found["microseconds"][name])
         whole, own = parts.pop("whole"), parts.pop("own")
         assert len(parts) == torchs and min(whole, own) > 0

@@ -44,13 +44,26 @@ def test_what_is_kept_stays_within_the_budget():
     assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
 
 
-def test_a_convnet_keeps_its_products_alone():
+def test_a_convnet_keeps_its_products_alone(monkeypatch):
     """Elementwise results are computed again: kept, they would take most of the memory."""
-    case = cases()["convnet"]
-    f = case.function(trace="joint")
-    f.metagradient(case.z)
-    (joint,) = f._joints.graphs.values()
-    assert len(joint._sources) < len(joint._for_third)
+    case = cases()["convnet"].to(torch.float32)
+    products = case.metagradient(trace="joint")
+    monkeypatch.setattr(mgd.joint, "_WORTHWHILE", float("inf"))
+    everything = case.metagradient(trace="joint")
+    assert same(products, everything)
+    assert 0 < products.report.kept_bytes < everything.report.kept_bytes / 2
+
+
+@pytest.mark.parametrize("spare", [0, 10**9])
+def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatch):
+    case = cases()["mlp"]
+    objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
+    monkeypatch.setattr(mgd.memory, "spare", lambda *_: spare)
+    both, one = objectives.metagradient(trace="joint"), case.metagradient(trace="joint")
+    for key, grad in one.grads.items():
+        if isinstance(grad, torch.Tensor):
+            torch.testing.assert_close(both.grads[key][0], grad, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(both.grads[key][1], 2 * grad, rtol=1e-12, atol=1e-15)
 
 
 def test_the_training_has_the_bits_of_the_eager_one():

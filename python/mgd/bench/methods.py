@@ -17,7 +17,7 @@ from mgd.errors import BadArgument
 from mgd.report import Report
 
 OBJECTIVES = 16
-BUDGET = "64MB"
+BUDGET = "128MB"
 
 
 @dataclass
@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
     "bounded": Method(
         f"mgd joint, all that it keeps within {BUDGET}", package(trace="joint", budget=Budget(host=BUDGET)), ours=True
     ),
-    "microbatches": Method("mgd traced, each batch in 4 parts", package(trace=True, microbatches=4), ours=True),
+    "microbatches": Method("mgd traced, each batch in 2 parts", package(trace=True, microbatches=2), ours=True),
     "objectives": Method(
         f"mgd, {OBJECTIVES} objectives in one sweep, ratio for one of them",
         _objectives,

@@ -95,7 +95,7 @@ def _joint(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callab
     joints = function._joints
     assert joints is not None
     (joint,) = joints.graphs.values()
-    parts = {"loss": "_first", "gradient": "_second", "kept": "_refresh", "second derivatives": "_third"}
+    parts = {"loss": "_first", "gradient": "_second", "second derivatives": "_later_once"}
     return {
         name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))
         for name, part in parts.items()
@@ -143,7 +143,6 @@ def command(
         "whole": "metagradient",
         "loss": "of it, the graph of the loss",
         "gradient": "of it, the gradient",
-        "kept": "of it, the graph of what is not kept",
         "second derivatives": "of it, the graph of the second derivatives",
         "own": "of it, this package's own",
     }
