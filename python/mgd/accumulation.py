@@ -110,7 +110,8 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
 
 def _add_in_place(add: fx.Node) -> None:
     """Let a sum take the memory of a summand that is laid out as the sum, if nobody else reads that."""
-    for x, y in (add.args, add.args[::-1]):
+    summands: list[Any] = [*add.args]
+    for x, y in (summands, summands[::-1]):
         same = _shape(x) == _shape(y) and x.meta["val"].stride() == add.meta["val"].stride()
         if same and len(x.users) == 1 and _is_fresh(x):
             add.target, add.args = aten.add_.Tensor, (x, y)
