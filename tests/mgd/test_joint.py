@@ -55,6 +55,17 @@ def test_a_convnet_keeps_its_products_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("spare", [0, 10**9])
+def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
+    monkeypatch.setattr(mgd.memory, "spare", lambda *_: spare)
+    model = mlp()
+    model[-1].weight.requires_grad_(False)
+    case = supervised(model, (5,))
+    found = case.metagradient(trace="joint")
+    assert found.report.execution == "joint"
+    assert max(errors(found, case.unrolled()).values()) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("spare", [0, 10**9])
 def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatch):
     case = cases()["mlp"]
     objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
