@@ -249,7 +249,7 @@ class TrainingFunction:
             chosen = memory.choose(len(self), size, self.budget, self._costs, self.schedule, arena.device)
             sweep.tape = memory.tape(chosen, size, self.budget, sweep.buffers, arena, self.microbatches)
             if self._joints is not None:
-                sweep.room = memory.spare(chosen, arena.device)
+                sweep.shelf = memory.shelf(chosen, arena.device)
         else:
             disk = memory.resume_limit(resume, self.budget)
             journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
@@ -314,7 +314,7 @@ class TrainingFunction:
             plan=run.plan.to_dict(),
             measured_seconds=dict(sweep.measured.phases),
             store=run.store,
-            kept_bytes=sweep.measured.kept_bytes,
+            kept_bytes=sweep.shelf.peak,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from mgd.budget import Budget, Costs, Sizes
 from mgd.errors import BudgetTooSmall, StoreIOError
 from mgd.journal import LATE, REDO
+from mgd.keeping import Shelf
 from mgd.model import Buffers
 from mgd.planner import Plan, plan
 from mgd.system import free_memory
@@ -175,10 +176,11 @@ def tape(chosen: Plan, size: Sizes, budget: Budget, constants: Buffers, arena: A
     return Tape(store, constants, functools.partial(arena.zeros, arena.gradient_dtype), microbatches, on_device)
 
 
-def spare(chosen: Plan, device: torch.device) -> int:
-    """Bytes of the training's own memory that the plan leaves free, for what joint graphs keep (see `mgd.joint`)."""
+def shelf(chosen: Plan, device: torch.device) -> Shelf:
+    """For what joint graphs keep (see `mgd.joint`), in the training's own memory as far as the plan leaves it free."""
     tier = "host" if device.type == "cpu" else "device"
-    return max(0, chosen.limits.get(tier, 0) - chosen.peak.get(tier, 0))
+    limit = chosen.limits.get(tier, 0)
+    return Shelf(max(0, limit - chosen.peak.get(tier, 0)), limit if device.type == "cpu" else None)
 
 
 def resume_limit(directory: str | os.PathLike[str], budget: Budget) -> int:

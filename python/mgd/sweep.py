@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mgd.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
-from mgd.joint import Kept
 from mgd.journal import Journal
+from mgd.keeping import Shelf
 from mgd.metaparameters import Gradients, Metaparameters
 from mgd.model import Binding, differentiable, modes_kept
 from mgd.profiler import phase
@@ -49,14 +49,13 @@ class Measured:
     """Seconds and counts by kind of work, filled while the sweeps run.
 
     phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time
-    took, and how often it was done. kept_bytes: that joint graphs held at most.
+    took, and how often it was done.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter = field(default_factory=Counter)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
-    kept_bytes: int = 0
     _timers: dict[str, _Timer] = field(default_factory=dict)
 
     def timed(self, phase: str) -> _Timer:
@@ -96,11 +95,10 @@ class Sweep:
     """Interprets the actions of a plan on one training.
 
     The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. room: bytes for `kept`, what the joint graphs of logged steps have computed
-    for their second derivatives; held: bytes that it takes. continued: the end is a beginning, too, so its optimizer
-    state is kept. index: how many actions of the plan are done. reversed: how many steps the reverse sweep has behind
-    it. trained: the end of the training, once it is reached. adjoints, gradients: of the reverse sweep, once it has
-    begun.
+    unless another one is put in its place. shelf: what the joint graphs of logged steps have computed for their second
+    derivatives. continued: the end is a beginning, too, so its optimizer state is kept. index: how many actions of the
+    plan are done. reversed: how many steps the reverse sweep has behind it. trained: the end of the training, once it
+    is reached. adjoints, gradients: of the reverse sweep, once it has begun.
     """
 
     def __init__(
@@ -123,8 +121,7 @@ class Sweep:
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self.visited = 0
         self.tape = Tape(None, self.buffers, None, steps.microbatches)
-        self.room = self.held = 0
-        self.kept: dict[int, list[Kept]] = {}
+        self.shelf = Shelf()
         self.measured = Measured()
         self.index = 0
         self.reversed = 0
@@ -191,10 +188,8 @@ class Sweep:
         step = self._evaluate(t, self.tape.blank(self.arena, tier))
         kept, step.kept = step.kept, None
         if tier is not None:
-            if kept is not None and (size := sum(part.bytes for part in kept)) <= self.room - self.held:
-                self.held += size
-                self.kept[t] = kept
-                self.measured.kept_bytes = max(self.measured.kept_bytes, self.held)
+            if kept is not None:
+                self.shelf.put(t, kept)
             with self.measured.timed("store"):
                 self.tape.log(t, step, tier)
         with self.measured.timed("update"):
@@ -287,9 +282,7 @@ class Sweep:
         step = step or self._evaluate(t)
         if logged:
             self.tape.forget(t)
-        if (kept := self.kept.pop(t, None)) is not None:
-            self.held -= sum(part.bytes for part in kept)
-            step.kept = kept
+        step.kept = self.shelf.take(t) or step.kept
         scale, clip = self._clip(step)
         with self.measured.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):

@@ -21,6 +21,15 @@ def free_memory() -> int | None:
     return None if not rooms else min(rooms) + _kept_memory()
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that lie in memory."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 class _Mallinfo(ctypes.Structure):
     """What glibc's mallinfo2 returns; `fordblks` is what malloc holds and nobody uses."""
 

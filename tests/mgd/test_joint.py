@@ -11,6 +11,7 @@ from test_bit_identity import cases, same
 import mgd
 from mgd.errors import BadArgument, ReplayDivergence
 from mgd.joint import watched
+from mgd.keeping import Shelf
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
@@ -27,7 +28,7 @@ def test_the_metagradient_is_the_references(name):
 def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
     case = cases()[name].to(torch.float32)
     kept = case.metagradient(trace="joint")
-    monkeypatch.setattr(mgd.memory, "spare", lambda *_: 0)
+    monkeypatch.setattr(mgd.memory, "shelf", lambda *_: Shelf())
     again = case.metagradient(trace="joint")
     assert same(kept, again)
     assert kept.report.kept_bytes > 0 == again.report.kept_bytes
@@ -44,6 +45,19 @@ def test_what_is_kept_stays_within_the_budget():
     assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
 
 
+def test_a_process_that_grows_keeps_no_more(monkeypatch):
+    """Memory in pieces: the process takes more than what is kept in it."""
+    case = cases()["mlp"].to(torch.float32)
+    whole = case.metagradient(trace="joint")
+    each = whole.report.kept_bytes // len(case)
+    sizes = itertools.count(0, 10 * each)
+    monkeypatch.setattr(mgd.keeping, "resident_memory", lambda: next(sizes))
+    monkeypatch.setattr(mgd.memory, "shelf", lambda *_: Shelf(10**9, 21 * each))
+    part = case.metagradient(trace="joint")
+    assert same(whole, part)
+    assert part.report.kept_bytes == 3 * each
+
+
 def test_a_convnet_keeps_its_products_alone(monkeypatch):
     """Elementwise results are computed again: kept, they would take most of the memory."""
     case = cases()["convnet"].to(torch.float32)
@@ -56,7 +70,7 @@ def test_a_convnet_keeps_its_products_alone(monkeypatch):
 
 @pytest.mark.parametrize("spare", [0, 10**9])
 def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
-    monkeypatch.setattr(mgd.memory, "spare", lambda *_: spare)
+    monkeypatch.setattr(mgd.memory, "shelf", lambda *_: Shelf(spare))
     model = mlp()
     model[-1].weight.requires_grad_(False)
     case = supervised(model, (5,))
@@ -69,7 +83,7 @@ def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
 def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatch):
     case = cases()["mlp"]
     objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
-    monkeypatch.setattr(mgd.memory, "spare", lambda *_: spare)
+    monkeypatch.setattr(mgd.memory, "shelf", lambda *_: Shelf(spare))
     both, one = objectives.metagradient(trace="joint"), case.metagradient(trace="joint")
     for key, grad in one.grads.items():
         if isinstance(grad, torch.Tensor):
