@@ -111,16 +111,16 @@ def operator(
     return call
 
 
+def only_autograd() -> bool:
+    """Whether nobody but autograd, in reverse, looks at what is called: no compilation, transform, or forward mode."""
+    return not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
+    )
+
+
 def _plain(args: Sequence[Any]) -> bool:
-    """Whether these are tensors of the CPU and nothing else than autograd would see the operator: no trace, no
-    compilation, no transform, no forward mode, no profile."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or fwAD._current_level >= 0
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
+    """Whether these are tensors of the CPU, and nobody but autograd would see the operator, no trace and no profile."""
+    if not only_autograd() or torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return False
     # A tensor without storage stands for a batch of cotangents (`is_grads_batched`), or for none at all.
     return all(

@@ -1,7 +1,7 @@
 """Convolutions whose second derivatives are convolutions of the first kind.
 
 torch computes the derivative of an input's gradient with respect to the weights as a convolution whose kernel is an
-image as large as the output: as many multiplications as the weights' gradient itself, 2 to 5 times slower on a CPU.
+image as large as the output: as many multiplications as the weights' gradient itself, 1.5 to 5 times slower on a CPU.
 Here it is that gradient. With x, w, b input, weight and bias, gy the cotangent of y = conv(x, w) + b, and cx, cw, cb
 cotangents of gx, gw, gb:
 
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from mgd_kernels.functional._library import only_autograd
 
 aten = torch.ops.aten
 # Stride, padding, dilation, whether it is transposed, output padding, groups: as `aten.convolution` takes them.
@@ -86,9 +87,7 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None, dimensions: int, p
         and all([x.is_floating_point() and x.layout is torch.strided for x in tensors])
         and len({x.dtype for x in tensors}) == 1
         and not torch.is_autocast_enabled(input.device.type)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-        and fwAD._current_level < 0
+        and only_autograd()
     )
 
 
@@ -98,31 +97,37 @@ def _each(value: int | Sequence[int], dimensions: int) -> list[int]:
     return numbers * dimensions if len(numbers) == 1 else numbers
 
 
+def _apply(
+    input, weight, bias, dimensions, stride, padding, dilation, groups, transposed=False, output_padding=0
+) -> Tensor:
+    stride, padding, dilation, output_padding = (
+        _each(value, dimensions) for value in (stride, padding, dilation, output_padding)
+    )
+    return _Convolution.apply(input, weight, bias, (stride, padding, dilation, transposed, output_padding, groups))
+
+
 def _convolution(torchs: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if not _fits(input, weight, bias, dimensions, padding):
             return torchs(input, weight, bias, stride, padding, dilation, groups)
-        stride, padding, dilation = (_each(value, dimensions) for value in (stride, padding, dilation))
-        return _Convolution.apply(
-            input, weight, bias, (stride, padding, dilation, False, [0] * dimensions, groups)
-        )  # fmt: skip
+        return _apply(input, weight, bias, dimensions, stride, padding, dilation, groups)
 
-    convolution.__name__ = torchs.__name__
-    convolution.__doc__ = f"As `torch.nn.functional.{torchs.__name__}`."
-    return convolution
+    return _named_as(torchs, convolution)
 
 
 def _transposed(torchs: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
     def convolution(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
         if not _fits(input, weight, bias, dimensions, padding):
             return torchs(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        values = stride, padding, dilation, output_padding
-        stride, padding, dilation, output_padding = (_each(value, dimensions) for value in values)
-        return _Convolution.apply(input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
+        return _apply(input, weight, bias, dimensions, stride, padding, dilation, groups, True, output_padding)
 
-    convolution.__name__ = torchs.__name__
-    convolution.__doc__ = f"As `torch.nn.functional.{torchs.__name__}`."
-    return convolution
+    return _named_as(torchs, convolution)
+
+
+def _named_as(torchs: Callable[..., Tensor], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    function.__name__ = torchs.__name__
+    function.__doc__ = f"As `torch.nn.functional.{torchs.__name__}`."
+    return function
 
 
 conv1d, conv2d, conv3d = (_convolution(f, n) for n, f in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1))

@@ -24,7 +24,8 @@ def free_memory() -> int | None:
 def resident_memory() -> int | None:
     """Bytes of this process that lie in memory."""
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        with open("/proc/self/statm", "rb") as file:  # at every step of a joint graph: quicker than a Path
+            pages = file.read().split()[1]
     except OSError:
         return None
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

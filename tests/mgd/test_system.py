@@ -14,17 +14,13 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 PROGRAM = """
 import torch
 from mgd.memory import free_host_memory
-from mgd.system import fields, keep_freed_memory
-from pathlib import Path
-
-def resident():
-    return int(fields(Path("/proc/self/status"))["VmRSS"].split()[0]) * 1024
+from mgd.system import keep_freed_memory, resident_memory
 
 print(keep_freed_memory())
-before, free = resident(), free_host_memory()
+before, free = resident_memory(), free_host_memory()
 blocks = [torch.ones(20 << 20, dtype=torch.uint8) for _ in range(8)]
 del blocks
-print(resident() - before, free - free_host_memory())
+print(resident_memory() - before, free - free_host_memory())
 """
 
 
