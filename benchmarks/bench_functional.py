@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mgd.accumulation import accumulate_products
+from mgd.autodiff.accumulation import accumulate_products
+from mgd.autodiff.graphs import clean
+from mgd.autodiff.second_order import Point, leaves, reverse_over_reverse
 from mgd.bench.workloads import WORKLOADS
-from mgd.derivatives import Point, leaves, reverse_over_reverse
-from mgd.graphs import clean
-from mgd.model import Binding, differentiable
+from mgd.step.model import Binding, differentiable
 from mgd_kernels import functional
 
 

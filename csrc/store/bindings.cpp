@@ -148,7 +148,7 @@ void raise(const char* name, const py::tuple& arguments) {
 }
 
 py::object python_key(const std::string& key) {
-    return py::module_::import("mgd_kernels.store_format").attr("decode_key")(key_bytes(key));
+    return py::module_::import("mgd_kernels.store.format").attr("decode_key")(key_bytes(key));
 }
 
 void translate(std::exception_ptr p) {

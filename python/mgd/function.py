@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from mgd import memory
-from mgd.batches import seed_generators, seed_of
-from mgd.budget import Budget, Costs
-from mgd.derivatives import SecondDerivative
+from mgd.autodiff.joint import JointGraphs
+from mgd.autodiff.second_order import SecondDerivative
+from mgd.autodiff.traced import Traces
 from mgd.errors import BadArgument, BadMetaparameter
-from mgd.joint import Joints
-from mgd.journal import Journal, digest
-from mgd.metaparameters import Metaparameters
-from mgd.model import Binding, model_kept
-from mgd.planner import Plan
-from mgd.profiler import chrome_trace
-from mgd.progress import Progress
-from mgd.report import Report
-from mgd.results import Metagradient, Trained
-from mgd.start import starting_state
-from mgd.steps import Steps
-from mgd.sweep import Sweep, objective_adjoints, weighted_sum
-from mgd.system import keep_freed_memory
-from mgd.tracing import Traces
+from mgd.plan.budget import Budget, Costs
+from mgd.plan.plan import Plan
+from mgd.results import Metagradient, Report, Trained
+from mgd.step.initial_state import starting_state
+from mgd.step.metaparameters import Metaparameters
+from mgd.step.model import Binding, model_kept
+from mgd.step.rng import seed_generators, seed_of
+from mgd.step.step import StepFunction
+from mgd.sweep import storage as memory
+from mgd.sweep.checkpoint import RunCheckpoint
+from mgd.sweep.sweep import Sweep, objective_adjoints, weighted_sum
+from mgd.util.fingerprint import digest
+from mgd.util.profiler import chrome_trace
+from mgd.util.progress import Progress
+from mgd.util.system import keep_freed_memory
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
 
@@ -57,11 +57,11 @@ class TrainingFunction:
         them in `z`, the reverse sweep still ends at the first step that reads one. An entry of `z` overrides them.
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
-    budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.planner`).
-    hvp: "auto", "forward" or "reverse" (see `mgd.derivatives`).
-    trace: replay the second derivatives from a graph that is traced once (see `mgd.tracing`); by default for trainings
+    budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
+    hvp: "auto", "forward" or "reverse" (see `mgd.autodiff.second_order`).
+    trace: replay the second derivatives from a graph that is traced once (see `mgd.autodiff.traced`); by default for trainings
         long enough to win the time of the trace back. "joint": the gradients that train come from that graph, too, and
-        what it has computed for them is kept where memory allows (see `mgd.joint`). compile: compile the joint graph
+        what it has computed for them is kept where memory allows (see `mgd.autodiff.joint`). compile: compile the joint graph
         with `torch.compile`.
     optimizer_state: go on where another training ended: its `optimizer_state` (`{}`: at the very beginning), beside its
         parameters and buffers in `model`. Steps are then counted on, in Adam's bias corrections and in random
@@ -118,7 +118,7 @@ class TrainingFunction:
         self._costs: Costs | None = None  # measured by the last metagradient
         long = len(batches) * microbatches >= WORTH_TRACING
         together = trace == "joint" or (compile and hvp != "forward")
-        self._joints = Joints(compile) if together else None
+        self._joints = JointGraphs(compile) if together else None
         traced = not together and (compile or (long if trace is None else bool(trace)))
         self._traces = Traces(compile) if traced else None
 
@@ -149,7 +149,7 @@ class TrainingFunction:
         """The objective after training with `z`, and its exact gradient with respect to every entry of `z`.
 
         resume: a directory that holds the log, the snapshots and the sweep's place, so that the same call continues an
-        interrupted one, redoing at most `mgd.journal.REDO` steps of either sweep, and comes to the same bits. It is
+        interrupted one, redoing at most `mgd.sweep.checkpoint.CHECKPOINT_EVERY` steps of either sweep, and comes to the same bits. It is
         empty again when the call returns.
         profile: a file that receives every operator's time as a Chrome trace, the phases of the report marked in it
             (some MB a second; open it in chrome://tracing or ui.perfetto.dev). Seconds of a profiled run are longer.
@@ -213,7 +213,7 @@ class TrainingFunction:
         binding = Binding(self.model, fused=self.hvp != "forward")
         initial = binding.parameters() | dict(meta.z.get("init", {}))
         state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
-        steps = Steps(
+        steps = StepFunction(
             binding,
             arena,
             self.loss,
@@ -252,7 +252,7 @@ class TrainingFunction:
                 sweep.shelf = memory.shelf(chosen, arena.device)
         else:
             disk = memory.resume_limit(resume, self.budget)
-            journal = Journal(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
+            journal = RunCheckpoint(resume, memory.staging({}, size), self._identity(sweep), {"disk": disk})
             sweep.tape = memory.resumable_tape(journal.store, sweep.buffers, arena, self.microbatches)
         with sweep.tape.closed_after_errors():
             if resume is not None:

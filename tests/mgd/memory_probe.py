@@ -19,7 +19,7 @@ from torch import nn
 from unrolled import unrolled
 
 import mgd
-from mgd.models.resnet import resnet9
+from mgd.recipes.models.resnet import resnet9
 from mgd_kernels import SGD, AdamW
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import mgd
-from mgd.actions import Advance, Drop, Load, Reverse, Save
+from mgd.plan.actions import Advance, Drop, Load, Reverse, Save
 
 STEPS = 11
 
@@ -117,7 +117,7 @@ class Scripted:
 def test_wasteful_plans(name, logged, monkeypatch):
     case = cases()[name].to(torch.float32)
     first = case.metagradient()
-    monkeypatch.setattr("mgd.memory.plan", lambda *_, **__: Scripted(logged))
+    monkeypatch.setattr("mgd.sweep.storage.plan", lambda *_, **__: Scripted(logged))
     result = case.metagradient()
     assert same(result, first)
     replayed = 0 if logged else sum(range(STEPS - 4)) + STEPS - 4

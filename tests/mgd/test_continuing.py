@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mgd import TrainingFunction, errors
 from mgd_kernels import SGD, AdamW, Optimizer
-from mgd_kernels.custom import RMSprop
+from mgd_kernels.update_rule import RMSprop
 
 FIRST, SECOND = 5, 4
 

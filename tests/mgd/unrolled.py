@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mgd.batches import seed_of
+from mgd.step.rng import seed_of
 from mgd_kernels import Optimizer
 from mgd_kernels.backends import reference
 from mgd_kernels.optimizer import FusedOptimizer

@@ -21,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd import TrainingFunction
-from mgd.batches import microbatches, seed_generators, seed_of
 from mgd.errors import BadArgument
-from mgd.model import modes_kept
-from mgd.sweep import CLIP_EPSILON
+from mgd.step.batches import microbatches
+from mgd.step.model import modes_kept
+from mgd.step.rng import seed_generators, seed_of
+from mgd.sweep.sweep import CLIP_EPSILON
 from mgd_kernels import SGD, Adam, AdamW
 from mgd_kernels.optimizer import FusedOptimizer
 

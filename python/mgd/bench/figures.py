@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mgd.plots import BAD, GOOD, INK, SOFT, figure
+from mgd.ui.page import BAD, GOOD, INK, SOFT, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

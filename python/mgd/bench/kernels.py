@@ -15,7 +15,7 @@ import typer
 
 from mgd.bench import figures, show, timing
 from mgd.bench.kernel_cases import RULES, Problem, plain
-from mgd.options import Json, Out
+from mgd.ui.options import Json, Out
 
 PASSES = ("step", "vjp", "replay")
 CHECKED = 1 << 16  # parameters of the problem on which results are compared with float64
@@ -153,7 +153,7 @@ def static_rows(table: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def page(found: dict[str, Any], where: dict[str, Any]):
-    from mgd import plots
+    from mgd.ui import page as plots
 
     entries = [
         (f"{row['rule']} {row['pass']} ({row['backend']})", row["gigabytes_per_second"], f"{row['share_of_plain']:.0%}")
@@ -182,9 +182,9 @@ def command(
     json: Json = None,
 ) -> None:
     """Bandwidth of the optimizer kernels against plain copies, and their time against torch."""
-    from mgd import plots
+    from mgd.cli.plan import parse_count
     from mgd.errors import BadArgument
-    from mgd.planning import parse_count
+    from mgd.ui import page as plots
 
     console, where = show.console(), timing.machine()
     if static:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgd.bench import figures, peak, show, timing
-from mgd.budget import format_bytes, parse_bytes
-from mgd.options import Json, Out
+from mgd.ui.options import Json, Out
+from mgd.util.text import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +149,7 @@ def display(console: Console, found: dict[str, Any]) -> None:
 
 
 def page(found: dict[str, Any], where: dict[str, Any]):
-    from mgd import plots
+    from mgd.ui import page as plots
 
     checked = "gave the same bits" if found["bit_identical"] else "did NOT give the same bits"
     lead = (
@@ -177,8 +177,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Peak memory and time of a metagradient against the number of training steps."""
-    from mgd import plots
     from mgd.errors import BadArgument
+    from mgd.ui import page as plots
 
     if out:
         plots.require_matplotlib()

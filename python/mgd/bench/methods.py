@@ -12,9 +12,9 @@ from torch import Tensor
 from mgd.bench import baselines
 from mgd.bench.bergson import magic
 from mgd.bench.cases import Case
-from mgd.budget import Budget
 from mgd.errors import BadArgument
-from mgd.report import Report
+from mgd.plan.budget import Budget
+from mgd.results import Report
 
 OBJECTIVES = 16
 BUDGET = "128MB"

@@ -11,8 +11,8 @@ import typer
 
 from mgd.bench import figures, offload_sweep, show, store_io, timing
 from mgd.bench.workloads import WORKLOADS
-from mgd.budget import format_bytes
-from mgd.options import Json, Out
+from mgd.ui.options import Json, Out
+from mgd.util.text import format_bytes
 
 ROOM = 4 << 30  # bytes of disk that the measurements use at most
 
@@ -107,7 +107,7 @@ SWEEP = (
 
 
 def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict[str, Any]):
-    from mgd import plots
+    from mgd.ui import page as plots
 
     entries = [
         (f"{way} {format_bytes(r['size'])}", 100 * r[f"{way}_ratio"], f"{r[way] / 1e9:.2f} GB/s")
@@ -161,8 +161,8 @@ def command(
     json: Json = None,
 ) -> None:
     """The state store against raw direct I/O, and what a log on disk costs a metagradient."""
-    from mgd import plots
     from mgd.errors import BadArgument
+    from mgd.ui import page as plots
 
     if out:
         plots.require_matplotlib()

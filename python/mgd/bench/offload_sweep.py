@@ -17,7 +17,7 @@ from mgd import Budget, TrainingFunction
 from mgd.bench.timing import pinned, quantiles
 from mgd.bench.workloads import Workload, mlp
 from mgd.errors import BadArgument
-from mgd.memory import STAGING
+from mgd.sweep.storage import STAGING
 
 # Of the machine; of the computing thread; and of the whole process, the store's threads included.
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time, "process": time.process_time}
@@ -106,7 +106,7 @@ def measure(
 def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, place: str) -> TrainingFunction:
     """The same with a host part that has room for the snapshots, or as many of them that no gradient lies there."""
     made = on_disk.plan()
-    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.memory.staging
+    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.sweep.storage.staging
     for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):
         budget = Budget(host=buffers + count * made.sizes.snapshot, disk=(place, 1 << 40))
         function = workload.function(schedule="log", budget=budget)

@@ -18,9 +18,9 @@ import typer
 from torch import Tensor, nn
 
 from mgd import TrainingFunction
+from mgd.autodiff.traced import below_autograd
 from mgd.bench import show, timing
-from mgd.options import Json
-from mgd.tracing import below_autograd
+from mgd.ui.options import Json
 from mgd_kernels import AdamW
 
 

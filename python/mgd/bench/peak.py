@@ -24,9 +24,9 @@ from mgd.bench import timing
 from mgd.bench.cases import Case, load
 from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
-from mgd.journal import digest
-from mgd.memory import free_host_memory
-from mgd.options import finite
+from mgd.sweep.storage import free_host_memory
+from mgd.ui.options import finite
+from mgd.util.fingerprint import digest
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead
 PROBES = (4, 8)  # steps of the short trainings from which the memory of a long one is extrapolated
@@ -143,7 +143,7 @@ def _prepared(case: Case, request: dict[str, Any]) -> Any:
     if request["method"] == "training":
         return training(case)[0]
     if request["method"] == "package":
-        from mgd.budget import Budget
+        from mgd.plan.budget import Budget
 
         options = dict(request["options"])
         if "budget" in options:

@@ -8,8 +8,8 @@ import typer
 
 from mgd.bench import cases, memory, peak, show, timing
 from mgd.bench.profile_time import Shorter, Target
-from mgd.budget import format_bytes, parse_bytes
-from mgd.options import Json, Out
+from mgd.ui.options import Json, Out
+from mgd.util.text import format_bytes, parse_bytes
 
 
 def command(
@@ -23,8 +23,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Peak memory of a metagradient of your own training, against its length and against unrolling it."""
-    from mgd import plots
     from mgd.errors import BadArgument
+    from mgd.ui import page as plots
 
     if out:
         plots.require_matplotlib()

@@ -9,7 +9,7 @@ import typer
 
 from mgd.bench import cases, show, throughput, timing
 from mgd.bench.methods import METHODS, chosen
-from mgd.options import Json, Out
+from mgd.ui.options import Json, Out
 
 Target = Annotated[
     str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="FUNCTION takes nothing and returns (TrainingFunction, z).")
@@ -33,7 +33,7 @@ def command(
     json: Json = None,
 ) -> None:
     """Time of a metagradient of your own training, by phase and in units of plain training; and its plan."""
-    from mgd import plots
+    from mgd.ui import page as plots
 
     if out:
         plots.require_matplotlib()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgd import plots
-from mgd.budget import format_bytes
-from mgd.options import write_json
+from mgd.ui import page as plots
+from mgd.ui.options import write_json
+from mgd.util.text import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

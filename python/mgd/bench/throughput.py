@@ -17,8 +17,8 @@ from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import Case, load
 from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences, training
 from mgd.bench.workloads import WORKLOADS
-from mgd.options import Json, Out
-from mgd.report import Report
+from mgd.results import Report
+from mgd.ui.options import Json, Out
 
 # Of float32 metagradients by two methods that round differently, measured: 1e-7 to 1e-5 after a few steps. AdamW with
 # a small eps_root magnifies rounding with the length of the training; a wrong term would show as 1e-1 or more.
@@ -209,7 +209,7 @@ def display(console, found: dict[str, Any]) -> None:
 
 
 def page(results: list[dict[str, Any]], where: dict[str, Any]):
-    from mgd import plots
+    from mgd.ui import page as plots
 
     lead = f"One thread. {timing.describe(where)}. " + " ".join(
         f"{name}: {METHODS[name].what}." for name in METHODS if any(name in r["methods"] for r in results)
@@ -238,8 +238,8 @@ def command(
     json: Json = None,
 ) -> None:
     """Time and memory of a metagradient by every method, in units of plain training of the same steps."""
-    from mgd import plots
     from mgd.errors import BadArgument
+    from mgd.ui import page as plots
 
     if out:
         plots.require_matplotlib()

@@ -106,7 +106,7 @@ def least(rounds: int, *functions: Callable[[], Any], device: torch.device | str
 
 def machine() -> dict[str, Any]:
     """What the results were measured on, in JSON's types."""
-    from mgd import doctor
+    from mgd.cli import doctor
 
     found = doctor.examine()
     return {

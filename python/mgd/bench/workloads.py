@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mgd import TrainingFunction
-from mgd.models.gpt import GPT
-from mgd.models.resnet import resnet9
+from mgd.recipes.models.gpt import GPT
+from mgd.recipes.models.resnet import resnet9
 from mgd_kernels import SGD, AdamW, Optimizer
 
 

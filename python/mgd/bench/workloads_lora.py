@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from mgd.bench.workloads import Workload, build
-from mgd.data.text import read
-from mgd.models import encoder
+from mgd.recipes.data.text import read
+from mgd.recipes.models import encoder
 from mgd_kernels import AdamW
 
 CLASSES = ("python", "c++", "pydoc")

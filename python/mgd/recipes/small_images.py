@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.data import Images
 from mgd.errors import BadData
 from mgd.function import TrainingFunction
-from mgd.models.resnet import resnet9
+from mgd.recipes.data import Images
+from mgd.recipes.models.resnet import resnet9
 
 SIDE = 8  # the least that resnet9 takes; larger images are averaged over 2×2 pixels while they stay above it
 

@@ -14,13 +14,14 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
-from mgd import TrainingFunction, data, schedules
+from mgd import TrainingFunction, schedules
 from mgd.errors import BadArgument, BadData, StaleRun
-from mgd.recipes import form, intervals
+from mgd.recipes import data, intervals
 from mgd.recipes.lr_schedule import recipe, report, search
 from mgd.recipes.lr_schedule.descent import descend_on_schedule
 from mgd.recipes.lr_schedule.search import Objective, Record, Shape
 from mgd.recipes.small_images import Task
+from mgd.ui.console import show, write
 from mgd_kernels import SGD
 
 T = 40
@@ -235,10 +236,10 @@ def test_terminal_and_page(found, tmp_path):
 
     console = Console(width=80, record=True, file=io.StringIO())
     page = report.page(found)
-    form.show(page, console)
+    show(page, console)
     text = console.export_text()
     assert f"{found.searches['TPE'].lowest:.4f}" in text and "…" not in text
-    paths = form.write(page, tmp_path)
+    paths = write(page, tmp_path)
     assert {path.name for path in paths} == {"index.html", "search.png", "schedules.png", "test.png"}
     for path in paths[1:]:
         assert imread(path)[..., :3].std() > 0.05

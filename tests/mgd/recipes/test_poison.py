@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import mgd
-from mgd import data
 from mgd.errors import BadArgument, BadData, NonFiniteState
-from mgd.recipes import form
+from mgd.recipes import data
 from mgd.recipes.poison import attack, cancelling, checks, recipe, report
 from mgd.recipes.poison.training import NETWORKS, Training, check_data, schedule, wrong_probability
+from mgd.ui.console import write
 from pages import run_page
 
 
@@ -72,7 +72,7 @@ def test_json_and_page_are_complete(found, tmp_path):
     mean = sum(scores["fresh seeds"]["clean"]) / 4 - sum(scores["fresh seeds"][recipe.MGD]) / 4
     assert written["drops"]["fresh seeds"][recipe.MGD]["mean"] == pytest.approx(mean)
     assert len(written["test_accuracy_of_every_meta_step"]) == found.settings.meta_steps
-    paths = form.write(report.page(found), tmp_path)
+    paths = write(report.page(found), tmp_path)
     assert {p.name for p in paths} == {"index.html", "descent.png", "accuracy.png", "gallery.png", "checks.png"}
     for path in paths[1:]:
         assert imread(path)[..., :3].std() > 0.05

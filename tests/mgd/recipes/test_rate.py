@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mgd import errors
-from mgd.data import text
-from mgd.recipes import form
+from mgd.recipes.data import text
 from mgd.recipes.rate import data, models, recipe, report
 from mgd.recipes.rate.data import CORRUPTIONS, NOISE, Pool, available, corrupted, passages
 from mgd.recipes.rate.models import Curve
 from mgd.recipes.rate.selection import EVERYTHING, RATER, share_needed
+from mgd.ui.console import write
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_json_is_complete(found):
 
 def test_the_page_shows_what_was_found(found, tmp_path):
     page = report.page(found)
-    paths = form.write(page, tmp_path)
+    paths = write(page, tmp_path)
     pictures = [path for path in paths if path.suffix == ".png"]
     assert {path.stem for path in pictures} == {"ratings", "transfer", "course", "selection"}
     for path in pictures:

@@ -13,15 +13,15 @@ from rich.console import Console
 from torch import nn
 
 import mgd
-from mgd import data
-from mgd.data import Images
 from mgd.errors import BadArgument, BadData, BadLoss, NonFiniteState
-from mgd.recipes import form
+from mgd.recipes import data
+from mgd.recipes.data import Images
 from mgd.recipes.select import Exchange, SelectionProblem, draw, report, select
 from mgd.recipes.select import run as recipe
 from mgd.recipes.select.images import COPIES, KINDS, ImageSetting, Settings, make_pool
 from mgd.recipes.select.problem import WEIGHTS
 from mgd.recipes.select.setting import Setting
+from mgd.ui.console import show, write
 from mgd_kernels import SGD, AdamW
 
 N, STEPS, B, AT = 12, 9, 4, 5
@@ -363,10 +363,10 @@ def test_terminal_and_page_show_it(found, tmp_path):
 
     console = Console(width=80, record=True, file=io.StringIO())
     page = report.page(found)
-    form.show(page, console)
+    show(page, console)
     text = console.export_text()
     assert "…" not in text and f"{found.choices[recipe.SELECTED].accuracy:.1%}" in text
-    paths = form.write(page, tmp_path)
+    paths = write(page, tmp_path)
     assert {path.name for path in paths} == {
         "index.html",
         "accuracy.png",
@@ -380,7 +380,7 @@ def test_terminal_and_page_show_it(found, tmp_path):
 
 
 def test_the_command_runs_with_a_budget_and_shards(tmp_path):
-    from mgd.cli import main
+    from mgd.cli.main import main
 
     target = tmp_path / "found.json"
     arguments = "recipe select --quick --meta-steps 2 --budget 250 --shard 400 --json".split()
@@ -397,7 +397,7 @@ def test_the_command_runs_with_a_budget_and_shards(tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs():
-    from mgd.data.emoji import load
+    from mgd.recipes.data.emoji import load
     from mgd.recipes.select.emoji import EmojiSetting
     from mgd.recipes.select.emoji import Settings as EmojiSettings
 
@@ -451,15 +451,15 @@ def test_selection_drops_mismatched_pairs(found_pairs, tmp_path):
 def written(found, folder, pictures: set[str]) -> None:
     from matplotlib.image import imread
 
-    paths = form.write(report.page(found), folder)
+    paths = write(report.page(found), folder)
     assert {path.stem for path in paths} == pictures | {"index"}
     assert all(imread(path)[..., :3].std() > 0.02 for path in paths[1:])
 
 
 @pytest.fixture(scope="module")
 def found_passages():
-    from mgd.data.text import installed
-    from mgd.models import encoder
+    from mgd.recipes.data.text import installed
+    from mgd.recipes.models import encoder
     from mgd.recipes.select.lora import CLASSES, OTHERS, LoraSetting
     from mgd.recipes.select.lora import Settings as LoraSettings
 
@@ -487,7 +487,7 @@ def test_layers_below_lora_computed_once_are_the_whole_encoder(found_passages):
 
 
 def test_bad_sizes_of_the_other_settings_are_refused(pairs):
-    from mgd.data.emoji import Captioned
+    from mgd.recipes.data.emoji import Captioned
     from mgd.recipes.select import emoji, lora
 
     few = Captioned(pairs.images[:300], tuple(pairs.true[:300]), ("",) * 300)
@@ -505,7 +505,7 @@ def test_a_setting_says_what_it_lacks():
 
 
 def test_the_command_refuses_what_another_setting_wants(capsys):
-    from mgd.cli import main
+    from mgd.cli.main import main
 
     with pytest.raises(SystemExit) as ended:
         main("recipe select --setting lora --uniform".split())

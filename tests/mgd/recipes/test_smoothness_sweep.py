@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import nn
 
 import mgd
-from mgd import data
 from mgd.errors import BadArgument
-from mgd.recipes import form
+from mgd.recipes import data
 from mgd.recipes.small_images import Task
 from mgd.recipes.smoothness import recipe, report
 from mgd.recipes.smoothness.recipe import BASE, CHOICES, Choice, Settings
 from mgd.recipes.smoothness.trust import Trust, trust
+from mgd.ui.console import show, write
 from mgd_kernels import SGD
 
 QUICK = Settings().quick()
@@ -73,10 +73,10 @@ def test_a_metagradient_of_zero_has_no_step():
 
 def test_means():
     one = Trust([[1.0, 0.5]], [-1.0, -1.0], [-0.9, -0.6])
-    measured = recipe.Measured([one, Trust([[0.5]], [2.0], [2.2])], [0.5, 0.7])
+    measured = recipe.Timings([one, Trust([[0.5]], [2.0], [2.2])], [0.5, 0.7])
     assert measured.smoothness == pytest.approx((0.75 + 0.5) / 2)
     assert measured.error == pytest.approx((0.2 + 0.1) / 2) and measured.accuracy == pytest.approx(0.6)
-    assert math.isnan(recipe.Measured([one, None], [0.5, math.nan]).smoothness)
+    assert math.isnan(recipe.Timings([one, None], [0.5, math.nan]).smoothness)
 
 
 # --- the trainings -------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_every_choice_differs_from_the_base_and_trains():
 
 def test_a_choice_that_diverges_is_said_and_the_others_are_measured():
     task = Task.make(data.digits(), data.digits(train=False), 96, 100, 100, seed=0)
-    entry = recipe.Measured([], [])
+    entry = recipe.Timings([], [])
     recipe.measure(task, Choice(norm="none"), Settings(steps=4, rate=1e12, directions=0), 0, entry)
     assert entry.trusts == [None] and math.isnan(entry.smoothness)
 
@@ -156,16 +156,16 @@ def test_terminal_and_page(found, tmp_path):
 
     console = Console(width=80, record=True, file=io.StringIO())
     page = report.page(found)
-    form.show(page, console)
+    show(page, console)
     text = console.export_text()
     assert f"{found.measured[BASE].smoothness:.3f}" in text and f"{found.rho:.2f}" in text and "…" not in text
-    paths = form.write(page, tmp_path)
+    paths = write(page, tmp_path)
     assert {path.name for path in paths} == {"index.html", "smoothness-and-error.png", "smoothness-and-accuracy.png"}
     for path in paths[1:]:
         assert imread(path)[..., :3].std() > 0.05
 
 
 def test_a_diverged_choice_stands_last_and_without_numbers(found):
-    measured = {**found.measured, "ReLU": recipe.Measured([None], [math.nan])}
+    measured = {**found.measured, "ReLU": recipe.Timings([None], [math.nan])}
     rows = report.ranking(recipe.replace(found, measured=measured))
     assert rows[-1] == ["ReLU", "diverged", "", "", "", ""]

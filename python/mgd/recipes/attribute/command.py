@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
 from mgd.recipes.attribute.images import images_task
 from mgd.recipes.attribute.recipe import Evaluation, run
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.attribute.texts import gpt_task, lora_task
+from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 
 class Setting(str, Enum):
@@ -37,7 +37,7 @@ QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
 
 
 def images(data: Path | None, seed: int, quick: bool) -> Tasks:
-    from mgd.data import load
+    from mgd.recipes.data import load
 
     train, test, evaluation = load(data), load(data, train=False), Evaluation()
     if quick:
@@ -74,9 +74,9 @@ def command(
 ) -> None:
     """Which training examples decided a prediction? Exact scores, judged by retraining without some (MAGIC)."""
     from mgd.recipes.attribute import report
-    from mgd.recipes.form import Session
+    from mgd.ui.console import Session
 
     session = Session("recipe attribute", out, json, threads)
     task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
-    found = run(task, rough, evaluation, session.talk)
+    found = run(task, rough, evaluation, session.reporter)
     session.finish(report.page(found), found.to_dict())

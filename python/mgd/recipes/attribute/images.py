@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.data import Images
 from mgd.errors import BadArgument
-from mgd.models.resnet import resnet9
 from mgd.recipes.attribute.task import Task, Training
+from mgd.recipes.data import Images
+from mgd.recipes.models.resnet import resnet9
 
 TEST = 2000
 SMOOTH = {"norm": "group", "pool": "average", "activation": nn.SiLU, "scale": 0.5}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgd import plots
 from mgd.recipes.attribute.recipe import OURS, Judged
 from mgd.recipes.attribute.task import Task
+from mgd.ui import page as plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

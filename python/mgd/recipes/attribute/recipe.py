@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.attribution import attribute
-from mgd.attribution_result import Attribution
+from mgd.attribution.attribute import attribute
+from mgd.attribution.result import Attribution
+from mgd.check import metasmoothness
 from mgd.errors import BadArgument, MetagradientError, MissingPackage
 from mgd.recipes.attribute.baselines import BASELINES
 from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
 from mgd.recipes.attribute.task import Task
-from mgd.recipes.form import Talk
-from mgd.smoothness import metasmoothness
+from mgd.ui.console import Reporter
 
 OURS = "metagradient"
 SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and how far a step of metasmoothness goes
@@ -111,54 +111,56 @@ class Found:
         }
 
 
-def run(task: Task, rough: Task | None = None, evaluation: Evaluation | None = None, talk: Talk | None = None) -> Found:
+def run(
+    task: Task, rough: Task | None = None, evaluation: Evaluation | None = None, reporter: Reporter | None = None
+) -> Found:
     """Attribute, compare, and retrain without random subsets. rough: a training to contrast it with."""
-    evaluation, talk = evaluation or Evaluation(), talk or Talk()
+    evaluation, reporter = evaluation or Evaluation(), reporter or Reporter()
     if unknown := sorted(set(evaluation.baselines) - set(BASELINES)):
         raise BadArgument(f"expected baselines among {list(BASELINES)}; got {unknown}")
-    smooth = judge(task, evaluation, evaluation.subsets, evaluation.baselines, talk)
+    smooth = judge(task, evaluation, evaluation.subsets, evaluation.baselines, reporter)
     contrast, failure = None, None
     if rough is not None and evaluation.rough_subsets:
         try:
-            contrast = judge(rough, evaluation, evaluation.rough_subsets, (), talk)
+            contrast = judge(rough, evaluation, evaluation.rough_subsets, (), reporter)
         except MetagradientError as error:  # a training that diverges is an outcome, too
             failure = f"{type(error).__name__}: {error}"
-    return Found(smooth, contrast, failure, evaluation, talk.seconds)
+    return Found(smooth, contrast, failure, evaluation, reporter.seconds)
 
 
-def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, ...], talk: Talk) -> Judged:
+def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, ...], reporter: Reporter) -> Judged:
     """One training: its attribution, the baselines' scores, and `count` retrainings for each fraction."""
     f, z = task.function, task.z
     f.replaced(batches=f.batches[:2]).train({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
-    with talk.phase("training", f"{task.name}: training on {len(task):,} examples of {task.data}"):
+    with reporter.phase("training", f"{task.name}: training on {len(task):,} examples of {task.data}"):
         timed = [_timed(lambda: f.train(z)) for _ in range(2)]
         trained = timed[0][0]
     plain = min(seconds for _, seconds in timed)
-    with talk.phase("attribution", f"attributing {task.queries} test losses"):
+    with reporter.phase("attribution", f"attributing {task.queries} test losses"):
         a, seconds = _timed(
-            lambda: attribute(f, z, task.queries, task.objectives, chunk=evaluation.chunk, progress=talk.progress)
+            lambda: attribute(f, z, task.queries, task.objectives, chunk=evaluation.chunk, progress=reporter.progress)
         )
     loss, accuracy = task.test(trained.model_state)
-    with talk.phase("metasmoothness"):
+    with reporter.phase("metasmoothness"):
         smoothness = metasmoothness(f, z, _direction(task), SMOOTHNESS_STEP)
     judged = Judged(task, a, loss, accuracy, plain, seconds, smoothness)
 
     scores: dict[str, Any] = {OURS: a.scores}
     for name in baselines:
-        with talk.phase(name, f"comparing with {name}"):
+        with reporter.phase(name, f"comparing with {name}"):
             try:
                 scores[name], judged.baseline_seconds[name] = _timed(
                     lambda name=name: BASELINES[name](task, trained.model_state)  # type: ignore[misc]
                 )
             except MissingPackage as error:
                 judged.missing[name] = str(error)
-                talk.say(f"without {name}: {error}")
+                reporter.say(f"without {name}: {error}")
 
     dropped = {p: subsets(len(task), p, count, task.seed + i + 1) for i, p in enumerate(evaluation.fractions)}
     base = task.query_losses(trained.model_state)
     with (
-        talk.phase("retraining", f"training {count * len(dropped)} times without some of the examples"),
-        talk.bar("retraining", count * len(dropped)) as tick,
+        reporter.phase("retraining", f"training {count * len(dropped)} times without some of the examples"),
+        reporter.bar("retraining", count * len(dropped)) as tick,
     ):
         for fraction, sets in dropped.items():
             changes = []
@@ -166,7 +168,7 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
                 changes.append(task.without(index) - base)
                 tick(f"without {fraction:.0%}")
             judged.true[fraction] = torch.stack(changes)
-    with talk.phase("judging", "ranking the predictions"):
+    with reporter.phase("judging", "ranking the predictions"):
         for method, table in scores.items():
             judged.predicted[method] = {p: predictions(table, sets) for p, sets in dropped.items()}
             judged.scores[method] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mgd import plots
 from mgd.recipes.attribute import pictures
 from mgd.recipes.attribute.recipe import OURS, Found, Judged
-from mgd.recipes.form import Page, Table
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
 
 GALLERY, EACH = 8, 6  # queries shown, and training examples of each kind for one of them
 WORK = {

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mgd.data import text
 from mgd.errors import BadArgument
-from mgd.models.encoder import pretrained
-from mgd.models.gpt import GPT
 from mgd.recipes.attribute.task import Task, Training
+from mgd.recipes.data import text
+from mgd.recipes.models.encoder import pretrained
+from mgd.recipes.models.gpt import GPT
 
 CONTEXT, WIDTH, LAYERS = 48, 32, 2  # of the GPT
 PREFERRED, ALWAYS_THERE = "shakespeare", "pydoc"

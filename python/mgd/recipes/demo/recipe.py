@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgd.check import CheckResult, check
-from mgd.data import Images
 from mgd.errors import BadArgument
 from mgd.function import Metagradient, TrainingFunction
-from mgd.recipes.form import Talk
+from mgd.recipes.data import Images
 from mgd.recipes.ranking import auc
+from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
 NOISE = 0.2  # share of the training labels that are replaced by another class
@@ -190,11 +190,11 @@ def run(
     test: Images,
     steps: int = 200,
     seed: int = 0,
-    talk: Talk | None = None,
+    reporter: Reporter | None = None,
 ) -> Demo:
     """Train, differentiate, check in float64, and train again without the images found harmful."""
-    talk = talk or Talk()
-    progress = talk.progress
+    reporter = reporter or Reporter()
+    progress = reporter.progress
     problem = Problem.make(train, test, steps, seed)
     f, z, n = problem.function, problem.z, len(problem.train)
     seconds: dict[str, float] = {}
@@ -202,7 +202,7 @@ def run(
 
     def phase(name: str, words: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        with talk.phase(name, words):
+        with reporter.phase(name, words):
             value = work()
         seconds[name] = time.perf_counter() - start  # of the last phase of this name
         peak[name] = _high_water()

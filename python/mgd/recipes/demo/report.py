@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mgd import plots
-from mgd.budget import format_bytes
-from mgd.data import Images
+from mgd.recipes.data import Images
 from mgd.recipes.demo.recipe import Demo
-from mgd.recipes.form import Page, Table
 from mgd.recipes.ranking import auc
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
+from mgd.util.text import format_bytes
 
 _NAMES = {
     "lr": "learning rates",

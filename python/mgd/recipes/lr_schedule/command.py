@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.data import load
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
-from mgd.recipes.form import Session
+from mgd.recipes.data import load
+from mgd.ui.console import Session
+from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 
 def command(
@@ -35,5 +35,5 @@ def command(
     settings = Settings().quick() if quick else Settings()
     given: dict[str, Any] = {"meta_steps": meta_steps, "knots": knots, "outer": outer}
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    found = run(load(data), load(data, train=False), settings, seed, resume, session.talk)
+    found = run(load(data), load(data, train=False), settings, seed, resume, session.reporter)
     session.finish(report.page(found), found.to_dict())

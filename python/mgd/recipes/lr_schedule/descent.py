@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mgd import schedules
-from mgd.constraints import Box
-from mgd.descent import Descent, MetaDescent
-from mgd.descent_state import MetaStep
+from mgd.descent.constraints import Box
+from mgd.descent.descent import Descent, MetaDescent
+from mgd.descent.state import MetaStep
 from mgd.function import TrainingFunction
 
 RANGE = (1e-6, 1.0)  # rates stay in it

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mgd.function import TrainingFunction
 from mgd.recipes import intervals
-from mgd.recipes.form import Talk
 from mgd.recipes.intervals import Interval
 from mgd.recipes.small_images import Task
+from mgd.ui.console import Reporter
 
 
 @dataclass
@@ -35,13 +35,13 @@ def judge(
     trainings: int,
     schedules: Mapping[str, Tensor],
     reference: str,
-    talk: Talk,
+    reporter: Reporter,
 ) -> dict[str, Judged]:
     """Test loss and accuracy of schedules `[T]`, after `functions(0)` that they were sought on, and `functions(1)` to
     `functions(trainings - 1)`."""
     losses: dict[str, np.ndarray] = {}  # of every test image after the first training
     judged = {name: Judged([], []) for name in schedules}
-    with talk.bar("judging", trainings * len(schedules)) as tick:
+    with reporter.bar("judging", trainings * len(schedules)) as tick:
         for number in range(trainings):
             function = functions(number)
             for name, rates in schedules.items():

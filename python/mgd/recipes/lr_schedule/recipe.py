@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd import schedules
-from mgd.data import Images
-from mgd.descent import Descent
+from mgd.descent.descent import Descent
 from mgd.errors import BadArgument, StaleRun
 from mgd.function import TrainingFunction
-from mgd.recipes.form import Talk
+from mgd.recipes.data import Images
 from mgd.recipes.lr_schedule import search
 from mgd.recipes.lr_schedule.descent import RANGE, Knots, costs, descend_on_schedule
 from mgd.recipes.lr_schedule.judging import Judged, judge
 from mgd.recipes.lr_schedule.search import Objective, Record
 from mgd.recipes.small_images import Task
+from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
 DESCENT, GRID = "metagradient descent", "grid"
@@ -134,10 +134,10 @@ def run(
     settings: Settings | None = None,
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
-    talk: Talk | None = None,
+    reporter: Reporter | None = None,
 ) -> Found:
     """Descend, search, and judge. resume: a directory that keeps every training, to continue an interrupted run."""
-    settings, talk = settings or Settings(), talk or Talk()
+    settings, reporter = settings or Settings(), reporter or Reporter()
     settings.check()
     task = Task.make(train, test, settings.steps * settings.batch, settings.held_out, settings.tested, seed)
     folder = None if resume is None else _opened(Path(resume), task, settings, seed)
@@ -145,10 +145,10 @@ def run(
     objective = Objective(function, folder and folder / "evaluations.jsonl")
     start = torch.full((settings.knots,), math.log(settings.start))
 
-    with talk.phase("timing", "timing a training and its metagradient"):
+    with reporter.phase("timing", "timing a training and its metagradient"):
         training_seconds, ratio, trace = costs(function, {"lr": schedules.from_knots(start, settings.steps)})
     records: dict[str, Record] = {}
-    with talk.phase(DESCENT, f"{settings.meta_steps} meta-steps of descent, {ratio:.2f} trainings each"):
+    with reporter.phase(DESCENT, f"{settings.meta_steps} meta-steps of descent, {ratio:.2f} trainings each"):
         path = Knots(folder and folder / "path.pt")
         descent = descend_on_schedule(
             function,
@@ -156,7 +156,7 @@ def run(
             settings.meta_steps,
             outer=settings.outer,
             directory=folder and folder / "descent",
-            progress=talk.progress,
+            progress=reporter.progress,
             observe=lambda step, result, variables: path.reached(step.step, variables["log_lr"]),
         )
     records[DESCENT] = record = Record(DESCENT, objective, settings.meta_steps)
@@ -171,7 +171,7 @@ def run(
         "CMA-ES": lambda record: search.cma_es(record, settings.steps, start, seed),
     }
     for name, go in searches.items():
-        with talk.phase(name, f"{name}: {settings.budget} trainings"), talk.bar(name, settings.budget) as tick:
+        with reporter.phase(name, f"{name}: {settings.budget} trainings"), reporter.bar(name, settings.budget) as tick:
             records[name] = Record(name, objective, settings.budget, tick)
             go(records[name])
 
@@ -180,19 +180,19 @@ def run(
     found |= {name: r.best for name, r in records.items() if r.best is not None}
     if early is not None and early != descent.best_step:
         found[f"{DESCENT}, meta-step {early}"] = schedules.from_knots(path.knots[early], settings.steps)
-    with talk.phase("judging", f"{len(found)} schedules on test images, {settings.seeds + 1} trainings each"):
+    with reporter.phase("judging", f"{len(found)} schedules on test images, {settings.seeds + 1} trainings each"):
         judged = judge(
             task,
             lambda number: training(task, settings, seed + 1000 * number) if number else function,
             settings.seeds + 1,
             found,
             GRID,
-            talk,
+            reporter,
         )
     parameters = sum(p.numel() for p in function.model.parameters())
     return Found(
         settings, task, seed, parameters, records, descent, found, judged, early, ratio, trace, training_seconds,
-        talk.seconds,
+        reporter.seconds,
     )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgd import plots
-from mgd.recipes.form import Page, Table
 from mgd.recipes.intervals import Interval
 from mgd.recipes.lr_schedule.recipe import DESCENT, GRID, START, Found
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from torch import Tensor
 from mgd import schedules
 from mgd.errors import BadArgument, MissingPackage, NonFiniteState
 from mgd.function import TrainingFunction
-from mgd.journal import digest
+from mgd.util.fingerprint import digest
 
 KINDS = ("one-cycle", "linear", "cosine")
 PEAKS, PARTS = (3e-4, 1e-1), (1e-2, 1.0)  # ranges of the peak, and of start and end as parts of it; both logarithmic

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.constraints import Box
-from mgd.descent import Descent, MetaDescent
+from mgd.descent.constraints import Box
+from mgd.descent.descent import Descent, MetaDescent
+from mgd.descent.sign_descent import SignDescent
 from mgd.errors import BadArgument
 from mgd.recipes.poison.training import Training
-from mgd.sign_descent import SignDescent
 
 
 def chosen(n: int, share: float, seed: int) -> Tensor:

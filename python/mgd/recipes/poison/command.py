@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
-from mgd.recipes.form import Session
+from mgd.ui.console import Session
+from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 
 def command(
@@ -17,12 +17,12 @@ def command(
     quick: Quick = False,
 ) -> None:
     """Measure how much a few perturbed training images cost a training, and which checks find them."""
-    from mgd.data import load
+    from mgd.recipes.data import load
     from mgd.recipes.poison import report
     from mgd.recipes.poison.recipe import Settings, run
 
     session = Session("recipe poison", out, json, threads)
     train, test = load(data), load(data, train=False)
     settings = replace(Settings().quick() if quick else Settings(), seed=seed).fitting(len(train))
-    found = run(train, test, settings, session.talk)
+    found = run(train, test, settings, session.reporter)
     session.finish(report.page(found), found.to_dict())

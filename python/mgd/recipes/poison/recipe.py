@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd.data import Images
-from mgd.descent import Descent
-from mgd.descent_state import MetaStep
+from mgd.descent.descent import Descent
+from mgd.descent.state import MetaStep
 from mgd.errors import BadArgument
-from mgd.recipes.form import Talk
+from mgd.recipes.data import Images
 from mgd.recipes.poison import cancelling
 from mgd.recipes.poison.attack import chosen, controls, descend, with_pixels
 from mgd.recipes.poison.cancelling import Cancelled
 from mgd.recipes.poison.checks import Detection, examine, psnr
 from mgd.recipes.poison.training import Training, check_data, wrong_probability
+from mgd.ui.console import Reporter
 
 FRESH, TUNING, DEFENDER = 1000, 2000, 3000  # first seeds of judging, of the baseline's tuning and of the defender
 
@@ -178,9 +178,9 @@ def standard_error(x: Tensor) -> float:
     return float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
-def run(train: Images, test: Images, settings: Settings | None = None, talk: Talk | None = None) -> Found:
+def run(train: Images, test: Images, settings: Settings | None = None, reporter: Reporter | None = None) -> Found:
     """Attack the training, judge freshly trained models, and look for the poison."""
-    s, talk = settings or Settings(), talk or Talk()
+    s, reporter = settings or Settings(), reporter or Reporter()
     needed = s.training + s.held_out + s.defender
     if len(train) < needed or len(test) < 1:
         raise BadArgument(
@@ -210,7 +210,10 @@ def run(train: Images, test: Images, settings: Settings | None = None, talk: Tal
     test_on_the_way: list[float] = []
     way: dict[int, list[float]] = {}
 
-    with talk.phase("descent", "metagradient descent on the pixels"), talk.bar("meta-steps", s.meta_steps) as tick:
+    with (
+        reporter.phase("descent", "metagradient descent on the pixels"),
+        reporter.bar("meta-steps", s.meta_steps) as tick,
+    ):
 
         def observe(step: MetaStep, result: Any, variables: Mapping[str, Tensor]) -> None:
             test_on_the_way.append(victim.accuracy(result.model_state, *judged))
@@ -233,7 +236,7 @@ def run(train: Images, test: Images, settings: Settings | None = None, talk: Tal
     pixels = descent.variables["pixels"]
     way[s.meta_steps] = accuracies(victim, with_pixels(x, poisoned, pixels), fresh[:3])
 
-    with talk.phase("cancelling", "gradient cancelling, tuned"), talk.bar("radii", len(s.radii)) as tick:
+    with reporter.phase("cancelling", "gradient cancelling, tuned"), reporter.bar("radii", len(s.radii)) as tick:
 
         def judge(candidate: Tensor) -> float:
             scores = accuracies(victim, with_pixels(x, poisoned, candidate), tuning[:4], held_out)
@@ -264,14 +267,17 @@ def run(train: Images, test: Images, settings: Settings | None = None, talk: Tal
         "fresh seeds": (victim, fresh),
         **{name: (training(name, victim.function.objective), fresh[: s.fresh_others]) for name in s.others},
     }
-    with talk.phase("judging", "training afresh on every set"), talk.bar("sets", len(judges) * len(images)) as tick:
+    with (
+        reporter.phase("judging", "training afresh on every set"),
+        reporter.bar("sets", len(judges) * len(images)) as tick,
+    ):
         for name, (trainer, seeds) in judges.items():
             found.accuracies[name] = {}
             for arm, pictures in images.items():
                 found.accuracies[name][arm] = accuracies(trainer, pictures, seeds)
                 tick(f"{name}: {arm}")
 
-    with talk.phase("checks", "looking for the poison"):
+    with reporter.phase("checks", "looking for the poison"):
         defender = training(s.network, lambda model: F.cross_entropy(model(own[0]), own[1]))
         seeds = [DEFENDER + s.seed + i for i in range(s.check_seeds)]
         dropped = min(2 * len(poisoned), len(x) - 1)
@@ -285,7 +291,7 @@ def run(train: Images, test: Images, settings: Settings | None = None, talk: Tal
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(s.seed + 1))[:dropped]
         weights = torch.ones(len(x)).index_fill(0, some, 0.0)
         found.at_random = accuracies(defender, images[MGD], judging, judged, weights)
-    found.seconds = dict(talk.seconds)
+    found.seconds = dict(reporter.seconds)
     return found
 
 

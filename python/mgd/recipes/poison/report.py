@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mgd import plots
-from mgd.recipes.form import Page, Table
 from mgd.recipes.poison.recipe import CANCELLING, MGD, Found, standard_error
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mgd.errors import BadArgument, BadData
 from mgd.function import TrainingFunction
-from mgd.models.resnet import resnet9
+from mgd.recipes.models.resnet import resnet9
 from mgd_kernels import AdamW
 
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mgd.options import Json, Out, Quick, Seed, Threads
-from mgd.recipes.form import Session
+from mgd.ui.console import Session
+from mgd.ui.options import Json, Out, Quick, Seed, Threads
 
 Resume = Annotated[
     Path | None,
@@ -30,5 +30,5 @@ def command(
 
     session = Session("recipe rate", out, json, threads)
     settings = Settings(seed=seed)
-    found = run(settings.quick() if quick else settings, session.talk, resume)
+    found = run(settings.quick() if quick else settings, session.reporter, resume)
     session.finish(report.page(found), found.to_dict())

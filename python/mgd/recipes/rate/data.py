@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mgd.data import text
 from mgd.errors import BadArgument
+from mgd.recipes.data import text
 
 VOCABULARY = 128  # ASCII
 NOISE = "noise"  # the domain of random bytes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.models.gpt import GPT
+from mgd.recipes.models.gpt import GPT
 from mgd.recipes.rate.data import VOCABULARY
 
 WARM_UP = 20  # steps

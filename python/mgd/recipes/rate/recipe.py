@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.data_rater import DataRater, RaterStep
 from mgd.errors import MissingPackage
-from mgd.recipes.form import Talk
+from mgd.rater.data_rater import DataRater, RaterStep
 from mgd.recipes.rate.data import CORRUPTIONS, NOISE, Pool, available, passages
 from mgd.recipes.rate.models import InnerTraining, TextRater, losses
 from mgd.recipes.rate.selection import Selection, select
+from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
 SNAPSHOTS = 20  # times at which the ratings are looked at while they are learned
@@ -132,9 +132,9 @@ class Found:
         }
 
 
-def run(settings: Settings, talk: Talk | None = None, directory: Path | None = None) -> Found:
+def run(settings: Settings, reporter: Reporter | None = None, directory: Path | None = None) -> Found:
     """Learn to rate, and judge the ratings. directory: keeps the learning, to continue one that was interrupted."""
-    talk, s = talk or Talk(), settings
+    reporter, s = reporter or Reporter(), settings
     spearmanr, _ = _statistics()
     domains = available(s.domains)
     length, inner = s.context + 1, s.inner
@@ -158,19 +158,19 @@ def run(settings: Settings, talk: Talk | None = None, directory: Path | None = N
                 record.write_text(json.dumps(course) + "\n", "utf-8")
 
     words = f"learning to rate: {s.meta_steps} meta-steps, {s.population} inner models, windows of {s.window} steps"
-    with talk.phase("rating", words):
-        rater.fit(s.meta_steps, directory=directory, progress=talk.progress, observe=observe)
+    with reporter.phase("rating", words):
+        rater.fit(s.meta_steps, directory=directory, progress=reporter.progress, observe=observe)
     ratings = rater.rate(evaluated.tokens)
-    with talk.phase("transfer", "training on each domain alone"):
+    with reporter.phase("transfer", "training on each domain alone"):
         transfer = transfer_losses(s, domains, test)
-    with talk.phase("selection", "training on what is kept"):
+    with reporter.phase("selection", "training on what is kept"):
         selection = select(
-            inner, pool, rater.rate(pool.tokens), held_out, test, s.keep, s.steps, s.every, s.repeats, s.seed, talk
+            inner, pool, rater.rate(pool.tokens), held_out, test, s.keep, s.steps, s.every, s.repeats, s.seed, reporter
         )
     means = mean_ratings(evaluated, ratings)
     correlation = float(spearmanr([means[d] for d in domains], [-transfer[d] for d in domains]).statistic)
     auc = detection(evaluated, ratings)
-    phases = dict(talk.seconds)
+    phases = dict(reporter.seconds)
     return Found(
         s,
         domains,

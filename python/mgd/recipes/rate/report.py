@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mgd import plots
-from mgd.recipes.form import Page, Table
 from mgd.recipes.rate.data import CORRUPTIONS, readable
 from mgd.recipes.rate.models import LN2
 from mgd.recipes.rate.recipe import Found
 from mgd.recipes.rate.selection import EVERYTHING, RATER
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.recipes.form import Talk
+from mgd.rater.sampling import keep_best
 from mgd.recipes.rate.data import Pool
 from mgd.recipes.rate.models import Curve, InnerTraining, bits_per_byte
-from mgd.sampling import keep_best
+from mgd.ui.console import Reporter
 
 EVERYTHING = "everything"
 RATER = "best rated"
@@ -93,7 +93,7 @@ def select(
     every: int,
     repeats: int,
     seed: int,
-    talk: Talk,
+    reporter: Reporter,
 ) -> Selection:
     """Train on everything, on a random share, on what two perplexity filters keep, and on the best rated.
 
@@ -118,7 +118,7 @@ def select(
     }
     kept = {EVERYTHING: torch.arange(len(pool))} | {name: keep_best(score, keep) for name, score in scores.items()}
     ways: dict[str, Kept] = {}
-    with talk.bar("training", len(kept) * repeats * steps) as tick:
+    with reporter.bar("training", len(kept) * repeats * steps) as tick:
         for name, index in kept.items():
             curves = [
                 inner.train(pool.tokens[index], steps, seed + 2000 + r, test, every, tick)[1] for r in range(repeats)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 if TYPE_CHECKING:
     from mgd.recipes.select.setting import Setting
@@ -45,23 +45,23 @@ def command(
     """Select training data by metagradients: wrong labels, copies and noise go."""
     if setting is not Name.images and (data is not None or uniform):
         raise typer.BadParameter(f"--data and --uniform are for images; not for {setting.value}")
-    from mgd.recipes.form import Session
     from mgd.recipes.select import report
     from mgd.recipes.select.run import run
+    from mgd.ui.console import Session
 
     session = Session("recipe select", out, json, threads)
     given = {"seed": seed, "budget": budget, "shard": shard, "meta_steps": meta_steps}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if budget is not None:
         changes["highest"] = 1
-    found = run(make(setting, quick, changes, data, uniform), session.talk)
+    found = run(make(setting, quick, changes, data, uniform), session.reporter)
     session.finish(report.page(found), found.to_dict())
 
 
 def make(name: Name, quick: bool, changes: dict[str, Any], data: Path | None = None, uniform: bool = False) -> Setting:
     """The setting of this name, its quick form or not, with some of its `Settings` changed."""
     if name is Name.emoji:
-        from mgd.data.emoji import load as load_emoji
+        from mgd.recipes.data.emoji import load as load_emoji
         from mgd.recipes.select import emoji
 
         s = emoji.Settings()
@@ -71,7 +71,7 @@ def make(name: Name, quick: bool, changes: dict[str, Any], data: Path | None = N
 
         t = lora.Settings()
         return lora.LoraSetting(replace(t.quick() if quick else t, **changes))
-    from mgd.data import load
+    from mgd.recipes.data import load
     from mgd.recipes.select import images
 
     u = images.Settings(uniform=uniform)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mgd.batches import seed_of
-from mgd.constraints import Box
-from mgd.descent import Descent, MetaDescent
-from mgd.descent_state import MetaStep
+from mgd.descent.constraints import Box
+from mgd.descent.descent import Descent, MetaDescent
+from mgd.descent.sign_descent import SignDescent
+from mgd.descent.state import MetaStep
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
 from mgd.recipes.select.exchange import Exchange
 from mgd.recipes.select.problem import WEIGHTS, SelectionProblem
 from mgd.results import Metagradient
-from mgd.sign_descent import SignDescent
+from mgd.step.rng import seed_of
 
 Observe = Callable[[MetaStep, Metagradient, Tensor], None]
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd import plots
-from mgd.data.emoji import Captioned
 from mgd.errors import BadArgument
+from mgd.recipes.data.emoji import Captioned
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
 from mgd.recipes.select.setting import State
+from mgd.ui import page as plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

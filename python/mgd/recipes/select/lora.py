@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.data.text import read
 from mgd.errors import BadArgument
-from mgd.models import encoder
+from mgd.recipes.data.text import read
+from mgd.recipes.models import encoder
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
 from mgd.recipes.select.setting import State

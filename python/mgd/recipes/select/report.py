@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgd import plots
-from mgd.plots import BAD, GOOD, INK, SOFT
-from mgd.recipes.form import Page, Table
 from mgd.recipes.select.run import ALL, RANDOM, SELECTED, Found, names
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
+from mgd.ui.page import BAD, GOOD, INK, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

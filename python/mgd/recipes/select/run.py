@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.batches import seed_of
-from mgd.descent_state import MetaStep
-from mgd.recipes.form import Talk
+from mgd.descent.state import MetaStep
 from mgd.recipes.select.descend import Selection, select
 from mgd.recipes.select.problem import WEIGHTS, SelectionProblem
 from mgd.recipes.select.setting import Setting
 from mgd.results import Metagradient
+from mgd.step.rng import seed_of
+from mgd.ui.console import Reporter
 
 SELECTED, ALL, RANDOM = "selected by metagradients", "everything", "as many at random"
 
@@ -84,9 +84,9 @@ class Found:
         }
 
 
-def run(setting: Setting, talk: Talk | None = None) -> Found:
+def run(setting: Setting, reporter: Reporter | None = None) -> Found:
     """Select, and train on each choice; test examples are looked at by no choice."""
-    talk = talk or Talk()
+    reporter = reporter or Reporter()
     problem, good, s = setting.problem, setting.good, setting.settings
     trace: list[dict[str, float]] = []
 
@@ -106,7 +106,7 @@ def run(setting: Setting, talk: Talk | None = None) -> Found:
         )
 
     words = f"selecting among {len(problem):,} {setting.examples}, {s.meta_steps} trainings with a metagradient"
-    with talk.phase("selection", words):
+    with reporter.phase("selection", words):
         selection = select(
             problem,
             s.meta_steps,
@@ -117,14 +117,14 @@ def run(setting: Setting, talk: Talk | None = None) -> Found:
             shard=s.shard,
             seed=s.seed,
             observe=observe,
-            progress=talk.progress,
+            progress=reporter.progress,
         )
-    with talk.phase("comparison", f"training on what each choice keeps, {s.repeats} times"):
-        choices = _compare(setting, selection, talk)
-    return Found(setting, selection, choices, trace, dict(talk.seconds))
+    with reporter.phase("comparison", f"training on what each choice keeps, {s.repeats} times"):
+        choices = _compare(setting, selection, reporter)
+    return Found(setting, selection, choices, trace, dict(reporter.seconds))
 
 
-def _compare(setting: Setting, selection: Selection, talk: Talk) -> dict[str, Choice]:
+def _compare(setting: Setting, selection: Selection, reporter: Reporter) -> dict[str, Choice]:
     problem, held, settings = setting.problem, setting.over(setting.held), setting.settings
     n, kept = len(problem), len(selection.kept)
     # Neither initial parameters nor orders of these trainings were seen by the selection.
@@ -152,7 +152,7 @@ def _compare(setting: Setting, selection: Selection, talk: Talk) -> dict[str, Ch
         truth: setting.good.float(),
     }
     choices = {}
-    with talk.bar("trainings", (len(counts) + 1) * len(seeds)) as tick:
+    with reporter.bar("trainings", (len(counts) + 1) * len(seeds)) as tick:
 
         def trained(p: SelectionProblem, c: Tensor, precision: float | None) -> Choice:
             found = []

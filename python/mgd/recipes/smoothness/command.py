@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mgd.data import load
-from mgd.options import Data, Json, Out, Quick, Seed, Threads
-from mgd.recipes.form import Session
+from mgd.recipes.data import load
+from mgd.ui.console import Session
+from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 
 def command(
@@ -16,5 +16,5 @@ def command(
 
     session = Session("recipe smoothness", out, json, threads)
     settings = Settings().quick() if quick else Settings()
-    found = run(load(data), load(data, train=False), settings, seed, session.talk)
+    found = run(load(data), load(data, train=False), settings, seed, session.reporter)
     session.finish(report.page(found), found.to_dict())

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgd import schedules
-from mgd.data import Images
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
-from mgd.recipes.form import Talk
+from mgd.recipes.data import Images
 from mgd.recipes.intervals import spearman
 from mgd.recipes.small_images import Task
 from mgd.recipes.smoothness.trust import Trust, trust
+from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
 BASE = "as it stands"
@@ -99,7 +99,7 @@ class Settings:
 
 
 @dataclass
-class Measured:
+class Timings:
     """A choice: by seed, its trust (None where the training diverged) and the trained network's test accuracy."""
 
     trusts: list[Trust | None]
@@ -131,7 +131,7 @@ class Found:
     settings: Settings
     data: str
     seed: int
-    measured: dict[str, Measured]
+    measured: dict[str, Timings]
     rho: float
     interval: tuple[float, float]
     seconds: dict[str, float]
@@ -159,17 +159,17 @@ class Found:
 
 
 def run(
-    train: Images, test: Images, settings: Settings | None = None, seed: int = 0, talk: Talk | None = None
+    train: Images, test: Images, settings: Settings | None = None, seed: int = 0, reporter: Reporter | None = None
 ) -> Found:
     """Measure every choice with every seed."""
-    settings, talk = settings or Settings(), talk or Talk()
+    settings, reporter = settings or Settings(), reporter or Reporter()
     settings.check()
     largest = max(CHOICES[name].batch for name in settings.choices)
-    measured = {name: Measured([], []) for name in settings.choices}
+    measured = {name: Timings([], []) for name in settings.choices}
     total = len(measured) * settings.seeds
     with (
-        talk.phase("measuring", f"{len(measured)} ways to train, {settings.seeds} times each"),
-        talk.bar("choices", total) as tick,
+        reporter.phase("measuring", f"{len(measured)} ways to train, {settings.seeds} times each"),
+        reporter.bar("choices", total) as tick,
     ):
         for number in range(seed, seed + settings.seeds):
             task = Task.make(train, test, settings.steps * largest, settings.held_out, settings.tested, number)
@@ -178,10 +178,10 @@ def run(
                 tick(name)
     pairs = [(m.smoothness, m.error) for m in measured.values() if not math.isnan(m.smoothness)]
     rho, low, high = spearman([x for x, _ in pairs], [y for _, y in pairs], seed)
-    return Found(settings, train.name, seed, measured, rho, (low, high), talk.seconds)
+    return Found(settings, train.name, seed, measured, rho, (low, high), reporter.seconds)
 
 
-def measure(task: Task, choice: Choice, settings: Settings, seed: int, entry: Measured) -> None:
+def measure(task: Task, choice: Choice, settings: Settings, seed: int, entry: Timings) -> None:
     """Add what one choice with one seed comes to."""
     f, z = training(task, choice, settings, seed)
     generator = torch.Generator().manual_seed(seed)

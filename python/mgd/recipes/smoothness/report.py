@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mgd import plots
-from mgd.recipes.form import Page, Table
 from mgd.recipes.smoothness.recipe import BASE, Found
+from mgd.ui import page as plots
+from mgd.ui.console import Page, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd.check import agreement
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
-from mgd.smoothness import agreement
 
 
 @dataclass

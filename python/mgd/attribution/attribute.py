@@ -1,0 +1,247 @@
+"""Attribution: how every training example influenced every test loss, exactly (MAGIC, arXiv 2504.16430).
+
+For a deterministic training with a weight on each example, score `[q, i]` is the derivative of the loss of query q
+after training with respect to the weight of training example i. Leaving example i out changes that loss by about minus
+its score times its weight. A chunk of queries shares one training and one reverse sweep.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from mgd.attribution import scores as files
+from mgd.attribution.result import Attribution, AttributionReport
+from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
+from mgd.function import TrainingFunction
+from mgd.results import Metagradient, Trained
+from mgd.sweep.storage import free_host_memory
+from mgd.util.fingerprint import digest
+from mgd.util.progress import tracked
+from mgd.util.text import parse_bytes
+from mgd_kernels import Arena
+
+SHARE = 0.25  # of the free memory for a chunk, where none is given: the log of the training needs some, too
+MOST = 128  # queries a chunk, where none is given: the training's share of a query's cost is below 1% there
+
+Objectives = Callable[[nn.Module, Tensor], Tensor]
+
+
+def attribute(
+    f: TrainingFunction,
+    z: Mapping[str, Any],
+    queries: int | Sequence[int] | Tensor,
+    objectives: Objectives,
+    *,
+    weights: str = "data_weights",
+    names: Sequence[str] | None = None,
+    chunk: int | None = None,
+    memory: int | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Attribution:
+    """The exact influence of every training example on the loss of every query.
+
+    f: the training; its own objective is not used. z: its metaparameters, with `z[weights]` of shape `[n]`.
+    queries: k, for the queries 0 to k-1, or their numbers, each once.
+    objectives: `objectives(model, index) -> [len(index)]`, the losses of the queries whose numbers are in `index`
+        (int64, on the CPU), of the trained model.
+    weights: the metaparameter that holds a weight for each training example. Name it in `per_example` of the training
+        function, too, so that a step costs what its batch costs, and examples that no step reads are known.
+    names: a title for each query, kept in the index.
+    chunk: queries that share a training and a reverse sweep. By default as many as fit `memory` (bytes, or text such as
+        "2GB"; by default a quarter of what is free), which holds their adjoints and scores.
+    out: a directory for `scores.npy` and `index.json`; the scores are then never in memory as a whole, and the same
+        call after an interruption keeps the chunks that are done. Without it the scores are an array in memory.
+    resume: a directory in which a chunk's sweeps keep their log, so that an interrupted chunk continues, too, and to
+        the same bits (see `TrainingFunction.metagradient`); where `out` is not given, the scores lie there.
+
+    The training is run once beforehand, and every chunk's training must repeat it bit by bit: ReplayDivergence names
+    the first step at which it does not, and nothing more is written then.
+    """
+    start = time.perf_counter()
+    numbers = _numbers(queries)
+    if names is not None and len(names) != len(numbers):
+        raise BadArgument(f"expected a name for each of the {len(numbers)} queries; got {len(names)}")
+    weight = _weights(z, weights)
+    visits = _visits(f, weights, len(weight))
+    chunk = _chunk(f, z, len(numbers), chunk, memory)
+    unvisited = 0 if visits is None else int((visits == 0).sum())
+    report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
+
+    begin = time.perf_counter()
+    rehearsal = f.train(z, progress=progress)
+    report.training_seconds = report.seconds["rehearsal"] = time.perf_counter() - begin
+
+    dtype, titles = str(weight.dtype).removeprefix("torch."), None if names is None else list(names)
+    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64)
+    directory = out if out is not None else resume
+    if directory is None:
+        rows = np.zeros((len(numbers), len(weight)), dtype)
+    else:
+        shape, state = [len(numbers), len(weight)], digest(rehearsal.losses, *rehearsal.model_state.values())
+        index = files.Index(shape, dtype, weights, numbers, titles, chunk, f.identity(z), state, unvisited)
+        file = files.ScoreFile(directory, index, rehearsal.losses, weight, visits)
+
+    shared = copy.copy(f)  # with its traces, but with objectives of its own
+    single = chunk == len(numbers)  # then the bars of its two sweeps tell more
+    with tracked("queries", len(numbers), enabled=progress and not single) as tick:
+        for first in range(0, len(numbers), chunk):
+            part = numbers[first : first + chunk]
+            if file is not None and file.index.is_done(first):
+                report.chunks_kept += 1
+            else:
+                shared.objective = _objective(objectives, part)
+                place = None if resume is None else Path(resume) / f"queries-{first}"
+                result = _repeated(shared, z, place, rehearsal, progress and single)
+                report.add(result)
+                begin = time.perf_counter()
+                found, losses = _scores(result, weights), result.value.double().cpu()
+                if file is not None:
+                    file.write(first, found, losses.tolist())
+                else:
+                    assert rows is not None
+                    rows[first : first + len(part)], values[first : first + len(part)] = found, losses
+                del result, found
+                report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
+                if place is not None:
+                    shutil.rmtree(place, ignore_errors=True)
+            for _ in part:
+                tick("")
+    report.total_seconds = time.perf_counter() - start
+    if file is not None:
+        file.finish(report.to_dict())
+        return Attribution.load(file.path)
+    assert rows is not None
+    return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
+
+
+def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module], Tensor]:
+    """The losses of some queries, `[len(part)]`."""
+
+    def objective(model: nn.Module) -> Tensor:
+        losses = objectives(model, torch.tensor(part))
+        if not isinstance(losses, Tensor) or losses.shape != (len(part),):
+            got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise BadObjective(
+                f"expected objectives(model, index) to give one loss for each of {len(part)} queries, of shape "
+                f"[{len(part)}]; got {got}. Use reduction='none' and index the queries with `index`."
+            )
+        return losses
+
+    return objective
+
+
+def _repeated(
+    f: TrainingFunction, z: Mapping[str, Any], place: Path | None, rehearsal: Trained, progress: bool
+) -> Metagradient:
+    """A chunk's metagradient, whose training was that of the rehearsal bit by bit."""
+    try:
+        result = f.metagradient(z, resume=place, progress=progress)
+    except ReplayDivergence:
+        _same_training(rehearsal, f.train(z))  # names the first step, where the reverse sweep meets the last one
+        raise
+    _same_training(rehearsal, result)
+    return result
+
+
+def _same_training(first: Trained, second: Trained | Metagradient) -> None:
+    advice = (
+        "An attribution needs a training that repeats itself: batches that are the same whenever they are asked for "
+        "(a fixed order and fixed augmentation), random numbers from torch's generators only, no state outside the "
+        "model's buffers, deterministic kernels (torch.use_deterministic_algorithms)."
+    )
+    step = files.first_difference(first.losses.numpy(), second.losses.numpy())
+    if step is not None:
+        a, b = float(first.losses[step]), float(second.losses[step])
+        raise ReplayDivergence(step, f"its loss was {a!r} in one training and {b!r} in the next. {advice}")
+    for name, tensor in first.model_state.items():
+        if not torch.equal(tensor, second.model_state[name]):
+            last = len(first.losses) - 1
+            cause = f"two trainings with equal losses end with different values of {name}. {advice}"
+            raise ReplayDivergence(last, cause)
+
+
+def _numbers(queries: int | Sequence[int] | Tensor) -> list[int]:
+    if isinstance(queries, int) and not isinstance(queries, bool):
+        numbers = list(range(queries))
+    else:
+        values = torch.as_tensor(queries)
+        if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
+            raise BadArgument(
+                f"expected queries to be how many there are, or a list of their numbers; got {values.dtype} "
+                f"{list(values.shape)}"
+            )
+        numbers = values.tolist()
+    if not numbers:
+        raise BadArgument("expected at least one query")
+    if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
+        raise BadArgument(f"expected every query once; query {repeated[0]} is there {numbers.count(repeated[0])} times")
+    return numbers
+
+
+def _weights(z: Mapping[str, Any], key: str) -> Tensor:
+    if key not in z:
+        raise BadMetaparameter(f"expected z[{key!r}], a weight for each training example; z has {list(z)}")
+    weight = z[key]
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not weight.is_floating_point():
+        got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+        raise BadMetaparameter(
+            f"expected z[{key!r}] to be floating-point of shape [n], one weight an example; got {got}"
+        )
+    return weight
+
+
+def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
+    """How often the training reads each example, int64 `[n]`; None where `per_example` does not tell."""
+    if key not in f.per_example:
+        return None
+    visits = torch.zeros(n, dtype=torch.int64)
+    for step in range(len(f)):
+        index = torch.as_tensor(f.per_example[key](f.batches[step])).reshape(-1).cpu()
+        if len(index) and not -n <= int(index.min()) <= int(index.max()) < n:
+            raise BadBatch(
+                f"expected indices of training examples in 0..{n - 1}, since z[{key!r}] has {n} entries; batch {step} "
+                f"has {int(index.min())}..{int(index.max())}"
+            )
+        visits.index_put_((index % n,), torch.ones_like(index), accumulate=True)
+    return visits
+
+
+def _chunk(f: TrainingFunction, z: Mapping[str, Any], k: int, chunk: int | None, memory: int | str | None) -> int:
+    """How many queries share a sweep."""
+    if chunk is not None:
+        if chunk < 1 or memory is not None:
+            raise BadArgument(f"expected chunk >= 1, or memory in its place; got chunk={chunk}, memory={memory!r}")
+        return min(chunk, k)
+    room = int(SHARE * free_host_memory()) if memory is None else parse_bytes(memory)
+    each = query_bytes(f, z)
+    if memory is not None and room < each:
+        raise BadArgument(f"expected memory for one query at least, which takes {each:,} bytes; got {room:,}")
+    most = max(1, min(k, MOST, room // each))
+    return -(-k // -(-k // most))  # chunks of one size, rather than a small last one
+
+
+def query_bytes(f: TrainingFunction, z: Mapping[str, Any]) -> int:
+    """Bytes that each query of a chunk takes: adjoints of parameters and optimizer state, a direction, and scores."""
+    arena = Arena.of(f.model)
+    adjoint = (2 + len(f.optimizer.slots)) * arena.numel * arena.dtype.itemsize
+    leaves = [x for x in tree_flatten(dict(z))[0] if isinstance(x, Tensor)]
+    # The scores, and two and a half times as much while they are checked for being finite.
+    return adjoint + int(3.5 * sum(x.numel() * x.element_size() for x in leaves))
+
+
+def _scores(result: Metagradient, key: str) -> np.ndarray:
+    return result.grads[key].cpu().numpy()

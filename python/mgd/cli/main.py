@@ -1,0 +1,171 @@
+"""The command line. torch and all that needs it are imported inside the commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads, write_json
+
+# Name of a command -> module whose function `command` it is, with options annotated for typer.
+BENCHMARKS: dict[str, str] = {
+    "throughput": "mgd.bench.throughput",
+    "memory": "mgd.bench.memory",
+    "overhead": "mgd.bench.overhead",
+    "offload": "mgd.bench.offload",
+    "kernels": "mgd.bench.kernels",
+}
+PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
+RECIPES: dict[str, str] = {
+    "poison": "mgd.recipes.poison.command",
+    "lr-schedule": "mgd.recipes.lr_schedule.command",
+    "smoothness": "mgd.recipes.smoothness.command",
+    "select": "mgd.recipes.select.command",
+    "rate": "mgd.recipes.rate.command",
+    "attribute": "mgd.recipes.attribute.command",
+}
+
+app = typer.Typer(
+    name="mgd",
+    help="Exact metagradients: the gradient of a trained model's output with respect to how it was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _imported(commands: Mapping[str, str]) -> type[TyperGroup]:
+    """A group whose commands are imported when they are asked for."""
+
+    class Imported(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            return list(commands)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            if cmd_name not in commands:
+                return None
+            one = typer.Typer(add_completion=False)
+            one.command(cmd_name)(importlib.import_module(commands[cmd_name]).command)
+            return typer.main.get_command(one)
+
+    return Imported
+
+
+app.add_typer(
+    typer.Typer(cls=_imported(BENCHMARKS), no_args_is_help=True),
+    name="bench",
+    help="Measure speed, memory and bandwidth.",
+)
+app.add_typer(
+    typer.Typer(cls=_imported(PROFILES), no_args_is_help=True),
+    name="profile",
+    help="Measure a training of your own.",
+)
+app.add_typer(
+    typer.Typer(cls=_imported(RECIPES), no_args_is_help=True),
+    name="recipe",
+    help="Complete uses of metagradients.",
+    hidden=not RECIPES,
+)
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    data: Data = None, out: Out = None, json: Json = None, steps: Steps = 200, seed: Seed = 0, threads: Threads = 1
+) -> None:
+    """Find the mislabelled images of a training set, and check the metagradient that finds them."""
+    from mgd.recipes.data import load
+    from mgd.recipes.demo import recipe, report
+    from mgd.ui.console import Session
+
+    session = Session("demo", out, json, threads)
+    found = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
+    session.finish(report.page(found), found.to_dict())
+    if not found.check.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """Say what works on this machine, what does not, and what to do about it."""
+    from mgd.cli import doctor
+
+    found = doctor.examine()
+    typer.echo(doctor.describe(found))
+    if json:
+        write_json(json, "doctor", found)
+
+
+@app.command()
+def plan(
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps T.")],
+    parameters: Annotated[str, typer.Option(metavar="N", help='Trained parameters: 124000000, "124M", "1.5B".')],
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam or adamw.")] = "adamw",
+    dtype: Annotated[str, typer.Option(help="Of the gradients: float32, bfloat16, float16 or float64.")] = "float32",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TIER=SIZE", help="device=1GB, host=8GB, disk=100GB or disk=DIR:100GB; once a tier."),
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="auto, log, revolve, kary, kary:K, sqrt, binary or all.")] = "auto",
+    step_seconds: Annotated[float | None, typer.Option(min=0, help="Of one training step, measured.")] = None,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Plan a metagradient before running it: what is stored where, what is replayed, how long it takes."""
+    from mgd.cli import plan as planning
+
+    if out:
+        from mgd.ui.page import require_matplotlib
+
+        require_matplotlib()
+    try:
+        chosen = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
+    except ValueError as error:
+        from mgd.errors import MetagradientError
+
+        if isinstance(error, MetagradientError):
+            raise
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(chosen.explain())
+    if step_seconds is None:
+        typer.echo("\nTimes take a training step for 1 s; --step-seconds sets what you measured.")
+    if out:
+        typer.echo(f"wrote {planning.draw(chosen, out)}")
+    if json:
+        write_json(json, "plan", chosen.to_dict())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `mgd` command. A user's error ends with its message and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    try:
+        app(arguments, prog_name="mgd")
+    except Exception as error:
+        if debug or not _is_the_users(error):
+            raise
+        message = " ".join(str(error).split())
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(f"{message} (--debug shows where)", err=True)
+        raise SystemExit(2) from None
+
+
+def _is_the_users(error: Exception) -> bool:
+    from mgd.errors import KernelError, MetagradientError
+
+    # Of the operating system's errors, those that name a file: one that cannot be read or written.
+    return isinstance(error, MetagradientError | KernelError) or (isinstance(error, OSError) and bool(error.filename))

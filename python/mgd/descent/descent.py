@@ -1,0 +1,174 @@
+"""Metagradient descent: train, differentiate the training, move the metaparameters, train again (arXiv 2503.13751)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from mgd.descent.constraints import Constraint
+from mgd.descent.state import DescentState, MetaStep, Variables
+from mgd.errors import BadArgument, NonFiniteState
+from mgd.function import TrainingFunction
+from mgd.results import Metagradient
+from mgd.util.checkpoint_directory import Directory
+from mgd.util.progress import tracked
+
+Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
+
+ATTEMPTS = 8  # smaller and smaller steps from one point before the descent gives up
+
+
+@dataclass
+class Descent:
+    """variables: where the last step led. best: those of the lowest score, which meta-step `best_step` trained with.
+    history: every training. stopped: "steps" or "patience". notes: what went wrong and was mended on the way."""
+
+    variables: Variables
+    best: Variables
+    best_step: int
+    history: list[MetaStep]
+    stopped: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def values(self) -> list[float]:
+        return [step.value for step in self.history]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "best_step": self.best_step,
+            "stopped": self.stopped,
+            "notes": self.notes,
+            "history": [asdict(step) for step in self.history],
+        }
+
+
+class MetaDescent:
+    """Descend on the metaparameters of a training by its metagradients, training again at every meta-step.
+
+    problem: a `TrainingFunction`, whose `z` the variables then are; or a function `(variables, meta-step) -> (f, z)`,
+        by which `z` may be computed from other variables (knots of a schedule, logarithms) by differentiable torch
+        operations, and the training itself may depend on them (batches drawn by counts, another seed each meta-step).
+    optimizer: makes the outer optimizer from the list of variables: `lambda x: torch.optim.Adam(x, lr=0.1)`, any other
+        optimizer of torch, or `mgd.SignDescent`.
+    constraints: variable -> `Box` or `Simplex`, to which it is projected at the start and after each step.
+    validate: `validate(result: Metagradient) -> float` of every training; the best variables are those of the lowest.
+        By default the objective itself.
+
+    A training that diverges (`NonFiniteState`) is not the end: the variables go back, the outer learning rate is
+    halved from then on (or what the optimizer's groups name under "shrinks"), and the step is taken again, which
+    `notes` and the history say.
+    """
+
+    def __init__(
+        self,
+        problem: TrainingFunction | Problem,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        *,
+        constraints: Mapping[str, Constraint] | None = None,
+        validate: Callable[[Metagradient], float] | None = None,
+    ):
+        if not callable(problem):
+            raise BadArgument(
+                f"expected problem to be a TrainingFunction or a function (variables, meta-step) -> (f, z); got "
+                f"{type(problem).__name__}"
+            )
+        self.problem, self.optimizer = problem, optimizer
+        self.constraints, self.validate = dict(constraints or {}), validate
+
+    def run(
+        self,
+        variables: Mapping[str, Tensor],
+        steps: int,
+        *,
+        patience: int | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        observe: Callable[[MetaStep, Metagradient, Variables], None] | None = None,
+    ) -> Descent:
+        """Train `steps` times, each time with a metagradient and a step of the outer optimizer. `variables`, where the
+        descent starts, stay as they are.
+
+        patience: end after so many meta-steps without a lower score.
+        directory: keep history and state there after every meta-step, so that the same call continues an interrupted
+            descent, to the same bits, and one with more steps a finished one. Start, constraints and optimizer are
+            compared with those of the descent that is there; the problem is not.
+        observe: called after every training, with the variables that it was trained with.
+
+        Raises BadArgument for variables that do not fit, StaleRun for the directory of another descent, CorruptState
+        for one whose file is damaged, NonFiniteState where the start itself, or every smaller step, diverges.
+        """
+        if steps < 1 or (patience is not None and patience < 1):
+            raise BadArgument(f"expected steps and patience of at least 1; got {steps} and {patience}")
+        place = DescentState(variables, self.constraints, self.optimizer)
+        kept = None if directory is None else Directory(directory)
+        if kept is not None:
+            kept.restore(place)
+        with tracked("meta-steps", steps, len(place.history), progress) as tick:
+            while len(place.history) < steps and not place.stalled(patience):
+                step, result = self._train(place)
+                if observe is not None:
+                    observe(step, result, place.copy())
+                place.record(step)
+                place.descend()
+                if kept is not None:
+                    kept.save(place)
+                tick(f"objective {step.value:.4f}")
+        stopped = "steps" if len(place.history) >= steps else "patience"
+        return Descent(place.copy(), place.best, place.best_step, place.history, stopped, place.notes)
+
+    def _train(self, place: DescentState) -> tuple[MetaStep, Metagradient]:
+        """A training with its metagradient, at the variables of `place`, nearer to the last ones where it diverges."""
+        for attempt in range(ATTEMPTS + 1):
+            start = time.perf_counter()
+            try:
+                result = self._differentiate(place.leaves, len(place.history))
+                break
+            except NonFiniteState as error:
+                if attempt == ATTEMPTS or not place.history:
+                    raise
+                place.retreat(error)
+        value = float(result.value)
+        score = value if self.validate is None else float(self.validate(result))
+        norms = {name: float(x.grad.norm()) for name, x in place.leaves.items() if x.grad is not None}
+        return MetaStep(len(place.history), value, score, norms, time.perf_counter() - start, attempt), result
+
+    def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
+        """The metagradient, carried on from `z` to the variables: the `grad` of each of them."""
+        f, z = self._training(leaves, index)
+        result = f.metagradient(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(z)))
+        if result.value.ndim:
+            raise BadArgument(f"expected one objective to descend on; got {result.value.numel()}")
+        found = tree_flatten({key: result.grads[key] for key in z})[0]
+        pairs = [(x, g.to(x)) for x, g in zip(tree_flatten(dict(z))[0], found, strict=True) if _moves(x)]
+        if not pairs:
+            raise BadArgument("z does not depend on the variables: compute it from them by torch operations")
+        for x in leaves.values():
+            x.grad = None
+        torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        for name, x in leaves.items():
+            if x.grad is not None and not bool(x.grad.isfinite().all()):
+                raise NonFiniteState(0, f"the gradient of variable {name!r}")
+        return result
+
+    def _training(self, leaves: Variables, index: int) -> tuple[TrainingFunction, Mapping[str, Any]]:
+        if isinstance(self.problem, TrainingFunction):
+            return self.problem, leaves
+        with torch.enable_grad():
+            f, z = self.problem(leaves, index)
+        if not isinstance(f, TrainingFunction) or not isinstance(z, Mapping):
+            raise BadArgument(
+                f"expected problem to return a TrainingFunction and its z; got {type(f).__name__}, {type(z).__name__}"
+            )
+        return f, z
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad

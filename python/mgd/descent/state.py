@@ -1,0 +1,159 @@
+"""Where a metagradient descent is, and how a directory keeps it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.descent.constraints import Constraint
+from mgd.errors import BadArgument, NonFiniteState
+from mgd.util.fingerprint import digest
+
+Variables = dict[str, Tensor]
+
+SMALLER = 0.5  # factor of the outer learning rate (or of what a group's "shrinks" names) after a divergent training
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """One training of a descent. value: the objective. score: what the best is chosen by (the value, or `validate`'s).
+    gradient_norms: by variable. seconds: of the training with its metagradient. diverged: trainings that did not stay
+    finite before this one, each followed by a smaller step."""
+
+    step: int
+    value: float
+    score: float
+    gradient_norms: dict[str, float]
+    seconds: float
+    diverged: int = 0
+
+
+class DescentState:
+    """Where a descent is: variables, outer optimizer, history, and where the last step came from."""
+
+    def __init__(
+        self,
+        variables: Mapping[str, Tensor],
+        constraints: Mapping[str, Constraint],
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    ):
+        if not variables:
+            raise BadArgument("expected at least one variable to descend on")
+        for name, x in variables.items():
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise BadArgument(f"expected variable {name!r} to be a floating-point tensor; got {got}")
+            if not bool(x.isfinite().all()):
+                raise BadArgument(f"expected variable {name!r} to be finite")
+        if unknown := sorted(set(constraints) - set(variables)):
+            raise BadArgument(f"expected constraints for some of {list(variables)}; got {unknown}")
+        for name, constraint in constraints.items():
+            constraint.check(name, variables[name])
+        self.constraints = constraints
+        self.leaves = {name: x.detach().clone().requires_grad_() for name, x in variables.items()}
+        self._project()
+        self.optimizer = optimizer(list(self.leaves.values()))
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise BadArgument(f"expected optimizer to make one of torch.optim; got {type(self.optimizer).__name__}")
+        self.identity = self._identity()
+        self.history: list[MetaStep] = []
+        self.notes: list[str] = []
+        self.best, self.best_step = self.copy(), 0
+        self.before: dict[str, Any] | None = None  # variables, gradients and optimizer state before the last step
+
+    def _identity(self) -> dict[str, str]:
+        """Digests of what a descent of the same problem would not share."""
+        optimizer = [v for group in self.optimizer.param_groups for v in _plain({**group, "params": None})]
+        starts = {f"the start of {name!r}": digest(x) for name, x in self.leaves.items()}
+        kept = {
+            f"the constraint on {name!r}": digest(type(c).__name__, *_plain(getattr(c, "__dict__", {})))
+            for name, c in self.constraints.items()
+        }
+        return starts | kept | {"the outer optimizer": digest(type(self.optimizer).__name__, *optimizer)}
+
+    def copy(self) -> Variables:
+        return {name: x.detach().clone() for name, x in self.leaves.items()}
+
+    def record(self, step: MetaStep) -> None:
+        if not self.history or _rank(step) < _rank(self.history[self.best_step]):
+            self.best, self.best_step = self.copy(), step.step
+        self.history.append(step)
+
+    def stalled(self, patience: int | None) -> bool:
+        """Has the score not fallen in the last `patience` meta-steps?"""
+        return patience is not None and bool(self.history) and len(self.history) - 1 - self.best_step >= patience
+
+    def descend(self) -> None:
+        """A step of the outer optimizer, then the projection."""
+        gradients = {name: x.grad.clone() for name, x in self.leaves.items() if x.grad is not None}
+        self.before = {
+            "variables": self.copy(),
+            "gradients": gradients,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+        self._step()
+
+    def retreat(self, error: NonFiniteState) -> None:
+        """Back to where the last step began, and that step again, smaller."""
+        assert self.before is not None
+        self._set(self.before["variables"])
+        for name, g in self.before["gradients"].items():
+            self.leaves[name].grad = g.clone()
+        names = [group.get("shrinks", "lr") for group in self.before["optimizer"]["param_groups"]]
+        for name, group in zip(names, self.before["optimizer"]["param_groups"], strict=True):
+            group[name] *= SMALLER
+        self.optimizer.load_state_dict(copy.deepcopy(self.before["optimizer"]))
+        words = {"lr": "an outer learning rate"}.get(names[0], f"a {names[0]}")
+        self.notes.append(
+            f"meta-step {len(self.history)}: {error.where} left the finite numbers at training step {error.step}; "
+            f"taken again with {words} of {self.optimizer.param_groups[0][names[0]]:.3g}"
+        )
+        self._step()
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self._project()
+
+    def _project(self) -> None:
+        with torch.no_grad():
+            for name, constraint in self.constraints.items():
+                self.leaves[name].copy_(constraint.project(self.leaves[name]))
+
+    def _set(self, variables: Variables) -> None:
+        with torch.no_grad():
+            for name, x in variables.items():
+                self.leaves[name].copy_(x)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "variables": self.copy(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": [asdict(step) for step in self.history],
+            "notes": self.notes,
+            "best": (self.best, self.best_step),
+            "before": self.before,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._set(state["variables"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = [MetaStep(**step) for step in state["history"]]
+        self.notes, self.before = state["notes"], state["before"]
+        self.best, self.best_step = state["best"]
+
+
+def _plain(values: Mapping[str, Any]) -> list[Any]:
+    """The names and values that mean the same in every process."""
+    known = (Tensor, bool, int, float, str, tuple, type(None))
+    return [x for name, value in sorted(values.items()) if isinstance(value, known) for x in (name, value)]
+
+
+def _rank(step: MetaStep) -> float:
+    """The score, by which a NaN is never the best."""
+    return math.inf if math.isnan(step.score) else step.score

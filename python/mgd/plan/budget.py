@@ -1,0 +1,101 @@
+"""What a plan may use (`Budget`), what its objects weigh (`Sizes`), and what its actions cost (`Costs`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from mgd.util.text import parse_bytes
+
+#: The tiers, fastest first. On a machine without an accelerator "device" and "host" are both plain memory.
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that snapshots and logged gradients may take, a tier each; a part left out is not used.
+
+    device, host: bytes, or text such as "1GB", "512MiB", "0". disk: a pair (directory, size).
+    `Budget()` stands for the default: host memory alone, up to the share of free memory the caller of
+    `plan` names as `default_host_bytes`.
+    """
+
+    device: int | str | None = None
+    host: int | str | None = None
+    disk: tuple[str | os.PathLike[str], int | str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.disk is not None and (isinstance(self.disk, str) or len(self.disk) != 2):
+            raise ValueError(f'expected disk=(directory, size), such as ("runs/log", "100GB"), got {self.disk!r}')
+        self.limits()  # malformed sizes are reported where they are written
+
+    @property
+    def directory(self) -> str | None:
+        """Where the disk tier lives."""
+        return None if self.disk is None else os.fspath(self.disk[0])
+
+    def limits(self, default_host_bytes: int | None = None) -> dict[str, int]:
+        """Bytes of every tier in use, fastest first. `default_host_bytes` is host's share when no part was given."""
+        parts = (self.device, self.host, None if self.disk is None else self.disk[1])
+        if all(part is None for part in parts):
+            return {} if default_host_bytes is None else {"host": parse_bytes(default_host_bytes)}
+        return {tier: parse_bytes(part) for tier, part in zip(TIERS, parts, strict=True) if part is not None}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one snapshot (parameters and optimizer state) and of one gradient, in the dtype the model produces."""
+
+    snapshot: int
+    gradient: int
+
+    def __post_init__(self) -> None:
+        if self.snapshot < 1 or self.gradient < 1:
+            raise ValueError(f"expected at least one byte a snapshot and a gradient, got {self}")
+
+
+_WRITE = {"device": 5e11, "host": 1e10, "disk": 2e9}
+_READ = {"device": 5e11, "host": 1e10, "disk": 6e9}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each piece of work and bytes per second of each tier. Timings values make measured predictions.
+
+    step: one training gradient and its update. hvp: one adjoint step, optimizer VJP and model HVP (default
+    3 steps). update: one elementwise update from a logged gradient (default 1/50 step). write, read: bytes per
+    second; tiers left out keep their default. overlap: the tiers whose transfers run behind the computation
+    (write-behind and prefetch); copies on the others take their time from it. A machine without an
+    accelerator has overlap=("disk",): there, memory copies are work of the same processor. copy: bytes per second at
+    which the processor copies to and from the buffers of overlapping transfers (infinite where another engine does).
+    """
+
+    step: float = 1.0
+    hvp: float = None  # type: ignore[assignment]
+    update: float = None  # type: ignore[assignment]
+    write: Mapping[str, float] = field(default_factory=dict)
+    read: Mapping[str, float] = field(default_factory=dict)
+    overlap: tuple[str, ...] = ("host", "disk")
+    copy: float = math.inf
+
+    def __post_init__(self) -> None:
+        given = {*self.write, *self.read, *self.overlap}
+        if unknown := given - set(TIERS):
+            raise ValueError(f"expected the tiers {', '.join(TIERS)}; got {', '.join(sorted(unknown))}")
+        derived = {
+            "write": MappingProxyType(_WRITE | dict(self.write)),
+            "read": MappingProxyType(_READ | dict(self.read)),
+        }
+        if min(*derived["write"].values(), *derived["read"].values(), self.copy) <= 0:
+            raise ValueError(
+                f"expected positive bytes per second, got write={self.write}, read={self.read}, copy={self.copy}"
+            )
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "hvp", 3 * self.step if self.hvp is None else self.hvp)
+        object.__setattr__(self, "update", self.step / 50 if self.update is None else self.update)
+        if not min(self.step, self.hvp, self.update) >= 0:
+            raise ValueError(f"expected non-negative seconds, got {self}")

@@ -1,0 +1,266 @@
+"""The shape of a plan: the chain in logged segments, and the place of every object in the tiers.
+
+T training steps and the objective make a chain of N = T + 1 steps, reversed from the objective backwards. It
+is cut into n segments of L steps (the first may be shorter), and an *outer* schedule reverses the chain of
+segments. Turning a segment means to log its gradients as the model advances over it, all but the last one, whose
+step is turned on the spot (it is the objective, or its gradient is computed as it is reversed), and then to go
+back over it by an *inner* schedule whose advances are elementwise updates. So the log holds L - 1 gradients.
+L = N is the full log: the model runs T times. L = 1 is plain checkpointing.
+
+With revolve outside, s snapshots and r its repetitions, the model advances over r N - L C(s+r, s+1) chain steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
+from mgd.plan.budget import Costs, Sizes
+from mgd.plan.revolve import (
+    Revolve,
+    Rule,
+    Slots,
+    Tally,
+    advances,
+    advances_from,
+    repetitions,
+    reversal,
+    tally,
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The work of one phase: counts of model steps, updates and adjoint steps, and bytes by tier."""
+
+    name: str
+    model: int
+    update: int
+    adjoint: int
+    written: tuple[int, ...]
+    read: tuple[int, ...]
+
+    def seconds(self, tiers: Sequence[str], costs: Costs) -> float:
+        """The computation with the copies it makes itself, or the slowest transfer beside it if that is longer."""
+        busy = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
+        beside = 0.0
+        for tier, written, read in zip(tiers, self.written, self.read, strict=True):
+            transfer = written / costs.write[tier] + read / costs.read[tier]
+            if tier in costs.overlap:
+                beside = max(beside, transfer)
+                busy += (written + read) / costs.copy
+            else:
+                busy += transfer
+        return max(busy, beside)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A chain of `chain` steps in segments of `length`; its slots and log entries by tier, fastest first.
+
+    Every tier's content is at its maximum at one moment, the end of the first sweep.
+    """
+
+    tiers: tuple[str, ...]
+    sizes: Sizes
+    chain: int
+    length: int
+    rule: Rule
+    outer: Slots
+    inner: Slots
+    log: tuple[int, ...]
+    segments: int = field(init=False)
+    first: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        segments = -(-self.chain // self.length)
+        object.__setattr__(self, "segments", segments)
+        object.__setattr__(self, "first", self.chain - (segments - 1) * self.length)
+
+    @classmethod
+    def fit(
+        cls, limits: Mapping[str, int], sizes: Sizes, chain: int, length: int, rule: Rule, outer: int, inner: int
+    ) -> Layout | None:
+        """Place `inner` slots, then the log, then `outer` slots, each as fast as there is room; None without room."""
+        free = list(limits.values())
+
+        def place(count: int, size: int) -> tuple[int, ...]:
+            placed: list[int] = []
+            for i, room in enumerate(free):
+                placed.append(min(count - sum(placed), room // size))
+                free[i] -= placed[-1] * size
+            return tuple(placed)
+
+        wanted = inner, length - 1, outer
+        found = [place(n, s) for n, s in zip(wanted, (sizes.snapshot, sizes.gradient, sizes.snapshot), strict=True)]
+        if tuple(map(sum, found)) != wanted:
+            return None
+        return cls(tuple(limits), sizes, chain, length, rule, Slots(found[2]), Slots(found[0]), found[1])
+
+    @property
+    def peak(self) -> tuple[int, ...]:
+        """The most bytes held, by tier."""
+        slots = zip(self.outer.counts, self.inner.counts, self.log, strict=True)
+        return tuple((o + i) * self.sizes.snapshot + g * self.sizes.gradient for o, i, g in slots)
+
+    def actions(self, origin: int) -> Iterator[Action]:
+        """The actions; chain step 0 is training step `origin`."""
+        if origin:
+            yield Advance(origin)
+        shift = origin + self.first - self.length
+        for kind, segment, depth in reversal(self.segments, self.rule):
+            start = shift + segment * self.length if segment else origin
+            if kind == "save":
+                yield Save(start, self.tiers[self.outer.tier(depth)])
+            elif kind == "load":
+                yield Load(start)
+            elif kind == "advance":
+                yield Advance(start)
+            else:
+                yield from self._turn(start, shift + (segment + 1) * self.length, depth, origin + self.chain - 1)
+
+    def _turn(self, start: int, stop: int, depth: int, objective: int) -> Iterator[Action]:
+        """Turn the segment start..stop-1. `depth`: that of the outer snapshot at its start, or -1."""
+        held = depth >= 0
+        if stop - start == 1:
+            if held:
+                yield Drop(start)
+            if start < objective:
+                yield Reverse(start)
+            return
+        slots = self.inner.fastest(stop - start - 1)
+        kept = held and self.outer.tier(depth) == slots.tier(0)
+        if held and not kept:  # the start is about to be loaded again and again: move it where that is cheap
+            yield Drop(start)
+        logging, position = True, start
+        for kind, i, level in reversal(stop - start, Revolve(slots.total)):
+            step = start + i
+            if kind == "save":
+                if not (kept and i == 0):
+                    yield Save(step, self.tiers[slots.tier(level)])
+            elif kind == "load":
+                yield Load(step)
+            elif kind == "advance":
+                if logging:
+                    yield from self._logged(position, step, stop - 1)
+                else:
+                    yield Advance(step)
+                position = step
+            else:
+                logging = False
+                if level >= 0:
+                    yield Drop(step)
+                if step < objective:
+                    yield Reverse(step)
+
+    def _pieces(self, entries: int) -> Iterator[tuple[int, int, int]]:
+        """(tier index, low, high) of a segment's log of so many entries; the fastest tier has the last ones."""
+        high = entries
+        for i, room in enumerate(self.log):
+            low = max(0, high - room)
+            if low < high:
+                yield i, low, high
+            high = low
+
+    def _logged(self, start: int, stop: int, end: int) -> Iterator[Action]:
+        """Advance from start to stop, logging, in a segment whose last entry is that of step end-1."""
+        for i, low, high in reversed(list(self._pieces(end - start))):
+            if start + low < stop:
+                yield Advance(min(stop, start + high), self.tiers[i])
+
+    # -- accounting: what `actions` would add up to
+
+    def _lengths(self) -> tuple[tuple[int, int], ...]:
+        """Segment lengths, and how many segments have them."""
+        if self.first == self.length:
+            return ((self.length, self.segments),)
+        return (self.length, self.segments - 1), (self.first, 1)
+
+    def phases(self, origin: int) -> tuple[Phase, Phase, Phase]:
+        """The first sweep; the replays of the model after it; the reverse sweep proper."""
+        state, grad = self.sizes.snapshot, self.sizes.gradient
+        outer = tally(self.segments, self.rule, self.outer)
+        none = (0,) * len(self.tiers)
+
+        swept = self._first_saves()
+        first_written = _sum(_times(state, swept), _times(state, self.inner.counts), _times(grad, self.log))
+        replay_written = _times(state, _sum(outer.saves, _times(-1, swept)))
+        written = read = none
+        updates = 0
+        for length, count in self._lengths():
+            if length == 1:
+                continue
+            slots, log = self.inner.fastest(length - 1), self._log_of(length)
+            inner = tally(length, Revolve(slots.total), slots)
+            pass_saves = slots.counts  # one in each slot while the gradients are logged
+            logging = count - (length == self.length)  # the last segment's turn belongs to the first sweep
+            replay_written = _sum(replay_written, _times(logging, _sum(_times(state, pass_saves), _times(grad, log))))
+            base = slots.between(0, 1)
+            kept = self._kept_bases(length, outer, base)
+            replay_written = _sum(replay_written, _times(-state * kept, base))
+            written = _sum(written, _times(count * state, _sum(inner.saves, _times(-1, pass_saves))))
+            reads = _sum(_times(state, inner.loads), _times(grad, self._log_reads(length, slots.total)))
+            read = _sum(read, _times(count, reads))
+            updates += count * (inner.advances - (length - 1))
+
+        steps = self.length * outer.advances - (self.length - self.first) * self._first_segment_passes()
+        replayed = steps - (self.chain - self.length) + (self.chain - self.segments) - (self.length - 1)
+        turned = self.segments - 1
+        return (
+            Phase("first sweep", origin + self.chain - 1, 0, 0, first_written, none),
+            Phase("replay", replayed, 0, 0, replay_written, _times(state, outer.loads)),
+            Phase("reverse sweep", turned, updates, self.chain - 1, written, read),
+        )
+
+    def _first_saves(self) -> tuple[int, ...]:
+        """Outer snapshots of the first sweep, by tier."""
+        if isinstance(self.rule, Revolve):
+            return self.outer.counts
+        count = 0
+        for move in reversal(self.segments, self.rule):
+            if move.kind == "turn":
+                break
+            count += move.kind == "save"
+        return self.outer.between(0, count)
+
+    def _first_segment_passes(self) -> int:
+        if self.first == self.length:
+            return 0  # nobody asks
+        return repetitions(self.segments, self.outer.total)
+
+    def _kept_bases(self, length: int, outer: Tally, base: tuple[int, ...]) -> int:
+        """How many segments of this length start at an outer snapshot that serves them where it is."""
+        if self.segments == 1:
+            return 0
+        tier = base.index(1)
+        first = self.outer.tier(0) == tier  # the first segment always starts at an outer snapshot, that of depth 0
+        if self.first == self.length:
+            return outer.held[tier]
+        return outer.held[tier] - first if length == self.length else int(first)
+
+    def _log_of(self, length: int) -> tuple[int, ...]:
+        counts = [0] * len(self.tiers)
+        for i, low, high in self._pieces(length - 1):
+            counts[i] = high - low
+        return tuple(counts)
+
+    def _log_reads(self, length: int, slots: int) -> tuple[int, ...]:
+        """Reads of log entries in one segment, by tier: one each as its step is reversed, the others to rebuild."""
+        reads = [0] * len(self.tiers)
+        for i, low, high in self._pieces(length - 1):
+            reads[i] = advances_from(length, slots, low) - advances_from(length, slots, high)
+        return tuple(reads)
+
+
+def rebuilt(length: int, slots: int) -> int:
+    """Updates that go back over one segment: the inner advances, less those of the pass that logs."""
+    return advances(length, slots) - (length - 1) if length > 1 else 0
+
+
+def _sum(*vectors: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*vectors, strict=True)))
+
+
+def _times(factor: int, vector: Sequence[int]) -> tuple[int, ...]:
+    return tuple(factor * x for x in vector)

@@ -1,0 +1,264 @@
+"""Plans: which states to keep, which gradients to log, and where, so that the reverse sweep takes least time.
+
+`plan` searches the layouts of `mgd.plan.layout` under a budget. The `Plan` it returns yields its actions lazily and
+knows beforehand what they add up to. docs/planning.md explains the model, the optimum and its limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite, isqrt
+from typing import Any
+
+from mgd.errors import BudgetTooSmall
+from mgd.plan.actions import Action
+from mgd.plan.budget import Budget, Costs, Sizes
+from mgd.plan.layout import Layout, Phase
+from mgd.plan.revolve import KAry, Revolve, Rule, kary, stack_height
+from mgd.plan.search import Search
+from mgd.util.text import format_bytes, format_seconds, table
+
+SCHEDULES = ("auto", "log", "revolve", "kary", "sqrt", "binary", "all")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one metagradient of T steps is computed. `actions()` is what to do; everything else is known beforehand.
+
+    schedule: the name asked for. limits: bytes a tier. directory: that of the disk tier.
+    """
+
+    T: int
+    stop_at: int
+    schedule: str
+    sizes: Sizes
+    costs: Costs
+    limits: Mapping[str, int]
+    directory: str | None
+    layout: Layout = field(repr=False)
+
+    def actions(self) -> Iterator[Action]:
+        """A fresh iterator over the actions. Memory: one entry a snapshot held, whatever T."""
+        return self.layout.actions(self.stop_at)
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The first sweep, the replays of the model after it, and the reverse sweep."""
+        return self.layout.phases(self.stop_at)
+
+    @property
+    def model_steps(self) -> int:
+        """Training gradients computed by the model, those of the first sweep included; HVPs are not."""
+        return sum(phase.model for phase in self.phases)
+
+    @property
+    def update_steps(self) -> int:
+        """Elementwise updates from logged gradients."""
+        return sum(phase.update for phase in self.phases)
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The most bytes of snapshots and logged gradients held at a time, by tier."""
+        return dict(zip(self.limits, self.layout.peak, strict=True))
+
+    @property
+    def bytes_moved(self) -> dict[str, dict[str, int]]:
+        """Bytes written to and read from each tier: {"host": {"written": ..., "read": ...}, ...}."""
+        return {
+            tier: {
+                "written": sum(phase.written[i] for phase in self.phases),
+                "read": sum(phase.read[i] for phase in self.phases),
+            }
+            for i, tier in enumerate(self.limits)
+        }
+
+    @property
+    def predicted_seconds(self) -> float:
+        """The phases one after the other, each as long as its computation or its slowest transfer."""
+        return sum(phase.seconds(self.layout.tiers, self.costs) for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above in JSON's types."""
+        layout, tiers = self.layout, self.layout.tiers
+
+        def by_tier(values: Iterable[int]) -> dict[str, int]:
+            return dict(zip(tiers, values, strict=True))
+
+        return {
+            "T": self.T,
+            "stop_at": self.stop_at,
+            "schedule": self.schedule,
+            "sizes": {"snapshot": self.sizes.snapshot, "gradient": self.sizes.gradient},
+            "costs": {
+                "step": self.costs.step,
+                "hvp": self.costs.hvp,
+                "update": self.costs.update,
+                "write": dict(self.costs.write),
+                "read": dict(self.costs.read),
+                "overlap": list(self.costs.overlap),
+                "copy": self.costs.copy if isfinite(self.costs.copy) else None,
+            },
+            "limits": dict(self.limits),
+            "directory": self.directory,
+            "segments": layout.segments,
+            "segment_length": layout.length,
+            "snapshots": by_tier(layout.outer.counts),
+            "inner_snapshots": by_tier(layout.inner.counts),
+            "logged_gradients": by_tier(layout.log),
+            "model_steps": self.model_steps,
+            "update_steps": self.update_steps,
+            "peak": self.peak,
+            "bytes_moved": self.bytes_moved,
+            "predicted_seconds": self.predicted_seconds,
+            "phases": [
+                {
+                    "name": phase.name,
+                    "model_steps": phase.model,
+                    "update_steps": phase.update,
+                    "adjoint_steps": phase.adjoint,
+                    "written": by_tier(phase.written),
+                    "read": by_tier(phase.read),
+                    "seconds": phase.seconds(tiers, self.costs),
+                }
+                for phase in self.phases
+            ],
+        }
+
+    def explain(self) -> str:
+        """The plan in words and tables."""
+        return "\n".join([*self._words(), "", *self._work_table(), *self._memory_table()])
+
+    def _words(self) -> list[str]:
+        layout, back = self.layout, self.T - self.stop_at
+        again = self.model_steps - self.T
+        lines = [
+            f"{self.T:,} training steps, {back:,} of them reversed, schedule {self.schedule!r}:"
+            f" one snapshot is {format_bytes(self.sizes.snapshot)},"
+            f" one gradient {format_bytes(self.sizes.gradient)}."
+        ]
+        if back == 0:
+            return [*lines, "There is nothing to reverse, and nothing to store."]
+        if layout.segments == 1:
+            lines.append("The log holds every gradient that is needed: the model runs each step once.")
+        elif layout.length == 1:
+            lines.append(f"No gradient is logged. {_count(layout.outer.total)} for the states to start over from.")
+        else:
+            lines.append(
+                f"The chain of {back:,} steps and the objective is cut into {layout.segments:,} segments of"
+                f" {layout.length:,} steps; each in its turn is logged ({layout.length - 1:,} gradients, "
+                f"{(layout.length - 1) / back:.1%} of the training) and taken back. {_count(layout.outer.total)}"
+                " for segment starts."
+            )
+        if layout.inner.total:
+            lines.append(
+                f"Inside the log, {_count(layout.inner.total)}; {self.update_steps:,} elementwise updates"
+                " rebuild the states between them."
+            )
+        lines.append(
+            f"The model computes {self.model_steps:,} gradients, {again:,} more than training alone"
+            f" ({self.model_steps / self.T:.3g} trainings), and {back:,} HVPs."
+            f" Predicted time: {format_seconds(self.predicted_seconds)}."
+        )
+        return lines
+
+    def _work_table(self) -> list[str]:
+        tiers = self.layout.tiers
+        head = ["phase", "model steps", "updates", "adjoints"]
+        head += [f"{tier} {way}" for tier in tiers for way in ("written", "read")] + ["predicted"]
+        rows = []
+        for phase in self.phases:
+            moved = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
+            counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
+            rows.append([phase.name, *counts, *moved, format_seconds(phase.seconds(tiers, self.costs))])
+        return table(head, rows)
+
+    def _memory_table(self) -> list[str]:
+        layout = self.layout
+        if not layout.tiers:
+            return []
+        head = ["tier", "budget", "snapshots", "inner snapshots", "logged gradients", "peak"]
+        columns = zip(layout.outer.counts, layout.inner.counts, layout.log, strict=True)
+        rows = [
+            [tier, format_bytes(limit), *(f"{x:,}" for x in held), format_bytes(self.peak[tier])]
+            for (tier, limit), held in zip(self.limits.items(), columns, strict=True)
+        ]
+        return ["", *table(head, rows)]
+
+
+def plan(
+    T: int,
+    sizes: Sizes,
+    budget: Budget | None = None,
+    costs: Costs | None = None,
+    *,
+    schedule: str = "auto",
+    stop_at: int = 0,
+    default_host_bytes: int | None = None,
+) -> Plan:
+    """Plan the metagradient of T training steps within `budget`.
+
+    schedule: "auto" (least predicted time), or one kind alone: "log" (every gradient), "revolve" (no gradient; the
+    binomial optimum), "kary" or "kary:K" (REPLAY's tree), "sqrt", "binary", "all" (every state).
+    stop_at: the sweep ends at Reverse(stop_at); the steps before are only trained.
+    default_host_bytes: what `Budget()` stands for, a share of free memory; without it, unlimited host memory.
+
+    Raises BudgetTooSmall, naming the least budget that works, and ValueError for arguments that mean nothing.
+    """
+    budget, costs = budget or Budget(), costs or Costs()
+    if T < 0 or not 0 <= stop_at <= T:
+        raise ValueError(f"expected 0 <= stop_at <= T, got stop_at={stop_at}, T={T}")
+    name, _, argument = schedule.partition(":")
+    if name not in SCHEDULES or (argument and not (name == "kary" and argument.isdigit() and int(argument) > 1)):
+        expected = ", ".join(map(repr, SCHEDULES))
+        raise ValueError(f"expected schedule {expected} or 'kary:K' with K >= 2, got {schedule!r}")
+    chain = T - stop_at + 1
+    limits = budget.limits(default_host_bytes)
+    if not limits:  # Budget() and no word on free memory: as much as any schedule could use
+        limits = {"host": chain * (sizes.snapshot + sizes.gradient)}
+    layout = _layout(name, int(argument) if argument else None, Search(chain, sizes, limits, costs, stop_at))
+    return Plan(T, stop_at, schedule, sizes, costs, limits, budget.directory, layout)
+
+
+def _layout(name: str, k: int | None, search: Search) -> Layout:
+    """The layout of the schedule called `name`, or BudgetTooSmall."""
+    chain, state = search.chain, search.sizes.snapshot
+    slots = sum(room // state for room in search.limits.values())
+    rule: Rule
+    if chain == 1:
+        rule, least = Revolve(1), 0
+    elif name == "log":
+        found = search.best_log()
+        if found is None:
+            needs = (chain - 1) * search.sizes.gradient + state
+            raise _too_small(search, needs, f"{chain - 1:,} gradients and a snapshot")
+        return found
+    elif name in ("auto", "revolve"):
+        rule, least = Revolve(max(1, min(slots, chain - 1))), 1
+    elif name == "all":
+        rule, least = Revolve(chain - 1), chain - 1
+    else:
+        if name == "kary":
+            rule = kary(chain, slots, k) or KAry(k or 2)
+        else:
+            rule = KAry(2 if name == "binary" else max(2, isqrt(chain - 1) + 1))
+        least = stack_height(chain, rule)
+    plain = Layout.fit(search.limits, search.sizes, chain, 1, rule, stack_height(chain, rule), 0)
+    if plain is None:
+        raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
+    if name != "auto" or chain == 1:
+        return plain
+    log = search.best_log()
+    return search.best(plain) if log is None else search.best(plain, log)
+
+
+def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:
+    advice = (
+        f"This schedule holds {what}, of {format_bytes(search.sizes.snapshot)} a snapshot, and breaks none across tiers"
+    )
+    return BudgetTooSmall(needs, dict(search.limits), f"{advice}: raise device, host or disk of mgd.Budget.")
+
+
+def _count(snapshots: int) -> str:
+    return f"{snapshots:,} snapshot{'s' * (snapshots != 1)}"

@@ -1,0 +1,297 @@
+"""DataRater: learn to rate training examples, by metagradients through short windows of training (arXiv 2505.17895).
+
+A rater gives every example a score from its content. A softmax of the scores over each batch weights the losses of an
+inner model's training steps, and the rater descends on the inner model's held-out loss after a window of such steps.
+What a rater has learned on small models ranks any amount of data for larger ones.
+
+The metaparameters of a window are its weights, of which there are few: their cotangents, from the engine's sweep, are
+chained into the rater by autograd, so that the sweep never carries the rater.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mgd.errors import BadArgument, NonFiniteState, ReplayDivergence
+from mgd.rater.population import Loss, Population
+from mgd.rater.population_adam import PopulationAdam
+from mgd.rater.sampling import Sampler, lengths, sampler
+from mgd.results import Metagradient
+from mgd.step.rng import seed_of
+from mgd.util.checkpoint_directory import Directory
+from mgd.util.fingerprint import digest
+from mgd.util.progress import tracked
+from mgd_kernels import AdamW, Optimizer
+
+CHUNK = 256  # examples rated at a time
+
+# Kind of work in a report -> its name in `DataRater.seconds`.
+KINDS = {
+    "training": "training",
+    "replay": "replay",
+    "rebuild": "replay",
+    "update": "optimizer",
+    "optimizer vjp": "optimizer",
+    "hvp": "hvp",
+    "objective": "held-out loss",
+}
+
+
+@dataclass(frozen=True)
+class RaterStep:
+    """One meta-step. values: the held-out loss of every member after its window, None where it did not stay finite.
+    ages: their windows before it. effective: by member, exp of the entropy of a batch's weights, averaged over the
+    window: how many examples share the weight. renewed: members that were made anew after it. seconds: all of it."""
+
+    step: int
+    values: list[float | None]
+    ages: list[int]
+    effective: list[float]
+    renewed: list[int]
+    seconds: float
+
+
+class DataRater:
+    """Trains `rater` by metagradients through the trainings of a population of inner models.
+
+    rater: a module, examples -> scores `[n]`; it is trained in place. An example is whatever `pool` gives.
+    model: makes a fresh inner model, `() -> nn.Module`, with other random numbers each time.
+    loss: `loss(model, examples) -> [n]`, the inner loss of every example, held-out ones too.
+    pool, held_out: pytrees of tensors `[N, ...]` from which batches are drawn, or functions `(n, generator) ->
+        examples` that draw them and take no other random numbers. The pool is what is rated; a low loss on the
+        held-out examples is what ratings are for. Neither should hold what the outcome is judged by.
+    optimizer: of the inner models; batch, window: examples a step and steps a window (2 in the paper).
+    held_out_batch: held-out examples a window, `2 * batch` by default.
+    population, lifetime: so many inner models are trained, each for so many windows, then made anew; their ages are
+        spread evenly over the lifetime.
+    lr, betas: of the Adam through which each member's meta-gradient passes (see `PopulationAdam`).
+    options: further ones of `TrainingFunction`, say `trace=False`.
+
+    notes: members that did not stay finite and were made anew. history: every meta-step. seconds: by kind of work; the
+    first window, in which second derivatives are traced, is counted by itself.
+    """
+
+    def __init__(
+        self,
+        rater: nn.Module,
+        model: Callable[[], nn.Module],
+        loss: Loss,
+        pool: Any,
+        held_out: Any,
+        *,
+        optimizer: Optimizer | None = None,
+        batch: int = 16,
+        held_out_batch: int | None = None,
+        window: int = 2,
+        population: int = 4,
+        lifetime: int = 200,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ):
+        if not isinstance(rater, nn.Module) or not any(p.requires_grad for p in rater.parameters()):
+            raise BadArgument(
+                f"expected the rater to be a module with trainable parameters; got {type(rater).__name__}"
+            )
+        if batch < 2:
+            raise BadArgument(
+                f"expected batch >= 2: the weights of a batch sum to 1, so one example has none to learn; got {batch}"
+            )
+        for name, number in {"window": window, "population": population, "lifetime": lifetime}.items():
+            if number < 1:
+                raise BadArgument(f"expected {name} >= 1; got {number}")
+        self.rater, self.batch, self.window, self.lifetime, self.seed = rater, batch, window, lifetime, seed
+        self.held_out_batch = 2 * batch if held_out_batch is None else held_out_batch
+        self.pool: Sampler = sampler(pool, "pool")
+        self.held_out: Sampler = sampler(held_out, "held_out")
+        optimizer = optimizer or AdamW(lr=1e-3, eps_root=1e-8)
+        options = {"trace": True, **(options or {})}
+        self.population = Population(model, loss, optimizer, population, window, batch, seed, options)
+        self.parameters = [p for p in rater.parameters() if p.requires_grad]
+        self.adam = PopulationAdam(self.parameters, population, lr, betas)
+        self.history: list[RaterStep] = []
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._start = {name: digest(x) for name, x in rater.state_dict().items()}
+
+    # --- learning ----------------------------------------------------------------------------------------------
+
+    def step(self) -> RaterStep:
+        """A window of every inner model, and a step of the rater."""
+        begin = time.perf_counter()
+        k, size = len(self.history), len(self.population.members)
+        ages = [member.age for member in self.population.members]
+        gradients, values, effective = [], [], []
+        renewed = []
+        for i in range(size):
+            gradient, value, examples = self._window(k, i)
+            gradients.append(gradient)
+            values.append(value)
+            effective.append(examples)
+            # Ages are spread by the first lives, which end early.
+            if value is None or (k + 1 + i * self.lifetime // size) % self.lifetime == 0:
+                self.population.renew(i)
+                renewed.append(i)
+        self.adam.step(gradients)
+        self.history.append(RaterStep(k, values, ages, effective, renewed, time.perf_counter() - begin))
+        return self.history[-1]
+
+    def fit(
+        self,
+        steps: int,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        save_every: int = 10,
+        progress: bool = False,
+        observe: Callable[[RaterStep], None] | None = None,
+    ) -> DataRater:
+        """Go on until `steps` meta-steps are made. observe: called after each.
+
+        directory: keep the state there after every `save_every` meta-steps, so that the same call continues an
+        interrupted one, to the same bits. Raises StaleRun for the directory of another DataRater.
+        """
+        kept = None
+        if directory is not None:
+            kept = Directory(directory)
+            kept.restore(self)
+        with tracked("meta-steps", steps, len(self.history), progress) as tick:
+            while len(self.history) < steps:
+                step = self.step()
+                if kept is not None and (len(self.history) % save_every == 0 or len(self.history) == steps):
+                    kept.save(self)
+                if observe is not None:
+                    observe(step)
+                finite = [value for value in step.values if value is not None]
+                tick(f"held-out loss {sum(finite) / max(1, len(finite)):.3f}")
+        return self
+
+    # --- rating ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rate(self, examples: Any) -> Tensor:
+        """Ratings `[n]` of any examples, to compare with each other: what is added to all changes no weight.
+        The rater is in evaluation mode meanwhile."""
+        found = lengths(examples)
+        if len(found) != 1 or not (n := found.pop()):
+            raise BadArgument(f"expected examples with one common first dimension of at least 1; got {sorted(found)}")
+        training = self.rater.training
+        self.rater.eval()
+        try:
+            parts = []
+            for index in torch.arange(n).split(CHUNK):
+                part = slice(int(index[0]), int(index[-1]) + 1)
+                parts.append(self._scores(tree_map(lambda x, part=part: x[part], examples), len(index)))
+        finally:
+            self.rater.train(training)
+        return torch.cat(parts)
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next meta-step depends on, and the history."""
+        return {
+            "rater": {name: x.detach().clone() for name, x in self.rater.state_dict().items()},
+            "adam": self.adam.state_dict(),
+            "members": self.population.state(),
+            "history": [asdict(step) for step in self.history],
+            "notes": list(self.notes),
+            "seconds": dict(self.seconds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rater.load_state_dict(state["rater"])
+        self.adam.load_state_dict(state["adam"])
+        self.population.load(state["members"])
+        self.history = [RaterStep(**step) for step in state["history"]]
+        self.notes = list(state["notes"])
+        self.seconds = defaultdict(float, state["seconds"])
+
+    state, load = state_dict, load_state_dict  # as a descent's directory calls them
+
+    # --- private -----------------------------------------------------------------------------------------------
+
+    def _window(self, k: int, i: int) -> tuple[list[Tensor] | None, float | None, float]:
+        """A member's window: its meta-gradient and held-out loss, None where it did not stay finite, and the effective
+        number of examples."""
+        begin = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed_of(self.seed, k, i))
+        examples = self.pool(self.window * self.batch, generator)
+        held_out = self.held_out(self.held_out_batch, generator)
+        drawn = time.perf_counter()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(self.seed, k, i))
+            scores = self._scores(examples, self.window * self.batch)
+        if not scores.requires_grad:
+            raise BadArgument("the ratings do not depend on the rater's parameters; are they detached?")
+        weights = scores.view(self.window, self.batch).softmax(1)
+        rated = time.perf_counter()
+        made, age = self.population.steps(i), self.population.members[i].age
+        gradient, value = None, None
+        try:
+            result = self.population.train(i, examples, weights, held_out)
+        except NonFiniteState as error:
+            if age == 0:
+                raise  # it would happen again and again
+            self.notes.append(
+                f"meta-step {k}: inner model {i}, {age} windows old, left the finite numbers ({error.where}); made anew"
+            )
+            return None, None, _effective(weights)
+        except ReplayDivergence as error:
+            raise ReplayDivergence(made + error.step, f"{error.cause} (inner model {i}, meta-step {k})") from error
+        trained = time.perf_counter()
+        cotangent = result.grads["weights"].view_as(weights).to(weights)
+        gradient = list(
+            torch.autograd.grad(weights, self.parameters, cotangent, materialize_grads=True, allow_unused=True)
+        )
+        value = float(result.value)
+        self._account(result, drawn - begin, rated - drawn + time.perf_counter() - trained, trained - rated)
+        return gradient, value, _effective(weights)
+
+    def _scores(self, examples: Any, n: int) -> Tensor:
+        scores = self.rater(examples)
+        if not isinstance(scores, Tensor) or scores.shape != (n,) or not scores.is_floating_point():
+            got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise BadArgument(f"expected the rater to give a score to each of {n} examples, [{n}]; got {got}")
+        if not bool(torch.isfinite(scores).all()):
+            raise NonFiniteState(len(self.history), "a rating")
+        return scores
+
+    def _account(self, result: Metagradient, drawing: float, scoring: float, window: float) -> None:
+        if not self.seconds:
+            self.seconds["first window"] = drawing + scoring + window
+            return
+        self.seconds["drawing"] += drawing
+        self.seconds["scoring"] += scoring
+        for kind, seconds in result.report.seconds.items():
+            self.seconds[KINDS.get(kind, "other")] += seconds
+        self.seconds["other"] += window - sum(result.report.seconds.values())
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the directory of a run must have in common with this one."""
+        optimizer = self.population.function.optimizer
+        parts = {
+            "batch": (self.batch, self.held_out_batch, self.window),
+            "population": (len(self.population.members), self.lifetime),
+            "the seed": (self.seed,),
+            "the inner optimizer": (type(optimizer).__name__, optimizer.table()),
+            "the outer Adam": (self.adam.betas, self.adam.eps),
+        }
+        start = {f"the start of {name!r}": value for name, value in self._start.items()}
+        return start | {name: digest(*values) for name, values in parts.items()}
+
+
+def _effective(weights: Tensor) -> float:
+    """exp of the entropy of weights `[window, batch]`, averaged over the window."""
+    p = weights.detach()
+    return float(torch.special.entr(p).sum(1).exp().mean())

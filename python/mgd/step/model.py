@@ -1,0 +1,127 @@
+"""The user's model as a function of parameters and buffers that live elsewhere.
+
+The model's own tensors are swapped for ours while the loss or the objective runs and are put back afterwards, also
+after an exception. Tied tensors are swapped in every place where they stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mgd.step.overrides import EXACT, FUSED, FunctionOverrides, needs_exact_formulas
+
+Buffers = dict[str, Tensor]
+
+
+class Binding:
+    """The places in a model where its trainable parameters and buffers stand.
+
+    names: of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
+    fused: functions of torch are replaced by those with fused second derivatives (`mgd_kernels.functional`), which
+        go in reverse mode only.
+    """
+
+    def __init__(self, model: nn.Module, fused: bool = True):
+        self.model, self.modules = model, list(model.modules())
+        self.fused = fused
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = tuple(trainable)
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
+        self.buffer_names = tuple(name for name, _ in model.named_buffers())
+        self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
+        self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
+        self.needs_exact_formulas = any(map(needs_exact_formulas, model.modules()))
+
+    @staticmethod
+    def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
+        """`(the module's dict, key, index into tensors)` of every place where one of the tensors stands."""
+        index = {id(tensor): i for i, tensor in enumerate(tensors)}
+        return [
+            (getattr(module, attribute), key, index[id(tensor)])
+            for module in model.modules()
+            for key, tensor in getattr(module, attribute).items()
+            if tensor is not None and id(tensor) in index
+        ]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own trainable parameters."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def buffers(self) -> Buffers:
+        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+
+    @contextlib.contextmanager
+    def swapped(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+        """The model holds these tensors inside the block."""
+        saved = []
+        try:
+            for places, tensors in ((self._parameter_places, parameters), (self._buffer_places, buffers)):
+                for owner, key, i in places:
+                    saved.append((owner, key, owner[key]))
+                    owner[key] = tensors[i]
+            yield
+        finally:
+            for owner, key, tensor in saved:
+                owner[key] = tensor
+
+    def call(
+        self,
+        function: Callable[..., Tensor],
+        parameters: Sequence[Tensor],
+        buffers: Buffers,
+        *args: Any,
+        until: contextlib.ExitStack | None = None,
+    ) -> tuple[Tensor, Buffers]:
+        """`function(model, *args)` with these parameters and buffers, and the buffers as the model leaves them.
+
+        The tensors in `buffers` may be changed in place by the model: hand over copies.
+        until: the model keeps the tensors until this stack is closed. A backward pass must lie inside where the
+        function may use activation checkpointing, which calls the model again.
+        """
+        tensors = [buffers[name] for name in self.buffer_names]
+        with contextlib.ExitStack() as own:
+            stack = own if until is None else until
+            stack.enter_context(self.swapped(parameters, tensors))
+            if self.fused:
+                stack.enter_context(FunctionOverrides(FUSED))
+            elif self.needs_exact_formulas:
+                stack.enter_context(FunctionOverrides(EXACT))
+            value = function(self.model, *args)
+            for owner, key, i in self._buffer_places:
+                tensors[i] = owner[key]  # the model may have replaced it
+        return value, dict(zip(self.buffer_names, tensors, strict=True))
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """The `training` flag of every module is as before at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def model_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's parameters, buffers and `training` flag are the same objects at the end of the block as before."""
+    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (registry, dict(registry)) for module in model.modules() for registry in (module._parameters, module._buffers)
+    ]
+    with modes_kept(model):
+        try:
+            yield
+        finally:
+            for registry, before in registered:
+                registry.clear()
+                registry.update(before)
+
+
+def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
+    """The names of the buffers that can carry an adjoint."""
+    return [name for name, buffer in buffers.items() if buffer.is_floating_point()]

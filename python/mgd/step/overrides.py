@@ -1,0 +1,98 @@
+"""Functions of torch that a step calls in another form: with complete derivatives, or with fused second ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+from mgd_kernels import functional
+
+
+class FunctionOverrides(TorchFunctionMode):
+    """Functions of torch by others: `EXACT`, where torch's derivatives are incomplete, or `FUSED`, faster ones too.
+
+    BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
+    autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside
+    the kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm
+    for a constant (torch 2.13; `gradgradcheck` fails).
+    """
+
+    def __init__(self, table: Mapping[Any, Callable]):
+        super().__init__()
+        self.table = table
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.table.get(func, func)(*args, **(kwargs or {}))
+
+
+def needs_exact_formulas(module: nn.Module) -> bool:
+    return (
+        (isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None)
+        or isinstance(module, nn.utils.parametrizations._WeightNorm)
+        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+    )
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training:
+        return _normalized(input, running_mean, running_var, weight, bias, eps)
+    if running_mean is not None:
+        dims = [d for d in range(input.ndim) if d != 1]
+        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
+        _update(running_mean, running_var, mean, variance, momentum)
+    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _fused_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    fused = functional.batch_norm_with_statistics(input, weight, bias, eps) if training else None
+    if fused is None:
+        return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    result, mean, variance = fused
+    if running_mean is not None:
+        dtype = running_mean.dtype
+        _update(running_mean, running_var, mean.to(dtype), variance.to(dtype), momentum)
+    return result
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return _normalized(input, running_mean, running_var, weight, bias, eps)
+    if running_mean is not None:
+        dims = list(range(2, input.ndim))
+        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
+        _update(running_mean, running_var, mean.mean(0), variance.mean(0), momentum)
+    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _update(running_mean, running_var, mean, variance, momentum):
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
+
+
+def _normalized(input, mean, variance, weight, bias, eps):
+    """`input` `[B, C, ...]` normalised by a mean and variance `[C]`."""
+    shape = [1, -1] + [1] * (input.ndim - 2)
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    result = (input - mean.view(shape)) * scale.view(shape)
+    return (result if bias is None else result + bias.view(shape)).to(input.dtype)
+
+
+def _weight_norm(v, g, dim=0):
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+EXACT: dict[Any, Callable] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch._weight_norm: _weight_norm,
+}
+FUSED: dict[Any, Callable] = {**functional.REPLACEMENTS, **EXACT, F.batch_norm: _fused_batch_norm}

@@ -1,0 +1,123 @@
+"""The joint graph: the gradient that trains and its second derivatives from one trace."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import TOLERANCE, cross_entropy, errors, mlp, supervised
+from test_bit_identity import cases, same
+
+import mgd
+from mgd.autodiff.joint import is_audited
+from mgd.errors import BadArgument, ReplayDivergence
+from mgd.sweep.residuals import ResidualCache
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
+def test_the_metagradient_is_the_references(name):
+    case = cases()[name]
+    f = case.function(trace="joint")
+    first = f.metagradient(case.z)
+    assert first.report.execution == "joint"
+    assert max(errors(first, case.unrolled()).values()) < TOLERANCE[torch.float64]
+    assert same(f.metagradient(case.z), first)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
+def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
+    case = cases()[name].to(torch.float32)
+    kept = case.metagradient(trace="joint")
+    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache())
+    again = case.metagradient(trace="joint")
+    assert same(kept, again)
+    assert kept.report.kept_bytes > 0 == again.report.kept_bytes
+    assert "kept for them" in str(kept.report) and "kept for them" not in str(again.report)
+
+
+def test_what_is_kept_stays_within_the_budget():
+    case = cases()["gpt"].to(torch.float32)
+    whole = case.metagradient(trace="joint")
+    stored = sum(whole.report.plan["peak"].values())
+    budget = mgd.Budget(host=stored + whole.report.kept_bytes // 2)
+    part = case.function(trace="joint", budget=budget).metagradient(case.z)
+    assert same(whole, part)
+    assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
+
+
+def test_a_process_that_grows_keeps_no_more(monkeypatch):
+    """Memory in pieces: the process takes more than what is kept in it."""
+    case = cases()["mlp"].to(torch.float32)
+    whole = case.metagradient(trace="joint")
+    each = whole.report.kept_bytes // len(case)
+    sizes = itertools.count(0, 10 * each)
+    monkeypatch.setattr(mgd.sweep.residuals, "resident_memory", lambda: next(sizes))
+    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(10**9, 21 * each))
+    part = case.metagradient(trace="joint")
+    assert same(whole, part)
+    assert part.report.kept_bytes == 3 * each
+
+
+def test_a_convnet_keeps_its_products_alone(monkeypatch):
+    """Elementwise results are computed again: kept, they would take most of the memory."""
+    case = cases()["convnet"].to(torch.float32)
+    products = case.metagradient(trace="joint")
+    monkeypatch.setattr(mgd.autodiff.joint, "_WORTHWHILE", float("inf"))
+    everything = case.metagradient(trace="joint")
+    assert same(products, everything)
+    assert 0 < products.report.kept_bytes < everything.report.kept_bytes / 2
+
+
+@pytest.mark.parametrize("spare", [0, 10**9])
+def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
+    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(spare))
+    model = mlp()
+    model[-1].weight.requires_grad_(False)
+    case = supervised(model, (5,))
+    found = case.metagradient(trace="joint")
+    assert found.report.execution == "joint"
+    assert max(errors(found, case.unrolled()).values()) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("spare", [0, 10**9])
+def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatch):
+    case = cases()["mlp"]
+    objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
+    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(spare))
+    both, one = objectives.metagradient(trace="joint"), case.metagradient(trace="joint")
+    for key, grad in one.grads.items():
+        if isinstance(grad, torch.Tensor):
+            torch.testing.assert_close(both.grads[key][0], grad, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(both.grads[key][1], 2 * grad, rtol=1e-12, atol=1e-15)
+
+
+def test_the_training_has_the_bits_of_the_eager_one():
+    case = supervised(mlp(), (5,)).to(torch.float32)
+    assert torch.equal(case.metagradient(trace="joint").value, case.metagradient(trace=False).value)
+
+
+def test_a_loss_that_changes_behind_the_graph_is_noticed():
+    count = itertools.count()
+    # The first three calls make the graph: the eager evaluation, what it is compared with, and the trace.
+    loss = lambda model, batch, z: cross_entropy(model, batch, z) * (1.0 if next(count) < 3 else 2.0)
+    with pytest.raises(ReplayDivergence, match="state kept outside the model"):
+        supervised(mlp(), (5,)).but(loss=loss).function(trace="joint").train({})
+
+
+def test_a_loss_that_cannot_be_traced_is_eager():
+    loss = lambda model, batch, z: F.cross_entropy(model(batch[0]), batch[1]) * (2.0 if batch[0].sum() > 0 else 1.0)
+    case = supervised(mlp(), (5,)).but(loss=loss, per_example={})
+    case.z = {"lr": torch.full((len(case),), 0.05, dtype=torch.float64)}
+    result = case.metagradient(trace="joint")
+    assert result.report.execution.startswith("eager, since the joint graph was given up")
+    assert max(errors(result, case.unrolled()).values()) < TOLERANCE[torch.float64]
+
+
+def test_the_last_step_is_watched_and_few_others():
+    assert is_audited(9, 10) and not is_audited(8, 10)
+    assert [t for t in range(300) if is_audited(t, 1000)] == [16, 64, 256]
+
+
+def test_forward_mode_is_refused():
+    with pytest.raises(BadArgument, match="joint"):
+        supervised(mlp(), (5,)).function(trace="joint", hvp="forward")

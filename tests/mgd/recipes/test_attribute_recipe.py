@@ -1,0 +1,237 @@
+"""The attribution recipe: its score, its baselines, and a quick run on real images (scikit-learn's digits)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from mgd.errors import BadArgument, MissingPackage
+from mgd.recipes import data
+from mgd.recipes.attribute import Evaluation, Training, linear_datamodeling_score, predictions, run, subsets
+from mgd.recipes.attribute import baselines as others
+from mgd.recipes.attribute import report as recipe_report
+from mgd.recipes.attribute.command import QUICK, QUICK_LORA, QUICK_TEXT
+from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.recipe import OURS
+from mgd.recipes.attribute.task import example_losses
+from mgd.recipes.attribute.texts import gpt_task, lora_task
+from mgd.recipes.data import text
+from mgd.recipes.models import encoder
+from mgd.ui.console import show, write
+
+SMALL = Training(examples=60, batch=20, epochs=2, rate=2e-3, eps_root=1e-3)
+INSTALLED = {"TRAK": "trak", "EK-FAC": "kronfluence"}
+
+
+@pytest.fixture(scope="module")
+def found():
+    task = images_task(data.digits(), data.digits(train=False), QUICK, 6, seed=0)
+    return run(task, None, Evaluation().quick())
+
+
+@pytest.fixture(scope="module")
+def small():
+    return images_task(data.digits(), data.digits(train=False), SMALL, 3, seed=0)
+
+
+# --- the linear datamodeling score -----------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_mean_rank_correlation_of_the_queries():
+    generator = np.random.default_rng(0)
+    true = generator.normal(size=(30, 5))
+    guess = true + generator.normal(size=(30, 5))
+    found = linear_datamodeling_score(guess, torch.from_numpy(true), resamples=200)
+    expected = [spearmanr(guess[:, q], true[:, q]).statistic for q in range(5)]
+    assert found.per_query == pytest.approx(expected) and found.mean == pytest.approx(np.mean(expected))
+    assert found.low < found.mean < found.high and found.high - found.low < 0.5
+    again = linear_datamodeling_score(guess, true, resamples=200)
+    assert again == found
+    assert linear_datamodeling_score(np.exp(guess), true, resamples=200).per_query == pytest.approx(expected)
+
+
+def test_the_score_of_perfect_opposite_and_empty_predictions():
+    true = np.random.default_rng(1).normal(size=(12, 3))
+    assert linear_datamodeling_score(true, true, resamples=50).mean == pytest.approx(1)
+    assert linear_datamodeling_score(-true, true, resamples=50).mean == pytest.approx(-1)
+    assert linear_datamodeling_score(np.zeros_like(true), true, resamples=50).mean == 0
+    assert linear_datamodeling_score(true[:, :1], true[:, :1], resamples=50).low == pytest.approx(1)
+
+
+def test_more_subsets_make_the_interval_narrower():
+    generator = np.random.default_rng(2)
+    true = generator.normal(size=(200, 4))
+    guess = true + generator.normal(size=true.shape)
+    few, many = (linear_datamodeling_score(guess[:m], true[:m], resamples=200) for m in (10, 200))
+    assert many.high - many.low < 0.6 * (few.high - few.low)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "words"),
+    [
+        (np.ones((5, 2)), np.ones((5, 3)), r"\[5, 2\] and \[5, 3\]"),
+        (np.ones(5), np.ones(5), "one shape"),
+        (np.eye(2), np.eye(2), "m >= 3"),
+        (np.eye(4), np.eye(4) * np.nan, "did a training diverge"),
+        (np.eye(4), np.eye(4) * [1, 0, 1, 1], "query 1 is the same"),
+    ],
+)
+def test_scores_of_nonsense_are_refused(predicted, true, words):
+    with pytest.raises(BadArgument, match=words):
+        linear_datamodeling_score(predicted, true)
+
+
+def test_subsets_are_random_seeded_and_of_the_size_asked_for():
+    found = subsets(100, 0.05, 7, seed=3)
+    assert [len(s.unique()) for s in found] == [5] * 7 and len({tuple(s.tolist()) for s in found}) == 7
+    assert all(map(torch.equal, found, subsets(100, 0.05, 7, seed=3)))
+    for fraction in (0.001, 1.0, -0.1):
+        with pytest.raises(BadArgument, match="at least 1 of 100"):
+            subsets(100, fraction, 1, seed=0)
+
+
+def test_predictions_are_minus_the_sums_of_the_dropped_scores():
+    scores = torch.arange(8.0).view(2, 4)
+    found = predictions(scores.numpy(), [torch.tensor([0, 3]), torch.tensor([1])])
+    assert found.tolist() == [[-3.0, -11.0], [-1.0, -5.0]]
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_dropping_is_weight_zero_with_the_denominator_unchanged(small):
+    f, z = small.function, small.z
+    x, y, index = f.batches[0]
+    weights = torch.ones(20).index_fill(0, torch.tensor([4, 5]), 0.0)
+    kept = torch.tensor([i for i in range(20) if i not in (4, 5)])
+    expected = example_losses(f.model, x[kept], y[kept]).sum() / 20
+    torch.testing.assert_close(f.loss(f.model, (x, y, index), {"data_weights": weights}), expected)
+    nothing = small.without(torch.tensor([], dtype=torch.int64))
+    assert torch.equal(nothing, small.query_losses(f.train(z).model_state)) and nothing.dtype == torch.float64
+
+
+def test_gradient_products_are_those_of_single_backward_passes(small):
+    state = small.function.train(small.z).model_state
+    scores = others.gradient_products(small, state)
+    model = others._trained(small, state)
+
+    def gradient(x, y):
+        grads = torch.autograd.grad(example_losses(model, x[None], y[None])[0], list(model.parameters()))
+        return torch.cat([g.flatten() for g in grads])
+
+    expected = -gradient(small.query_x[1], small.query_y[1]) @ gradient(small.x[55], small.y[55])
+    torch.testing.assert_close(scores[1, 55], expected, rtol=1e-3, atol=1e-6)
+    assert scores.shape == (3, 60)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_baseline_of_a_package_scores_in_the_metagradients_sign(name):
+    """The queries are training examples: more weight on one of them lowers its own loss, more than others lower it."""
+    pytest.importorskip(INSTALLED[name], reason="pip install 'mgd-kernels[attribution]'")
+    n, k = 400, 8
+    task = images_task(data.digits(), data.digits(train=False), replace(QUICK, examples=n), k, seed=0)
+    task.query_x, task.query_y = task.x[:k], task.y[:k]
+    before = {name: v.clone() for name, v in task.model.state_dict().items()}, torch.get_rng_state()
+    scores = others.BASELINES[name](task, task.function.train(task.z).model_state)
+    assert scores.shape == (k, n) and bool(scores.isfinite().all())
+    own = scores[range(k), range(k)]
+    assert bool((own < 0).all())
+    better = (scores < own[:, None]).sum(1)  # training examples that help a query more than itself
+    assert float(better.double().mean()) < n / 40
+    assert all(torch.equal(v, before[0][name]) for name, v in task.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_missing_package_is_named_and_the_rest_is_compared(small, monkeypatch):
+    def missing(task, state):
+        raise MissingPackage("TRAK scores", "traker", "attribution")
+
+    monkeypatch.setitem(others.BASELINES, "TRAK", missing)
+    found = run(small, None, Evaluation(fractions=(0.1,), subsets=3, baselines=("TRAK",), resamples=20))
+    assert "mgd-kernels[attribution]" in found.smooth.missing["TRAK"] and list(found.smooth.scores) == [OURS]
+    assert ["TRAK", "not installed"] in recipe_report.lds(found)
+
+
+def test_bad_settings_are_told(small):
+    with pytest.raises(BadArgument, match="baselines among"):
+        run(small, None, Evaluation(baselines=("LIME",)))
+    with pytest.raises(BadArgument, match="at least 60 training"):
+        images_task(data.digits()[torch.arange(20)], data.digits(train=False), SMALL, 3, seed=0)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_the_metagradient_predicts_what_leaving_images_out_does(found):
+    scores = {name: [score.mean for score in by.values()] for name, by in found.smooth.scores.items()}
+    assert scores[OURS][0] > 0.8  # 0.93 with 5% dropped; 8 subsets make it uncertain
+    assert all(scores[OURS][0] > scores[name][0] for name in scores if name != OURS)
+    assert found.smooth.smoothness > 0.9
+    # Not only the order: the changes themselves.
+    predicted, true = found.smooth.predicted[OURS][0.05], found.smooth.true[0.05]
+    assert float((predicted - true).norm() / true.norm()) < 0.5
+
+
+def test_the_result_is_complete_json(found):
+    whole = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    smooth = whole["smooth"]
+    assert set(smooth["lds"][OURS]) == {"0.05", "0.2"} and len(smooth["lds"][OURS]["0.05"]["per_query"]) == 6
+    assert smooth["trainings_per_query"] > 0 and smooth["unvisited"] == [] and smooth["plain_training_seconds"] > 0
+    assert {"training", "hvp", "scores", "rehearsal"} <= set(smooth["attribution"]["seconds"])
+    assert whole["rough"] is None and math.isfinite(smooth["test_loss"])
+
+
+def test_the_page_and_its_pictures(found, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    page = recipe_report.page(found)
+    paths = write(page, tmp_path)
+    assert {p.name for p in paths} == {"index.html", "examples.png", "scores.png", "predictions.png"}
+    for path in paths:
+        if path.suffix == ".png":
+            assert float(matplotlib.imread(path)[..., :3].std()) > 0.05
+    html = (tmp_path / "index.html").read_text()
+    assert "Which training images decided?" in html and "metagradient" in html and "trainings a query" in html
+    out = io.StringIO()
+    show(page, Console(file=out, width=120))
+    assert "Linear datamodeling score" in out.getvalue() and page.verdict in out.getvalue()
+
+
+def test_a_rough_training_is_reported_beside(small):
+    rough = images_task(data.digits(), data.digits(train=False), SMALL, 3, seed=0, rough=True)
+    evaluation = Evaluation(fractions=(0.1,), subsets=3, rough_subsets=3, baselines=(), resamples=20)
+    found = run(small, rough, evaluation)
+    assert found.rough is not None and len(recipe_report.roughness(found)) == 3
+    assert any(row[0] == "metagradient, rough training" for row in recipe_report.lds(found))
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpt_is_attributed_to_stretches_of_text():
+    task = gpt_task(QUICK_TEXT, 4, seed=0, domain="pydoc")
+    found = run(task, None, Evaluation(fractions=(0.1,), subsets=5, baselines=("gradient products",), resamples=20))
+    assert found.smooth.scores[OURS][0.1].mean > 0.8
+    sections = recipe_report.sections(found)
+    assert any(section.title.startswith("Test text 1") and len(section.table) > 2 for section in sections)
+
+
+def test_where_shakespeare_is_missing_the_text_is_one_that_is_always_there(monkeypatch):
+    monkeypatch.setattr(text, "installed", lambda: dict.fromkeys(text.DOMAINS, "make data"))
+    assert gpt_task(QUICK_TEXT, 4, seed=0).data == "pydoc"
+
+
+@pytest.mark.skipif(encoder.installed() is None, reason="the pretrained encoder comes with make data")
+def test_lora_is_attributed():
+    task = lora_task(QUICK_LORA, 2, seed=0)
+    evaluation = Evaluation(fractions=(0.1,), subsets=4, baselines=("gradient products",), resamples=20)
+    found = run(task, None, evaluation)
+    assert found.smooth.scores[OURS][0.1].mean > 0.8
+    assert all("down" in n or "up" in n or "head" in n for n in task.trained_names)
