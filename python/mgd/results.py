@@ -29,19 +29,17 @@ class Trained:
 class Report:
     """What a metagradient did, and what it took; where a run was resumed, in this process.
 
-    steps: T. objectives: k. seconds, counts: by kind of work. hvp: the road the second derivatives took, and the
-    operator that forced a fallback. execution: eager, traced or compiled, and why not traced where that was given up.
-    backend: of the optimizer's kernels. plan: what was kept where (see Plan.to_dict). measured_seconds: of the plan's
-    phases. kept_bytes: that joint graphs held at most for second derivatives, where the plan left memory.
-    store: what it moved and how fast (see mgd_kernels.Store.stats), None where everything stayed in memory.
+    steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager, traced,
+    joint), and why a faster way was given up. backend: of the optimizer's kernels. plan: what was kept where (see
+    `Plan.to_dict`). measured_seconds: of the plan's phases. kept_bytes: the most that joint graphs kept for second
+    derivatives, where the plan left memory. store: what it moved and how fast (see `mgd_kernels.Store.stats`); None
+    where everything stayed in memory.
     """
 
     steps: int
     objectives: int
     seconds: dict[str, float]
     counts: dict[str, int]
-    hvp: str
-    hvp_fallback: str | None
     execution: str
     backend: str
     plan: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +56,9 @@ class Report:
         return dict(vars(self)) | {"predicted_seconds": self.predicted_seconds}
 
     def __str__(self) -> str:
-        road = self.hvp + (f" (no forward formula: {self.hvp_fallback})" if self.hvp_fallback else "")
         facts = {
             "training": f"{self.steps:,} steps, {self.objectives} objective(s)",
-            "second derivatives": f"{road}, {self.execution}",
+            "second derivatives": self.execution,
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
             **({"kept for them": format_bytes(self.kept_bytes)} if self.kept_bytes else {}),

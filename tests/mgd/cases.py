@@ -76,7 +76,7 @@ class Case:
             self.z,
             optimizer=self.optimizer,
             objective=self.objective,
-            **{k: v for k, v in self.options.items() if k not in ("hvp", "budget", "schedule", "trace")},
+            **{k: v for k, v in self.options.items() if k not in ("budget", "schedule", "trace")},
         )
 
 

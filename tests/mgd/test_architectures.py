@@ -25,23 +25,19 @@ from torch.utils.checkpoint import checkpoint
 
 from mgd_kernels import SGD
 
-ROADS = ["forward", "reverse"]
-
 
 def with_everything(case):
     return case.but({"data_weights": weights(), "init": initial(case.model)}, loss=weighted)
 
 
-@pytest.mark.parametrize("hvp", ROADS)
-def test_mlp_with_dropout(hvp):
-    assert_exact(with_everything(supervised(mlp(0.3), (5,), 12)), hvp=hvp)
+def test_mlp_with_dropout():
+    assert_exact(with_everything(supervised(mlp(0.3), (5,), 12)))
 
 
-@pytest.mark.parametrize("hvp", ROADS)
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_running_statistics_that_the_objective_reads(hvp, microbatches):
+def test_running_statistics_that_the_objective_reads(microbatches):
     case = with_everything(supervised(convnet(), (1, 6, 6), microbatches=microbatches))
-    assert_exact(case, hvp=hvp)
+    assert_exact(case)
 
 
 def test_running_statistics_carry_derivatives_by_themselves():
@@ -67,23 +63,13 @@ def test_running_statistics_used_by_the_loss():
     assert_exact(case.but({"init": initial(case.model)}, loss=loss, trace=False))
 
 
-@pytest.mark.parametrize("hvp", ROADS)
-def test_lstm(hvp):
-    assert_exact(with_everything(supervised(lstm(), (4, 5))), hvp=hvp)
+def test_lstm():
+    assert_exact(with_everything(supervised(lstm(), (4, 5))))
 
 
-def test_an_operator_without_forward_formula_is_named_in_the_report():
-    case = supervised(lstm(), (4, 5)).to(torch.float32)
-    report = case.metagradient(hvp="forward").report
-    assert report.hvp == "reverse over reverse"
-    assert report.hvp_fallback == "mkldnn_rnn_layer"
-    assert "mkldnn_rnn_layer" in str(report)
-
-
-@pytest.mark.parametrize("hvp", ROADS)
-def test_gpt_with_tied_embedding_dropout_and_attention(hvp):
+def test_gpt_with_tied_embedding_dropout_and_attention():
     case = language()
-    assert_exact(case.but({"init": initial(case.model)}), hvp=hvp)
+    assert_exact(case.but({"init": initial(case.model)}))
 
 
 def test_a_tied_weight_has_one_gradient():
@@ -190,25 +176,21 @@ class _Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("trace", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("hvp", ROADS)
-def test_activation_checkpointing(hvp, dropout, trace):
+def test_activation_checkpointing(dropout, trace):
     """The recomputation sees the parameters of the step, not the model's own, and the same dropout masks."""
     saving, plain = (supervised(seeded(_Checkpointed)(on, dropout), (5,)) for on in (True, False))
-    result, expected = saving.metagradient(hvp=hvp, trace=trace), plain.unrolled()
+    result, expected = saving.metagradient(trace=trace), plain.unrolled()
     assert torch.allclose(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("hvp", ROADS)
-def test_what_the_loss_computes_without_gradients_is_a_constant(hvp):
-    """Both roads agree with autograd; torch lets forward-mode tangents pass through no_grad."""
-
+def test_what_the_loss_computes_without_gradients_is_a_constant():
     def loss(model, batch, z):
         logits = model(batch[0])
         with torch.no_grad():
             confidence = model(batch[0]).softmax(1).amax(1)
         return (confidence * F.cross_entropy(logits, batch[1], reduction="none")).mean()
 
-    assert_exact(supervised(mlp(), (5,)).but(loss=loss), hvp=hvp)
+    assert_exact(supervised(mlp(), (5,)).but(loss=loss))
 
 
 def test_a_buffer_that_is_a_view_of_a_parameter_keeps_its_value():
@@ -240,11 +222,10 @@ class Centred(nn.Module):
         return x - self.mean
 
 
-@pytest.mark.parametrize("hvp", ROADS)
-def test_a_buffer_that_is_written_through_data(hvp):
+def test_a_buffer_that_is_written_through_data():
     case = supervised(nn.Sequential(Centred(), nn.Linear(5, CLASSES)), (5,))
     case = case.but(objective=lambda m, held_out=case.objective: held_out(m.eval()))
-    result = assert_exact(case, hvp=hvp)
+    result = assert_exact(case)
     assert result.model_state["0.mean"].norm() > 0.1
 
 
@@ -275,12 +256,11 @@ class _Spare(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("hvp", ROADS)
-def test_parameters_that_the_loss_does_not_use(hvp):
+def test_parameters_that_the_loss_does_not_use():
     """They decay all the same, and the objective here reads them."""
     case = supervised(seeded(_Spare)(), (5,))
     case = case.but({"init": initial(case.model)}, objective=lambda m: sum(p.square().sum() for p in m.parameters()))
-    assert_exact(case, hvp=hvp)
+    assert_exact(case)
 
 
 def test_a_loss_that_reads_parameters_by_name():
@@ -340,7 +320,6 @@ def adapted_by_a_step(model, batch, z):
     return F.cross_entropy(torch.func.functional_call(model, moved, (batch[0],)), batch[1])
 
 
-@pytest.mark.parametrize("hvp", ROADS)
 @pytest.mark.parametrize("loss", [vmapped, adapted_by_a_step])
-def test_losses_that_transform_the_model(loss, hvp):
-    assert_exact(supervised(mlp(), (5,)).but(loss=loss), hvp=hvp)
+def test_losses_that_transform_the_model(loss):
+    assert_exact(supervised(mlp(), (5,)).but(loss=loss))

@@ -62,7 +62,7 @@ class Watched:
         assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("options", [{}, {"autocast": torch.bfloat16}, {"hvp": "forward"}, {"schedule": "revolve"}])
+@pytest.mark.parametrize("options", [{}, {"autocast": torch.bfloat16}, {"schedule": "revolve"}])
 def test_every_call(options):
     made = case(**options)
     watched, f = Watched(made), made.function()
@@ -87,12 +87,11 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
-@pytest.mark.parametrize("hvp", ["forward", "reverse"])
 @pytest.mark.parametrize("evaluation", [0, 3, STEPS, 2 * STEPS - 1])
-def test_an_exception_in_the_loss(kind, hvp, evaluation):
+def test_an_exception_in_the_loss(kind, evaluation):
     """Before and after the model is called, in the first sweep (evaluations 0 to T-1) and in the reverse sweep."""
     for inside in (False, True):
-        made, count = case(hvp=hvp, trace=False), itertools.count()
+        made, count = case(trace=False), itertools.count()
         plain = made.loss
 
         def loss(m, batch, z, plain=plain, count=count, inside=inside):
@@ -171,7 +170,7 @@ def test_a_recurrent_network_can_be_copied_and_run_afterwards():
     made = supervised(lstm(), (4, 5), STEPS)
     x = made.batches[0][0]
     before = made.model(x)
-    made.metagradient(hvp="forward")
+    made.metagradient()
     assert torch.equal(copy.deepcopy(made.model)(x), before)
     assert torch.equal(made.model(x), before)
 

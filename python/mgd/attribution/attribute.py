@@ -26,9 +26,9 @@ from mgd.attribution.result import Attribution, AttributionReport
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient, Trained
-from mgd.sweep.storage import free_host_memory
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
+from mgd.util.system import free_memory
 from mgd.util.text import parse_bytes
 from mgd_kernels import Arena
 
@@ -226,7 +226,7 @@ def _chunk(f: TrainingFunction, z: Mapping[str, Any], k: int, chunk: int | None,
         if chunk < 1 or memory is not None:
             raise BadArgument(f"expected chunk >= 1, or memory in its place; got chunk={chunk}, memory={memory!r}")
         return min(chunk, k)
-    room = int(SHARE * free_host_memory()) if memory is None else parse_bytes(memory)
+    room = int(SHARE * free_memory()) if memory is None else parse_bytes(memory)
     each = query_bytes(f, z)
     if memory is not None and room < each:
         raise BadArgument(f"expected memory for one query at least, which takes {each:,} bytes; got {room:,}")

@@ -4,65 +4,27 @@ The second derivatives of a step begin with the step's own forward and backward 
 linear layer). Here the gradient that trains comes from the same graph as the second derivatives, in three parts: the
 loss and what the others read; the gradients of the weights; the second derivatives in a direction. What the first part
 has computed is kept for the third where memory allows, and computed again, to the same bits, where it does not.
-
-A trace freezes whatever Python computed on the way, and here it trains. So the first evaluation of every graph is
-compared with the eager one, tensor by tensor, and the loss with the eager one at some later steps (`is_audited`).
 """
 
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.accumulation import accumulate_products
-from mgd.autodiff.graphs import ancestors, chained, clean, dependents, is_view, part, without_mutation
-from mgd.autodiff.second_order import Evaluate, Point, Reseed, first_and_second, refuse_once_differentiable
-from mgd.autodiff.traced import COMPILED_TOLERANCE, agree, below_autograd, compiled
-from mgd.step.metaparameters import BatchMetaparameters
-
-Function = Callable[..., Sequence["Tensor | None"]]
+from mgd.autodiff.execution import below_autograd, compiled
+from mgd.autodiff.graphs import ancestors, chained, dependents, is_view, part
+from mgd.step.step import SecondDerivatives
 
 
-def is_audited(step: int, steps: int) -> bool:
-    """Whether the loss of this step is compared with an eager one: the last step, and 16, 64, 256, ..."""
-    return step == steps - 1 or (step >= 16 and step & (step - 1) == 0 and step.bit_length() % 2 == 1)
-
-
-@dataclass
-class Residuals:
-    """What the first part of a step's graph has computed for the third, and what that was given beside parameters.
-
-    versions: how often each of `given` had been changed in place. slices: the metaparameters among them.
-    """
-
-    joint: Joint
-    given: list[Tensor]
-    tensors: Sequence[Tensor]
-    versions: list[int]
-    slices: BatchMetaparameters | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in self.tensors)
-
-    @property
-    def unchanged(self) -> bool:
-        return [x._version for x in self.given] == self.versions
-
-
-class Joint:
+class JointGraph:
     """The graph in its parts.
 
     graph: without mutation; its first `fixed` inputs depend on no direction, its outputs are the loss, the gradient of
     each parameter, the buffers left behind (`counts` of both), and the second derivatives.
-    reads: the metaparameters that the loss read while it was traced.
     """
 
     def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int], compile: bool):
@@ -87,7 +49,7 @@ class Joint:
         if _bytes(third_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], third_reads
         kept = list(dict.fromkeys([*second_reads, *sources]))
-        self.counts, self.compile, self.reads = counts, compile, frozenset[str]()
+        self.counts, self.compile = counts, compile
         # A tensor that only the gradients of the weights read need not be kept for the third part.
         self._sources = [kept.index(node) for node in sources]
         fixed_places, read = places[:fixed], ancestors([outputs[0], *third_reads])
@@ -96,50 +58,53 @@ class Joint:
         if not compile:
             accumulate_products(each, 0)
         finished = compiled if compile else operator.attrgetter("forward")
-        self._first = finished(part(graph, fixed_places, first, [outputs[0], *left, *kept]))
-        self._second = finished(part(graph, [*fixed_places, *kept], second, grads))
+        self._forward = finished(part(graph, fixed_places, first, [outputs[0], *left, *kept]))
+        self._weights = finished(part(graph, [*fixed_places, *kept], second, grads))
         # The third part, from the inputs and from what was kept: in one graph, which frees what it has read, for one
         # direction, and in two for several.
         self._each = finished(each)
-        self._again = finished(part(graph, fixed_places, again, [outputs[0], *third_reads]))
-        self._again_once = finished(chained(graph, places, again, outputs[:1], third_reads, each))
-        self._later = finished(part(graph, [*fixed_places, *sources], refresh, third_reads))
-        self._later_once = finished(chained(graph, [*places, *sources], refresh, [], third_reads, each))
+        self._recompute = finished(part(graph, fixed_places, again, [outputs[0], *third_reads]))
+        self._recompute_once = finished(chained(graph, places, again, outputs[:1], third_reads, each))
+        self._refresh = finished(part(graph, [*fixed_places, *sources], refresh, third_reads))
+        self._refresh_once = finished(chained(graph, [*places, *sources], refresh, [], third_reads, each))
 
-    def first(
+    def forward(
         self, parameters: list[Tensor], given: list[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], Residuals]:
-        """The loss, its gradient, the buffers left behind, and what is to be kept.
+    ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], list[Tensor]]:
+        """The loss, its gradient, the buffers left behind, and the residuals to keep.
 
         given: buffers, metaparameters and constants.
         """
         with below_autograd(not self.compile):
-            loss, *rest = self._first(*parameters, *given)
-            left, kept = rest[: self.counts[1]], rest[self.counts[1] :]
-            grads = self._second(*parameters, *given, *kept)
-        return loss, grads, left, Residuals(self, given, [kept[i] for i in self._sources], [x._version for x in given])
+            loss, *rest = self._forward(*parameters, *given)
+            left, residuals = rest[: self.counts[1]], rest[self.counts[1] :]
+            grads = self._weights(*parameters, *given, *residuals)
+        return loss, grads, left, [residuals[i] for i in self._sources]
 
-    def again(
+    def recompute_hvp(
         self, parameters: list[Tensor], given: list[Tensor], directions: Sequence[Sequence[Tensor]]
-    ) -> tuple[Tensor, list[list[Tensor | None]]]:
+    ) -> tuple[Tensor, SecondDerivatives]:
         """The loss, and for each direction (and cotangents of the buffers) the second derivatives over parameters,
         buffers and metaparameters."""
         with below_autograd(not self.compile):
             if len(directions) == 1:
-                loss, *result = self._again_once(*parameters, *given, *directions[0])
+                loss, *result = self._recompute_once(*parameters, *given, *directions[0])
                 return loss, [result]
-            loss, *read = self._again(*parameters, *given)
+            loss, *read = self._recompute(*parameters, *given)
             return loss, [list(self._each(*parameters, *given, *way, *read)) for way in directions]
 
-    def later(
-        self, parameters: list[Tensor], kept: Residuals, directions: Sequence[Sequence[Tensor]]
-    ) -> list[list[Tensor | None]]:
-        """The second derivatives of `again`, from what `first` has kept; `parameters` are those of then."""
-        given = kept.given
+    def hvp_from_residuals(
+        self,
+        parameters: list[Tensor],
+        given: list[Tensor],
+        residuals: Sequence[Tensor],
+        directions: Sequence[Sequence[Tensor]],
+    ) -> SecondDerivatives:
+        """The second derivatives of `recompute_hvp`, from the residuals of `forward` at the same tensors."""
         with below_autograd(not self.compile):
             if len(directions) == 1:
-                return [list(self._later_once(*parameters, *given, *directions[0], *kept.tensors))]
-            read = self._later(*parameters, *given, *kept.tensors)
+                return [list(self._refresh_once(*parameters, *given, *directions[0], *residuals))]
+            read = self._refresh(*parameters, *given, *residuals)
             return [list(self._each(*parameters, *given, *way, *read)) for way in directions]
 
 
@@ -193,67 +158,3 @@ def _with_sources(
         else:
             read[node] = None
     return [node for node in order if node in own], [node for node in order if node in read]
-
-
-class JointGraphs:
-    """The joint graphs of one training function, by what they depend on. refused: why they were given up, if so."""
-
-    def __init__(self, compile: bool = False):
-        self.compile = compile
-        self.graphs: dict[Hashable, Joint] = {}
-        self.refused: str | None = None
-
-    def describe(self) -> str:
-        """How steps are executed, for the report."""
-        if self.refused:
-            return f"eager, since the joint graph was given up: {self.refused}"
-        return "joint, compiled" if self.compile else "joint"
-
-    def make(
-        self,
-        key: Hashable,
-        evaluate: Evaluate,
-        point: Point,
-        reseed: Reseed,
-        first: tuple[Tensor, Sequence[Tensor | None]],
-    ) -> Joint | None:
-        """The graph at a point with one direction, and the eager loss and gradient there; None where there is none."""
-        kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
-        bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
-        inputs = [x for kind in kinds for x in kind]
-        fixed = bounds[3][1]
-        counts = [0, 0]
-
-        def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
-            there = Point(p, b, z, constants, [direction], [cotangent])
-            loss, grads, left, (result,) = first_and_second(evaluate, there)
-            counts[:] = len(grads), len(left)
-            return loss, *grads, *left, *result
-
-        try:
-            evaluate, checked = refuse_once_differentiable(evaluate), evaluate
-            expected = function(*inputs)
-            evaluate = checked
-            reseed()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graph = without_mutation(clean(make_fx(function)(*inputs)), inputs)
-                joint = Joint(graph, fixed, (counts[0], counts[1]), self.compile)
-                reseed()
-                parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
-                loss, grads, left, kept = joint.first(parameters, given)
-                (results,) = joint.later(parameters, kept, [inputs[fixed:]])
-            found = [*grads, *left, *results]
-            if not (agree(found, expected[1:]) and agree(grads, first[1]) and self.accepts(loss, first[0])):
-                raise RuntimeError("the graph has other derivatives than the evaluation that it traced")
-        except Exception as error:  # whatever stops a trace does not stop the eager evaluation
-            self.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            return None
-        self.graphs[key] = joint
-        return joint
-
-    def accepts(self, loss: Tensor, eager: Tensor) -> bool:
-        """Whether the graph's loss is the eager one: bit by bit, or up to rounding where operators are fused."""
-        loss, eager = loss.double().cpu(), eager.detach().double().cpu()
-        return torch.allclose(loss, eager, rtol=COMPILED_TOLERANCE) if self.compile else torch.equal(loss, eager)

@@ -19,70 +19,77 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.accumulation import accumulate_products
+from mgd.autodiff.eager import EagerEvaluator, point_of
+from mgd.autodiff.execution import agree, below_autograd, reason
 from mgd.autodiff.graphs import PerDirection, clean, without_mutation
-from mgd.autodiff.second_order import Evaluate, Gradients, Point, SecondDerivative
-
-# Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
-COMPILED_TOLERANCE = 1e-4
-# Relative, of each second derivative; the graph runs the operators of the evaluation, so that most agree to the bit.
-REPLAY_TOLERANCE = 1e-3
-ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
+from mgd.autodiff.second_order import Point
+from mgd.step.loss import Microbatch, TensorLoss
+from mgd.step.model import Buffers
+from mgd.step.step import Evaluation, SecondDerivatives
 
 # graph(fixed inputs, directions) -> (loss, the second derivatives for each direction)
 Graph = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]]
 
 
-class Traces:
-    """The graphs of one training function, by what they depend on. refused: why tracing was given up, if it was."""
+class TracedEvaluator:
+    """Gradients by autograd, second derivatives by graphs. refused: why tracing was given up, if it was."""
 
-    def __init__(self, compile: bool = False):
-        self.compile = compile
+    def __init__(self, eager: EagerEvaluator):
+        self.eager = eager
         self.graphs: dict[Hashable, Graph] = {}
         self.refused: str | None = None
 
-    def __call__(
-        self, second: SecondDerivative, evaluate: Evaluate, point: Point, reseed: Callable[[], None], key: Hashable
-    ) -> tuple[Tensor, Gradients] | None:
-        """As `second(evaluate, point, reseed)`, from a graph; None where it cannot be traced.
+    def describe(self) -> str:
+        if self.refused:
+            return f"eager, since tracing was given up: {self.refused}"
+        return "traced"
 
-        key: everything that the evaluation depends on, but for the number of directions and the tensors' values.
-        """
+    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+        return self.eager.gradient(microbatch, parameters, before)
+
+    def second_derivatives(
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+        expected: Tensor,
+    ) -> SecondDerivatives:
+        with contextlib.ExitStack() as stack:
+            function = microbatch.of_tensors(before, stack)
+            point = point_of(microbatch, function, parameters, before, directions, cotangents)
+            results = self._replay(microbatch, function, point, expected)
+            return results or self.eager.at(microbatch, function, point, expected)
+
+    def _replay(
+        self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor
+    ) -> SecondDerivatives | None:
+        """The second derivatives by a graph; None where there is none, or where its loss is not `expected`."""
         if self.refused:
             return None
         inputs = [x for kind in point.fixed() for x in kind]
-        key = key, len(point.directions) > 1
-        if key not in self.graphs:
+        key = function.key(inputs), len(point.directions) > 1
+        graph = self.graphs.get(key)
+        if graph is None:
             try:
-                self.graphs[key] = self._trace(second, evaluate, point, reseed)
+                graph = self.graphs[key] = self._trace(microbatch, function, point)
             except Exception as error:  # whatever stops a trace does not stop the eager evaluation
-                self.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                self.refused = reason(error)
                 return None
-            finally:
-                reseed()
+        microbatch.reseed()
         directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
-        with below_autograd(not self.compile):
-            loss, results = self.graphs[key](inputs, directions)
-        return loss, [list(result) for result in results]
-
-    def describe(self) -> str:
-        """How second derivatives are executed, for the report."""
-        if self.refused:
-            return f"eager, since tracing was given up: {self.refused}"
-        return "compiled" if self.compile else "traced"
-
-    def accepts(self, loss: Tensor, expected: Tensor, step: int) -> bool:
-        """Whether a replayed loss is that of the first sweep, bit by bit; if not, no graph is used any more.
-
-        A compiled graph rounds differently, since it fuses operators: there the loss may differ by rounding.
-        """
-        same = torch.allclose(loss, expected, rtol=COMPILED_TOLERANCE) if self.compile else torch.equal(loss, expected)
-        if not same:
+        with below_autograd():
+            loss, results = graph(inputs, directions)
+        if not torch.equal(loss.double().cpu(), expected):
             self.refused = (
-                f"the replayed loss of step {step} is {float(loss.detach())!r}, that of training {float(expected)!r}"
+                f"the replayed loss of step {microbatch.step} is {float(loss.detach())!r}, "
+                f"that of training {float(expected)!r}"
             )
-        return same
+            return None
+        return [list(result) for result in results]
 
-    def _trace(self, second: SecondDerivative, evaluate: Evaluate, point: Point, reseed: Callable[[], None]) -> Graph:
+    def _trace(self, microbatch: Microbatch, evaluate: TensorLoss, point: Point) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
         kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
@@ -91,62 +98,32 @@ class Traces:
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
-            loss, (result,) = second(evaluate, Point(p, b, z, constants, [direction], [cotangent]), reseed)
+            loss, _, _, (result,) = self.eager.evaluate(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
             return loss, *result
 
+        microbatch.reseed()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = clean(make_fx(function)(*inputs))
             replay: Graph
             if len(point.directions) > 1:
-                replay = PerDirection(without_mutation(graph, inputs), shared, self._optimized)
+                replay = PerDirection(without_mutation(graph, inputs), shared, accumulate_products)
             else:
-                replay = self._whole(graph)
-            reseed()
+                replay = _whole(graph)
+            microbatch.reseed()
             _, (replayed,) = replay(inputs[:shared], [inputs[shared:]])
-        reseed()
+        microbatch.reseed()
         if not agree(replayed, function(*inputs)[1:]):
             raise RuntimeError("the replayed graph has other second derivatives than the evaluation that it traced")
         return replay
 
-    def _optimized(self, graph: fx.GraphModule, exact: int) -> Callable[..., tuple]:
-        """exact: the number of first outputs that keep their bits, unless they are compiled."""
-        return compiled(graph) if self.compile else accumulate_products(graph, exact)
 
-    def _whole(self, graph: fx.GraphModule) -> Graph:
-        """The graph for a single direction."""
-        whole = self._optimized(graph, exact=1)
+def _whole(graph: fx.GraphModule) -> Graph:
+    """The graph for a single direction."""
+    whole = accumulate_products(graph, exact=1)
 
-        def replay(fixed: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]):
-            loss, *result = whole(*fixed, *directions[0])
-            return loss, [result]
+    def replay(fixed: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]):
+        loss, *result = whole(*fixed, *directions[0])
+        return loss, [result]
 
-        return replay
-
-
-def compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
-    """By torch.compile; torch keeps what it has compiled on disk (TORCHINDUCTOR_CACHE_DIR) for later processes."""
-    # Random operators keep torch's eager streams, so that a compiled step draws the masks of the first sweep.
-    return torch.compile(module, fullgraph=True, dynamic=False, options={"fallback_random": True})
-
-
-def below_autograd(skipped: bool) -> contextlib.AbstractContextManager:
-    """Operators inside go past autograd's bookkeeping, where `skipped`; what they are given needs no gradient."""
-    return torch._C._AutoDispatchBelowAutograd() if skipped else contextlib.nullcontext()
-
-
-def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
-    """Whether a graph repeats the second derivatives of an evaluation up to rounding, tensor by tensor.
-
-    The loss alone would not tell: activation checkpointing puts random generators back for its recomputation, which a
-    graph does not, so that other dropout masks would enter the derivatives only.
-    """
-    if [x is None for x in replayed] != [x is None for x in evaluated]:
-        return False
-    pairs = [
-        (x.detach().double(), y.detach().double())
-        for x, y in zip(replayed, evaluated, strict=True)
-        if x is not None and y is not None
-    ]
-    noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
-    return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)
+    return replay

@@ -18,7 +18,9 @@ import typer
 from torch import Tensor, nn
 
 from mgd import TrainingFunction
-from mgd.autodiff.traced import below_autograd
+from mgd.autodiff.execution import below_autograd
+from mgd.autodiff.joint_evaluator import JointEvaluator
+from mgd.autodiff.traced import TracedEvaluator
 from mgd.bench import show, timing
 from mgd.ui.options import Json
 from mgd_kernels import AdamW
@@ -80,8 +82,8 @@ def _gradient(function: TrainingFunction, z: dict[str, Tensor]) -> Callable[[], 
 
 def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """The replays of the traced graph in a metagradient."""
-    traces = function._traces
-    assert traces is not None
+    traces = function._evaluator
+    assert isinstance(traces, TracedEvaluator)
     (key,) = traces.graphs
     return {
         "second derivatives": _replays(
@@ -92,10 +94,10 @@ def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callab
 
 def _joint(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """The replays of each part of the joint graph in a metagradient."""
-    joints = function._joints
-    assert joints is not None
+    joints = function._evaluator
+    assert isinstance(joints, JointEvaluator)
     (joint,) = joints.graphs.values()
-    parts = {"loss": "_first", "gradient": "_second", "second derivatives": "_later_once"}
+    parts = {"loss": "_forward", "gradient": "_weights", "second derivatives": "_refresh_once"}
     return {
         name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))
         for name, part in parts.items()

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from mgd.autodiff.traced import TracedEvaluator
 from mgd.bench import timing
 from mgd.bench.cases import Case, load
 from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
-from mgd.sweep.storage import free_host_memory
 from mgd.ui.options import finite
 from mgd.util.fingerprint import digest
+from mgd.util.system import free_memory
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead
 PROBES = (4, 8)  # steps of the short trainings from which the memory of a long one is extrapolated
@@ -86,7 +87,7 @@ def extrapolated(source: str, method: str, steps: int, device: str = "cpu") -> d
     """Bytes at `steps` on the line through two short trainings, and the most steps that fit in free memory."""
     points = [(t, float(measure(source, method, t, device)["bytes"])) for t in PROBES]
     each = max(1.0, (points[1][1] - points[0][1]) / (PROBES[1] - PROBES[0]))
-    room = SHARE * (torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_host_memory())
+    room = SHARE * (torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory())
     fits = PROBES[1] + int((room - points[1][1]) / each)
     return {"bytes": int(line(points, steps)), "fits_steps": max(PROBES[0], fits), "from_steps": list(PROBES)}
 
@@ -153,7 +154,7 @@ def _prepared(case: Case, request: dict[str, Any]) -> Any:
 
 
 def _execution(request: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in request["options"].items() if key in ("trace", "compile", "hvp")}
+    return {key: value for key, value in request["options"].items() if key in ("trace", "compile")}
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +163,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         request = request | {"method": "package"}
     case = load(request["source"], request["steps"], device)
     # Libraries, thread pools and lazy imports come first, by a tiny call of the same kind.
-    tracing = request["method"] == "package" and case.function.replaced(**_execution(request))._traces is not None
+    evaluator = case.function.replaced(**_execution(request))._evaluator
+    tracing = request["method"] == "package" and isinstance(evaluator, TracedEvaluator)
     warm = request | {"options": {"trace": tracing, **_execution(request)}}
     _prepared(load("small", 2, device), warm)()
     with timing.pinned(request["core"]):

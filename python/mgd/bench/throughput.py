@@ -132,7 +132,7 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
     summary = sample.summary()
     if report is not None:
         entry["plan"] = {key: report.plan[key] for key in ("schedule", "peak", "limits", "model_steps", "update_steps")}
-        entry |= {"phases": report.seconds, "execution": report.execution, "second_derivatives": report.hvp}
+        entry |= {"phases": report.seconds, "execution": report.execution}
     entry |= summary
     entry["ratio"] = {key: value / objectives for key, value in summary["ratio"].items()}
     entry["steps_per_second"] = entry["timed_steps"] / summary["seconds"]["median"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mgd.step.overrides import EXACT, FUSED, FunctionOverrides, needs_exact_formulas
+from mgd.step.overrides import FunctionOverrides
 
 Buffers = dict[str, Tensor]
 
@@ -21,20 +21,16 @@ class Binding:
     """The places in a model where its trainable parameters and buffers stand.
 
     names: of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
-    fused: functions of torch are replaced by those with fused second derivatives (`mgd_kernels.functional`), which
-        go in reverse mode only.
     """
 
-    def __init__(self, model: nn.Module, fused: bool = True):
+    def __init__(self, model: nn.Module):
         self.model, self.modules = model, list(model.modules())
-        self.fused = fused
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.buffer_names = tuple(name for name, _ in model.named_buffers())
         self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
         self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
-        self.needs_exact_formulas = any(map(needs_exact_formulas, model.modules()))
 
     @staticmethod
     def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
@@ -86,10 +82,7 @@ class Binding:
         with contextlib.ExitStack() as own:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
-            if self.fused:
-                stack.enter_context(FunctionOverrides(FUSED))
-            elif self.needs_exact_formulas:
-                stack.enter_context(FunctionOverrides(EXACT))
+            stack.enter_context(FunctionOverrides())
             value = function(self.model, *args)
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from mgd_kernels import functional
 
 
 class FunctionOverrides(TorchFunctionMode):
-    """Functions of torch by others: `EXACT`, where torch's derivatives are incomplete, or `FUSED`, faster ones too.
+    """Calls of torch's functions go to those of `OVERRIDES`: with complete derivatives, or with fused second ones.
 
-    BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, out of
-    autograd's sight, and knows no derivative with respect to them where they normalise. Here they are computed beside
-    the kernel, and used by plain arithmetic. Weight normalisation: the fused kernel's second derivative takes the norm
-    for a constant (torch 2.13; `gradgradcheck` fails).
+    BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, where autograd
+    does not see it, and has no derivative with respect to them where it normalises by them. Here the update is computed
+    beside the kernel, and normalisation by running statistics is plain arithmetic. Weight normalisation: the second
+    derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails).
     """
 
-    def __init__(self, table: Mapping[Any, Callable]):
-        super().__init__()
-        self.table = table
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.table.get(func, func)(*args, **(kwargs or {}))
-
-
-def needs_exact_formulas(module: nn.Module) -> bool:
-    return (
-        (isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None)
-        or isinstance(module, nn.utils.parametrizations._WeightNorm)
-        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
-    )
+        return OVERRIDES.get(func, func)(*args, **(kwargs or {}))
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -90,9 +76,9 @@ def _weight_norm(v, g, dim=0):
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-EXACT: dict[Any, Callable] = {
-    F.batch_norm: _batch_norm,
+OVERRIDES: dict[Any, Callable] = {
+    **functional.REPLACEMENTS,
+    F.batch_norm: _fused_batch_norm,
     F.instance_norm: _instance_norm,
     torch._weight_norm: _weight_norm,
 }
-FUSED: dict[Any, Callable] = {**functional.REPLACEMENTS, **EXACT, F.batch_norm: _fused_batch_norm}

@@ -1,27 +1,26 @@
-"""Resuming an interrupted metagradient: log and snapshots on disk, and from time to time the sweep's own place.
+"""Checkpoints of a resumable run: log and snapshots on disk and, from time to time, the state of the sweep itself.
 
-Between two checkpoints nothing that the first of them needs is deleted, so that a run that ends at any moment, by
-`kill -9` too, continues at the last checkpoint and comes to the same bits.
+Between two checkpoints nothing that the first of them needs is deleted. So a run that ends at any moment, also by
+`kill -9`, continues at the last checkpoint and gives the same bits.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.errors import CorruptState, StaleRun
-from mgd.sweep.history import damage_explained
+from mgd.plan import training
+from mgd.sweep.damage import with_advice
+from mgd.sweep.history import History
+from mgd_kernels.store import Store
 
-if TYPE_CHECKING:
-    from mgd.sweep.sweep import Sweep
-
-CHECKPOINT_EVERY = 50  # steps of either sweep that are done again at most
-MAX_PENDING_DELETES = 8  # snapshots that may wait for the next checkpoint to be deleted
+State = dict[str, Any]  # names of tensors, and of values of JSON's types
 
 
 class RunCheckpoint:
@@ -31,15 +30,15 @@ class RunCheckpoint:
     settings: chosen when the run began, and kept by the runs that continue it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], staging: int, identity: Mapping[str, str], settings: Any):
-        from mgd_kernels.store import Store
-
+    def __init__(
+        self, directory: str | os.PathLike[str], staging: int, identity: Mapping[str, str], settings: Mapping[str, Any]
+    ):
         self.store = Store.open(directory, host=staging, durable=True)
-        self.settings, self._identity, self._since = settings, dict(identity), 0
+        self.settings, self._identity, self._steps = settings, dict(identity), 0
         try:
-            self.began = "run" in self.store
-            if self.began:
-                with damage_explained():
+            self._began = "run" in self.store
+            if self._began:
+                with with_advice():
                     header = _decode(self.store.get("run"))
                 differing = sorted(k for k in identity if header["identity"].get(k) != identity[k])
                 if differing:
@@ -51,94 +50,57 @@ class RunCheckpoint:
 
     def begin(self) -> None:
         """Make the directory that of this run, unless it is already."""
-        if not self.began:
+        if not self._began:
             self._clear()
             self.store.put("run", _encode({"identity": self._identity, "settings": self.settings}), "disk")
             self.store.flush()
-            self.began = True
+            self._began = True
 
-    def reached(self, sweep: Sweep) -> None:
-        """Called after every step of either sweep, where the sweep's state is consistent."""
-        self._since += 1
-        if self._since >= CHECKPOINT_EVERY or sweep.tape.late >= MAX_PENDING_DELETES:
-            self._since = 0
-            self._checkpoint(sweep)
+    def after_step(self, state: Callable[[], State], history: History) -> None:
+        """To be called after every step of either sweep, where the sweep's state is consistent."""
+        self._steps += 1
+        if self._steps >= training.CHECKPOINT_EVERY or history.pending_snapshots >= training.MAX_PENDING_DELETES:
+            self._steps = 0
+            self.store.flush()  # everything that the checkpoint refers to
+            self._put("checkpoint", state())
+            self.store.flush()
+            history.delete_pending()
 
-    def trained(self, sweep: Sweep, value: Tensor) -> None:
+    def save_trained(self, state: State) -> None:
         """Keep the end of the training, which is part of the result."""
-        self.store.put("trained", [value, *sweep.state.tensors(), *sweep.buffers.values()], "disk")
+        self._put("trained", state)
 
-    def _checkpoint(self, sweep: Sweep) -> None:
-        header = {
-            "index": sweep.index,
-            "step": sweep.state.step,
-            "visited": sweep.visited,
-            "reversed": sweep.reversed,
-            "first_read": sweep.meta.first_read,
-            "objectives": len(sweep.adjoints),
-        }
-        self.store.flush()  # everything that the checkpoint refers to
-        tensors = [_encode(header), sweep.losses, *sweep.state.tensors(), *sweep.buffers.values()]
-        self.store.put("checkpoint", [*tensors, *_reverse_tensors(sweep)], "disk")
-        self.store.flush()
-        sweep.tape.sweep_out()
+    def load(self) -> tuple[State | None, State | None]:
+        """The state of the sweep at the last checkpoint, and the end of the training if it was reached by then.
 
-    def restore(self, sweep: Sweep) -> Tensor | None:
-        """Put the sweep where the last checkpoint left it, if there is one.
-
-        Returns the objective's value where the training is complete: then the trained state is in `sweep.trained`.
+        None where there is no checkpoint yet, or where one of the two is damaged: begin again.
         """
-        sweep.tape.adopt(self.store.keys())
         try:
-            tensors = iter(self.store.get("checkpoint"))
-            header = _decode(next(tensors))
-            end = self.store.get("trained") if header["objectives"] else []
-        except (KeyError, CorruptState):  # there is none yet, or it is damaged: begin again
-            sweep.tape.discard_after(0)
-            return None
-        sweep.index, sweep.visited, sweep.reversed = header["index"], header["visited"], header["reversed"]
-        sweep.tick("train", sweep.visited)
-        sweep.meta.first_read.update(header["first_read"])
-        sweep.losses.copy_(next(tensors))
-        value = None
-        if header["objectives"]:
-            value, *end = end
-            self._load(sweep, iter(end), len(sweep.losses))
-            sweep.complete(sweep.continued)
-            sweep.tick("reverse", sweep.reversed)
-        self._load(sweep, tensors, header["step"])
-        if header["objectives"]:
-            sweep.begin_reverse([sweep.zero_adjoint() for _ in range(header["objectives"])])
-            for mine in _reverse_tensors(sweep):
-                mine.copy_(next(tensors))
-        else:
-            sweep.tape.discard_after(header["step"])
-        return value
-
-    @staticmethod
-    def _load(sweep: Sweep, tensors: Any, step: int) -> None:
-        for mine in sweep.state.tensors():
-            mine.copy_(next(tensors))
-        sweep.state.step = step
-        sweep.buffers = {name: next(tensors).to(sweep.arena.device) for name in sweep.buffers}
+            state = self._get("checkpoint")
+            return state, self._get("trained") if state["trained"] else None
+        except (KeyError, CorruptState):
+            return None, None
 
     def finish(self) -> None:
-        """The result is there: the directory may begin another run."""
+        """The result is complete: the directory may begin another run."""
         self._clear()
         self.store.flush()
+
+    def _put(self, key: str, state: State) -> None:
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in state.items() if name not in tensors}
+        header = _encode({"values": values, "tensors": list(tensors)})
+        self.store.put(key, [header, *tensors.values()], "disk")
+
+    def _get(self, key: str) -> State:
+        header, *tensors = self.store.get(key)
+        record = _decode(header)
+        return record["values"] | dict(zip(record["tensors"], tensors, strict=True))
 
     def _clear(self) -> None:
         # The header goes last: without it, what is left belongs to no run.
         for key in sorted(self.store.keys(), key=lambda key: key == "run"):
             self.store.delete(key)
-
-
-def _reverse_tensors(sweep: Sweep) -> list[Tensor]:
-    """The tensors that the reverse sweep changes in place, in a fixed order."""
-    if sweep.gradients is None:
-        return []
-    adjoints = [t for adjoint in sweep.adjoints for t in (*adjoint.state.tensors(), *adjoint.buffers)]
-    return [*adjoints, sweep.gradients.hyper, *sweep.gradients.leaves]
 
 
 def _encode(value: Any) -> Tensor:

@@ -1,17 +1,17 @@
 """What a sweep keeps: the gradient log and the snapshots, each entry on the tier its plan names.
 
-Entries in the memory where the training runs are held as they are; others go through `mgd_kernels.Store`, which
-copies, checks and prefetches. A gradient for the disk is computed into a buffer that the store lends, and read back in
-one that it leases, so that neither is copied; where the store has none to spare, they are.
+Entries on a tier in the training's own memory are held as they are. Others go through `mgd_kernels.Store`, which
+copies, checks and prefetches. A gradient for the disk is computed in a buffer that the store reserves, and read back as
+a view of one, so that neither is copied; where the store has none to spare, they are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +19,27 @@ from torch import Tensor
 from mgd.errors import CorruptState, StoreIOError
 from mgd.step.model import Buffers
 from mgd.step.step import StepResult
-from mgd_kernels import OptimizerState
+from mgd.sweep.damage import ADVICE, Key, naming_the_step
+from mgd_kernels import Arena, OptimizerState
 
 if TYPE_CHECKING:
-    from mgd.sweep.prefetch import Prefetcher
-    from mgd_kernels import Arena
     from mgd_kernels.store import Store
-    from mgd_kernels.store.zero_copy import Lent
 
-Key = tuple[str, int]
+VIEWED = 3  # gradients viewed at a time, to advance over them in one pass
 
-LEASED = 3  # gradients leased at a time, to advance over them in one pass
+
+class Listener(Protocol):
+    """Hears what happens to stored entries, and knows what the plan will read."""
+
+    def put(self, key: Key) -> None: ...
+
+    def got(self, key: Key) -> None: ...
+
+    def removed(self, key: Key) -> None: ...
+
+    def reads_again(self, key: Key) -> bool:
+        """Whether the entry, which is being read, will be read once more, as far as can be seen."""
+        ...
 
 
 @dataclass
@@ -41,55 +51,46 @@ class Snapshot:
 class History:
     """The log and the snapshots of one sweep.
 
-    store: holds what does not live in the training's own memory; None where nothing else is planned.
     constants: the buffers before the first step. One that the training never replaces is held once, here.
-    microbatches: evaluations a step. persistent: the tape outlives the process: every entry is whole (it refers to no
-    constants), all go to disk, and what is removed stays on disk until `sweep_out`.
-    gradient: flat `[n]` and uninitialised, or None where the store does not hold any: makes the memory for a gradient
-    that has to be copied from the store. It is made once, and what was read is valid until the next such read.
+    microbatches: evaluations per step. store: holds the entries of all tiers but those `in_memory`. durable: the
+    entries outlive the process: each is whole (it refers to no constants), and what is removed stays on disk until
+    `delete_pending`.
     """
 
     def __init__(
         self,
-        store: Store | None,
         constants: Buffers,
-        gradient: Callable[[], Tensor] | None,
         microbatches: int,
-        on_device: bool = False,
-        persistent: bool = False,
+        *,
+        arena: Arena | None = None,
+        store: Store | None = None,
+        in_memory: Iterable[str] = (),
+        durable: bool = False,
     ):
-        self.store, self.constants, self._new_gradient = store, constants, gradient
-        self._scratch: Tensor | None = None
-        self._lent: Lent | None = None
+        self.constants, self.microbatches, self.store, self.durable = constants, microbatches, store, durable
+        self.listener: Listener | None = None
+        self._arena, self._in_memory = arena, frozenset(in_memory)
+        self._scratch: Tensor | None = None  # what was read into it is valid until the next such read
+        self._viewing = store is not None and arena is not None and arena.device.type == "cpu"
         self._spare = (1 + microbatches) * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
-        self._direct = ("device",) if on_device else ("device", "host")
-        self._microbatches, self._persistent, self._copying = microbatches, persistent, on_device
-        self._condemned: set[Key] = set()
+        self._pending: set[Key] = set()
         self._gradients: dict[int, StepResult] = {}  # in memory, as are these
         self._snapshots: dict[int, Snapshot] = {}
         self._names: dict[Key, list[tuple[str, ...]]] = {}  # of stored entries: the buffers that are not constants
-        self.ahead: Prefetcher | None = None
 
-    def in_memory(self, tier: str) -> bool:
-        """Whether entries of this tier are held as they are, and not in the store."""
-        return self.store is None or (tier in self._direct and not self._persistent)
+    def stores(self, tier: str) -> bool:
+        """Whether entries of this tier are in the store, rather than held as they are."""
+        return tier not in self._in_memory
+
+    def stored(self, key: Key) -> bool:
+        """Whether the store has the entry."""
+        return key in self._names
 
     # --- the log -----------------------------------------------------------------------------------------------
 
-    def blank(self, arena: Arena, tier: str | None) -> Tensor | None:
-        """Memory of the store in which to compute the gradient that is logged next, or None: then anywhere."""
-        if (tier != "disk" and not self._persistent) or tier is None or arena.device.type != "cpu":
-            return None
-        self._lent = self._entries.lend([arena.numel], arena.gradient_dtype, self._spare)
-        return None if self._lent is None else self._lent.tensor
-
-    def log(self, t: int, step: StepResult, tier: str) -> None:
-        """Keep what the evaluation of step `t` left behind."""
-        if self.in_memory(tier):
-            self._gradients[t] = step
-        else:
-            self._put(("gradient", t), [step.gradient, step.losses], step.buffers, tier)
-        self._lent = None
+    def entry(self, t: int, tier: str | None) -> Entry:
+        """The log entry of step `t`, to be computed inside the block and committed; None: the step is not logged."""
+        return Entry(self, t, tier)
 
     def logged(self, t: int) -> bool:
         return t in self._gradients or ("gradient", t) in self._names
@@ -99,8 +100,8 @@ class History:
         run: list[StepResult] = []
         for t in range(start, stop):
             step = self._gradients.get(t)
-            if step is None and ("gradient", t) in self._names and len(run) < LEASED:
-                step = self._lease(t)
+            if step is None and ("gradient", t) in self._names and len(run) < VIEWED:
+                step = self._view(t)
             if step is None:
                 break
             run.append(step)
@@ -108,33 +109,29 @@ class History:
 
     def read(self, t: int) -> StepResult:
         """The log entry of step `t`."""
-        step = self._gradients.get(t) or self._lease(t)
+        step = self._gradients.get(t) or self._view(t)
         if step is not None:
             return step
         if self._scratch is None:
-            assert self._new_gradient is not None
-            self._scratch = self._new_gradient()
-        losses = torch.empty(self._microbatches, dtype=torch.float64)
+            assert self._arena is not None
+            self._scratch = self._arena.zeros(self._arena.gradient_dtype)
+        losses = torch.empty(self.microbatches, dtype=torch.float64)
         return StepResult(self._scratch, losses, self._get(("gradient", t), [self._scratch, losses]))
 
-    def _lease(self, t: int) -> StepResult | None:
+    def _view(self, t: int) -> StepResult | None:
         """The log entry of step `t` in the store's buffer, until the gradient is let go of; None where it must copy."""
         key = ("gradient", t)
-        if self._copying or key not in self._names:
+        if not self._viewing or key not in self._names:
             return None
-        with explained(key):
-            leased = self._entries.lease(key, self._again(key))
-        if leased is None:
+        with naming_the_step(key):
+            viewed = self._entries.lease(key, self._reads_again(key))
+        if viewed is None:
             return None
-        if self.ahead is not None:
-            self.ahead.got(key)
-        rest = (b.clone() for b in leased[2:])  # buffers outlive the step
+        if self.listener is not None:
+            self.listener.got(key)
+        rest = (b.clone() for b in viewed[2:])  # buffers outlive the step
         histories = [self.constants | {name: next(rest) for name in changed} for changed in self._names[key]]
-        return StepResult(leased[0], leased[1].clone(), histories)
-
-    def _again(self, key: Key) -> bool:
-        """Whether the entry is to be read again soon."""
-        return self.ahead is not None and self.ahead.again(key)
+        return StepResult(viewed[0], viewed[1].clone(), histories)
 
     def forget(self, t: int) -> None:
         self._remove(("gradient", t))
@@ -143,11 +140,10 @@ class History:
 
     def save(self, state: OptimizerState, buffers: Buffers, tier: str) -> None:
         """Copy the state at its step."""
-        key = ("snapshot", state.step)
-        if self.in_memory(tier):
-            self._snapshots[state.step] = Snapshot(state.clone(), buffers)
+        if self.stores(tier):
+            self._put(("snapshot", state.step), list(state.tensors()), [buffers], tier)
         else:
-            self._put(key, list(state.tensors()), [buffers], tier)
+            self._snapshots[state.step] = Snapshot(state.clone(), buffers)
 
     def load(self, t: int, state: OptimizerState) -> Buffers:
         """Make `state` that of step `t`, and return its buffers."""
@@ -169,20 +165,22 @@ class History:
         assert self.store is not None  # or nothing is planned for it
         return self.store
 
-    def _put(self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str) -> None:
-        whole = self._persistent
+    def _put(
+        self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str, reserved: Any | None = None
+    ) -> None:
+        whole = self.durable
         names = [tuple(n for n, b in buffers.items() if whole or b is not self.constants[n]) for buffers in histories]
         extra = [buffers[n] for buffers, changed in zip(histories, names, strict=True) for n in changed]
-        with explained(key):
+        with naming_the_step(key):
             self._entries.check()  # a write that failed meanwhile: the training need not go on
-            if self._lent is not None and tensors[0] is self._lent.tensor:
-                self._entries.put_lent(key, self._lent, tensors[1:] + extra)
+            if reserved is not None and tensors[0] is reserved.tensor:
+                self._entries.put_lent(key, reserved, tensors[1:] + extra)
             else:
                 self._entries.put(key, tensors + extra, tier)
         self._names[key] = names
-        self._condemned.discard(key)
-        if self.ahead is not None:
-            self.ahead.put(key)
+        self._pending.discard(key)
+        if self.listener is not None:
+            self.listener.put(key)
 
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
@@ -193,33 +191,32 @@ class History:
             for changed in self._names[key]
         ]
         rest = [b[name] for b, changed in zip(histories, self._names[key], strict=True) for name in changed]
-        with explained(key):
-            self._entries.get(key, out=[*out, *rest], again=self._again(key))
-        if self.ahead is not None:
-            self.ahead.got(key)
+        with naming_the_step(key):
+            self._entries.get(key, out=[*out, *rest], again=self._reads_again(key))
+        if self.listener is not None:
+            self.listener.got(key)
         return histories
+
+    def _reads_again(self, key: Key) -> bool:
+        return self.listener is not None and self.listener.reads_again(key)
 
     def _remove(self, key: Key) -> None:
         held: dict[int, Any] = self._gradients if key[0] == "gradient" else self._snapshots
         if held.pop(key[1], None) is None and self._names.pop(key, None) is not None:
-            if self.ahead is not None:
-                self.ahead.removed(key)
-            if self._persistent:
-                self._condemned.add(key)
+            if self.listener is not None:
+                self.listener.removed(key)
+            if self.durable:
+                self._pending.add(key)
             else:
                 self._entries.delete(key)
 
-    def stored(self, key: Key) -> bool:
-        """Whether the store has the entry."""
-        return key in self._names
-
-    # --- across processes ----------------------------------------------------------------------------------------
+    # --- across processes --------------------------------------------------------------------------------------
 
     def adopt(self, keys: Iterable[Any]) -> None:
         """Take over the entries that an earlier process left in the store."""
         for key in keys:
             if key[0] in ("gradient", "snapshot"):
-                histories = 1 + self._microbatches if key[0] == "gradient" else 1
+                histories = 1 + self.microbatches if key[0] == "gradient" else 1
                 self._names[key] = [tuple(self.constants)] * histories
 
     def discard_after(self, step: int) -> None:
@@ -227,31 +224,33 @@ class History:
         for kind, t in list(self._names):
             if t > step or (kind, t) == ("gradient", step):
                 self._remove((kind, t))
-        self.sweep_out()
+        self.delete_pending()
 
-    def sweep_out(self) -> None:
-        """Delete what was removed: nothing that a checkpoint refers to needs it any more."""
-        for key in self._condemned:
+    def delete_pending(self) -> None:
+        """Delete what was removed: no checkpoint refers to it any more."""
+        for key in self._pending:
             self._entries.delete(key)
-        self._condemned.clear()
+        self._pending.clear()
 
     @property
-    def late(self) -> int:
+    def pending_snapshots(self) -> int:
         """Snapshots that were removed and still take room."""
-        return sum(kind == "snapshot" for kind, _ in self._condemned)
+        return sum(kind == "snapshot" for kind, _ in self._pending)
+
+    # --- the end -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of everything. A resumable tape then raises the error of a write that failed."""
+        """Let go of everything. A durable history then raises the error of a write that failed."""
         self._gradients.clear()
         self._snapshots.clear()
         self._names.clear()
-        self.ahead = self._lent = None
+        self.listener = None
         if self.store is not None:
             self.store.close()
 
     @contextlib.contextmanager
     def closed_after_errors(self) -> Iterator[None]:
-        """Closes the tape when the block fails; the block's error is the one to hear of."""
+        """Closes the history when the block fails; the block's error is the one to hear of."""
         try:
             yield
         except BaseException:
@@ -264,40 +263,43 @@ class History:
         return None if self.store is None else self.store.stats()
 
 
-def _room(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in an entry at most."""
-    return tensor.nbytes + 64
+class Entry:
+    """A log entry while it is made.
 
-
-ADVICE = "What it held cannot be had again: delete the directory, and begin anew."
-
-_FILE = re.compile(r"step-(\d+)-(gradient|snapshot)\.mgd")
-
-
-@contextlib.contextmanager
-def damage_explained() -> Iterator[None]:
-    """Errors of damaged entries say what to do about a directory that nobody but a metagradient writes."""
-    try:
-        yield
-    except CorruptState as error:
-        raise CorruptState(error.key, error.chunk, error.found, ADVICE) from error
-
-
-@contextlib.contextmanager
-def explained(key: Key) -> Iterator[None]:
-    """Errors of the store say which step is concerned; their `step` is its number, and `key` that of the entry.
-
-    An error may be that of another entry than `key`, which was being written meanwhile.
+    gradient: memory of the store in which to compute the gradient, flat `[n]`; None: anywhere.
     """
-    try:
-        with damage_explained():
-            yield
-    except CorruptState as error:
-        error.step = key[1]  # type: ignore[attr-defined]
-        raise
-    except StoreIOError as error:
-        found = _FILE.search(str(error.path))
-        kind, t = (found[2], int(found[1])) if found else key
-        told: Any = StoreIOError(error.errno or 0, error.path, f"the {kind} of step {t}: {error.what}")
-        told.key, told.step = (kind, t), t
-        raise told from error
+
+    __slots__ = ("_history", "_reserved", "_tier", "gradient", "step")
+
+    def __init__(self, history: History, step: int, tier: str | None):
+        self._history, self.step, self._tier = history, step, tier
+        self._reserved, self.gradient = None, None
+
+    def __enter__(self) -> Entry:
+        history, arena = self._history, self._history._arena
+        if self._tier is not None and history._viewing and (self._tier == "disk" or history.durable):
+            assert arena is not None
+            self._reserved = history._entries.lend([arena.numel], arena.gradient_dtype, history._spare)
+            self.gradient = None if self._reserved is None else self._reserved.tensor
+        return self
+
+    def commit(self, result: StepResult) -> None:
+        """Keep what the evaluation left behind, if the step is logged."""
+        history, t = self._history, self.step
+        if self._tier is None:
+            return
+        if history.stores(self._tier):
+            tensors = [result.gradient, result.losses]
+            history._put(("gradient", t), tensors, result.buffers, self._tier, self._reserved)
+        else:
+            history._gradients[t] = result
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reserved = self.gradient = None
+
+
+def _room(tensor: Tensor) -> int:
+    """The most bytes that a tensor takes in an entry."""
+    return tensor.nbytes + 64

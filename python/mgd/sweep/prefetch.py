@@ -1,4 +1,4 @@
-"""Reading ahead: the store fetches what the coming actions need, behind the computation."""
+"""Prefetching: the store reads what the coming actions need, behind the computation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
-from mgd.sweep.history import History, Key
+from mgd.sweep.damage import Key
+from mgd.sweep.history import History
 
 WINDOW = 8  # entries on their way at a time; how much of them is read is up to the store's free buffers
 HORIZON = 64  # actions looked at before their turn, at most
@@ -15,13 +16,13 @@ HORIZON = 64  # actions looked at before their turn, at most
 class Prefetcher:
     """The actions from `position` on; while they are performed, the store reads what the next ones need.
 
-    The reads of an action follow from the plan alone, so that they can be had in their order before its turn. Each is
-    asked for once it can be: an entry that is written in between when it is written, one that is needed twice a second
-    time when the first was taken. The tape tells what happens to its entries.
+    The reads of an action follow from the plan alone, so their order is known before its turn. Each is requested as
+    soon as it can be: an entry that is written in between once it is written, one that is needed twice a second time
+    once the first was read. It listens to what happens to the history's entries.
     """
 
-    def __init__(self, actions: Iterator[Action], tape: History, position: int):
-        self._actions, self._tape = actions, tape
+    def __init__(self, actions: Iterator[Action], history: History, position: int):
+        self._actions, self._history = actions, history
         self._queue: deque[Action] = deque()  # looked at, not yet performed
         self._coming: deque[tuple[Key, int]] = deque()  # reads to ask for, each after so many puts of its key
         self._asked: set[Key] = set()
@@ -29,7 +30,7 @@ class Prefetcher:
         # Where the looking stands: the training step, and what of the plan's changes the store will have seen by then.
         self._position = position
         self._front: dict[Key, tuple[int, bool]] = {}  # puts, and whether the entry is there
-        tape.ahead = self
+        history.listener = self
 
     def __iter__(self) -> Iterator[Action]:
         while True:
@@ -38,7 +39,7 @@ class Prefetcher:
                 return
             yield self._queue.popleft()
 
-    # --- told by the tape --------------------------------------------------------------------------------------
+    # --- as the history's listener -----------------------------------------------------------------------------
 
     def put(self, key: Key) -> None:
         self._puts[key] += 1
@@ -49,8 +50,7 @@ class Prefetcher:
         self._asked.discard(key)
         self._ask()
 
-    def again(self, key: Key) -> bool:
-        """Whether the entry, which is being read, is to be read once more, as far as one can see."""
+    def reads_again(self, key: Key) -> bool:
         return any(key == coming for coming, _ in self._coming)
 
     def removed(self, key: Key) -> None:
@@ -70,11 +70,11 @@ class Prefetcher:
             if key in self._asked or self._puts[key] < puts:
                 break
             self._coming.popleft()
-            if self._tape.stored(key):
+            if self._history.stored(key):
                 self._asked.add(key)
                 keys.append(key)
-        if keys and self._tape.store is not None:
-            self._tape.store.prefetch(keys)
+        if keys and self._history.store is not None:
+            self._history.store.prefetch(keys)
 
     def _look(self) -> bool:
         """Look at one more action; False when there is none."""
@@ -83,7 +83,7 @@ class Prefetcher:
             return False
         self._queue.append(action)
         if isinstance(action, Save):
-            self._change(("snapshot", action.step), not self._tape.in_memory(action.tier))
+            self._change(("snapshot", action.step), self._history.stores(action.tier))
         elif isinstance(action, Drop):
             self._change(("snapshot", action.step), None)
         elif isinstance(action, Load):
@@ -93,9 +93,9 @@ class Prefetcher:
             self._read(("gradient", action.step))
             self._position = action.step
         elif isinstance(action, Advance):
-            written = action.log is not None and not self._tape.in_memory(action.log)
+            written = action.log is not None and self._history.stores(action.log)
             for t in range(self._position, action.stop):
-                if not self._read(("gradient", t)) and written and not self._tape.logged(t):
+                if not self._read(("gradient", t)) and written and not self._history.logged(t):
                     self._change(("gradient", t), True)
             self._position = action.stop
         return True
@@ -107,7 +107,7 @@ class Prefetcher:
 
     def _read(self, key: Key) -> bool:
         """The entry will be read, if it will be in the store; returns whether."""
-        puts, there = self._front.get(key, (0, self._tape.stored(key)))
+        puts, there = self._front.get(key, (0, self._history.stored(key)))
         if there:
             self._coming.append((key, puts))
         return there

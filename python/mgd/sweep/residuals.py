@@ -1,48 +1,48 @@
-"""What joint graphs have computed in logged steps for their second derivatives, as far as there is memory for it."""
+"""What steps computed for their second derivatives in the first sweep, as far as there is memory for it."""
 
 from __future__ import annotations
 
-from mgd.autodiff.joint import Residuals
+from mgd.step.step import Residuals
 from mgd.util.system import resident_memory
 
 
 class ResidualCache:
-    """Holds what was kept of steps, in bytes that the plan has left.
+    """Holds residuals of logged steps, in bytes that the plan has left.
 
-    room: bytes that it may take. limit: bytes by which the process may grow after the first step that is kept: memory
-    in pieces, of which malloc can use only some, takes more room than what lies in it (1.8 times as much in fine-tuning
-    by LoRA). None: not watched. peak: bytes that it held at most.
+    room: bytes that it may take. limit: bytes by which the process may grow after the first step that is kept: in a
+    fragmented heap, of which malloc can use only a part, residuals take more room than their size (1.8 times as much in
+    fine-tuning by LoRA). None: not watched. peak: the most bytes it held.
     """
 
     def __init__(self, room: int = 0, limit: int | None = None):
         self.room, self.limit = room, limit
         self.held = self.peak = 0
         self._steps: dict[int, list[Residuals]] = {}
-        self._first: int | None = None
+        self._start: int | None = None
 
-    def put(self, t: int, kept: list[Residuals]) -> None:
-        """Keep this of step `t`, if there is room."""
-        size = _bytes(kept)
+    def put(self, t: int, residuals: list[Residuals]) -> None:
+        """Keep the residuals of step `t`, if there is room."""
+        size = _bytes(residuals)
         if self.held + size > self.room or (self.limit is not None and self._growth() + size > self.limit):
             return
         self.held += size
         self.peak = max(self.peak, self.held)
-        self._steps[t] = kept
+        self._steps[t] = residuals
 
     def take(self, t: int) -> list[Residuals] | None:
-        """What was kept of step `t`, which then is no longer."""
-        kept = self._steps.pop(t, None)
-        if kept is not None:
-            self.held -= _bytes(kept)
-        return kept
+        """The residuals of step `t`, which are no longer held here."""
+        residuals = self._steps.pop(t, None)
+        if residuals is not None:
+            self.held -= _bytes(residuals)
+        return residuals
 
     def _growth(self) -> int:
         now = resident_memory()
         if now is None:
             return 0
-        self._first = now if self._first is None else self._first
-        return now - self._first
+        self._start = now if self._start is None else self._start
+        return now - self._start
 
 
-def _bytes(kept: list[Residuals]) -> int:
-    return sum(part.bytes for part in kept)
+def _bytes(residuals: list[Residuals]) -> int:
+    return sum(part.bytes for part in residuals)

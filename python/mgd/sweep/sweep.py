@@ -9,151 +9,95 @@ of stored states).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgd.errors import BadObjective, NonFiniteState, ReplayDivergence
+from mgd.errors import NonFiniteState
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.results import Trained
 from mgd.step.metaparameters import Gradients, Metaparameters
-from mgd.step.model import Binding, differentiable, modes_kept
+from mgd.step.model import Buffers
 from mgd.step.step import StepFunction, StepResult
-from mgd.sweep.checkpoint import RunCheckpoint
-from mgd.sweep.history import History
+from mgd.sweep.adjoint import Adjoint
 from mgd.sweep.prefetch import Prefetcher
-from mgd.sweep.residuals import ResidualCache
-from mgd.util.profiler import phase
+from mgd.sweep.storage import Storage
+from mgd.sweep.timings import Timings
 from mgd_kernels import Optimizer, OptimizerState
 from mgd_kernels.dispatch import dot
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
-@dataclass
-class Adjoint:
-    """Cotangents of a training state: of the optimizer's tensors and of the floating-point buffers."""
-
-    state: OptimizerState
-    buffers: list[Tensor]
-
-
-@dataclass
-class Timings:
-    """Seconds and counts by kind of work, filled while the sweeps run.
-
-    phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind of work, how long the first time
-    took, and how often it was done.
-    """
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    counts: Counter = field(default_factory=Counter)
-    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
-    _timers: dict[str, _Timer] = field(default_factory=dict)
-
-    def timed(self, phase: str) -> _Timer:
-        if phase not in self._timers:
-            self._timers[phase] = _Timer(self.seconds, phase, self.firsts)
-        return self._timers[phase]
-
-    def mean(self, phase: str) -> float:
-        """Seconds each time; the first is left out, since it warms up, or makes a trace."""
-        first, times = self.firsts.get(phase, (0.0, 0))
-        return (self.seconds[phase] - first) / (times - 1) if times > 1 else first
-
-
-class _Timer:
-    """Adds the seconds of blocks to those of a phase, which it marks in a profile; blocks of one timer do not nest."""
-
-    def __init__(self, seconds: dict[str, float], phase: str, firsts: dict[str, tuple[float, int]] | None = None):
-        self.seconds, self.phase, self.firsts = seconds, phase, firsts
-
-    def __enter__(self) -> None:
-        self.mark = phase(self.phase)
-        if self.mark is not None:
-            self.mark.__enter__()
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: Any) -> None:
-        seconds = time.perf_counter() - self.start
-        self.seconds[self.phase] += seconds
-        if self.firsts is not None:
-            known = self.firsts.get(self.phase)
-            self.firsts[self.phase] = (seconds, 1) if known is None else (known[0], known[1] + 1)
-        if self.mark is not None:
-            self.mark.__exit__(*error)
-
-
 class Sweep:
-    """Interprets the actions of a plan on one training.
+    """One training, forward by the actions of its storage's plan and backward by the rest of them.
 
-    The current state is `self.state` with `self.buffers` at step `self.state.step`. tape: what is kept; memory alone
-    unless another one is put in its place. shelf: what the joint graphs of logged steps have computed for their second
-    derivatives. continued: the end is a beginning, too, so its optimizer state is kept. index: how many actions of the
-    plan are done. reversed: how many steps the reverse sweep has behind it. trained: the end of the training, once it
-    is reached. adjoints, gradients: of the reverse sweep, once it has begun.
+    The current state is `state` with `buffers` at step `state.step`. keep_slots: the end may be the beginning of
+    another training, so its optimizer state is part of the result. index: actions of the plan that are done.
+    visited, reversed: steps that each sweep has behind it. trained, value: the end of the training and the objective
+    there, once they are known; then `adjoints` and `gradients` are those of the reverse sweep.
     """
 
     def __init__(
         self,
-        steps: StepFunction,
+        step: StepFunction,
         optimizer: Optimizer,
         meta: Metaparameters,
         state: OptimizerState,
-        max_grad_norm: float | None,
-        tick: Callable[..., None],
+        buffers: Buffers,
+        storage: Storage,
+        *,
+        max_grad_norm: float | None = None,
+        keep_slots: bool = False,
+        tick: Callable[..., None] = lambda phase, steps=1: None,
     ):
-        self.steps, self.optimizer, self.meta = steps, optimizer, meta
-        self.max_grad_norm, self.tick = max_grad_norm, tick
-        self.arena = steps.arena
-        self.state = state
-        self.buffers = steps.binding.buffers()
-        self.length = len(steps.batches)
-        self.continued = False
-        self.losses = torch.zeros(self.length, steps.microbatches, dtype=torch.float64)
+        self.step, self.optimizer, self.meta = step, optimizer, meta
+        self.arena, self.state, self.buffers = step.arena, state, buffers
+        self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
+        self.max_grad_norm, self.keep_slots, self.tick = max_grad_norm, keep_slots, tick
+        self.length = len(step.batches)
+        self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64)
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
-        self.visited = 0
-        self.tape = History(None, self.buffers, None, steps.microbatches)
-        self.shelf = ResidualCache()
-        self.measured = Timings()
-        self.index = 0
-        self.reversed = 0
-        self.trained: Trained
+        self.timings = Timings()
+        self.index = self.visited = self.reversed = 0
+        self.trained: Trained | None = None
+        self.value: Tensor | None = None
         self.adjoints: list[Adjoint] = []
         self.gradients: Gradients | None = None
-        self.journal: RunCheckpoint | None = None
+        if storage.checkpoint is not None:
+            self._load(*storage.checkpoint.load())
+        plan = storage.plan
+        self._actions = iter(()) if plan is None else itertools.islice(plan.actions(), self.index, None)
 
     # --- forward -----------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """All steps, keeping nothing."""
-        self._advance(self.length, None)
-        self.complete()
+    def forward(self) -> Trained:
+        """Train to the end, keeping what the plan says."""
+        if self.trained is None:
+            if self.storage.plan is None:
+                self._advance(self.length, None)
+            with self.timings.phase("first sweep"):
+                while self.state.step < self.length:
+                    self._perform(next(self._actions))
+                    self.index += 1
+            self.meta.check_all_read()
+            self.trained = self._end()
+        return self.trained
 
-    def forward(self, actions: Iterator[Action]) -> None:
-        """Perform the plan's actions until the training is complete."""
-        with _Timer(self.measured.phases, "first sweep"):
-            while self.state.step < self.length:
-                self._perform(next(actions))
-                self.index += 1
-        self.complete(self.continued)
-
-    def complete(self, slots: bool = True) -> None:
-        """The current state is the end of the training. slots: keep the optimizer's, too."""
+    def _end(self) -> Trained:
+        """The current state as the end of the training."""
         views = self.arena.views
-        kept = zip(self.optimizer.slots, self.state.slots, strict=True) if slots else ()
-        self.trained = Trained(
+        slots = zip(self.optimizer.slots, self.state.slots, strict=True) if self.keep_slots else ()
+        return Trained(
             parameters={name: p.clone() for name, p in views(self.state.params).items()},
             buffers={name: b.clone() for name, b in self.buffers.items()},
             optimizer_state={"step": self.state.next_count - 1}
-            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in kept},
+            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
             losses=self.losses.sum(1),
         )
 
@@ -161,62 +105,62 @@ class Sweep:
         if isinstance(action, Advance):
             self._advance(action.stop, action.log)
         elif isinstance(action, Save):
-            with self.measured.timed("store"):
-                self.tape.save(self.state, self.buffers, action.tier)
+            with self.timings.timed("store"):
+                self.history.save(self.state, self.buffers, action.tier)
         elif isinstance(action, Load):
-            with self.measured.timed("store"):
-                self.buffers = self.tape.load(action.step, self.state)
+            with self.timings.timed("store"):
+                self.buffers = self.history.load(action.step, self.state)
         elif isinstance(action, Drop):
-            self.tape.drop(action.step)
+            self.history.drop(action.step)
         else:
-            raise TypeError(f"unknown action {action!r}")
+            raise TypeError(f"expected an action of a plan; got {action!r}")
 
     def _advance(self, stop: int, tier: str | None) -> None:
         """Run to `stop`, by logged gradients where there are, else by the model; then log them on `tier`, if any."""
         while (t := self.state.step) < stop:
-            if self.tape.logged(t):
+            if self.history.logged(t):
                 self._rebuild(stop)
                 continue
             again = self.gradients is not None
-            with _Timer(self.measured.phases, "replay") if again else contextlib.nullcontext():
+            with self.timings.phase("replay") if again else contextlib.nullcontext():
                 self._train(t, tier)
-            if self.journal is not None:
-                self.journal.reached(self)
+            self._after_step()
 
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
-        step = self._evaluate(t, self.tape.blank(self.arena, tier))
-        kept, step.kept = step.kept, None
-        if tier is not None:
-            if kept is not None:
-                self.shelf.put(t, kept)
-            with self.measured.timed("store"):
-                self.tape.log(t, step, tier)
-        with self.measured.timed("update"):
-            self.optimizer.step_(self.state, step.gradient, self.meta.tables[t], self._clip(step)[0])
-        self.buffers = step.buffers[-1]
+        with self.history.entry(t, tier) as entry:
+            result = self._evaluate(t, entry.gradient)
+            residuals, result.residuals = result.residuals, None
+            if tier is not None:
+                if residuals is not None:
+                    self.residuals.put(t, residuals)
+                with self.timings.timed("store"):
+                    entry.commit(result)
+        with self.timings.timed("update"):
+            self.optimizer.step_(self.state, result.gradient, self.meta.tables[t], self._clip(result)[0])
+        self.buffers = result.buffers[-1]
 
     def _rebuild(self, stop: int) -> None:
-        """Advance over logged steps by their updates, in one pass as many as can be had at a time."""
+        """Advance over logged steps by their updates, as many in one pass as are available."""
         start = self.state.step
-        with self.measured.timed("store"):
-            run = self.tape.run(start, stop)
-        with self.measured.timed("rebuild"):
+        with self.timings.timed("store"):
+            run = self.history.run(start, stop)
+        with self.timings.timed("rebuild"):
             self.optimizer.replay_(
                 self.state,
-                [step.gradient for step in run],
+                [result.gradient for result in run],
                 self.meta.hypers[start : start + len(run)],
-                [self._clip(step)[0] for step in run],
+                [self._clip(result)[0] for result in run],
             )
         self.buffers = run[-1].buffers[-1]
-        self.measured.counts["rebuilt steps"] += len(run)
+        self.timings.counts["rebuilt steps"] += len(run)
 
     def _evaluate(self, t: int, into: Tensor | None = None) -> StepResult:
         first = t >= self.visited
-        with self.measured.timed("training" if first else "replay"):
-            evaluated = self.steps.gradient(t, self.state.params, self.buffers, self.meta, into)
-        self.measured.counts["model steps"] += 1
-        losses = evaluated.losses
+        with self.timings.timed("training" if first else "replay"):
+            result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into)
+        self.timings.counts["model steps"] += 1
+        losses = result.losses
         if first:
             values = losses.tolist()
             if not all(map(math.isfinite, values)):
@@ -226,8 +170,8 @@ class Sweep:
             self.tick("train")
         elif not torch.equal(self.losses[t], losses):
             i = int((self.losses[t] != losses).nonzero()[0])
-            raise ReplayDivergence(t, self.steps.diagnose(t, i, float(self.losses[t, i]), float(losses[i])))
-        return evaluated
+            raise self.step.diverged(t, i, float(self.losses[t, i]), float(losses[i]), self.meta)
+        return result
 
     def _clip(self, step: StepResult) -> tuple[float, float]:
         """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""
@@ -243,24 +187,29 @@ class Sweep:
 
     # --- backward ----------------------------------------------------------------------------------------------
 
-    def zero_adjoint(self) -> Adjoint:
-        buffers = [torch.zeros_like(self.buffers[name]) for name in differentiable(self.buffers)]
-        return Adjoint(self.state.zeros_like(), buffers)
+    def begin_reverse(self, value: Tensor, adjoints: list[Adjoint]) -> None:
+        """From the objective's value and its adjoints of the final state, which become those of the first."""
+        self.value = value
+        self._begin_reverse(adjoints)
+        if self.storage.checkpoint is not None:
+            self.storage.checkpoint.save_trained(self._end_state())
 
-    def begin_reverse(self, adjoints: list[Adjoint]) -> None:
-        """From the adjoints of the final state, which become those of the first."""
+    def _begin_reverse(self, adjoints: list[Adjoint]) -> None:
         self.adjoints = adjoints
         self.gradients = Gradients(self.meta, len(adjoints))
 
-    def reverse(self, actions: Iterator[Action]) -> Gradients:
-        """Perform the rest of the plan."""
-        begin = time.perf_counter()
+    def reverse(self) -> dict[str, Any]:
+        """Perform the rest of the plan. Returns the gradients of the objectives, `[k, ...]`, by the keys of z."""
+        start = time.perf_counter()
         gradients = self.gradients
         assert gradients is not None, "begin_reverse comes first"
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
-        for action in actions if self.tape.store is None else Prefetcher(actions, self.tape, self.state.step):
+        actions = self._actions
+        if self.history.store is not None:
+            actions = iter(Prefetcher(actions, self.history, self.state.step))
+        for action in actions:
             if isinstance(action, Reverse):
-                self._reverse_step(action.step, self.adjoints, directions, gradients)
+                self._reverse_step(action.step, directions, gradients)
                 self.reversed += 1
                 self.tick("reverse")
                 if action.step == self.meta.first_step:
@@ -268,109 +217,115 @@ class Sweep:
             else:
                 self._perform(action)
             self.index += 1
-            if self.journal is not None and isinstance(action, Reverse):
-                self.journal.reached(self)
-        self.measured.phases["reverse sweep"] = time.perf_counter() - begin - self.measured.phases["replay"]
-        if not gradients.finite([adjoint.state.params for adjoint in self.adjoints]):
+            if isinstance(action, Reverse):
+                self._after_step()
+        self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
+        initial = [adjoint.state.params for adjoint in self.adjoints]
+        if not gradients.finite(initial):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
-        return gradients
+        return gradients.collect(initial)
 
-    def _reverse_step(self, t: int, adjoints: list[Adjoint], directions: list[Tensor], gradients: Gradients) -> None:
-        logged = self.tape.logged(t)
-        with self.measured.timed("store"):
-            step = self.tape.read(t) if logged else None
-        step = step or self._evaluate(t)
+    def _reverse_step(self, t: int, directions: list[Tensor], gradients: Gradients) -> None:
+        """From the adjoint of s_{t+1} to that of s_t. directions: memory for the cotangents of the gradient."""
+        adjoints, logged = self.adjoints, self.history.logged(t)
+        with self.timings.timed("store"):
+            result = self.history.read(t) if logged else None
+        result = result or self._evaluate(t)
         if logged:
-            self.tape.forget(t)
-        step.kept = self.shelf.take(t) or step.kept
-        scale, clip = self._clip(step)
-        with self.measured.timed("optimizer vjp"):
+            self.history.forget(t)
+        result.residuals = self.residuals.take(t) or result.residuals
+        scale, clip = self._clip(result)
+        with self.timings.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
                 out = self.optimizer.vjp_table_(
-                    self.state, step.gradient, self.meta.tables[t], adjoint.state, directions[j], scale
+                    self.state, result.gradient, self.meta.tables[t], adjoint.state, directions[j], scale
                 )
                 if not gradients.add_hyper(j, t, out):
                     raise NonFiniteState(t, "the adjoint")
                 if clip:
-                    directions[j].add_(step.gradient, alpha=clip * float(out[:, -1].sum()))
+                    directions[j].add_(result.gradient, alpha=clip * float(out[:, -1].sum()))
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
         def add(j, with_parameters, slices, with_slices):
-            pairs = [
-                (x, dx if dx.dtype == x.dtype else dx.to(x.dtype))
-                for x, dx in zip(self.arena.slices(adjoints[j].state.params), with_parameters, strict=True)
-                if dx is not None
-            ]
-            if pairs:
-                torch._foreach_add_([x for x, _ in pairs], [dx for _, dx in pairs])
+            adjoints[j].add_to_parameters(self.arena, with_parameters)
             gradients.add(j, slices, with_slices)
 
-        with self.measured.timed("hvp"):
-            before = self.steps.second_derivatives(
-                t, self.state.params, step, self.meta, directions, [a.buffers for a in adjoints], add
+        with self.timings.timed("hvp"):
+            before = self.step.second_derivatives(
+                t, self.state.params, result, self.meta, directions, [a.buffers for a in adjoints], add
             )
         for adjoint, buffers in zip(adjoints, before, strict=True):
             adjoint.buffers = buffers
-        self.measured.counts["hvps"] += len(adjoints)
+        self.timings.counts["hvps"] += len(adjoints)
 
+    # --- across processes --------------------------------------------------------------------------------------
 
-def objective_adjoints(
-    binding: Binding, objective: Callable[..., Tensor], sweep: Sweep
-) -> tuple[Tensor, list[Adjoint]]:
-    """The objective's value at the trained state (`[]` or `[k]`) and, for each component, its adjoint."""
-    state, arena = sweep.state, sweep.arena
-    names = differentiable(sweep.buffers)
-    parameters = [view.detach().requires_grad_() for view in arena.views(state.params).values()]
-    floats = [sweep.buffers[name].detach().clone().requires_grad_() for name in names]
-    copies = {n: b.clone() for n, b in sweep.buffers.items()} | {
-        n: b.clone() for n, b in zip(names, floats, strict=True)
-    }
-    versions = [p._version for p in parameters]
-    with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value = _checked(binding.call(objective, parameters, copies, until=stack)[0], sweep.length)
-        if [p._version for p in parameters] != versions:
-            raise BadObjective("the objective changed parameters in place; expected it to only read them")
-        found = [
-            torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
-            for component in value.reshape(-1)
-        ]
-    adjoints = []
-    for grads in found:
-        if all(g is None for g in grads):
-            raise BadObjective("a component of the objective depends on no trained parameter")
-        adjoint = state.zeros_like()
-        pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
-        if pairs:
-            torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-        buffers = [torch.zeros_like(b) for b in floats]  # memory of its own: a gradient may be a view with stride 0
-        for b, g in zip(buffers, grads[len(parameters) :], strict=True):
-            if g is not None:
-                b.copy_(g)
-        adjoints.append(Adjoint(adjoint, buffers))
-    return value.detach(), adjoints
+    def _after_step(self) -> None:
+        """After every step of either sweep, where the state is consistent."""
+        if self.storage.checkpoint is not None:
+            self.storage.checkpoint.after_step(self.state_dict, self.history)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sweep between two steps: tensors, and values of JSON's types, by name."""
+        numbers = {name: getattr(self, name) for name in ("index", "visited", "reversed")}
+        return {
+            **numbers,
+            "step": self.state.step,
+            "first_read": self.meta.first_read,
+            "trained": self.trained is not None,
+            "objectives": len(self.adjoints),
+            "losses": self.losses,
+            **self._training_tensors(),
+            **self._reverse_tensors(),
+        }
 
-def _checked(value: Any, steps: int) -> Tensor:
-    """The objective's value, if it is one."""
-    if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() == 0 or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
-    if not bool(torch.isfinite(value).all()):
-        raise NonFiniteState(steps, "the objective")
-    if not value.requires_grad:
-        raise BadObjective(
-            "the objective does not depend on the trained parameters: compute it from the model it is given, without "
-            "torch.no_grad() or .detach()"
-        )
-    return value
+    def _end_state(self) -> dict[str, Any]:
+        """The end of the training, where the current state is it."""
+        assert self.value is not None
+        return {"value": self.value, **self._training_tensors()}
 
+    def _training_tensors(self) -> dict[str, Tensor]:
+        state = {f"state.{i}": x for i, x in enumerate(self.state.tensors())}
+        return state | {f"buffers.{name}": b for name, b in self.buffers.items()}
 
-def weighted_sum(adjoints: list[Adjoint], weights: list[float]) -> Adjoint:
-    """The adjoint of the weighted sum of the objectives, in the place of the first one's."""
-    total = adjoints[0]
-    tensors = [*total.state.tensors(), *total.buffers]
-    torch._foreach_mul_(tensors, weights[0])
-    for adjoint, weight in zip(adjoints[1:], weights[1:], strict=True):
-        torch._foreach_add_(tensors, [*adjoint.state.tensors(), *adjoint.buffers], alpha=weight)
-    return total
+    def _reverse_tensors(self) -> dict[str, Tensor]:
+        """The tensors that the reverse sweep changes in place."""
+        if self.gradients is None:
+            return {}
+        adjoints = [x for adjoint in self.adjoints for x in adjoint.tensors()]
+        tensors = [*adjoints, self.gradients.hyper, *self.gradients.leaves]
+        return {f"reverse.{i}": x for i, x in enumerate(tensors)}
+
+    def _load(self, state: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
+        """Continue from `state_dict()` of an earlier process, and from `end`, that of the training if it was reached.
+
+        None: from the beginning.
+        """
+        if state is None:
+            self.history.discard_after(0)
+            return
+        self.index, self.visited, self.reversed = state["index"], state["visited"], state["reversed"]
+        self.tick("train", self.visited)
+        self.meta.first_read.update(state["first_read"])
+        self.losses.copy_(state["losses"])
+        if end is not None:
+            self.value = end["value"].to(self.arena.device)
+            self._load_training(end, self.length)
+            self.trained = self._end()
+            self.tick("reverse", self.reversed)
+        self._load_training(state, state["step"])
+        if end is not None:
+            zeros = [Adjoint.zeros(self.state, self.buffers) for _ in range(state["objectives"])]
+            self._begin_reverse(zeros)
+            for name, tensor in self._reverse_tensors().items():
+                tensor.copy_(state[name])
+        else:
+            self.history.discard_after(state["step"])
+
+    def _load_training(self, state: dict[str, Any], step: int) -> None:
+        for name, tensor in self._training_tensors().items():
+            if name.startswith("state."):
+                tensor.copy_(state[name])
+        self.state.step = step
+        self.buffers = {name: state[f"buffers.{name}"].to(self.arena.device) for name in self.buffers}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 
 def digest(*values: Any) -> str:
@@ -20,3 +21,8 @@ def digest(*values: Any) -> str:
         else:
             state.update(repr(value).encode())
     return state.hexdigest()
+
+
+def leaf_digests(name: str, tree: Any) -> dict[str, str]:
+    """The digest of every leaf of a pytree, by its path."""
+    return {f"{name}{keystr(path)}": digest(leaf) for path, leaf in tree_flatten_with_path(tree)[0]}

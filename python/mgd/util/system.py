@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 
-def free_memory() -> int | None:
+def free_memory() -> int:
     """Bytes that this process may still take: free in the system, and within its control group's limit."""
     rooms = []
     meminfo = fields(Path("/proc/meminfo"))
@@ -18,7 +18,9 @@ def free_memory() -> int | None:
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         rooms.append(max(0, limit - used))
-    return None if not rooms else min(rooms) + _kept_memory()
+    if not rooms:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(rooms) + _kept_memory()
 
 
 def resident_memory() -> int | None:

@@ -25,8 +25,7 @@ from mgd.errors import (
     ReplayDivergence,
     StaleRun,
 )
-from mgd.sweep import checkpoint as journal
-from mgd.sweep import storage as memory
+from mgd.plan import training
 from mgd_kernels import AdamW
 
 N, K, STEPS = 12, 5, 14
@@ -189,8 +188,7 @@ def test_finished_chunks_are_not_redone(tmp_path):
 @pytest.mark.parametrize("evaluations", [STEPS + 8, 2 * STEPS + 6])
 def test_an_interrupted_chunk_continues_to_the_same_bits(tmp_path, monkeypatch, evaluations):
     """In the second chunk's training, and in a reverse sweep."""
-    monkeypatch.setattr(journal, "CHECKPOINT_EVERY", 4)
-    monkeypatch.setattr(memory, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
     calls, armed = [0], [True]
 
     def build():

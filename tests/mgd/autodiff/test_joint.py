@@ -9,8 +9,8 @@ from cases import TOLERANCE, cross_entropy, errors, mlp, supervised
 from test_bit_identity import cases, same
 
 import mgd
-from mgd.autodiff.joint import is_audited
-from mgd.errors import BadArgument, ReplayDivergence
+from mgd.autodiff.joint_evaluator import is_audited
+from mgd.errors import ReplayDivergence
 from mgd.sweep.residuals import ResidualCache
 
 
@@ -28,7 +28,7 @@ def test_the_metagradient_is_the_references(name):
 def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
     case = cases()[name].to(torch.float32)
     kept = case.metagradient(trace="joint")
-    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache())
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache())
     again = case.metagradient(trace="joint")
     assert same(kept, again)
     assert kept.report.kept_bytes > 0 == again.report.kept_bytes
@@ -52,7 +52,7 @@ def test_a_process_that_grows_keeps_no_more(monkeypatch):
     each = whole.report.kept_bytes // len(case)
     sizes = itertools.count(0, 10 * each)
     monkeypatch.setattr(mgd.sweep.residuals, "resident_memory", lambda: next(sizes))
-    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(10**9, 21 * each))
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(10**9, 21 * each))
     part = case.metagradient(trace="joint")
     assert same(whole, part)
     assert part.report.kept_bytes == 3 * each
@@ -70,7 +70,7 @@ def test_a_convnet_keeps_its_products_alone(monkeypatch):
 
 @pytest.mark.parametrize("spare", [0, 10**9])
 def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
-    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(spare))
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(spare))
     model = mlp()
     model[-1].weight.requires_grad_(False)
     case = supervised(model, (5,))
@@ -83,7 +83,7 @@ def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
 def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatch):
     case = cases()["mlp"]
     objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
-    monkeypatch.setattr(mgd.sweep.storage, "shelf", lambda *_: ResidualCache(spare))
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(spare))
     both, one = objectives.metagradient(trace="joint"), case.metagradient(trace="joint")
     for key, grad in one.grads.items():
         if isinstance(grad, torch.Tensor):
@@ -116,8 +116,3 @@ def test_a_loss_that_cannot_be_traced_is_eager():
 def test_the_last_step_is_watched_and_few_others():
     assert is_audited(9, 10) and not is_audited(8, 10)
     assert [t for t in range(300) if is_audited(t, 1000)] == [16, 64, 256]
-
-
-def test_forward_mode_is_refused():
-    with pytest.raises(BadArgument, match="joint"):
-        supervised(mlp(), (5,)).function(trace="joint", hvp="forward")

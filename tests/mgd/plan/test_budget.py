@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import mgd
 from mgd.errors import BudgetTooSmall
 from mgd.plan.plan import SCHEDULES
-from mgd.sweep import storage as memory
+from mgd.plan.training import STAGING
 from mgd_kernels import SGD, UpdateRule
 
 
@@ -66,7 +66,7 @@ def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_f
     size = function(*what)[0].plan().sizes
     room = st.builds(lambda s, g, odd: s * size.snapshot + g * size.gradient + odd, *[st.integers(0, 5)] * 3)
     # Where there is a disk, the first bytes of the host part are its buffers.
-    host = st.one_of(room, room.map(lambda x: memory.STAGING + x))
+    host = st.one_of(room, room.map(lambda x: STAGING + x))
     parts = data.draw(
         st.fixed_dictionaries({}, optional={"host": host, "device": room, "disk": room.map(lambda x: 3 * x)})
     )
@@ -95,7 +95,7 @@ def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_f
         assert report.plan["peak"][tier] <= limit
     if report.store:
         assert report.plan["peak"]["disk"] >= report.store["disk"]["peak"] > 0
-        buffers = max(0, limits.get("host", 0) - memory.STAGING) // 2 + memory.STAGING
+        buffers = max(0, limits.get("host", 0) - STAGING) // 2 + STAGING
         assert report.store["pool"]["peak"] <= buffers
     assert not list(directory.iterdir()), "the scratch directory is gone"
 
@@ -112,13 +112,13 @@ def test_entries_are_as_large_as_their_files(tmp_path):
 
 def test_the_refusal_speaks_of_the_users_budget(tmp_path):
     """Not of what is left of it when the buffers are taken off."""
-    budget = mgd.Budget(host=memory.STAGING + 1000, disk=(tmp_path / "x", 100))
+    budget = mgd.Budget(host=STAGING + 1000, disk=(tmp_path / "x", 100))
     f, z = function("dropout", "adamw", 20, 1, budget=budget, schedule="log")
     with pytest.raises(BudgetTooSmall, match=re.escape("got host 33,555,432 bytes, disk 100 bytes")) as refused:
         f.metagradient(z)
     needs = refused.value.needs
     assert f"host {needs['host']:,} bytes or disk {needs['disk']:,} bytes" in str(refused.value)
-    assert needs["host"] > memory.STAGING > needs["disk"]
+    assert needs["host"] > STAGING > needs["disk"]
     assert not (tmp_path / "x").exists(), "nothing was begun"
 
 

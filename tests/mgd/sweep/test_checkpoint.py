@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from mgd import Budget, TrainingFunction
 from mgd.errors import CorruptState, StaleRun, StoreBusy
+from mgd.plan import training as planning
 from mgd.step.step import StepFunction
-from mgd.sweep import checkpoint as journal
-from mgd.sweep import storage as memory
 from mgd_kernels import AdamW, Store
 
 T = 30
@@ -54,8 +53,7 @@ def same(result, reference) -> bool:
 @pytest.fixture
 def often(monkeypatch):
     """Checkpoints every few steps."""
-    monkeypatch.setattr(journal, "CHECKPOINT_EVERY", CHECKPOINT_EVERY)
-    monkeypatch.setattr(memory, "CHECKPOINT_EVERY", CHECKPOINT_EVERY)
+    monkeypatch.setattr(planning, "CHECKPOINT_EVERY", CHECKPOINT_EVERY)
 
 
 @pytest.fixture
@@ -128,9 +126,9 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/sweep"]
-from test_checkpoint import CHECKPOINT_EVERY, journal, memory, training
+from test_checkpoint import CHECKPOINT_EVERY, planning, training
 from mgd.step.step import StepFunction
-journal.CHECKPOINT_EVERY = memory.CHECKPOINT_EVERY = CHECKPOINT_EVERY
+planning.CHECKPOINT_EVERY = CHECKPOINT_EVERY
 left = int(sys.argv[3])
 def counted(original):
     def method(*args, **kwargs):

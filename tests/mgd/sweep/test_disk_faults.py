@@ -182,7 +182,7 @@ def test_any_file_cut_short_or_gone(tmp_path, often, interrupt, n):  # noqa: F81
             except (CorruptState, UnknownFormat) as error:
                 assert str(path.parent) in str(error)
                 if isinstance(error, CorruptState):
-                    assert "delete the directory, and begin anew" in str(error)
+                    assert "delete the directory, and start again" in str(error)
                 outcomes["refused"] += 1
                 with pytest.raises(type(error)):  # not StoreBusy: the failed call let go of it
                     f.metagradient(z, resume=tmp_path / "copy")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgd.sweep.storage import STAGING
+from mgd.plan.training import STAGING
 
 PROBE = Path(__file__).parents[1] / "memory_probe.py"
 

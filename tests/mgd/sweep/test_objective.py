@@ -35,23 +35,19 @@ VECTOR = {
 }
 
 
-@pytest.mark.parametrize("hvp", ["forward", "reverse"])
 @pytest.mark.parametrize("name", VECTOR)
-def test_three_objectives_share_one_sweep(name, hvp):
+def test_three_objectives_share_one_sweep(name):
     case = three(VECTOR[name]())
     case = case.but({"init": initial(case.model)})
-    result = assert_exact(case, hvp=hvp)
+    result = assert_exact(case)
     assert result.value.shape == (3,)
     assert result.report.objectives == 3 and result.report.counts["model steps"] == len(case)
 
 
-@pytest.mark.parametrize("hvp", ["forward", "reverse"])
 @pytest.mark.parametrize("name", VECTOR)
-def test_several_objectives_are_traced(name, hvp):
-    if (name, hvp) == ("lstm", "forward"):
-        pytest.skip("torch's LSTM has no forward-mode formula")
+def test_several_objectives_are_traced(name):
     case = three(VECTOR[name]())
-    result = assert_exact(case, hvp=hvp, trace=True)
+    result = assert_exact(case, trace=True)
     assert result.report.execution == "traced"
 
 

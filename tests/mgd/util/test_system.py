@@ -13,14 +13,14 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 PROGRAM = """
 import torch
-from mgd.sweep.storage import free_host_memory
+from mgd.util.system import free_memory
 from mgd.util.system import keep_freed_memory, resident_memory
 
 print(keep_freed_memory())
-before, free = resident_memory(), free_host_memory()
+before, free = resident_memory(), free_memory()
 blocks = [torch.ones(20 << 20, dtype=torch.uint8) for _ in range(8)]
 del blocks
-print(resident_memory() - before, free - free_host_memory())
+print(resident_memory() - before, free - free_memory())
 """
 
 

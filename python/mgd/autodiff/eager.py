@@ -1,0 +1,127 @@
+"""Steps evaluated by autograd, as the user's code would be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mgd.autodiff.second_order import (
+    Point,
+    blocking_operator,
+    first_and_second,
+    leaves,
+    refuse_once_differentiable,
+)
+from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
+from mgd.step.loss import Microbatch, TensorLoss
+from mgd.step.model import Buffers
+from mgd.step.step import Evaluation, SecondDerivatives
+
+
+class EagerEvaluator:
+    """Every evaluation by autograd; the others fall back to this one, and are checked against it."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def describe(self) -> str:
+        return "eager"
+
+    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+        t, inputs = microbatch.step, leaves(parameters)
+        frozen, metaparameters = microbatch.loss.binding.frozen, microbatch.metaparameters.tensors
+        given = [*inputs, *frozen, *metaparameters]
+        versions = [tensor._version for tensor in given]
+        copies = {name: b.clone() for name, b in before.items()}
+
+        def check_unmodified() -> None:
+            """Raises where the loss changed what it was given."""
+            if [tensor._version for tensor in given] == versions:
+                return
+            for k, (tensor, version) in enumerate(zip(given, versions, strict=True)):
+                if tensor._version != version:
+                    others = "metaparameters"
+                    if k < len(inputs) + len(frozen):
+                        others = "parameters that do not require a gradient"
+                    raise ParametersModified(t, "parameters" if k < len(inputs) else others)
+
+        # What is asked of a tensor while the model is bound goes through Python: the checks come afterwards.
+        with contextlib.ExitStack() as stack:
+            try:
+                microbatch.reseed()
+                loss, left = microbatch(inputs, copies, metaparameters, stack)
+                if not loss.requires_grad:
+                    check_unmodified()
+                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+                grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+            except RuntimeError as error:
+                check_unmodified()
+                if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
+                    raise ParametersModified(t) from error
+                raise
+        check_unmodified()
+        return Evaluation(loss.detach(), grads, _settled(before, copies, left))
+
+    def second_derivatives(
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+        expected: Tensor,
+    ) -> SecondDerivatives:
+        with contextlib.ExitStack() as stack:
+            function = microbatch.of_tensors(before, stack)
+            point = point_of(microbatch, function, parameters, before, directions, cotangents)
+            return self.at(microbatch, function, point, expected)
+
+    def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> SecondDerivatives:
+        """The second derivatives at a point; the loss there must be `expected`."""
+        microbatch.reseed()
+        loss, _, _, results = self.evaluate(function, point)
+        if not torch.equal(loss.double().cpu(), expected):
+            raise microbatch.diverged(float(expected), float(loss))
+        return results
+
+    def evaluate(
+        self, function: TensorLoss, point: Point
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor], SecondDerivatives]:
+        """As `first_and_second`. Raises NotDifferentiable, naming the operator that has no second derivative."""
+        # Walking the graph takes time, so the first evaluation of a training stands for all.
+        unchecked, self._checked = not self._checked, True
+        try:
+            return first_and_second(refuse_once_differentiable(function) if unchecked else function, point)
+        except RuntimeError as error:
+            operator = blocking_operator(error)
+            if operator is None:
+                raise
+            raise NotDifferentiable(operator, str(error).partition("\n")[0]) from error
+
+
+def point_of(
+    microbatch: Microbatch,
+    function: TensorLoss,
+    parameters: list[Tensor],
+    before: Buffers,
+    directions: Sequence[Sequence[Tensor]],
+    cotangents: Sequence[Sequence[Tensor]],
+) -> Point:
+    """Where `function` is evaluated, and in which directions."""
+    floats = [before[name] for name in function.names[: function.floats]]
+    return Point(parameters, floats, microbatch.metaparameters.tensors, function.constants, directions, cotangents)
+
+
+def _settled(before: Buffers, copies: Buffers, after: Buffers) -> Buffers:
+    """The buffers after an evaluation on `copies` of those before, sharing memory where nothing changed."""
+
+    def settled(name: str, tensor: Tensor) -> Tensor:
+        if tensor is not copies[name]:  # replaced by the model, and perhaps a view of something that will change
+            return tensor.detach().clone()
+        # What is written through `.data` leaves the version as it was.
+        return before[name] if tensor._version == 0 and torch.equal(tensor, before[name]) else tensor.detach()
+
+    return {name: settled(name, tensor) for name, tensor in after.items()}

@@ -1,0 +1,167 @@
+"""The plan of a training: what its states and gradients weigh, what they may take, and what is assumed of costs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import BudgetTooSmall
+from mgd.plan.budget import Budget, Costs, Sizes
+from mgd.plan.plan import Plan, plan
+from mgd.util.system import free_memory
+from mgd_kernels import Arena, Optimizer
+from mgd_kernels.store import CHUNK, PAGE
+
+SHARE = 0.5  # of the free memory, where no budget is given
+STAGING = 32 << 20  # bytes, the least transfer buffers of a disk tier; from the budget's host part where it has room
+STEP_IN_UPDATES = 50  # a training step in elementwise updates, where nothing was measured: batch and depth matter
+CHECKPOINT_EVERY = 50  # steps of either sweep: a resumed run repeats at most so many
+MAX_PENDING_DELETES = 8  # snapshots that may wait for the next checkpoint to be deleted
+# On disk, beside the plan: checkpoints, the trained state, and snapshots that wait to be deleted.
+PENDING_SNAPSHOTS = 2 * MAX_PENDING_DELETES
+MEMORY_BANDWIDTH = 1e10  # bytes per second, of one processor thread; where nothing was measured
+FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes per second of copies into new memory of a CPU
+COPY_BANDWIDTH = 5e9  # bytes per second, of a copy to or from the store's buffers, with its checksum
+KEY = 64  # bytes, more than any key of a history
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the plan of a training depends on.
+
+    steps: T. buffers: those of the model. costs: measured by an earlier metagradient, if there was one.
+    """
+
+    steps: int
+    arena: Arena
+    optimizer: Optimizer
+    buffers: Mapping[str, Tensor]
+    microbatches: int
+    budget: Budget
+    costs: Costs | None
+    schedule: str
+
+    def sizes(self, through_store: bool = False) -> Sizes:
+        """Bytes of a snapshot and of a log entry: the gradient, and the buffers as each microbatch finds and leaves
+        them.
+
+        Buffers are counted as if each evaluation replaced all of them; one that none replaces is stored once. Where
+        entries may pass through the store, they are as large as their files (docs/format.md).
+        """
+        arena = self.arena
+        history = [b.numel() * b.element_size() for b in self.buffers.values()]
+        ranks = [b.ndim for b in self.buffers.values()]
+        state, times = 1 + len(self.optimizer.slots), 1 + self.microbatches
+        snapshot = [arena.numel * arena.dtype.itemsize] * state + history
+        gradient = [arena.numel * arena.gradient_dtype.itemsize] + history * times
+        if through_store or self.budget.disk is not None or arena.device.type != "cpu":
+            return Sizes(
+                snapshot=_file_bytes(snapshot, [1] * state + ranks),
+                gradient=_file_bytes([*gradient, 8 * self.microbatches], [1, *ranks * times, 1]),
+            )
+        return Sizes(snapshot=sum(snapshot), gradient=sum(gradient))
+
+    def plan(self) -> Plan:
+        """The plan within the budget.
+
+        Raises BudgetTooSmall, which names for each part of the budget the least that would work, before anything runs.
+        """
+        return choose(self.steps, self.sizes(), self.budget, self.costs, self.schedule, self.arena.device)
+
+    def resumable_plan(self, directory: str, disk: int) -> Plan:
+        """The plan of a run that keeps everything in `directory`, with room for what is deleted late.
+
+        Costs are never the measured ones: a run that continues must come to the plan of the one that began.
+        """
+        sizes = self.sizes(through_store=True)
+        late = CHECKPOINT_EVERY * sizes.gradient + PENDING_SNAPSHOTS * sizes.snapshot
+        return choose(self.steps, sizes, Budget(disk=(directory, disk)), None, self.schedule, self.arena.device, late)
+
+
+def _file_bytes(tensors: Sequence[int], ranks: Sequence[int]) -> int:
+    """The most bytes of an entry's file, from the bytes and ranks of its tensors."""
+    payload = _round_up(sum(_round_up(size, 64) for size in tensors), PAGE)
+    header = 64 + KEY + sum(24 + 8 * rank for rank in ranks) + 8 * -(-payload // CHUNK)
+    return _round_up(header, PAGE) + payload
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def choose(
+    steps: int,
+    size: Sizes,
+    budget: Budget,
+    costs: Costs | None,
+    schedule: str,
+    device: torch.device,
+    reserve: int = 0,
+) -> Plan:
+    """The plan of a training under a budget. reserve: bytes of its disk part that are for something else."""
+    on_device = device.type != "cpu"
+    if costs is None:
+        update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
+        costs = Costs(step=STEP_IN_UPDATES * update, update=update, **transfers(on_device))
+    limits = budget.limits(int(SHARE * free_memory()))
+    if budget == Budget() and on_device:
+        limits = {"device": int(SHARE * torch.cuda.mem_get_info(device)[0]), **limits}
+
+    def within(limits: dict[str, int], schedule: str = schedule) -> Plan:
+        parts = dict(limits)
+        if "disk" in parts:
+            parts["disk"] -= reserve
+            parts["host"] = parts.get("host", 0) - staging(limits, size)
+        parts = {tier: max(0, room) for tier, room in parts.items()}
+        disk = (budget.directory or "", parts.pop("disk")) if "disk" in parts else None
+        return plan(steps, size, Budget(**parts, disk=disk), costs, schedule=schedule)
+
+    try:
+        return within(limits)
+    except BudgetTooSmall as refusal:
+        # The search for the quickest plan takes long, and what it finds needs no less than revolve.
+        feasible = functools.partial(within, schedule="revolve" if schedule == "auto" else schedule)
+
+        def least(tier: str) -> int:
+            return _least(lambda room: feasible(limits | {tier: room}))
+
+        needs = {tier: least(tier) for tier in limits}
+        raise BudgetTooSmall(needs, limits, refusal.advice) from None
+
+
+def _least(attempt: Callable[[int], object]) -> int:
+    """The least number of bytes with which the attempt does not raise BudgetTooSmall."""
+
+    def works(room: int) -> bool:
+        try:
+            attempt(room)
+        except BudgetTooSmall:
+            return False
+        return True
+
+    high = 1
+    while not works(high):
+        high *= 2
+    low = high // 2  # too little
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if works(middle) else (middle, high)
+    return high
+
+
+def transfers(on_device: bool, write: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What runs beside the computation, and what of it the processor does itself. write: as measured."""
+    if on_device:
+        return {"overlap": ("host", "disk"), "write": write or {}}
+    return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": {**FRESH_MEMORY, **(write or {})}}
+
+
+def staging(limits: Mapping[str, int], size: Sizes) -> int:
+    """Bytes of the buffers between memory and disk: room to write one entry behind and read two ahead."""
+    wanted = 3 * max(size.gradient, STAGING // 3)
+    return max(STAGING, min(wanted, limits.get("host", 0) // 2))

@@ -1,0 +1,156 @@
+"""The user's loss of one microbatch as a function of tensors, with the random stream of its step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import BadLoss, ReplayDivergence
+from mgd.step.batches import same, split_tensors
+from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import Binding, Buffers, differentiable
+from mgd.step.rng import seed_generators, seed_of
+
+# evaluate(parameters, buffers, metaparameters, constants) -> (loss, the buffers that the step leaves behind: those that
+# are differentiated, then the others)
+Evaluate = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+
+
+class BoundLoss:
+    """`function(model, batch, z)` on a model whose tensors live elsewhere.
+
+    autocast: the dtype of torch.autocast, or None. seed: of the random streams. steps_before: steps of an earlier
+    training whose random streams are used up.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        function: Callable[..., Tensor],
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
+        steps_before: int = 0,
+    ):
+        self.binding, self.function, self.device = binding, function, device
+        self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
+
+    def __call__(
+        self,
+        microbatch: Microbatch,
+        batch: Any,
+        parameters: Sequence[Tensor],
+        buffers: Buffers,
+        metaparameters: Sequence[Tensor],
+        until: contextlib.ExitStack,
+    ) -> tuple[Tensor, Buffers]:
+        """The loss times the microbatch's share, and the buffers as the model leaves them. See `Binding.call`."""
+        autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with autocast:
+            z = microbatch.metaparameters.mapping(list(metaparameters))
+            loss, left = self.binding.call(self.function, parameters, buffers, batch, z, until=until)
+        if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
+            got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise BadLoss(
+                f"expected the loss to be a floating-point scalar (shape []); got {got} at step {microbatch.step}. "
+                "Reduce it, for instance with .mean()."
+            )
+        return (loss if microbatch.share == 1.0 else loss * microbatch.share), left
+
+
+class Microbatch:
+    """One evaluation of the loss: which step and slice of its batch, on what, and in which random stream.
+
+    share: of the step's examples; the shares of a step sum to 1. metaparameters: those that the loss sees here.
+    """
+
+    __slots__ = ("batch", "batches", "index", "loss", "metaparameters", "share", "step")
+
+    def __init__(
+        self,
+        loss: BoundLoss,
+        batches: Sequence[Any],
+        step: int,
+        index: int,
+        batch: Any,
+        share: float,
+        metaparameters: BatchMetaparameters,
+    ):
+        self.loss, self.batches, self.step, self.index = loss, batches, step, index
+        self.batch, self.share, self.metaparameters = batch, share, metaparameters
+
+    def reseed(self) -> None:
+        """Put torch's generators at the beginning of the microbatch's random stream."""
+        loss = self.loss
+        seed_generators(seed_of(loss.seed, loss.steps_before + self.step, self.index), loss.device)
+
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Buffers,
+        metaparameters: Sequence[Tensor],
+        until: contextlib.ExitStack,
+    ) -> tuple[Tensor, Buffers]:
+        """The loss at these tensors, and the buffers as the model leaves them."""
+        return self.loss(self, self.batch, parameters, buffers, metaparameters, until)
+
+    def of_tensors(self, before: Buffers, until: contextlib.ExitStack) -> TensorLoss:
+        """The loss as a function of tensors alone, at the buffers `before`."""
+        return TensorLoss(self, before, until)
+
+    def diverged(self, first: float, second: float) -> ReplayDivergence:
+        """The error of a loss that is not what it was, with what may be the reason."""
+        t = self.step
+        if not same(self.batches[t], self.batches[t]):
+            return ReplayDivergence(
+                t,
+                f"batches[{t}] differs each time it is asked for; expected the same tensors "
+                "(fix the order of the examples and their augmentation).",
+            )
+        return ReplayDivergence(
+            t,
+            f"the loss of microbatch {self.index} was {first!r} at first and {second!r} now. Either batches[{t}] gives "
+            "other tensors than before (does the loss change them in place?), or the loss reads something that "
+            "changes: random numbers that do not come from torch's generators, state kept outside the model, or a "
+            "non-deterministic kernel (see torch.use_deterministic_algorithms).",
+        )
+
+
+class TensorLoss:
+    """A microbatch's loss as a function of tensors alone.
+
+    names: of the buffers in the order of the function: first those that can carry an adjoint, `floats` in number, then
+    the others. constants: the tensors it reads beside parameters, floating-point buffers and metaparameters. given:
+    what it depends on beside tensors, as hashable values.
+    """
+
+    def __init__(self, microbatch: Microbatch, before: Buffers, until: contextlib.ExitStack):
+        floats = differentiable(before)
+        self._others = [name for name in before if name not in floats]
+        self._microbatch, self._until, self.floats = microbatch, until, len(floats)
+        self.names = [*floats, *self._others]
+        tensors, rest, self._rebuild = split_tensors(microbatch.batch)
+        self.constants = [before[name] for name in self._others] + tensors
+        self.given = (microbatch.share, microbatch.metaparameters.structure, rest)
+
+    def __call__(
+        self, parameters: list[Tensor], buffers: list[Tensor], metaparameters: list[Tensor], constants: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        values = dict(zip(self.names, buffers, strict=False))
+        values |= {name: tensor.clone() for name, tensor in zip(self._others, constants, strict=False)}
+        batch = self._rebuild(constants[len(self._others) :])
+        loss, left = self._microbatch.loss(self._microbatch, batch, parameters, values, metaparameters, self._until)
+        return loss, [left[name] for name in self.names]
+
+    def key(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """All that a graph of this function at these tensors depends on, but for their values."""
+        loss = self._microbatch.loss
+        autocast = torch.is_autocast_enabled(loss.device.type)
+        modes = tuple([module.training for module in loss.binding.modules])
+        layout = tuple([(x.shape, x.stride(), x.dtype) for x in tensors])
+        return (*self.given, modes, loss.binding.names, autocast, layout)

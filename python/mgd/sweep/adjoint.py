@@ -1,0 +1,104 @@
+"""Adjoints of a training state, and where they come from: the objective at the end of the training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import BadObjective, NonFiniteState
+from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd_kernels import Arena, OptimizerState
+
+
+@dataclass
+class Adjoint:
+    """Cotangents of a training state: of the optimizer's tensors and of the floating-point buffers."""
+
+    state: OptimizerState
+    buffers: list[Tensor]
+
+    @classmethod
+    def zeros(cls, state: OptimizerState, buffers: Buffers) -> Adjoint:
+        return cls(state.zeros_like(), [torch.zeros_like(buffers[name]) for name in differentiable(buffers)])
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.state.tensors()
+        yield from self.buffers
+
+    def add_to_parameters(self, arena: Arena, gradients: Sequence[Tensor | None]) -> None:
+        """Add one tensor per parameter; None stands for zeros."""
+        pairs = [
+            (x, g if g.dtype == x.dtype else g.to(x.dtype))
+            for x, g in zip(arena.slices(self.state.params), gradients, strict=True)
+            if g is not None
+        ]
+        if pairs:
+            torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
+
+
+def objective_adjoints(
+    binding: Binding,
+    objective: Callable[..., Tensor],
+    arena: Arena,
+    state: OptimizerState,
+    buffers: Buffers,
+    steps: int,
+) -> tuple[Tensor, list[Adjoint]]:
+    """The objective's value at a trained state (`[]` or `[k]`) and, for each component, its adjoint. steps: T."""
+    names = differentiable(buffers)
+    parameters = [view.detach().requires_grad_() for view in arena.views(state.params).values()]
+    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
+    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
+    versions = [p._version for p in parameters]
+    with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        value = _checked(binding.call(objective, parameters, copies, until=stack)[0], steps)
+        if [p._version for p in parameters] != versions:
+            raise BadObjective("the objective changed parameters in place; expected it to only read them")
+        gradients = [
+            torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
+            for component in value.reshape(-1)
+        ]
+    adjoints = []
+    for grads in gradients:
+        if all(g is None for g in grads):
+            raise BadObjective("a component of the objective depends on no trained parameter")
+        adjoint = state.zeros_like()
+        pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
+        if pairs:
+            torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+        own = [torch.zeros_like(b) for b in floats]  # memory of its own: a gradient may be a view with stride 0
+        for b, g in zip(own, grads[len(parameters) :], strict=True):
+            if g is not None:
+                b.copy_(g)
+        adjoints.append(Adjoint(adjoint, own))
+    return value.detach(), adjoints
+
+
+def _checked(value: Any, steps: int) -> Tensor:
+    """The objective's value, if it is one."""
+    if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() == 0 or not value.is_floating_point():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteState(steps, "the objective")
+    if not value.requires_grad:
+        raise BadObjective(
+            "the objective does not depend on the trained parameters: compute it from the model it is given, without "
+            "torch.no_grad() or .detach()"
+        )
+    return value
+
+
+def weighted_sum(adjoints: list[Adjoint], weights: list[float]) -> Adjoint:
+    """The adjoint of the weighted sum of the objectives, in the place of the first one's."""
+    total = adjoints[0]
+    tensors = list(total.tensors())
+    torch._foreach_mul_(tensors, weights[0])
+    for adjoint, weight in zip(adjoints[1:], weights[1:], strict=True):
+        torch._foreach_add_(tensors, list(adjoint.tensors()), alpha=weight)
+    return total
