@@ -89,6 +89,7 @@ class Scripted:
     """A plan that no planner would make: it loads, replays and rebuilds the same stretches again and again."""
 
     peak: ClassVar = {}
+    limits: ClassVar = {}
 
     def __init__(self, logged):
         self.logged = logged

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from mgd.errors import BadData, CorruptScores, StaleRun
+from mgd.util.checkpoint_directory import replace_file
 
 FORMAT = 1
 SCORES, INDEX, TRAINING = "scores.npy", "index.json", "training.npz"
@@ -154,12 +155,8 @@ class ScoreFile:
         self._write_index()
 
     def _write_index(self) -> None:
-        temporary = self.path / f".{INDEX}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self.index), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / INDEX)
+        text = json.dumps(asdict(self.index), indent=1)
+        replace_file(self.path / INDEX, lambda path: path.write_text(text, "utf-8"))
 
 
 def read_index(directory: str | os.PathLike[str]) -> Index:

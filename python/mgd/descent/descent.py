@@ -17,7 +17,7 @@ from mgd.descent.state import DescentState, MetaStep, Variables
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient
-from mgd.util.checkpoint_directory import Directory
+from mgd.util.checkpoint_directory import CheckpointDirectory
 from mgd.util.progress import tracked
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
@@ -107,38 +107,38 @@ class MetaDescent:
         """
         if steps < 1 or (patience is not None and patience < 1):
             raise BadArgument(f"expected steps and patience of at least 1; got {steps} and {patience}")
-        place = DescentState(variables, self.constraints, self.optimizer)
-        kept = None if directory is None else Directory(directory)
-        if kept is not None:
-            kept.restore(place)
-        with tracked("meta-steps", steps, len(place.history), progress) as tick:
-            while len(place.history) < steps and not place.stalled(patience):
-                step, result = self._train(place)
+        state = DescentState(variables, self.constraints, self.optimizer)
+        checkpoints = None if directory is None else CheckpointDirectory(directory)
+        if checkpoints is not None:
+            checkpoints.restore(state)
+        with tracked("meta-steps", steps, len(state.history), progress) as tick:
+            while len(state.history) < steps and not state.stalled(patience):
+                step, result = self._train(state)
                 if observe is not None:
-                    observe(step, result, place.copy())
-                place.record(step)
-                place.descend()
-                if kept is not None:
-                    kept.save(place)
+                    observe(step, result, state.copy())
+                state.record(step)
+                state.descend()
+                if checkpoints is not None:
+                    checkpoints.save(state)
                 tick(f"objective {step.value:.4f}")
-        stopped = "steps" if len(place.history) >= steps else "patience"
-        return Descent(place.copy(), place.best, place.best_step, place.history, stopped, place.notes)
+        stopped = "steps" if len(state.history) >= steps else "patience"
+        return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
 
-    def _train(self, place: DescentState) -> tuple[MetaStep, Metagradient]:
-        """A training with its metagradient, at the variables of `place`, nearer to the last ones where it diverges."""
+    def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:
+        """A training with its metagradient, at the variables of `state`, nearer to the last ones where it diverges."""
         for attempt in range(ATTEMPTS + 1):
             start = time.perf_counter()
             try:
-                result = self._differentiate(place.leaves, len(place.history))
+                result = self._differentiate(state.leaves, len(state.history))
                 break
             except NonFiniteState as error:
-                if attempt == ATTEMPTS or not place.history:
+                if attempt == ATTEMPTS or not state.history:
                     raise
-                place.retreat(error)
+                state.retreat(error)
         value = float(result.value)
         score = value if self.validate is None else float(self.validate(result))
-        norms = {name: float(x.grad.norm()) for name, x in place.leaves.items() if x.grad is not None}
-        return MetaStep(len(place.history), value, score, norms, time.perf_counter() - start, attempt), result
+        norms = {name: float(x.grad.norm()) for name, x in state.leaves.items() if x.grad is not None}
+        return MetaStep(len(state.history), value, score, norms, time.perf_counter() - start, attempt), result
 
     def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
         """The metagradient, carried on from `z` to the variables: the `grad` of each of them."""

@@ -27,7 +27,7 @@ from mgd.rater.population_adam import PopulationAdam
 from mgd.rater.sampling import Sampler, lengths, sampler
 from mgd.results import Metagradient
 from mgd.step.rng import seed_of
-from mgd.util.checkpoint_directory import Directory
+from mgd.util.checkpoint_directory import CheckpointDirectory
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
 from mgd_kernels import AdamW, Optimizer
@@ -160,15 +160,14 @@ class DataRater:
         directory: keep the state there after every `save_every` meta-steps, so that the same call continues an
         interrupted one, to the same bits. Raises StaleRun for the directory of another DataRater.
         """
-        kept = None
-        if directory is not None:
-            kept = Directory(directory)
-            kept.restore(self)
+        checkpoints = None if directory is None else CheckpointDirectory(directory)
+        if checkpoints is not None:
+            checkpoints.restore(self)
         with tracked("meta-steps", steps, len(self.history), progress) as tick:
             while len(self.history) < steps:
                 step = self.step()
-                if kept is not None and (len(self.history) % save_every == 0 or len(self.history) == steps):
-                    kept.save(self)
+                if checkpoints is not None and (len(self.history) % save_every == 0 or len(self.history) == steps):
+                    checkpoints.save(self)
                 if observe is not None:
                     observe(step)
                 finite = [value for value in step.values if value is not None]

@@ -1,4 +1,5 @@
-"""A directory in which a descent, or the learning of a rater, is kept so that the same call continues it."""
+"""A directory in which a descent, or the learning of a rater, is kept, so that the same call continues it; and the
+one way in which this package replaces a file."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from mgd.errors import CorruptState, StaleRun
 
 
 class Resumable(Protocol):
-    """What a directory can keep: its state as tensors, numbers and texts, and its history as dataclasses."""
+    """What a directory can keep: a state of tensors, numbers and texts, and a history of dataclasses."""
 
     history: list[Any]
 
@@ -30,39 +31,39 @@ class Resumable(Protocol):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Directory:
+class CheckpointDirectory:
     """The state in `state.pt`, and `history.json` for people."""
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory)
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, place: Resumable) -> None:
-        """Put the descent where the directory left it, if it holds one."""
+    def restore(self, descent: Resumable) -> None:
+        """Put the descent where it was when the directory was written, if it holds one."""
         file = self.path / "state.pt"
         if not file.exists():
             return
         try:
-            kept = torch.load(file, weights_only=True)
-            theirs, state = kept["identity"], kept["place"]
+            record = torch.load(file, weights_only=True)
+            theirs, state = record["identity"], record["place"]
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise CorruptState(str(file), None, str(error), "Delete it to begin the descent again.") from error
-        known = place.identity | theirs
-        if differing := [name for name in known if theirs.get(name) != place.identity.get(name)]:
+        known = descent.identity | theirs
+        if differing := [name for name in known if theirs.get(name) != descent.identity.get(name)]:
             raise StaleRun(str(self.path), differing)
-        place.load(state)
+        descent.load(state)
 
-    def save(self, place: Resumable) -> None:
-        self._replace(
-            "state.pt", lambda path: torch.save({"identity": dict(place.identity), "place": place.state()}, path)
-        )
-        history = json.dumps([asdict(step) for step in place.history], indent=1)
-        self._replace("history.json", lambda path: path.write_text(history + "\n"))
+    def save(self, descent: Resumable) -> None:
+        record = {"identity": dict(descent.identity), "place": descent.state()}
+        replace_file(self.path / "state.pt", lambda path: torch.save(record, path))
+        history = json.dumps([asdict(step) for step in descent.history], indent=1)
+        replace_file(self.path / "history.json", lambda path: path.write_text(history + "\n"))
 
-    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
-        """All of the new file or all of the old one, whenever the process ends."""
-        temporary = self.path / f".{name}"
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file anew: whenever the process ends, all of the new one or all of the old one is there."""
+    temporary = path.with_name(f".{path.name}")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
