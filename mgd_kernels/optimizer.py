@@ -1,6 +1,6 @@
 """Optimizers as pairs of a step and its vector-Jacobian product, on flat buffers.
 
-`SGD`, `Adam` and `AdamW` run on the fused kernels of the chosen backend; `UpdateRule` (custom.py) runs any update
+`SGD`, `Adam` and `AdamW` run on the fused kernels of the chosen backend; `UpdateRule` (update_rule.py) runs any update
 that a user writes in torch. All four methods of `Optimizer` work in place on the caller's buffers.
 """
 

@@ -141,6 +141,6 @@ class NotDifferentiable(MetagradientError):
     def __init__(self, op: str, detail: str):
         self.op = op
         super().__init__(
-            f"the loss uses {op}, which has neither a forward-mode nor a second derivative: {detail} "
+            f"the loss uses {op}, which has no second derivative: {detail} "
             "Replace the operator with one that torch can differentiate twice."
         )
