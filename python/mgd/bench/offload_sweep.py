@@ -17,7 +17,7 @@ from mgd import Budget, TrainingFunction
 from mgd.bench.timing import pinned, quantiles
 from mgd.bench.workloads import Workload, mlp
 from mgd.errors import BadArgument
-from mgd.sweep.storage import STAGING
+from mgd.plan.training import STAGING
 
 # Of the machine; of the computing thread; and of the whole process, the store's threads included.
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time, "process": time.process_time}
