@@ -5,7 +5,7 @@ from __future__ import annotations
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.joint_evaluator import JointEvaluator
 from mgd.autodiff.traced import TracedEvaluator
-from mgd.step.step import Evaluator
+from mgd.step.evaluator import Evaluator
 
 WORTH_TRACING = 32  # evaluations; a trace takes as long as some 10 to 30 of them
 

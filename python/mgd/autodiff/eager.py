@@ -10,25 +10,31 @@ from torch import Tensor
 
 from mgd.autodiff.second_order import (
     Point,
+    SecondOrder,
     blocking_operator,
     first_and_second,
+    inspected,
     leaves,
-    refuse_once_differentiable,
 )
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
+from mgd.step.evaluator import Derivatives, Evaluation
 from mgd.step.loss import Microbatch, TensorLoss
 from mgd.step.model import Buffers
-from mgd.step.step import Evaluation, SecondDerivatives
 
 
 class EagerEvaluator:
     """Every evaluation by autograd; the others fall back to this one, and are checked against it."""
 
+    fallback = None
+
     def __init__(self) -> None:
-        self._checked = False
+        self._precision: float | None = None  # of the coarsest dtype of the graph; None: not inspected yet
 
     def describe(self) -> str:
         return "eager"
+
+    def refuse(self, reason: str) -> None:
+        raise AssertionError("there is nothing to fall back to")
 
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)
@@ -73,28 +79,31 @@ class EagerEvaluator:
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
         expected: Tensor,
-    ) -> SecondDerivatives:
+    ) -> Derivatives:
         with contextlib.ExitStack() as stack:
             function = microbatch.of_tensors(before, stack)
             point = point_of(microbatch, function, parameters, before, directions, cotangents)
             return self.at(microbatch, function, point, expected)
 
-    def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> SecondDerivatives:
+    def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:
         """The second derivatives at a point; the loss there must be `expected`."""
         microbatch.reseed()
-        loss, _, _, results = self.evaluate(function, point)
-        if not torch.equal(loss.double().cpu(), expected):
-            raise microbatch.diverged(float(expected), float(loss))
-        return results
+        second = self.evaluate(function, point)
+        if not torch.equal(second.loss.double().cpu(), expected):
+            raise microbatch.diverged(float(expected), float(second.loss))
+        return Derivatives(second.results, second.products, second.gradient, self._precision or 0.0)
 
-    def evaluate(
-        self, function: TensorLoss, point: Point
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor], SecondDerivatives]:
+    def evaluate(self, function: TensorLoss, point: Point) -> SecondOrder:
         """As `first_and_second`. Raises NotDifferentiable, naming the operator that has no second derivative."""
-        # Walking the graph takes time, so the first evaluation of a training stands for all.
-        unchecked, self._checked = not self._checked, True
         try:
-            return first_and_second(refuse_once_differentiable(function) if unchecked else function, point)
+            if self._precision is not None:
+                return first_and_second(function, point)
+
+            # Walking the graph takes time, so the first evaluation of a training stands for all.
+            def note(precision: float) -> None:
+                self._precision = precision
+
+            return first_and_second(inspected(function, note), point)
         except RuntimeError as error:
             operator = blocking_operator(error)
             if operator is None:

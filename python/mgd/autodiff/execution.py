@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 # Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
 COMPILED_TOLERANCE = 1e-4
-# Relative, of each second derivative; the graph runs the operators of the evaluation, so that most agree to the bit.
-REPLAY_TOLERANCE = 1e-3
-ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
 
 def compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -35,20 +32,3 @@ def same_loss(loss: Tensor, expected: Tensor, compiled: bool) -> bool:
 def reason(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
-    """Whether a graph repeats the second derivatives of an evaluation up to rounding, tensor by tensor.
-
-    The loss alone would not tell: activation checkpointing puts random generators back for its recomputation, which a
-    graph does not, so that other dropout masks would enter the derivatives only.
-    """
-    if [x is None for x in replayed] != [x is None for x in evaluated]:
-        return False
-    pairs = [
-        (x.detach().double(), y.detach().double())
-        for x, y in zip(replayed, evaluated, strict=True)
-        if x is not None and y is not None
-    ]
-    noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
-    return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs)

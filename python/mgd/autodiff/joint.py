@@ -17,14 +17,15 @@ from torch import Tensor, fx
 from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.execution import below_autograd, compiled
 from mgd.autodiff.graphs import ancestors, chained, dependents, is_view, part
-from mgd.step.step import SecondDerivatives
+from mgd.step.evaluator import SecondDerivatives
 
 
 class JointGraph:
     """The graph in its parts.
 
     graph: without mutation; its first `fixed` inputs depend on no direction, its outputs are the loss, the gradient of
-    each parameter, the buffers left behind (`counts` of both), and the second derivatives.
+    each parameter, the buffers left behind (`counts` of both), and what depends on directions: the second derivatives
+    and `<gradient, direction>`.
     """
 
     def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int], compile: bool):
@@ -85,7 +86,7 @@ class JointGraph:
         self, parameters: list[Tensor], given: list[Tensor], directions: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, SecondDerivatives]:
         """The loss, and for each direction (and cotangents of the buffers) the second derivatives over parameters,
-        buffers and metaparameters."""
+        buffers and metaparameters, and last `<gradient, direction>`."""
         with below_autograd(not self.compile):
             if len(directions) == 1:
                 loss, *result = self._recompute_once(*parameters, *given, *directions[0])

@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator, point_of
-from mgd.autodiff.execution import agree, reason, same_loss
+from mgd.autodiff.execution import reason, same_loss
 from mgd.autodiff.graphs import clean, without_mutation
 from mgd.autodiff.joint import JointGraph
-from mgd.autodiff.second_order import Point, first_and_second, refuse_once_differentiable
+from mgd.autodiff.second_order import Point, first_and_second, inspected
 from mgd.errors import ReplayDivergence
+from mgd.step.agreement import agree
+from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
 from mgd.step.loss import Microbatch, TensorLoss
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers
-from mgd.step.step import Evaluation, SecondDerivatives
 
 
 def is_audited(step: int, steps: int) -> bool:
@@ -56,18 +57,18 @@ class GraphResiduals:
         parameters: list[Tensor],
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
-    ) -> SecondDerivatives:
+    ) -> Derivatives:
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
         ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
-        return self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways)
+        return _derivatives(self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways))
 
 
 class JointEvaluator:
     """Both evaluations of a step by a joint graph. refused: why the graphs were given up, if they were."""
 
     def __init__(self, eager: EagerEvaluator, compile: bool = False):
-        self.eager, self.compile = eager, compile
+        self.fallback, self.compile = eager, compile
         self.graphs: dict[Hashable, JointGraph] = {}
         self.reads: dict[Hashable, frozenset[str]] = {}  # the metaparameters that the loss read while it was traced
         self.refused: str | None = None
@@ -77,9 +78,12 @@ class JointEvaluator:
             return f"eager, since the joint graph was given up: {self.refused}"
         return "joint, compiled" if self.compile else "joint"
 
+    def refuse(self, reason: str) -> None:
+        self.refused = reason
+
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
         if self.refused:
-            return self.eager.gradient(microbatch, parameters, before)
+            return self.fallback.gradient(microbatch, parameters, before)
         slices, stack = microbatch.metaparameters, contextlib.ExitStack()
         function = microbatch.of_tensors(before, stack)
         floats = [before[name] for name in function.names[: function.floats]]
@@ -87,7 +91,7 @@ class JointEvaluator:
         key = function.key([*parameters, *given])
         graph, loss = self.graphs.get(key), None
         if graph is None:
-            evaluation = self.eager.gradient(microbatch, parameters, before)
+            evaluation = self.fallback.gradient(microbatch, parameters, before)
             loss = evaluation.loss
             directions, zeros = [p.clone() for p in parameters], [torch.zeros_like(b) for b in floats]
             point = point_of(microbatch, function, parameters, before, [directions], [zeros])
@@ -98,7 +102,7 @@ class JointEvaluator:
             self.graphs[key] = graph
             self.reads[key] = frozenset(slices.owner.read_at(microbatch.step))
         elif is_audited(microbatch.step, len(microbatch.batches)):
-            loss = self.eager.gradient(microbatch, parameters, before).loss
+            loss = self.fallback.gradient(microbatch, parameters, before).loss
         slices.owner.note(self.reads[key], microbatch.step)
         microbatch.reseed()
         joint_loss, grads, left, residuals = graph.forward(parameters, given)
@@ -117,9 +121,9 @@ class JointEvaluator:
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
         expected: Tensor,
-    ) -> SecondDerivatives:
+    ) -> Derivatives:
         if self.refused:
-            return self.eager.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
+            return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
         function = microbatch.of_tensors(before, contextlib.ExitStack())
         floats = [before[name] for name in function.names[: function.floats]]
         given = [*floats, *microbatch.metaparameters.tensors, *function.constants]
@@ -129,7 +133,7 @@ class JointEvaluator:
         loss, results = graph.recompute_hvp(parameters, given, ways)
         if not torch.equal(loss.double().cpu(), expected):
             raise microbatch.diverged(float(expected), float(loss))
-        return results
+        return _derivatives(results)
 
     def _make(self, microbatch: Microbatch, evaluate: TensorLoss, point: Point, eager: Evaluation) -> JointGraph | None:
         """The graph at a point with one direction, where the eager evaluation is known; None where there is none."""
@@ -142,13 +146,13 @@ class JointEvaluator:
         def function(*tensors: Tensor, evaluate=evaluate) -> tuple[Tensor | None, ...]:
             p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
             there = Point(p, b, z, constants, [direction], [cotangent])
-            loss, grads, left, (result,) = first_and_second(evaluate, there)
-            counts[:] = len(grads), len(left)
-            return loss, *grads, *left, *result
+            second = first_and_second(evaluate, there)
+            counts[:] = len(second.gradient), len(second.buffers)
+            return second.loss, *second.gradient, *second.buffers, *second.results[0], second.products[0]
 
         try:
             microbatch.reseed()
-            expected = function(*inputs, evaluate=refuse_once_differentiable(evaluate))
+            expected = function(*inputs, evaluate=inspected(evaluate, lambda precision: None))
             microbatch.reseed()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -168,3 +172,13 @@ class JointEvaluator:
             self.refused = reason(error)
             return None
         return graph
+
+
+def _derivatives(results: SecondDerivatives) -> Derivatives:
+    """From what a graph gives for each direction."""
+    return Derivatives([result[:-1] for result in results], [_present(result[-1]) for result in results])
+
+
+def _present(product: Tensor | None) -> Tensor:
+    assert product is not None  # a graph's last output
+    return product

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd.step.evaluator import SecondDerivatives
 from mgd.step.loss import Evaluate
-from mgd.step.step import SecondDerivatives
 
 Tensors = Sequence[Tensor]
 Reseed = Callable[[], None]  # puts the random generators back to the beginning of the evaluation's stream
@@ -47,50 +47,64 @@ def leaves(tensors: Tensors) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def first_and_second(
-    evaluate: Evaluate, point: Point
-) -> tuple[Tensor, list[Tensor | None], list[Tensor], SecondDerivatives]:
+@dataclass(slots=True)
+class SecondOrder:
+    """What `first_and_second` computes. loss, gradient, buffers: detached. results, products: see `Derivatives`."""
+
+    loss: Tensor
+    gradient: list[Tensor | None]
+    buffers: list[Tensor]
+    results: SecondDerivatives
+    products: list[Tensor]
+
+
+def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
     """The loss, its gradient, the buffers that the step leaves behind, and the second derivatives in each direction.
 
     Of the buffers, as many as the point has are differentiated; an evaluation may return constant ones after them.
+
+    The gradient is seeded with `one`, a tensor that is 1, and is linear in it. So the derivative with respect to `one`
+    is `<gradient, direction>` of this very evaluation, at no cost: the sweep compares it with the logged gradient's.
     """
     p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
-    inputs = [*p, *b, *z]
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
-    grads: list[Tensor | None] = list(torch.autograd.grad(loss, p, create_graph=True, allow_unused=True))
+    one = torch.ones_like(loss).requires_grad_()
+    inputs = [*p, *b, *z, one]
+    grads: list[Tensor | None] = list(torch.autograd.grad(loss, p, one, create_graph=True, allow_unused=True))
     outputs = [*grads, *left[: len(b)]]
     live = {i: output for i, output in enumerate(outputs) if output is not None and output.requires_grad}
     gradient: list[Tensor | None] = [None if g is None else g.detach() for g in grads]
     after = [x.detach() for x in left]
-    results: SecondDerivatives
-    if not live:
-        results = [[None] * len(inputs) for _ in point.directions]
-        return loss.detach(), gradient, after, results
-    cotangents = [
-        [[*direction, *cotangent][i] for i in live]
-        for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
-    ]
-    keep = [True] * (len(cotangents) - 1) + [False]
-    results = [
-        list(torch.autograd.grad(list(live.values()), inputs, cotangent, allow_unused=True, retain_graph=retain))
-        for cotangent, retain in zip(cotangents, keep, strict=True)
-    ]
-    return loss.detach(), gradient, after, results
+    results: SecondDerivatives = [[None] * len(inputs) for _ in point.directions]
+    if live:
+        cotangents = [
+            [[*direction, *cotangent][i] for i in live]
+            for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
+        ]
+        keep = [True] * (len(cotangents) - 1) + [False]
+        results = [
+            list(torch.autograd.grad(list(live.values()), inputs, cotangent, allow_unused=True, retain_graph=retain))
+            for cotangent, retain in zip(cotangents, keep, strict=True)
+        ]
+    products = [result.pop() for result in results]
+    zero = torch.zeros_like(loss).detach()
+    return SecondOrder(loss.detach(), gradient, after, results, [zero if x is None else x for x in products])
 
 
 # The code of what @once_differentiable makes of a backward function.
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
-def refuse_once_differentiable(evaluate: Evaluate) -> Evaluate:
-    """`evaluate`, with an error where its loss went through an autograd.Function that is only once differentiable.
+def inspected(evaluate: Evaluate, note: Callable[[float], None]) -> Evaluate:
+    """`evaluate`, with a look at the graph of its loss: the machine epsilon of its coarsest dtype goes to `note`.
 
-    torch raises that error in `.backward()`, but silently leaves the terms out of `torch.autograd.grad`.
+    Raises where the loss went through an autograd.Function that is only once differentiable: torch does so in
+    `.backward()`, but silently leaves the terms out of `torch.autograd.grad`.
     """
 
     def checked(*args):
         loss, left = evaluate(*args)
-        seen, stack = set(), [loss.grad_fn]
+        seen, stack, precision = set(), [loss.grad_fn], 0.0
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -99,7 +113,11 @@ def refuse_once_differentiable(evaluate: Evaluate) -> Evaluate:
             function: Any = getattr(node, "_forward_cls", None)
             if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
                 raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
+            for metadata in getattr(node, "_input_metadata", ()):
+                if metadata.dtype.is_floating_point:
+                    precision = max(precision, torch.finfo(metadata.dtype).eps)
             stack += [following for following, _ in node.next_functions]
+        note(precision)
         return loss, left
 
     return checked

@@ -20,12 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.eager import EagerEvaluator, point_of
-from mgd.autodiff.execution import agree, below_autograd, reason
+from mgd.autodiff.execution import below_autograd, reason
 from mgd.autodiff.graphs import PerDirection, clean, without_mutation
 from mgd.autodiff.second_order import Point
+from mgd.step.agreement import agree
+from mgd.step.evaluator import Derivatives, Evaluation
 from mgd.step.loss import Microbatch, TensorLoss
 from mgd.step.model import Buffers
-from mgd.step.step import Evaluation, SecondDerivatives
 
 # graph(fixed inputs, directions) -> (loss, the second derivatives for each direction)
 Graph = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]]
@@ -35,7 +36,7 @@ class TracedEvaluator:
     """Gradients by autograd, second derivatives by graphs. refused: why tracing was given up, if it was."""
 
     def __init__(self, eager: EagerEvaluator):
-        self.eager = eager
+        self.fallback = eager
         self.graphs: dict[Hashable, Graph] = {}
         self.refused: str | None = None
 
@@ -44,8 +45,11 @@ class TracedEvaluator:
             return f"eager, since tracing was given up: {self.refused}"
         return "traced"
 
+    def refuse(self, reason: str) -> None:
+        self.refused = reason
+
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        return self.eager.gradient(microbatch, parameters, before)
+        return self.fallback.gradient(microbatch, parameters, before)
 
     def second_derivatives(
         self,
@@ -55,16 +59,16 @@ class TracedEvaluator:
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
         expected: Tensor,
-    ) -> SecondDerivatives:
+    ) -> Derivatives:
         with contextlib.ExitStack() as stack:
             function = microbatch.of_tensors(before, stack)
             point = point_of(microbatch, function, parameters, before, directions, cotangents)
             results = self._replay(microbatch, function, point, expected)
-            return results or self.eager.at(microbatch, function, point, expected)
+            return results or self.fallback.at(microbatch, function, point, expected)
 
     def _replay(
         self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor
-    ) -> SecondDerivatives | None:
+    ) -> Derivatives | None:
         """The second derivatives by a graph; None where there is none, or where its loss is not `expected`."""
         if self.refused:
             return None
@@ -79,15 +83,19 @@ class TracedEvaluator:
                 return None
         microbatch.reseed()
         directions = [(*d, *c) for d, c in zip(point.directions, point.cotangents, strict=True)]
-        with below_autograd():
-            loss, results = graph(inputs, directions)
+        try:
+            with below_autograd():
+                loss, results = graph(inputs, directions)
+        except RuntimeError as error:  # a size that depends on data, frozen in the trace, fits no longer
+            self.refused = reason(error)
+            return None
         if not torch.equal(loss.double().cpu(), expected):
             self.refused = (
                 f"the replayed loss of step {microbatch.step} is {float(loss.detach())!r}, "
                 f"that of training {float(expected)!r}"
             )
             return None
-        return [list(result) for result in results]
+        return Derivatives([list(result[:-1]) for result in results], [result[-1] for result in results])
 
     def _trace(self, microbatch: Microbatch, evaluate: TensorLoss, point: Point) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
@@ -98,8 +106,8 @@ class TracedEvaluator:
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
-            loss, _, _, (result,) = self.eager.evaluate(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
-            return loss, *result
+            second = self.fallback.evaluate(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
+            return second.loss, *second.results[0], second.products[0]
 
         microbatch.reseed()
         with warnings.catch_warnings():

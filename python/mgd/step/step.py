@@ -9,73 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mgd.step.agreement import Agreement, Terms
 from mgd.step.batches import microbatches
+from mgd.step.evaluator import Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
-from mgd.step.model import Buffers, differentiable
+from mgd.step.model import Buffers
 from mgd_kernels import Arena
-
-# For each direction, the second derivatives over [*parameters, *floating-point buffers, *metaparameters].
-SecondDerivatives = list[list[Tensor | None]]
-
-
-class Residuals(Protocol):
-    """What the evaluation of a microbatch computed for its second derivatives and kept."""
-
-    metaparameters: BatchMetaparameters
-
-    @property
-    def bytes(self) -> int: ...
-
-    def second_derivatives(
-        self,
-        step: int,
-        parameters: list[Tensor],
-        directions: Sequence[Sequence[Tensor]],
-        cotangents: Sequence[Sequence[Tensor]],
-    ) -> SecondDerivatives:
-        """As `Evaluator.second_derivatives`. Raises ReplayDivergence where an input was changed since."""
-        ...
-
-
-@dataclass(slots=True)
-class Evaluation:
-    """Loss (detached) and gradients of one microbatch, the buffers it leaves behind, and residuals if it kept any."""
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    buffers: Buffers
-    residuals: Residuals | None = None
-
-
-class Evaluator(Protocol):
-    """A way to evaluate one microbatch."""
-
-    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        """Loss and gradient at `parameters`, with the buffers `before`."""
-        ...
-
-    def second_derivatives(
-        self,
-        microbatch: Microbatch,
-        parameters: list[Tensor],
-        before: Buffers,
-        directions: Sequence[Sequence[Tensor]],
-        cotangents: Sequence[Sequence[Tensor]],
-        expected: Tensor,
-    ) -> SecondDerivatives:
-        """Derivatives of `<gradient, direction> + <buffers after, cotangent>`. Raises ReplayDivergence where the loss
-        is not `expected` (float64 `[]`, on the CPU), that of the first evaluation."""
-        ...
-
-    def describe(self) -> str:
-        """How steps were executed, for the report."""
-        ...
 
 
 @dataclass
@@ -94,8 +39,8 @@ class StepResult:
     residuals: list[Residuals] | None = None
 
 
-# add(objective, with respect to parameters, metaparameters of the microbatch, with respect to those)
-Add = Callable[[int, list["Tensor | None"], BatchMetaparameters, list["Tensor | None"]], None]
+# add(objective, with respect to parameters, of each microbatch the metaparameters and with respect to those)
+Add = Callable[[int, Sequence["Tensor | None"], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
 
 
 class StepFunction:
@@ -104,6 +49,7 @@ class StepFunction:
     def __init__(self, arena: Arena, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator):
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
+        self._agreement = Agreement(arena)
 
     def gradient(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
@@ -136,32 +82,69 @@ class StepFunction:
         """Derivatives of `<gradient, direction> + <buffers after, adjoint>` for each direction (flat `[n]`).
 
         `add` receives the terms of every microbatch. Returns the adjoints of the buffers before the step. Raises
-        ReplayDivergence where the loss is not bit-equal to that of `result`.
+        ReplayDivergence where the evaluation is not that of `result`: another loss, or another gradient.
         """
+        step = t, params, result, meta, directions, buffer_adjoints
+        terms = self._differentiate(self.evaluator, *step)
+        discrepancy = self._agreement.discrepancy(result.gradient, directions, terms)
+        if discrepancy > self._agreement.tolerance:
+            terms = self._judged(discrepancy, terms, *step)
+        for objective, derivatives in enumerate(terms.with_parameters):
+            add(objective, derivatives, [(slices, each[objective]) for slices, each in terms.with_metaparameters])
+        return terms.buffer_adjoints
+
+    def _judged(
+        self,
+        discrepancy: float,
+        terms: Terms,
+        t: int,
+        params: Tensor,
+        result: StepResult,
+        meta: Metaparameters,
+        directions: Sequence[Tensor],
+        buffer_adjoints: list[list[Tensor]],
+    ) -> Terms:
+        """The terms of a step whose evaluation seems to have another gradient than the one that trained: these, where
+        that was rounding, or those of the plain evaluation. Raises ReplayDivergence where that has another, too."""
+        fallback, plain = self.evaluator.fallback, terms
+        if fallback is not None:
+            result.residuals = None
+            plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
+        self._agreement.confirm(t, result.gradient, directions, plain)
+        if plain is not terms and not plain.agree(terms):
+            self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
+            return plain
+        self._agreement.tolerance = 4 * discrepancy
+        return terms
+
+    def _differentiate(
+        self,
+        evaluator: Evaluator,
+        t: int,
+        params: Tensor,
+        result: StepResult,
+        meta: Metaparameters,
+        directions: Sequence[Tensor],
+        buffer_adjoints: list[list[Tensor]],
+    ) -> Terms:
+        """The second derivatives of all microbatches, last one first, without a look at what they belong to."""
         parameters = self.arena.tensors(params)
         tangents = [self.arena.tensors(direction) for direction in directions]
         evaluations = list(self._evaluations(t, meta)) if result.residuals is None else None
+        terms = Terms(len(directions), buffer_adjoints)
         for i in reversed(range(self.microbatches)):
             before = result.buffers[i]
             if result.residuals is not None:
-                residuals = result.residuals[i]
-                slices = residuals.metaparameters
-                derivatives = residuals.second_derivatives(t, parameters, tangents, buffer_adjoints)
+                metaparameters = result.residuals[i].metaparameters
+                derivatives = result.residuals[i].second_derivatives(t, parameters, tangents, terms.buffer_adjoints)
             else:
                 assert evaluations is not None
-                microbatch, slices = evaluations[i], evaluations[i].metaparameters
-                derivatives = self.evaluator.second_derivatives(
-                    microbatch, parameters, before, tangents, buffer_adjoints, result.losses[i]
+                metaparameters = evaluations[i].metaparameters
+                derivatives = evaluator.second_derivatives(
+                    evaluations[i], parameters, before, tangents, terms.buffer_adjoints, result.losses[i]
                 )
-            names = differentiable(before)
-            p, b = len(parameters), len(parameters) + len(names)
-            buffer_adjoints = [
-                [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, each[p:b], strict=True)]
-                for each in derivatives
-            ]
-            for objective, each in enumerate(derivatives):
-                add(objective, each[:p], slices, each[b:])
-        return buffer_adjoints
+            terms.append(derivatives, len(parameters), before, metaparameters)
+        return terms
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:
         """The error of a replayed step whose microbatch `i` has another loss than at first."""

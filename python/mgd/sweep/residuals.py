@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mgd.step.step import Residuals
+from mgd.step.evaluator import Residuals
 from mgd.util.system import resident_memory
 
 

@@ -247,9 +247,10 @@ class Sweep:
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
-        def add(j, with_parameters, slices, with_slices):
+        def add(j, with_parameters, with_metaparameters):
             adjoints[j].add_to_parameters(self.arena, with_parameters)
-            gradients.add(j, slices, with_slices)
+            for slices, derivatives in with_metaparameters:
+                gradients.add(j, slices, derivatives)
 
         with self.timings.timed("hvp"):
             before = self.step.second_derivatives(

@@ -1,0 +1,148 @@
+"""Do a step's second derivatives belong to the gradient that trained? Equal losses do not prove it.
+
+Every evaluation of second derivatives gives `<gradient, direction>` with its own gradient. In exact arithmetic that is
+the inner product of the logged gradient and the direction; in floating point it differs by about 1e-9 of the product of
+their norms in float32. So a change of the gradient by 1e-5 is seen at every step, for one pass over two vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mgd.errors import NotDifferentiable, ReplayDivergence
+from mgd.step.evaluator import Derivatives
+from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import Buffers, differentiable
+from mgd_kernels import Arena
+from mgd_kernels.dispatch import dot
+
+# Relative, of each second derivative of a graph and of a plain evaluation, which run the same operators.
+REPLAY_TOLERANCE = 1e-3
+ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
+
+
+class Terms:
+    """The second derivatives of a step, summed over microbatches, before they are added to the adjoint.
+
+    with_parameters: for each direction. with_metaparameters: of each microbatch, what the loss saw of z, and for each
+    direction the derivatives. buffer_adjoints: before the microbatches so far. products: `<gradient, direction>`.
+    gradient: of this evaluation, where it has it.
+    """
+
+    def __init__(self, directions: int, buffer_adjoints: list[list[Tensor]]):
+        self.buffer_adjoints = buffer_adjoints
+        self.with_parameters: list[Sequence[Tensor | None]] = []
+        self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
+        self.products = [0.0] * directions
+        self.gradient: Sequence[Tensor | None] | None = None
+        self.precision = 0.0
+
+    def append(
+        self, derivatives: Derivatives, parameters: int, before: Buffers, metaparameters: BatchMetaparameters
+    ) -> None:
+        """Add those of a microbatch. parameters: how many there are. before: the buffers that it began with."""
+        names = differentiable(before)
+        p, b = parameters, parameters + len(names)
+        results = derivatives.results
+        self.buffer_adjoints = [
+            [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, each[p:b], strict=True)]
+            for each in results
+        ]
+        first = not self.with_metaparameters
+        own: list[Sequence[Tensor | None]] = [each[:p] for each in results]
+        self.with_parameters = own if first else list(map(_sum, self.with_parameters, own))
+        self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
+        self.products = [x + float(y) for x, y in zip(self.products, derivatives.products, strict=True)]
+        self.precision = max(self.precision, derivatives.precision)
+        if derivatives.gradient is None:
+            self.gradient = None
+        elif first:
+            self.gradient = derivatives.gradient
+        elif self.gradient is not None:
+            self.gradient = _sum(self.gradient, derivatives.gradient)
+
+    def agree(self, other: Terms) -> bool:
+        """Whether both are the same up to rounding."""
+        pairs = zip(self.with_metaparameters, other.with_metaparameters, strict=True)
+        return all(map(agree, self.with_parameters, other.with_parameters)) and all(
+            all(map(agree, mine, others)) for (_, mine), (_, others) in pairs
+        )
+
+
+def _sum(x: Sequence[Tensor | None], y: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(x, y, strict=True)]
+
+
+class Agreement:
+    """Compares the gradients of the two evaluations of a step.
+
+    tolerance: of the discrepancy, below which it passes at once. It grows to the rounding that was seen and confirmed.
+    """
+
+    def __init__(self, arena: Arena):
+        self.arena = arena
+        self.tolerance = torch.finfo(arena.gradient_dtype).eps / 6
+
+    def discrepancy(self, gradient: Tensor, directions: Sequence[Tensor], terms: Terms) -> float:
+        """The largest `|<own gradient, u> - <gradient, u>|` over the directions u, relative to `|gradient| |u|`."""
+        largest = 0.0
+        for direction, product in zip(directions, terms.products, strict=True):
+            expected = float(_dot(gradient, direction))
+            difference = abs(product - expected)
+            if difference <= self.tolerance * abs(expected):
+                continue
+            scale = math.sqrt(float(_dot(gradient, gradient)) * float(_dot(direction, direction)))
+            largest = max(largest, difference / scale if scale else math.inf)
+            if math.isnan(difference):
+                return math.inf
+        return largest
+
+    def confirm(self, step: int, gradient: Tensor, directions: Sequence[Tensor], terms: Terms) -> None:
+        """Raises ReplayDivergence where the evaluation has another gradient than the logged one, tensor by tensor, and
+        NotDifferentiable where it has that gradient, and the graph of it does not."""
+        assert terms.gradient is not None
+        limit = math.sqrt(max(terms.precision, torch.finfo(gradient.dtype).eps))
+        logged = self.arena.slices(gradient)
+        whole, differing = float(gradient.double().norm()), []
+        for name, x, y in zip(self.arena.names, logged, terms.gradient, strict=True):
+            own = x.new_zeros(()) if y is None else y
+            difference = float((x.double() - own.double()).norm())
+            if not difference <= limit * float(x.double().norm()) + limit * 1e-2 * whole:
+                differing.append((difference, name))
+        if differing:
+            names = ", ".join(name for _, name in sorted(differing, reverse=True)[:3])
+            raise ReplayDivergence(
+                step,
+                f"its loss is the same, but the gradient of {names} is another one. The loss reads something that "
+                "changes from one evaluation to the next: a counter, a hook, random numbers that do not come from "
+                "torch's generators. Make it a function of the model, the batch and z, for instance by a number in "
+                "the batch.",
+            )
+        if self.discrepancy(gradient, directions, terms) > limit:
+            raise NotDifferentiable(
+                "an operator",
+                f"at step {step} the derivative of its backward pass is incomplete (does a backward detach what it "
+                "computes with, or run without gradients?).",
+            )
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return dot(x if x.dtype == y.dtype else x.to(y.dtype), y)
+
+
+def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
+    """Whether two sets of derivatives are the same up to rounding, tensor by tensor; None stands for zeros."""
+    pairs = [
+        (x.detach().double(), y.detach().double())
+        for x, y in zip(replayed, evaluated, strict=True)
+        if x is not None and y is not None
+    ]
+    noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
+    single = [x if y is None else y for x, y in zip(replayed, evaluated, strict=True) if (x is None) != (y is None)]
+    return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs) and all(
+        x is None or float(x.detach().double().norm()) <= noise for x in single
+    )

@@ -1,0 +1,93 @@
+"""A way to evaluate one microbatch: its gradient, and its second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mgd.step.loss import Microbatch
+from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import Buffers
+
+# For each direction, the second derivatives over [*parameters, *floating-point buffers, *metaparameters].
+SecondDerivatives = list[list[Tensor | None]]
+
+
+@dataclass(slots=True)
+class Derivatives:
+    """The second derivatives of one microbatch.
+
+    products: for each direction, `<gradient, direction>` (`[]`) with the gradient of this very evaluation. gradient:
+    that gradient, where the evaluation has it. precision: the machine epsilon of its coarsest dtype.
+    """
+
+    results: SecondDerivatives
+    products: Sequence[Tensor]
+    gradient: Sequence[Tensor | None] | None = None
+    precision: float = 0.0
+
+
+class Residuals(Protocol):
+    """What the evaluation of a microbatch computed for its second derivatives and kept."""
+
+    metaparameters: BatchMetaparameters
+
+    @property
+    def bytes(self) -> int: ...
+
+    def second_derivatives(
+        self,
+        step: int,
+        parameters: list[Tensor],
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+    ) -> Derivatives:
+        """As `Evaluator.second_derivatives`. Raises ReplayDivergence where an input was changed since."""
+        ...
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Loss (detached) and gradients of one microbatch, the buffers it leaves behind, and residuals if it kept any."""
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    buffers: Buffers
+    residuals: Residuals | None = None
+
+
+class Evaluator(Protocol):
+    """A way to evaluate one microbatch."""
+
+    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+        """Loss and gradient at `parameters`, with the buffers `before`."""
+        ...
+
+    def second_derivatives(
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+        expected: Tensor,
+    ) -> Derivatives:
+        """Derivatives of `<gradient, direction> + <buffers after, cotangent>`. Raises ReplayDivergence where the loss
+        is not `expected` (float64 `[]`, on the CPU), that of the first evaluation."""
+        ...
+
+    def describe(self) -> str:
+        """How steps were executed, for the report."""
+        ...
+
+    @property
+    def fallback(self) -> Evaluator | None:
+        """The plain evaluation of the same steps, where this is a faster one."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Use the fallback from now on."""
+        ...
