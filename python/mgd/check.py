@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.errors import BadArgument
@@ -138,19 +139,21 @@ def check(
     exact = double.metagradient(z64, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     mix = (
-        torch.randn(exact.value.shape, generator=generator, dtype=torch.float64) if exact.value.ndim else torch.ones(())
+        torch.randn(exact.value.shape, generator=generator, dtype=torch.float64)
+        if exact.value.ndim
+        else torch.ones((), dtype=torch.float64)
     )
-    mix = mix.to(exact.value)
+    mix = mix.to(exact.value.device)
     same = math.isclose(float(own.losses[0]), float(exact.losses[0]), rel_tol=SAME_TRAINING)
     notes = [] if same else ["the first loss differs in float64: the model draws other random numbers there"]
 
     def value(moved: Any) -> float:
         bar.tick("check")
-        return float((double.value({**z64, **moved}) * mix).sum())
+        return float((double.value({**z64, **moved}).double() * mix).sum())
 
     def examine(name: str) -> KeyCheck:
         direction = tree_map(lambda leaf: _direction(leaf, generator), z64[name])
-        gradient = tree_map(lambda g: torch.tensordot(mix, g, dims=mix.ndim), exact.grads[name])
+        gradient = tree_map(lambda g: torch.tensordot(mix, g.double(), dims=mix.ndim), exact.grads[name])
         analytic = _inner(gradient, direction)
         differences, remainders = [], []
         for h in steps:
@@ -170,7 +173,7 @@ def check(
             remainders=tuple(remainders),
         )
 
-    base = float((exact.value * mix).sum())
+    base = float((exact.value.double() * mix).sum())
     with Progress(2 * len(steps) * len(names), progress) as bar:
         found = {name: examine(name) for name in names}
     return CheckResult(
@@ -195,7 +198,33 @@ def in_double(f: TrainingFunction) -> TrainingFunction:
     # On every module, since loss and objective may call parts of the model.
     for module in model.modules():
         module.register_forward_pre_hook(cast, with_kwargs=True)
-    return f.replaced(model=model, batches=_Double(f.batches), autocast=None)
+
+    def loss(*arguments: Any) -> Tensor:
+        with _CastsToDouble():
+            return f.loss(*arguments)
+
+    def objective(model: nn.Module) -> Tensor:
+        with _CastsToDouble():
+            return f.objective(model)
+
+    return f.replaced(model=model, loss=loss, objective=objective, batches=_Double(f.batches), autocast=None)
+
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _CastsToDouble(TorchFunctionMode):
+    """Casts to a narrower type go to float64: many models compute norms and losses in float32 whatever their dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
+        return func(*(map(_widened, args) if func in (Tensor.to, Tensor.type) else args), **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
 class _Double(Sequence):

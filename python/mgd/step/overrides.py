@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from mgd_kernels import functional
@@ -22,7 +23,37 @@ class FunctionOverrides(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.autograd.grad and not (kwargs or {}).get("is_grads_batched"):
+            with self:  # an activation checkpoint calls the model again in here
+                return _grad(*args, **(kwargs or {}))
         return OVERRIDES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _grad(
+    outputs,
+    inputs,
+    grad_outputs=None,
+    retain_graph=None,
+    create_graph=False,
+    only_inputs=True,
+    allow_unused=None,
+    is_grads_batched=False,
+    materialize_grads=False,
+):
+    """`torch.autograd.grad` for tuples, past the dispatch to modes that would switch the overrides off inside."""
+    allow_unused = materialize_grads if allow_unused is None else allow_unused
+    retain_graph = create_graph if retain_graph is None else retain_graph
+    seeds = (grad_outputs,) if isinstance(grad_outputs, torch.Tensor) else grad_outputs or (None,) * len(outputs)
+    seeds = torch.autograd._make_grads(outputs, tuple(seeds), is_grads_batched=False)
+    grads = _engine_run_backward(
+        outputs, seeds, retain_graph, create_graph, inputs, allow_unused, accumulate_grad=False
+    )
+    if materialize_grads:
+        return tuple(
+            torch.zeros_like(x, requires_grad=create_graph) if g is None else g
+            for g, x in zip(grads, inputs, strict=True)
+        )
+    return grads
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
