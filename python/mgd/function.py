@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mgd.autodiff.capture import evaluator_for
+from mgd.autodiff.capture import evaluator_for, repeatable
 from mgd.errors import BadArgument, BadMetaparameter
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
@@ -55,7 +55,8 @@ class TrainingFunction:
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
     trace: False: evaluate every step by autograd. True: replay second derivatives from a graph that is traced once
-        (`mgd.autodiff.traced`). None: as True where the training is long enough to win back the time of the trace.
+        (`mgd.autodiff.traced`). None: as True, once so many steps of one shape were evaluated, in this call or earlier
+        ones, that they win back the time of the trace.
         "joint": the gradients that train come from a traced graph, too, and what it computed for them is kept where
         memory allows (`mgd.autodiff.joint`). compile: compile the joint graph with `torch.compile`.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
@@ -210,7 +211,8 @@ class TrainingFunction:
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
-        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
+        evaluator = self._evaluator if resume is None else repeatable(self._evaluator)
+        step = StepFunction(arena, loss, self.batches, self.microbatches, evaluator)
         request = self._plan_request(arena, buffers)
         if not reversible:
             storage = no_storage(request)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate, pairwise
 
@@ -32,15 +33,25 @@ from mgd.step.model import Buffers
 Graph = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]]], tuple[Tensor, Sequence[Sequence["Tensor | None"]]]]
 
 
-class TracedEvaluator:
-    """Gradients by autograd, second derivatives by graphs. refused: why tracing was given up, if it was."""
+MOST_GRAPHS = 16  # of one training function: shapes that hardly repeat are not worth a trace each
 
-    def __init__(self, eager: EagerEvaluator):
-        self.fallback = eager
+
+class TracedEvaluator:
+    """Gradients by autograd, second derivatives by graphs.
+
+    after: evaluations of one kind (shapes, modes, structure) that are eager before a graph of it is traced. refused:
+    why tracing was given up, if it was.
+    """
+
+    def __init__(self, eager: EagerEvaluator, after: int = 0):
+        self.fallback, self.after = eager, after
         self.graphs: dict[Hashable, Graph] = {}
         self.refused: str | None = None
+        self._evaluations: Counter[Hashable] = Counter()
 
     def describe(self) -> str:
+        if not self.refused and not self.graphs:
+            return f"eager; traced after {self.after} evaluations of one shape"
         if self.refused:
             return f"eager, since tracing was given up: {self.refused}"
         return "traced"
@@ -76,6 +87,9 @@ class TracedEvaluator:
         key = function.key(inputs), len(point.directions) > 1
         graph = self.graphs.get(key)
         if graph is None:
+            self._evaluations[key] += 1
+            if self._evaluations[key] <= self.after or len(self.graphs) >= MOST_GRAPHS:
+                return None
             try:
                 graph = self.graphs[key] = self._trace(microbatch, function, point)
             except Exception as error:  # whatever stops a trace does not stop the eager evaluation
