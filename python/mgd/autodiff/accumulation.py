@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mgd.autodiff.graphs import ancestors
+from mgd.autodiff.graphs import ancestors, is_symbolic
 
 aten = torch.ops.aten
 
@@ -119,9 +119,9 @@ def _add_in_place(add: fx.Node) -> None:
 
 
 def _alike(*nodes) -> bool:
-    """Whether all are tensors of one dtype."""
+    """Whether all are tensors of one dtype, and of sizes that do not depend on data."""
     values: list[Any] = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
-    return all(isinstance(value, torch.Tensor) and value.dtype == values[0].dtype for value in values)
+    return all(isinstance(x, torch.Tensor) and x.dtype == values[0].dtype and not is_symbolic(x) for x in values)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.joint_evaluator import JointEvaluator
 from mgd.autodiff.traced import TracedEvaluator
 from mgd.step.evaluator import Evaluator
 
-# Evaluations of one shape that win back a trace. It costs about 5 ms for each node of the autograd graph, and saves about
-# 15 us for each at every replay. Of larger steps it saves more, so that this number is never too small for them.
+# Evaluations of one shape that win back a trace. It costs about 5 ms for each node of the autograd graph, and saves
+# about 15 us for each at every replay. Of larger steps it saves more, so that this number is never too small for them.
 WORTH_TRACING = 200
 
 
@@ -20,7 +20,7 @@ def evaluator_for(trace: bool | str | None, compile: bool, evaluations: int) -> 
     """
     eager = EagerEvaluator()
     if trace == "joint" or compile:
-        return JointEvaluator(eager, compile)
+        return CapturedEvaluator(eager, compile)
     if trace is False:
         return eager
     at_once = trace is True or evaluations >= WORTH_TRACING

@@ -113,6 +113,11 @@ def ancestors(nodes: Iterable[object]) -> set[fx.Node]:
     return seen
 
 
+def is_symbolic(x: Tensor) -> bool:
+    """Whether a size of the tensor depends on data."""
+    return any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether the node's result shares memory with its first argument's."""
     if node.target is operator.getitem:

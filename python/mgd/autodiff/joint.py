@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.execution import below_autograd, compiled
-from mgd.autodiff.graphs import ancestors, chained, dependents, is_view, part
+from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
 from mgd.step.evaluator import SecondDerivatives
 
 
@@ -137,7 +137,9 @@ _WORTHWHILE = 3
 
 
 def _bytes(nodes: Iterable[fx.Node]) -> int:
-    return sum(node.meta["val"].nbytes for node in nodes if isinstance(node.meta.get("val"), Tensor))
+    """Of results whose sizes do not depend on data."""
+    values = [node.meta.get("val") for node in nodes]
+    return sum(x.nbytes for x in values if isinstance(x, Tensor) and not is_symbolic(x))
 
 
 def _with_sources(

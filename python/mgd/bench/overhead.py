@@ -18,8 +18,8 @@ import typer
 from torch import Tensor, nn
 
 from mgd import TrainingFunction
+from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.execution import below_autograd
-from mgd.autodiff.joint_evaluator import JointEvaluator
 from mgd.autodiff.traced import TracedEvaluator
 from mgd.bench import show, timing
 from mgd.ui.options import Json
@@ -95,8 +95,8 @@ def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callab
 def _joint(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """The replays of each part of the joint graph in a metagradient."""
     joints = function._evaluator
-    assert isinstance(joints, JointEvaluator)
-    (joint,) = joints.graphs.values()
+    assert isinstance(joints, CapturedEvaluator)
+    ((joint, _),) = joints.graphs.values()
     parts = {"loss": "_forward", "gradient": "_weights", "second derivatives": "_refresh_once"}
     return {
         name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))

@@ -64,6 +64,10 @@ class Binding:
             for owner, key, tensor in saved:
                 owner[key] = tensor
 
+    def holds(self, buffers: Sequence[Tensor]) -> bool:
+        """Whether the model holds these very buffers, by `buffer_names`."""
+        return all([owner[key] is buffers[i] for owner, key, i in self._buffer_places])
+
     def call(
         self,
         function: Callable[..., Tensor],

@@ -1,0 +1,280 @@
+"""Steps whose gradients and second derivatives come from one graph, which keeps residuals between the two.
+
+Dynamo captures the loss (`front`); its graph, with gradient and second derivatives, is traced with fake tensors into a
+joint graph, whose parts are run (`joint`). Every new joint graph is compared once with the captured one run by autograd:
+loss, gradients, products. Where anything of this fails, the step is evaluated by autograd, as all later ones are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mgd.autodiff.eager import EagerEvaluator
+from mgd.autodiff.execution import reason, same_loss
+from mgd.autodiff.front import CapturedGraph, Front, NotCaptured
+from mgd.autodiff.graphs import clean
+from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.second_order import Point, first_and_second
+from mgd.errors import MetagradientError, ReplayDivergence
+from mgd.step.agreement import agree
+from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
+from mgd.step.loss import Microbatch
+from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import Buffers, differentiable
+from mgd.step.overrides import FunctionOverrides
+
+
+@dataclass(slots=True)
+class GraphResiduals:
+    """What a joint graph computed for the second derivatives of one microbatch.
+
+    given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
+    """
+
+    graph: JointGraph
+    given: list[Tensor]
+    tensors: Sequence[Any]
+    versions: list[int]
+    metaparameters: BatchMetaparameters
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.tensors if isinstance(x, Tensor))
+
+    def second_derivatives(
+        self,
+        step: int,
+        parameters: list[Tensor],
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+    ) -> Derivatives:
+        if [x._version for x in self.given] != self.versions:
+            raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
+        ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
+        return _derivatives(self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways))
+
+
+class CapturedEvaluator:
+    """Both evaluations of a step by a captured graph. refused: why that was given up, if it was."""
+
+    def __init__(self, eager: EagerEvaluator, compile: bool = False):
+        self.fallback, self.compile = eager, compile
+        self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
+        self.refused: str | None = None
+        self._front: Front | None = None
+
+    def describe(self) -> str:
+        if self.refused:
+            return f"eager, since capture was given up: {self.refused}"
+        return "captured, compiled" if self.compile else "captured"
+
+    def refuse(self, reason: str) -> None:
+        self.refused = reason
+
+    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+        step: _Step | None = None
+
+        def forward(joint: JointGraph, given: list[Tensor], extras: int) -> tuple[Tensor, Sequence[Any]]:
+            assert step is not None
+            loss, grads, left, residuals = joint.forward(parameters, given)
+            count = len(left) - extras
+            after = dict(zip(step.names, left[:count], strict=True))
+            buffers = {name: b if torch.equal(b, after[name]) else after[name] for name, b in before.items()}
+            versions = [x._version for x in given]
+            kept = GraphResiduals(joint, given, residuals, versions, microbatch.metaparameters)
+            step.evaluation = Evaluation(loss, grads, buffers, kept)
+            return loss, left[count:]
+
+        if not self.refused:
+            step = _Step(microbatch, parameters, before)
+            if self._call(step, forward):
+                assert step.evaluation is not None
+                return step.evaluation
+        return self.fallback.gradient(microbatch, parameters, before)
+
+    def second_derivatives(
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        directions: Sequence[Sequence[Tensor]],
+        cotangents: Sequence[Sequence[Tensor]],
+        expected: Tensor,
+    ) -> Derivatives:
+        ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
+        results: SecondDerivatives | None = None
+
+        def recompute(joint: JointGraph, given: list[Tensor], extras: int) -> tuple[Tensor, Sequence[Any]]:
+            nonlocal results
+            if not extras:
+                loss, results = joint.recompute_hvp(parameters, given, ways)
+                return loss, ()
+            loss, _, left, residuals = joint.forward(parameters, given)
+            results = joint.hvp_from_residuals(parameters, given, residuals, ways)
+            return loss, left[len(left) - extras :]
+
+        if not self.refused:
+            step = _Step(microbatch, parameters, before)
+            if self._call(step, recompute):
+                assert results is not None and step.loss is not None
+                if not torch.equal(step.loss.double().cpu(), expected):
+                    raise microbatch.diverged(float(expected), float(step.loss))
+                return _derivatives(results)
+        return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
+
+    def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
+        """Call the loss through its graph, which `use` runs. False where there is none, from now on for all steps."""
+        if self._front is None:
+            self._front = Front(step.microbatch.loss.function)
+
+        def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
+            others, places = step.split(arguments)
+            given = [*step.floats, *step.metaparameters, *step.others, *others]
+            key = graph.number, places, tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)])
+            if key not in self.graphs:
+                self.graphs[key] = self._make(graph, places, step, others)
+            joint, extras = self.graphs[key]
+            step.note(places)
+            step.microbatch.reseed()
+            step.loss, rest = use(joint, given, extras)
+            return step.loss, *rest
+
+        try:
+            with step.bound():
+                self._front(step.microbatch.loss.binding.model, step.microbatch.batch, step.z, run)
+        except MetagradientError:
+            raise
+        except Exception as error:  # whatever stops a capture does not stop the eager evaluation
+            self.refused = str(error) if isinstance(error, NotCaptured) else reason(error)
+            return False
+        return True
+
+    def _make(
+        self, graph: CapturedGraph, places: tuple[Any, ...], step: _Step, others: list[Tensor]
+    ) -> tuple[JointGraph, int]:
+        """The joint graph at this step, and the number of outputs beside loss and buffers."""
+        point = Point(
+            step.parameters,
+            step.floats,
+            step.metaparameters,
+            [*step.others, *others],
+            [[p.clone() for p in step.parameters]],
+            [[torch.ones_like(b) for b in step.floats]],
+        )
+        kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
+        bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
+        inputs = [x for kind in kinds for x in kind]
+        fixed = bounds[3][1]
+        counts = [0, 0, 0]
+
+        def evaluate(p, b, z, constants):
+            owned = [x.clone() for x in constants[: len(step.others)]]
+            known = [*p, *b, *owned, *z]
+            rest = iter(constants[len(step.others) :])
+            arguments = [
+                known[place] if place >= 0 else next(rest).item() if place == _NUMBER else next(rest)
+                for place in places
+            ]
+            with FunctionOverrides():
+                loss, *extra = graph.module(*arguments)
+            counts[2] = len(extra)
+            return loss, [*b, *owned, *extra]
+
+        def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+            second = first_and_second(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
+            counts[:2] = len(second.gradient), len(second.buffers)
+            return second.loss, *second.gradient, *second.buffers, *second.results[0], second.products[0]
+
+        step.microbatch.reseed()
+        expected = function(*inputs)
+        step.microbatch.reseed()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = clean(make_fx(function, tracing_mode="fake")(*inputs))
+            module = clean(make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs))
+            joint = JointGraph(module, fixed, (counts[0], counts[1]), self.compile)
+            step.microbatch.reseed()
+            parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
+            loss, grads, left, residuals = joint.forward(parameters, given)
+            (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
+        if not (agree([*grads, *left, *results], expected[1:]) and same_loss(loss, expected[0], self.compile)):
+            raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
+        return joint, counts[2]
+
+
+_NUMBER, _OTHER = (
+    -1,
+    -2,
+)  # in place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter
+
+
+class _Step:
+    """The tensors of one microbatch, bound to the model while its loss is called through a graph.
+
+    names: of the buffers, floating-point ones first. z: what the loss sees of it.
+    """
+
+    def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
+        self.microbatch, self.parameters, slices = microbatch, parameters, microbatch.metaparameters
+        floats = differentiable(before)
+        self.names = [*floats, *(name for name in before if name not in floats)]
+        self.floats = [before[name] for name in floats]
+        self.others = [before[name] for name in self.names[len(floats) :]]
+        self.metaparameters = list(slices.tensors)
+        self._leaves = [x.detach().requires_grad_() for x in parameters]
+        self._buffers = {name: before[name].clone() for name in self.names}
+        self._slices = [x.detach().requires_grad_() for x in slices.tensors]
+        self.z = slices.owner.rebuilt(self._slices)
+        known = [*self._leaves, *self._buffers.values(), *self._slices]
+        self._places = {id(x): i for i, x in enumerate(known)}
+        self.loss: Tensor | None = None
+        self.evaluation: Evaluation | None = None
+
+    @contextlib.contextmanager
+    def bound(self):
+        """The model holds the tensors. Raises NotCaptured where the loss put others in their places."""
+        loss = self.microbatch.loss
+        autocast = torch.autocast(loss.device.type, loss.autocast) if loss.autocast else contextlib.nullcontext()
+        buffers = [self._buffers[name] for name in loss.binding.buffer_names]
+        with loss.binding.swapped(self._leaves, buffers), autocast:
+            yield
+            if not loss.binding.holds(buffers):
+                raise NotCaptured("the loss replaces a buffer of the model")
+
+    def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
+        others: list[Tensor] = []
+        places = []
+        for argument in arguments:
+            place = self._places.get(id(argument))
+            if place is None:
+                tensor = isinstance(argument, Tensor)
+                place = _OTHER if tensor else _NUMBER
+                others.append(argument.detach() if tensor else torch.tensor(argument))
+            places.append(place)
+        return others, tuple(places)
+
+    def note(self, places: tuple[int, ...]) -> None:
+        """Which metaparameters the loss reads: those that its graph does."""
+        owner, first = self.microbatch.metaparameters.owner, len(self._leaves) + len(self._buffers)
+        owner.note({owner.owner[place - first] for place in places if place >= first}, self.microbatch.step)
+
+
+def _derivatives(results: SecondDerivatives) -> Derivatives:
+    """From what a graph gives for each direction."""
+    return Derivatives([result[:-1] for result in results], [_present(result[-1]) for result in results])
+
+
+def _present(product: Tensor | None) -> Tensor:
+    assert product is not None  # a graph's last output
+    return product

@@ -1,0 +1,105 @@
+"""The user's loss as a graph, captured by Dynamo: sound about Python, which a plain trace freezes.
+
+Dynamo executes the loss symbolically and guards everything that it took for granted: shapes, modes, globals, attributes,
+numbers. Where a guard fails it captures again. So a graph that runs is the loss; what Dynamo does not understand, it
+refuses. Side effects of the loss (attributes, counters) are repeated by the code that it generates around the graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# run(graph, its arguments) -> its outputs, real values: the first is the loss
+Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
+
+MOST_GRAPHS = 16  # of one loss
+_HIGHER_ORDER = torch.ops.higher_order
+_count = itertools.count()
+
+
+class NotCaptured(Exception):
+    """Why a loss has no graph."""
+
+
+class CapturedGraph:
+    """A graph of torch functions, as Dynamo captured it. number: in the order of capture."""
+
+    def __init__(self, module: fx.GraphModule, number: int):
+        self.module, self.number = module, number
+
+
+class Front:
+    """One loss function, called through its graphs."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        def entry(model, batch, z):
+            return function(model, batch, z)
+
+        # A code object of its own, so that it shares no limit of recompilations with others.
+        entry.__code__ = entry.__code__.replace(co_name=f"loss_{next(_count)}")
+        self._compiled = torch.compile(entry, backend=self._backend, fullgraph=True)
+        self.graphs = 0
+        self._run: Run | None = None
+        self._loss: Any = None
+
+    def __call__(self, model: Any, batch: Any, z: Any, run: Run) -> None:
+        """Call the loss, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
+        self._run, self._loss = run, None
+        try:
+            with (
+                warnings.catch_warnings(),
+                torch._dynamo.config.patch(
+                    recompile_limit=MOST_GRAPHS, capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+                ),
+            ):
+                warnings.simplefilter("ignore")
+                value = self._compiled(model, batch, z)
+        finally:
+            self._run, loss = None, self._loss
+            self._loss = None
+        if loss is None or value is not loss:
+            raise NotCaptured("what the loss returns is not what its graph computes first")
+
+    def _backend(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        _refuse_custom_functions(module)
+        _inline_checkpoints(module)
+        graph = CapturedGraph(module, self.graphs)
+        self.graphs += 1
+
+        def call(*arguments: Any) -> Sequence[Any]:
+            assert self._run is not None
+            outputs = self._run(graph, arguments)
+            self._loss = outputs[0]
+            return outputs
+
+        return call
+
+
+def _modules(module: fx.GraphModule) -> list[fx.GraphModule]:
+    return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+
+
+def _refuse_custom_functions(module: fx.GraphModule) -> None:
+    """Dynamo captures one backward pass of an autograd.Function, not the derivative of that, nor whether it has one."""
+    for part in _modules(module):
+        for node in part.graph.nodes:
+            if node.target is _HIGHER_ORDER.autograd_function_apply:
+                raise NotCaptured("the loss uses a torch.autograd.Function of its own")
+
+
+def _inline_checkpoints(module: fx.GraphModule) -> None:
+    """What is computed again in an activation checkpoint is computed once here: the graph decides what to keep."""
+    for part in _modules(module):
+        for node in list(part.graph.nodes):
+            if node.target is _HIGHER_ORDER.tag_activation_checkpoint:
+                with part.graph.inserting_before(node):
+                    call = part.graph.call_module(node.args[0].target, node.args[1:])
+                node.replace_all_uses_with(call)
+                part.graph.erase_node(node)
+        part.recompile()
