@@ -1,8 +1,9 @@
 """Steps whose gradients and second derivatives come from one graph, which keeps residuals between the two.
 
-Dynamo captures the loss (`front`); its graph, with gradient and second derivatives, is traced with fake tensors into a
-joint graph, whose parts are run (`joint`). Every new joint graph is compared once with the captured one run by autograd:
-loss, gradients, products. Where anything of this fails, the step is evaluated by autograd, as all later ones are.
+Dynamo captures the loss (`front`). Its graph, with gradient and second derivatives, is traced with fake tensors into a
+joint graph, whose parts are run (`joint`). Every new joint graph is compared once with the captured one run by
+autograd: loss, gradients, second derivatives. Where anything of this fails, the step is evaluated by autograd, as all
+later ones are.
 """
 
 from __future__ import annotations
@@ -139,7 +140,12 @@ class CapturedEvaluator:
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
             others, places = step.split(arguments)
             given = [*step.floats, *step.metaparameters, *step.others, *others]
-            key = graph.number, places, tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)])
+            key = (
+                graph.number,
+                step.microbatch.share,
+                places,
+                tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
+            )
             if key not in self.graphs:
                 self.graphs[key] = self._make(graph, places, step, others)
             joint, extras = self.graphs[key]
@@ -174,7 +180,7 @@ class CapturedEvaluator:
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
         inputs = [x for kind in kinds for x in kind]
         fixed = bounds[3][1]
-        counts = [0, 0, 0]
+        counts, share = [0, 0, 0], step.microbatch.share
 
         def evaluate(p, b, z, constants):
             owned = [x.clone() for x in constants[: len(step.others)]]
@@ -187,7 +193,7 @@ class CapturedEvaluator:
             with FunctionOverrides():
                 loss, *extra = graph.module(*arguments)
             counts[2] = len(extra)
-            return loss, [*b, *owned, *extra]
+            return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)

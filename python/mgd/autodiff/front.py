@@ -1,8 +1,9 @@
 """The user's loss as a graph, captured by Dynamo: sound about Python, which a plain trace freezes.
 
-Dynamo executes the loss symbolically and guards everything that it took for granted: shapes, modes, globals, attributes,
-numbers. Where a guard fails it captures again. So a graph that runs is the loss; what Dynamo does not understand, it
-refuses. Side effects of the loss (attributes, counters) are repeated by the code that it generates around the graph.
+Dynamo executes the loss symbolically and guards everything that it took for granted: shapes, modes, globals,
+attributes, numbers. Where a guard fails it captures again. So a graph that runs is the loss; what Dynamo does not
+understand, it refuses. Side effects of the loss (attributes, counters) are repeated by the code that it generates
+around the graph.
 """
 
 from __future__ import annotations
