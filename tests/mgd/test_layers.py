@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import statistics
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -174,27 +173,6 @@ def test_every_package_says_what_it_looks_into():
         words = (ast.get_docstring(tree(path)) or "").split()
         if path.name == "__init__.py" and "looks into" not in " ".join(words).lower():
             wrong.append(str(path.relative_to(ROOT)))
-    assert not wrong, "\n".join(wrong)
-
-
-TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
-
-
-def test_test_files_have_names_of_their_own():
-    names = [path.name for path in TESTS]
-    assert not {name for name in names if names.count(name) > 1}
-
-
-def test_no_test_imports_another():
-    names = {path.stem for path in TESTS}
-    wrong = []
-    for path in TESTS:
-        nodes = list(ast.walk(tree(path)))
-        modules = chain(
-            (node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)),
-            (alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names),
-        )
-        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in modules if name.rpartition(".")[2] in names]
     assert not wrong, "\n".join(wrong)
 
 
