@@ -278,14 +278,14 @@ print(rise(lambda: run(k, sys.argv[4] + "/scores")))
 
 
 def test_the_scores_never_lie_in_memory_as_a_whole(tmp_path):
-    """A million examples, 60 queries: 240 MB of scores on disk, in chunks of 2 (8 MB of them)."""
-    n, k = 1_000_000, 60
+    """A million examples, 40 queries: 160 MB of scores on disk, in chunks of 2 (8 MB of them)."""
+    n, k = 1_000_000, 40
     command = [sys.executable, "-c", PROBE, str(n), str(k), "2", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     found = mgd.Attribution.load(tmp_path / "scores")
     assert found.scores.nbytes == 4 * n * k and len(found.unvisited) >= n - 20
     assert (found.scores[:, found.visits > 0] != 0).any()
-    # A chunk's scores and their check (28 MB), the weights' indices and digests; measured: 40 MB. All would be 240.
+    # A chunk's scores and their check (28 MB), the weights' indices and digests; measured: 40 MB. All would be 160.
     assert int(done.stdout) < 80e6
 
 

@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 from cases import adamw, convnet, held_out, initial, mlp, supervised
+from counting import counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep.test_evaluation_counts import case as counted
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -56,7 +56,7 @@ def reference(*what) -> mgd.Metagradient:
     return f.metagradient(z)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2, deadline=None)
 @given(data=st.data())
 def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_factory, data):
     model, optimizer = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(OPTIMIZERS)))
