@@ -161,7 +161,7 @@ def test_an_objective_that_does_not_depend_on_the_parameters(objective):
         (lambda m: m[0].weight[:0, 0], "float64 [0]"),
     ],
 )
-def test_an_objective_of_another_kind(objective, got):
+def test_an_objective_of_the_wrong_kind(objective, got):
     refused(errors.BadObjective, "[] or [k]", got, objective=objective)
 
 

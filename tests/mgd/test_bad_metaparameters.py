@@ -117,6 +117,6 @@ def test_an_initial_value_of_a_frozen_parameter():
 
 
 @pytest.mark.parametrize("index", [torch.ones(6), torch.ones(6, dtype=torch.bool), [0, 1]])
-def test_an_index_of_per_example_that_is_none(index):
+def test_an_index_of_per_example_that_is_not_one(index):
     case = base(per_example={"data_weights": lambda batch: index}).but({"data_weights": weights()}, loss=weighted)
     refused(errors.BadMetaparameter, "per_example['data_weights']", "integer", step=0, case=case)

@@ -166,7 +166,7 @@ def test_traced_second_derivatives(name, hvp):
     assert same(f.metagradient(case.z), first)
 
 
-def test_traces_made_anew_give_the_same_bits():
+def test_new_traces_give_the_same_bits():
     case = cases()["mlp"].to(torch.float32)
     first, again = case.metagradient(trace=True), case.metagradient(trace=True)
     assert same(first, again)

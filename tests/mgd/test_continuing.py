@@ -115,7 +115,7 @@ def test_the_state_counts():
     assert torch.equal(f.value(WEIGHTS), second.value)
 
 
-def test_what_was_given_stays_and_what_comes_back_is_ones_own():
+def test_the_state_passed_in_stays_and_the_one_returned_is_a_copy():
     first, _ = halves(OPTIMIZERS["adamw"])
     given = copy.deepcopy(first.optimizer_state)
     model = Network()

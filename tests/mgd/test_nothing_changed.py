@@ -1,4 +1,4 @@
-"""After every call, also one that fails, everything of the user's is as before."""
+"""After every call, even one that fails, everything that belongs to the user is as before."""
 
 import itertools
 

@@ -239,7 +239,7 @@ def test_a_directory_of_other_scores_is_refused(case, tmp_path):
         mgd.attribute(changed, z, K, objectives, chunk=2, out=tmp_path)
 
 
-def test_damaged_rows_are_told(case, tmp_path):
+def test_damaged_rows_are_an_error(case, tmp_path):
     f, z, objectives = case
     mgd.attribute(f, z, K, objectives, chunk=2, out=tmp_path)
     with open(tmp_path / "scores.npy", "r+b") as file:
@@ -249,7 +249,7 @@ def test_damaged_rows_are_told(case, tmp_path):
         mgd.attribute(f, z, K, objectives, chunk=2, out=tmp_path)
 
 
-def test_what_is_no_attribution_is_told(tmp_path):
+def test_a_directory_without_an_attribution_is_refused(tmp_path):
     with pytest.raises(BadData, match=r"index\.json"):
         mgd.Attribution.load(tmp_path)
     (tmp_path / "index.json").write_text('{"format": 99}')

@@ -129,7 +129,7 @@ def at(x):
     return {"a": torch.tensor(x, dtype=torch.float64)}
 
 
-def test_a_divergent_training_makes_the_step_smaller_and_is_said():
+def test_a_divergent_training_makes_the_step_smaller_and_is_reported():
     """From a = 0 the gradient is -K = -3/4: with rate 2 it leads to 3/2, with rate 1 to 3/4, where it is -3; rates of
     1, 1/2, 1/4 and 1/8 lead beyond 1 again, and 1/16 to 15/16."""
     found = mgd.MetaDescent(cliff(), sgd(2.0)).run(at(0.0), 3)
@@ -286,7 +286,7 @@ def test_counts_below_one(bad):
         (lambda x, i: (pulled_to(objective=lambda model: model.at), x), "one objective to descend on; got 3"),
     ],
 )
-def test_problems_that_are_none(problem, says):
+def test_problems_that_are_not_valid(problem, says):
     def tuple_or_not(x, i):
         found = problem(x, i)
         return found if isinstance(found, tuple) else (found, None)
@@ -315,6 +315,6 @@ def test_other_arguments_of_the_wrong_kind():
         (mgd.Simplex(math.inf), "finite total > 0"),
     ],
 )
-def test_constraints_that_hold_nothing(constraint, says):
+def test_constraints_that_are_not_valid(constraint, says):
     with pytest.raises(BadArgument, match=says):
         mgd.MetaDescent(pulled_to(), adam, constraints={"a": constraint}).run({"a": START}, 1)

@@ -281,7 +281,7 @@ def test_revolve_runs_the_binomial_number_of_steps():
     assert plan(999, SIZES, Budget(host=12 * 44), schedule="revolve").model_steps == 1954 + 999
 
 
-def test_full_log_runs_the_model_once_a_step():
+def test_a_full_log_runs_the_model_once_per_step():
     for T in (1, 2, 50, 1000):
         made = plan(T, SIZES, Budget(host=4 * T + 12), schedule="log")
         assert validate(made).model_steps == T
