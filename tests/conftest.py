@@ -49,8 +49,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The fast tests, run as a whole, must have imported every module of the packages."""
-    whole = session.config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if not (whole and session.config.option.fast and session.exitstatus == pytest.ExitCode.OK):
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if not (whole and config.option.fast and session.exitstatus == pytest.ExitCode.OK):
         return
     imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     paths = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
