@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import time
+import sys
 from collections import Counter
 
 import pytest
@@ -135,7 +135,7 @@ def test_every_schedule_and_budget_of_one_tier(schedule):
 def test_several_tiers(schedule, sizes):
     parts = (0, 5, 13, 40, 101, 400)
     for T in (1, 2, 3, 5, 9, 17, 30, 63, 120):
-        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 9, None, 9):
+        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 17, None, 17):
             budget = Budget(rooms[0], rooms[1], ("scratch", rooms[2]))
             made = try_plan(T, sizes, budget, schedule=schedule)
             if made is not None:
@@ -155,7 +155,7 @@ def test_several_tiers(schedule, sizes):
 )
 @example(9, 5, 2, 2, (None, None, None), "auto", 1.0, (1.0, 1.0, 1.0, 1.0, 4.0, 1.0), {"host"})
 @example(2, 1, 1, 2, (None, None, None), "auto", 0.0, (1.0,) * 6, {"host"})  # ends early, transfers overlap
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples, deadline=None)
 def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedule, update, rates, overlap):
     sizes = Sizes(snapshot, gradient)
     stop_at = max(0, T - back)
@@ -281,7 +281,7 @@ def test_revolve_runs_the_binomial_number_of_steps():
     assert plan(999, SIZES, Budget(host=12 * 44), schedule="revolve").model_steps == 1954 + 999
 
 
-def test_full_log_runs_the_model_once_a_step():
+def test_a_full_log_runs_the_model_once_per_step():
     for T in (1, 2, 50, 1000):
         made = plan(T, SIZES, Budget(host=4 * T + 12), schedule="log")
         assert validate(made).model_steps == T
@@ -297,14 +297,33 @@ def test_more_memory_is_never_slower():
     assert seconds[-1] < 0.2 * seconds[0]
 
 
+def lines_run(work) -> int:
+    """How many lines of Python a call runs; one line counts again in every turn of its loop."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 @pytest.mark.parametrize("room", ["12", "120", "4kB", "100kB", "11MB", "", "tiers"])
-def test_a_million_steps_are_planned_at_once(room):
+def test_a_million_steps_are_planned_without_counting_them(room):
     budget = Budget("100kB", "1MB", ("x", "2MB")) if room == "tiers" else Budget(host=room) if room else Budget()
-    begin = time.process_time()
+    run = [
+        lines_run(lambda T=T: list(itertools.islice(plan(T, SIZES, budget).actions(), 1000))) for T in (10**3, 10**4)
+    ]
+    assert run[1] < 4 * run[0], "a search that counts step by step takes ten times as long"  # at most 2.6 measured
     made = plan(10**6, SIZES, budget)
-    head = list(itertools.islice(made.actions(), 1000))
-    assert time.process_time() - begin < 5.0  # about 0.5 alone; a search that counts step by step takes minutes
-    assert made.explain() and len(head) >= 369
+    assert made.explain() and len(list(itertools.islice(made.actions(), 1000))) >= 369
 
 
 def test_explain_says_what_will_happen():

@@ -8,8 +8,8 @@ import shutil
 import time
 
 import pytest
-from test_checkpoint import CHECKPOINT_EVERY, T, interrupt, often, same, training  # noqa: F401
-from test_nothing_changed import Watched
+from interruptions import CHECKPOINT_EVERY, T, interrupt, often, same, training  # noqa: F401
+from watched import Watched
 
 from mgd import Budget
 from mgd.errors import BudgetTooSmall, CorruptState, KernelError, StaleRun, StoreIOError, UnknownFormat
