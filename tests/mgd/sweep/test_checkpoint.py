@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from interruptions import CHECKPOINT_EVERY, T, interrupt, killed, often, outcome, same, training  # noqa: F401
+from interruptions import CHECKPOINT_EVERY, T, killed, same, training
 
 from mgd import Budget
 from mgd.errors import CorruptState, StaleRun, StoreBusy
