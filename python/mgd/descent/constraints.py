@@ -54,7 +54,7 @@ class Box:
                 raise BadArgument(f"expected bounds of {name!r} that are numbers; got {bound}")
         if low is not None and high is not None and bool((torch.as_tensor(low) > torch.as_tensor(high)).any()):
             raise BadArgument(
-                f"expected a box that holds {name!r}; a lower bound is above its upper bound ({low} > {high})"
+                f"expected bounds of {name!r} with low <= high; a lower bound is above its upper bound ({low} > {high})"
             )
 
     def _bounds(self) -> tuple[Tensor | float | None, Tensor | float | None]:
@@ -72,9 +72,8 @@ class Simplex:
 
     def project(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1).double()
-        flat = (
-            flat - flat.max()
-        )  # does not change the projection; `total` would be lost in rounding beside large entries
+        # A common shift does not change the projection; without it, rounding of large entries would swamp `total`.
+        flat = flat - flat.max()
         ordered = flat.sort(descending=True).values
         # The largest k such that the k largest entries, all lowered equally so as to sum to the total, stay positive.
         excess = (ordered.cumsum(0) - self.total) / torch.arange(1, len(flat) + 1, device=x.device)
