@@ -111,7 +111,7 @@ class DataRater:
             )
         if batch < 2:
             raise BadArgument(
-                f"expected batch >= 2, because weights sum to 1 in a batch, so that of one example is fixed; got {batch}"
+                f"expected batch >= 2, because weights sum to 1 in a batch: that of one example is fixed; got {batch}"
             )
         for name, number in {"window": window, "population": population, "lifetime": lifetime}.items():
             if number < 1:
