@@ -23,7 +23,7 @@ def test_a_schedule_with_too_many_groups():
 def test_a_schedule_lists_the_shapes_for_groups():
     case = base(optimizer=adamw(param_groups=[{"params": "*.bias"}]))
     z = {"lr": torch.full((3,), 1e-2)}
-    refused(errors.BadMetaparameter, "[2] (one a parameter group)", f"[{STEPS}, 2]", "got [3]", case=case, z=z)
+    refused(errors.BadMetaparameter, "[2] (one per parameter group)", f"[{STEPS}, 2]", "got [3]", case=case, z=z)
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ def test_indices_that_no_weight_stands_for_are_told(case):
     f, z, objectives = case
     with pytest.raises(BadBatch, match=r"in 0\.\.5.*batch 1 has 0\.\.8"):
         mgd.attribute(f, {**z, "data_weights": torch.ones(6, dtype=torch.float64)}, K, objectives)
-    with pytest.raises(BadMetaparameter, match="one weight an example"):
+    with pytest.raises(BadMetaparameter, match="one weight per example"):
         mgd.attribute(f, {**z, "data_weights": torch.ones(N, 2, dtype=torch.float64)}, K, objectives)
 
 

@@ -190,7 +190,7 @@ def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedul
 def best_of_family(T: int, room: int, costs: Costs) -> float:
     """The least predicted time of every segment length and number of snapshots: what `auto` searches for."""
     from mgd.plan.layout import Layout
-    from mgd.plan.revolve import Revolve
+    from mgd.plan.reversal import Revolve
 
     least = math.inf
     for length in range(1, T + 2):
