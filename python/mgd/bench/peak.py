@@ -25,7 +25,7 @@ from mgd.bench.cases import Case, load
 from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
 from mgd.sweep.storage import free_host_memory
-from mgd.ui.options import finite
+from mgd.ui.result import finite
 from mgd.util.fingerprint import digest
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads, write_json
+from mgd.ui.console import Session
+from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads
 
 # Name of a command -> module whose function `command` it is, with options annotated for typer.
 BENCHMARKS: dict[str, str] = {
@@ -88,7 +89,6 @@ def demo(
     """Find the mislabelled images of a training set, and check the metagradient that finds them."""
     from mgd.recipes.data import load
     from mgd.recipes.demo import recipe, report
-    from mgd.ui.console import Session
 
     session = Session("demo", out, json, threads)
     found = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
@@ -102,10 +102,10 @@ def doctor(json: Json = None) -> None:
     """Say what works on this machine, what does not, and what to do about it."""
     from mgd.cli import doctor
 
-    found = doctor.examine()
-    typer.echo(doctor.describe(found))
-    if json:
-        write_json(json, "doctor", found)
+    session = Session("doctor", json=json)
+    offer = doctor.examine()
+    session.print(doctor.describe(offer), whole=True)
+    session.write(None, offer)
 
 
 @app.command()
@@ -125,26 +125,19 @@ def plan(
 ) -> None:
     """Plan a metagradient before running it: what is stored where, what is replayed, how long it takes."""
     from mgd.cli import plan as planning
+    from mgd.errors import BadArgument
 
-    if out:
-        from mgd.ui.page import require_matplotlib
-
-        require_matplotlib()
+    session = Session("plan", out, json)
     try:
-        chosen = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
+        made = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
     except ValueError as error:
-        from mgd.errors import MetagradientError
-
-        if isinstance(error, MetagradientError):
+        if _is_the_users(error):
             raise
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(chosen.explain())
+        raise BadArgument(str(error)) from error  # a size or a schedule that is none
+    session.print(made.explain(), whole=True)
     if step_seconds is None:
-        typer.echo("\nTimes take a training step for 1 s; --step-seconds sets what you measured.")
-    if out:
-        typer.echo(f"wrote {planning.draw(chosen, out)}")
-    if json:
-        write_json(json, "plan", chosen.to_dict())
+        session.print("\nTimes assume a training step of 1 s; --step-seconds sets what you measured.")
+    session.write(planning.page(made), made.to_dict())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

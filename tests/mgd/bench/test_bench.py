@@ -350,7 +350,7 @@ def test_a_script_that_is_none_is_the_users_error(capsys, tmp_path, monkeypatch,
         ("bench memory --budgets 3parsecs", "expected a size such as"),
         ("bench kernels --parameters many", "expected a number of parameters"),
         ("bench offload --directory no/such/place", "expected a directory"),
-        ("bench offload --sizes 1GB", "expected some of 64 KB"),
+        ("bench offload --sizes 1GB", "expected sizes among 64 KB"),
     ],
 )
 def test_what_means_nothing_is_the_users_error(capsys, arguments, says):

@@ -70,7 +70,7 @@ def test_a_failed_check_is_a_failure_of_the_command(capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr(recipe, "run", run_nothing)
     monkeypatch.setattr(CheckResult, "passed", False)
-    monkeypatch.setattr("mgd.ui.console.Session.finish", lambda *args: None)
+    monkeypatch.setattr("mgd.cli.main.Session.finish", lambda *args: None)
     monkeypatch.setattr("mgd.recipes.demo.report.page", lambda found: None)
     run(capsys, "demo", code=1)
 

@@ -25,7 +25,8 @@ from mgd.recipes.attribute.task import example_losses
 from mgd.recipes.attribute.texts import gpt_task, lora_task
 from mgd.recipes.data import text
 from mgd.recipes.models import encoder
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 
 SMALL = Training(examples=60, batch=20, epochs=2, rate=2e-3, eps_root=1e-3)
 INSTALLED = {"TRAK": "trak", "EK-FAC": "kronfluence"}

@@ -21,7 +21,8 @@ from mgd.recipes.lr_schedule import recipe, report, search
 from mgd.recipes.lr_schedule.descent import descend_on_schedule
 from mgd.recipes.lr_schedule.search import Objective, Record, Shape
 from mgd.recipes.small_images import Task
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 from mgd_kernels import SGD
 
 T = 40

@@ -21,7 +21,8 @@ from mgd.recipes.select import run as recipe
 from mgd.recipes.select.images import COPIES, KINDS, ImageSetting, Settings, make_pool
 from mgd.recipes.select.problem import WEIGHTS
 from mgd.recipes.select.setting import Setting
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 from mgd_kernels import SGD, AdamW
 
 N, STEPS, B, AT = 12, 9, 4, 5
