@@ -194,13 +194,13 @@ def _as_compiled(out: Path | None, json: Path | None) -> None:
 
 def command(
     static: Annotated[
-        bool, typer.Option("--static", help="What the GPU kernels compile to: no GPU needed, nothing is timed.")
+        bool, typer.Option("--static", help="Show what the GPU kernels compile to. Needs no GPU, and times nothing.")
     ] = False,
-    parameters: Annotated[str, typer.Option(help='How many, such as "32M".')] = "32M",
+    parameters: Annotated[str, typer.Option(help='Number of parameters, such as "32M".')] = "32M",
     rounds: shared.Rounds = 7,
     device: shared.Device = "cpu",
     core: shared.Core = -1,
-    against_torch: Annotated[bool, typer.Option(help="Time torch too.")] = True,
+    against_torch: Annotated[bool, typer.Option(help="Time torch as well.")] = True,
     out: Out = None,
     json: Json = None,
 ) -> None:

@@ -175,11 +175,14 @@ def finish(session: Session, measured: dict[str, Any], where: dict[str, Any]) ->
 
 def command(
     workload: Annotated[str, typer.Option("--workload", help="A workload, or SCRIPT.py:FUNCTION.")] = "small",
-    steps: Annotated[str, typer.Option("--steps", metavar="T,T,...", help="Lengths of the training.")] = ",".join(
-        map(str, LENGTHS)
-    ),
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="T,T,...", help="Lengths of the training, in steps.")
+    ] = ",".join(map(str, LENGTHS)),
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Host memory for the plans that look for the best use.")
+        str,
+        typer.Option(
+            "--budgets", metavar="SIZE,...", help="Budgets of host memory; each is planned with the schedule auto."
+        ),
     ] = ",".join(BUDGETS),
     core: shared.Core = -1,
     out: Out = None,

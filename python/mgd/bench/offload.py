@@ -80,7 +80,7 @@ def conditions(run: dict[str, Any]) -> str:
     applies = "the promise applies" if step >= write else "the promise does not apply"
     return (
         f"{run['workload']}: {run['steps']} steps of {step:.2f} ms; the write of a gradient "
-        f"({format_bytes(run['gradient_bytes'])}) takes {write:.2f} ms, so {applies}. Snapshots lie "
+        f"({format_bytes(run['gradient_bytes'])}) takes {write:.2f} ms, so {applies}. Snapshots are "
         f"{place_of(run)}, {run['log_on_disk']} gradients on disk; the store's threads run "
         + ("on other cores." if run["apart"] else "on the core of the computation.")
     )
@@ -142,20 +142,34 @@ def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict
 def command(
     directory: Annotated[
         Path | None,
-        typer.Option("--directory", metavar="DIR", help="On the disk to measure. [default: for temporary files]"),
+        typer.Option(
+            "--directory",
+            metavar="DIR",
+            help="A folder on the disk to measure. Default: the folder for temporary files.",
+        ),
     ] = None,
     workload: Annotated[
-        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}; none: the store alone.")
+        str,
+        typer.Option(
+            "--workload",
+            metavar="A,B,...",
+            help=f"One or more of {', '.join(WORKLOADS)}; none: measure the store only.",
+        ),
     ] = "mlp,gpt",
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps.")] = 48,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Number of training steps.")] = 48,
     sizes: Annotated[
-        str, typer.Option("--sizes", metavar="A,B,...", help=f"Of {', '.join(store_io.SIZES)}; none: the sweeps alone.")
+        str,
+        typer.Option(
+            "--sizes",
+            metavar="A,B,...",
+            help=f"Sizes of an entry, of {', '.join(store_io.SIZES)}; none: measure the sweeps only.",
+        ),
     ] = ",".join(store_io.SIZES),
     snapshots: Annotated[
-        str, typer.Option("--snapshots", metavar="A,B", help="Where they lie: disk, memory, or both.")
+        str, typer.Option("--snapshots", metavar="A,B", help="Where snapshots are kept: disk, memory, or both in turn.")
     ] = "disk,memory",
     apart: Annotated[
-        bool, typer.Option("--apart", help="The store's threads on other cores than the computation.")
+        bool, typer.Option("--apart", help="Run the store's threads on other cores than the computation.")
     ] = False,
     rounds: shared.Rounds = 7,
     core: shared.Core = -1,

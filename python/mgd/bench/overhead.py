@@ -129,7 +129,7 @@ def _replays(
 
 
 def command(
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps.")] = 512,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Number of training steps.")] = 512,
     rounds: shared.Rounds = 7,
     core: shared.Core = -1,
     json: Json = None,

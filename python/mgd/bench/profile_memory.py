@@ -15,7 +15,10 @@ from mgd.util.text import format_bytes, parse_bytes
 def command(
     target: shared.Target,
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Budgets of host memory to compare with your own.")
+        str,
+        typer.Option(
+            "--budgets", metavar="SIZE,...", help="Budgets of host memory to compare with the one your training has."
+        ),
     ] = "",
     steps: shared.Shorter = None,
     core: shared.Core = -1,

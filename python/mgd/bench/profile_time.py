@@ -15,7 +15,7 @@ from mgd.ui.options import Json, Out, parse_names
 def command(
     target: shared.Target,
     methods: Annotated[
-        str, typer.Option("--methods", metavar="A,B,...", help=f"Of {', '.join(METHODS)}.")
+        str, typer.Option("--methods", metavar="A,B,...", help=f"One or more of {', '.join(METHODS)}.")
     ] = "mgd,unrolled",
     rounds: shared.Rounds = 3,
     steps: shared.Shorter = None,

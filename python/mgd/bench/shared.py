@@ -14,7 +14,7 @@ from mgd.util.text import format_bytes
 
 Core = Annotated[
     int,
-    typer.Option("--core", help="The core to run on. -1: the last one there is; -2: wherever the system decides."),
+    typer.Option("--core", help="The core to run on. -1: the last one; -2: let the system decide."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed, in alternation.")]
 Device = Annotated[str, typer.Option("--device", help='Where tensors live: "cpu", "cuda", "cuda:1".')]

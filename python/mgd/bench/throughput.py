@@ -236,13 +236,15 @@ def disagreeing(results: list[dict[str, Any]]) -> list[str]:
 
 def command(
     workload: Annotated[
-        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}.")
+        str, typer.Option("--workload", metavar="A,B,...", help=f"One or more of {', '.join(WORKLOADS)}.")
     ] = "mlp,gpt,convnet-group,convnet-batch",
-    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help=f"Of {', '.join(METHODS)}.")] = ",".join(
-        DEFAULT
-    ),
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="A,B,...", help=f"One or more of {', '.join(METHODS)}.")
+    ] = ",".join(DEFAULT),
     rounds: shared.Rounds = 5,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, instead of the usual.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of training steps. Default: the workload's own.")
+    ] = None,
     device: shared.Device = "cpu",
     core: shared.Core = -1,
     memory: shared.Memory = True,

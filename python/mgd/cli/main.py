@@ -1,4 +1,4 @@
-"""The command line. torch and all that needs it are imported inside the commands."""
+"""The command line. torch, and everything that needs it, is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 def _imported(commands: Mapping[str, str]) -> type[TyperGroup]:
-    """A group whose commands are imported when they are asked for."""
+    """A group whose commands are imported when they are called."""
 
     class Imported(TyperGroup):
         def list_commands(self, ctx: Any) -> list[str]:
@@ -65,19 +65,21 @@ app.add_typer(
 app.add_typer(
     typer.Typer(cls=_imported(PROFILES), no_args_is_help=True),
     name="profile",
-    help="Measure a training of your own.",
+    help="Measure a metagradient of your own training.",
 )
 app.add_typer(
     typer.Typer(cls=_imported(RECIPES), no_args_is_help=True),
     name="recipe",
-    help="Complete uses of metagradients.",
+    help="Use metagradients: complete examples on real data.",
     hidden=not RECIPES,
 )
 
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere in the command.")
+    ] = False,
 ) -> None:
     pass
 
@@ -110,16 +112,23 @@ def doctor(json: Json = None) -> None:
 
 @app.command()
 def plan(
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps T.")],
-    parameters: Annotated[str, typer.Option(metavar="N", help='Trained parameters: 124000000, "124M", "1.5B".')],
-    optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam or adamw.")] = "adamw",
-    dtype: Annotated[str, typer.Option(help="Of the gradients: float32, bfloat16, float16 or float64.")] = "float32",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of training steps, T.")],
+    parameters: Annotated[
+        str, typer.Option(metavar="N", help='Number of trained parameters: 124000000, "124M", "1.5B".')
+    ],
+    optimizer: Annotated[str, typer.Option(help="One of sgd, momentum, adam, adamw.")] = "adamw",
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the gradients: float32, bfloat16, float16 or float64.")
+    ] = "float32",
     budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="TIER=SIZE", help="device=1GB, host=8GB, disk=100GB or disk=DIR:100GB; once a tier."),
+        typer.Option(
+            metavar="TIER=SIZE",
+            help="device=1GB, host=8GB, disk=100GB or disk=DIR:100GB. Repeat the option for further tiers.",
+        ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="auto, log, revolve, kary, kary:K, sqrt, binary or all.")] = "auto",
-    step_seconds: Annotated[float | None, typer.Option(min=0, help="Of one training step, measured.")] = None,
+    schedule: Annotated[str, typer.Option(help="One of auto, log, revolve, kary, kary:K, sqrt, binary, all.")] = "auto",
+    step_seconds: Annotated[float | None, typer.Option(min=0, help="Measured duration of one training step.")] = None,
     out: Out = None,
     json: Json = None,
 ) -> None:

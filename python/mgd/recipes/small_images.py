@@ -16,7 +16,7 @@ from mgd.recipes.data import Images
 from mgd.recipes.models.resnet import resnet9
 from mgd.recipes.trainings import epochs, seeded
 
-SIDE = 8  # the least that resnet9 takes; larger images are averaged over 2×2 pixels while they stay above it
+SIDE = 8  # the smallest side that resnet9 takes; larger images are averaged over 2×2 pixels down to it
 
 
 @dataclass(frozen=True)

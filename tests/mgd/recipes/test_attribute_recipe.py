@@ -199,7 +199,7 @@ def test_the_page_and_its_pictures(found, tmp_path):
         if path.suffix == ".png":
             assert float(matplotlib.imread(path)[..., :3].std()) > 0.05
     html = (tmp_path / "index.html").read_text()
-    assert "Which training images decided?" in html and "metagradient" in html and "trainings a query" in html
+    assert "Which training images decided?" in html and "metagradient" in html and "trainings per query" in html
     out = io.StringIO()
     show(page, Console(file=out, width=120))
     assert "Linear datamodeling score" in out.getvalue() and page.verdict in out.getvalue()

@@ -250,7 +250,7 @@ def test_terminal_and_page(found, tmp_path):
     "bad, says",
     [
         ({"steps": 0}, "steps >= 1"),
-        ({"knots": 99}, "at most one knot a step, 24"),
+        ({"knots": 99}, "at most one knot per step, 24"),
         ({"start": 0.0}, "a start between"),
         ({"outer": 0.0}, "outer > 0"),
         ({"budget": 30}, "multiple of 20"),

@@ -69,7 +69,7 @@ def prediction_against_truth(judged: Judged, methods: list[str]) -> Figure:
 
 
 def examples(task: Task, rows: list[tuple[int, Tensor, Tensor, Tensor]], count: int) -> Figure:
-    """A query a line: its picture, the most helpful training images, and the most harmful ones.
+    """One query per line: its picture, the most helpful training images, and the most harmful ones.
 
     rows: the query, its row of scores, and the two lists of training examples.
     """

@@ -74,9 +74,9 @@ def roughness(found: Found) -> Table:
 
 
 def cost(judged: Judged) -> Table:
-    """Where the attribution's seconds went, and what that is in plain trainings a query."""
+    """Where the attribution's seconds went, and what that is in plain trainings per query."""
     k, plain, report = judged.task.queries, judged.plain_seconds, judged.attribution.report
-    rows = [["work", "seconds", "share", "trainings a query"]]
+    rows = [["work", "seconds", "share", "trainings per query"]]
 
     def row(name: str, seconds: float) -> None:
         rows.append([name, f"{seconds:.2f}", f"{seconds / total:.0%}", f"{seconds / plain / k:.2f}"])
@@ -121,7 +121,7 @@ def sections(found: Found) -> list[Section]:
             "predicted by its derivative; the empirical metasmoothness says so beforehand, for three trainings."
         )
         if found.rough_failure:
-            text += f"\n\nThat training came to no attribution: {found.rough_failure}"
+            text += f"\n\nThat training gave no attribution: {found.rough_failure}"
         table = roughness(found) if found.rough is not None else ()
         parts.append(Section("How smooth must a training be?", text, table=table))
     parts.append(

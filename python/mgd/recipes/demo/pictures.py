@@ -40,7 +40,7 @@ def schedule(rate: Tensor, gradient: Tensor) -> Figure:
 
 def separation(harm: Tensor, wrong: Tensor) -> Figure:
     """Left: the distribution of the metagradient `[n]` for images with right and with wrong labels (bool `[n]`).
-    Right: how many of the wrong labels are found when so many images are looked at, the most harmful first."""
+    Right: how many of the wrong labels are found, against how many images are looked at, the most harmful first."""
     fig, (left, right) = charts.figure(10, 4, columns=2)
     values, unit = _scaled(harm.double())
     edges = torch.linspace(float(values.min()), float(values.max()), 41, dtype=torch.float64)

@@ -45,13 +45,13 @@ def verdict(found: Found) -> str:
     record, judged = found.searches[DESCENT], found.judged
     if found.early is None:
         return (
-            f"The descent did not come to the held-out loss of the grid's best, {found.searches[GRID].lowest:.4f}; "
+            f"The descent did not reach the held-out loss of the grid's best, {found.searches[GRID].lowest:.4f}; "
             f"its own best is {record.lowest:.4f}."
         )
     better, elsewhere = judged[DESCENT].loss[0] <= judged[GRID].loss[0], judged[DESCENT].elsewhere
     return (
         f"The descent was as good as the best of the grid at meta-step {found.early}, after "
-        f"{record.spent[found.early]:.0f} trainings' worth of work: {found.fraction:.0%} of the grid's. On test images "
+        f"{record.spent[found.early]:.0f} trainings of work: {found.fraction:.0%} of the grid's. On test images "
         f"its final schedule is {'better' if better else 'NOT better'}: {judged[DESCENT].loss[0]:.4f} against "
         f"{judged[GRID].loss[0]:.4f} ({_words(judged[DESCENT].here)})"
         + ("." if elsewhere is None else f"; after other trainings the difference is {_words(elsewhere)}.")

@@ -170,7 +170,7 @@ def gallery(found: Found, columns: int = 10) -> Figure:
 
 
 def curves(found: Found) -> Figure:
-    """How many of the poisoned images are found when so many are looked at."""
+    """How many of the poisoned images are found, against how many images are looked at."""
     fig, axes = charts.figure(10, 3.8, columns=len(found.checks), sharey=True, squeeze=False)
     total, n = len(found.poisoned), len(found.labels)
     mask = torch.zeros(n, dtype=torch.bool).index_fill(0, found.poisoned, True)

@@ -79,7 +79,7 @@ class InnerTraining:
         tick: Callable[[str], None] = lambda note: None,
     ) -> tuple[nn.Module, Curve]:
         """A fresh model trained on random batches of passages, at a learning rate that is constant after a warm-up; its
-        curve on `judge`, every so many steps."""
+        curve on `judge`, at every `every` steps and at the end."""
         generator = torch.Generator().manual_seed(seed)
         with seeded(seed):
             model = self.model()

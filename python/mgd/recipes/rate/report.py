@@ -43,9 +43,9 @@ def verdict(found: Found) -> str:
     needed = found.selection.needed_on_average(RATER)
     reached = "never" if needed is None else f"{needed:.0%} of the steps"
     return (
-        f"Ratings and transfer rank the domains alike to {found.rank_correlation:.2f} (Spearman); corrupted passages "
-        f"of {found.target} are found with an AUC of {found.auc[found.target]['all']:.2f}; a model trained on the best "
-        f"rated {share(found)} is as good as the one trained on everything after: {reached}."
+        f"The rankings of the domains by rating and by transfer correlate at {found.rank_correlation:.2f} (Spearman); "
+        f"corrupted passages of {found.target} are found with an AUC of {found.auc[found.target]['all']:.2f}; a model "
+        f"trained on the best rated {share(found)} is as good as the one trained on everything after: {reached}."
     )
 
 
@@ -90,7 +90,7 @@ def cost(found: Found) -> Table:
         for kind, seconds in sorted(found.seconds.items(), key=lambda x: -x[1])
     ]
     windows = sum(len(step.values) for step in found.history)
-    return [*rows, [f"all, {windows:,} windows", f"{total:.1f}", f"{1e3 * total / windows:.0f} ms a window"]]
+    return [*rows, [f"all, {windows:,} windows", f"{total:.1f}", f"{1e3 * total / windows:.0f} ms per window"]]
 
 
 def sections(found: Found) -> list[Section]:
@@ -99,7 +99,7 @@ def sections(found: Found) -> list[Section]:
         Section(
             "Ratings by domain",
             "Of passages that the rater never saw, from a part of each text that is not in the pool. The wide part of "
-            "a shape is where most passages lie; the bar is the median.",
+            "a shape is where most passages are; the bar is the median.",
             violins(found),
             "ratings",
             domains(found),
@@ -128,7 +128,7 @@ def sections(found: Found) -> list[Section]:
             "Training on what is kept",
             f"Fresh models, {s.steps} steps each, {s.repeats} seeds, on the best {share(found)} of the "
             "pool by each measure. One perplexity filter is a model trained on the pool, the other one trained on the "
-            "target's held-out text: it is told what the rater has to find out." + _choice(found),
+            "target's held-out text: it is given what the rater has to discover." + _choice(found),
             curves(found),
             "selection",
             selection(found),

@@ -24,7 +24,7 @@ State = dict[str, Tensor]  # a trained model's parameters and buffers
 @dataclass(frozen=True)
 class Settings:
     """Of every setting. at: share of the steps after which candidates enter. budget, memory, shard, share, highest: of
-    `select`. repeats: trainings a figure."""
+    `select`. repeats: trainings per figure."""
 
     steps: int = 400
     batch_size: int = 100

@@ -26,11 +26,11 @@ def page(found: Found) -> Page:
 def lead(found: Found) -> str:
     s = found.settings
     return (
-        f"{found.data}: a ResNet-9-style network, {s.steps} steps of AdamW, one choice changed at a time (as it is: "
-        "GroupNorm before GELU, average pooling, width 8, batches of 48, eps_root 1e-8). Metaparameters are the "
+        f"{found.data}: a ResNet-9-style network, {s.steps} steps of AdamW, one choice changed at a time (as it stands:"
+        " GroupNorm before GELU, average pooling, width 8, batches of 48, eps_root 1e-8). Metaparameters are the "
         f"weights of all training examples, changed by {' and '.join(map(str, s.sizes))} along the metagradient's own "
         f"direction and {s.directions} random one{'s' * (s.directions != 1)}; everything is the mean of {s.seeds} "
-        f"seed{'s' * (s.seeds != 1)}. Smoothness is 1 where all parameters go on in the direction in which they began. "
+        f"seed{'s' * (s.seeds != 1)}. Smoothness is 1 where all parameters keep the direction in which they began. "
         "The prediction's error is how far the change of the held-out loss by one step of sign descent is from what "
         "the metagradient says, relative to it."
     )
