@@ -127,8 +127,9 @@ def print_table(console: Console, title: str, rows: Table) -> None:
     table = RichTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
     for i, column in enumerate(zip(*rows, strict=True)):
         longest = max(len(line) for cell in column for line in cell.split("\n"))
-        justify = "left" if i == 0 else "right"
-        table.add_column(Text(column[0]), justify=justify, vertical="bottom", no_wrap=longest <= WHOLE)
+        table.add_column(
+            Text(column[0]), justify="left" if i == 0 else "right", vertical="bottom", no_wrap=longest <= WHOLE
+        )
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     console.print()

@@ -157,6 +157,7 @@ def test_plan_counts_the_sizes_of_the_optimizer(capsys, tmp_path):
 def test_plan_draws_its_schedule(capsys, tmp_path):
     run(capsys, "plan", "--steps", 30, "--parameters", "1k", "--budget", "host=60kB", "--out", tmp_path / "p")
     assert (tmp_path / "p" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "30 training steps" in (tmp_path / "p" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
