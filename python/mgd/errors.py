@@ -143,6 +143,6 @@ class NotDifferentiable(MetagradientError):
     def __init__(self, op: str, detail: str):
         self.op = op
         super().__init__(
-            f"expected operators that torch can differentiate twice; the loss uses {op}, which has no second derivative: "
-            f"{detail} Replace this operator."
+            f"expected operators that torch can differentiate twice; the loss uses {op}, which has no second "
+            f"derivative: {detail} Replace this operator."
         )

@@ -1,6 +1,6 @@
 """One optimizer state with its gradient and adjoints, and the passes of the kernels over it.
 
-Bytes a parameter in float32, with S tensors beside the parameters: the step reads parameters, slots and gradient and
+Bytes per parameter in float32, with S tensors beside the parameters: the step reads parameters, slots and gradient and
 writes all but the gradient; the VJP reads those and the adjoints, and writes the adjoints and the cotangent of the
 gradient; a replay of k steps reads and writes the state once, and k gradients.
 """
@@ -126,7 +126,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def plain(to: Tensor, source: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """Passes that do nothing but move memory, as in STREAM (McCalpin 1995), with their bytes an element: what the
+    """Passes that do nothing but move memory, as in STREAM (McCalpin 1995), with their bytes per element: what the
     kernels are measured against. A copy to other memory may read what it overwrites; a pass in place does not."""
     found: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: to.copy_(source), 8),

@@ -36,10 +36,10 @@ def measure(
 ) -> dict[str, Any]:
     """Both sweeps with the whole log on disk, alternating with everything in memory.
 
-    directory: on the disk to measure; the system's place for temporary files by default. snapshots: where they lie:
-    "disk", or "memory", as many as a disk budget alone would keep there, as far as there is no use for their room as a
-    log. The store has 32 MiB of buffers or those of three gradients. apart: its threads run on the process's other
-    cores, not on `core` with the computation.
+    directory: on the disk to measure; by default the system's place for temporary files.
+    snapshots: where they are kept: "disk"; or "memory", with as many as a disk budget alone would keep there, as far as
+        their room has no use as a log. The store has 32 MiB of buffers, or those of three gradients.
+    apart: the store's threads run on the process's other cores, not on `core` with the computation.
 
     Returns seconds by each clock of each sweep and variant, the ratios of disk to memory (quantiles over the rounds,
     each of which runs both), and what the disk did. `step_seconds` and `write_seconds` (of one gradient) tell whether
@@ -49,7 +49,7 @@ def measure(
     z = workload.z()
     others = os.sched_getaffinity(0) - {max(os.sched_getaffinity(0)) if core == -1 else core}
     if apart and not others:
-        raise BadArgument("the store's threads need a second core to be apart; this process may use one")
+        raise BadArgument("expected a second core for the store's threads; got a process that may use one")
     with pinned(core) as pinning, tempfile.TemporaryDirectory(dir=directory) as place:
         budgets = {"memory": Budget(host=1 << 40), "disk": Budget(disk=(place, 1 << 40))}
         variants = {name: workload.function(schedule="log", budget=budget) for name, budget in budgets.items()}
@@ -104,7 +104,7 @@ def measure(
 
 
 def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, place: str) -> TrainingFunction:
-    """The same with a host part that has room for the snapshots, or as many of them that no gradient lies there."""
+    """The same with a host budget for the snapshots, or for as many of them as leave no room for a gradient there."""
     made = on_disk.plan()
     buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.sweep.storage.staging
     for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):

@@ -12,13 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import figures, peak, show, timing
+from mgd.bench import figures, peak, shared, timing
 from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences, training
+from mgd.bench.methods import DEFAULT, METHODS, Outcome, differences, training
 from mgd.bench.workloads import WORKLOADS
 from mgd.results import Report
-from mgd.ui.options import Json, Out
+from mgd.ui import machine
+from mgd.ui.console import Session
+from mgd.ui.options import Json, Out, parse_names
+from mgd.ui.page import Page, Section, Table
 
 # Of float32 metagradients by two methods that round differently, measured: 1e-7 to 1e-5 after a few steps. AdamW with
 # a small eps_root magnifies rounding with the length of the training; a wrong term would show as 1e-1 or more.
@@ -141,7 +144,7 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
+def rows(found: dict[str, Any]) -> Table:
     alone = found["training"]
     seconds = alone["seconds"]["median"]
     lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
@@ -151,7 +154,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             f"{seconds:.2f}",
             "1",
             f"{found['steps'] / seconds:.1f}",
-            show.memory(alone.get("peak_bytes")),
+            shared.memory(alone.get("peak_bytes")),
             "",
         ]
     )
@@ -164,16 +167,16 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             [
                 name + (f" ({entry['timed_steps']} steps)" if short else ""),
                 f"{entry['seconds']['median']:.2f}",
-                show.ratio(entry["ratio"]),
+                shared.ratio(entry["ratio"]),
                 f"{entry['steps_per_second']:.1f}",
-                show.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
+                shared.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
                 f"{max(entry['difference'].values(), default=0.0):.0e}" + ("" if entry["agrees"] else " DISAGREES"),
             ]
         )
     return lines
 
 
-def phase_rows(found: dict[str, Any]) -> list[list[str]]:
+def phase_rows(found: dict[str, Any]) -> Table:
     """Shares of each phase of this package's methods."""
     ours = {name: e["phases"] for name, e in found["methods"].items() if e.get("phases")}
     phases = list(dict.fromkeys(phase for seconds in ours.values() for phase in seconds))
@@ -195,74 +198,70 @@ def title(found: dict[str, Any]) -> str:
     return f"{found['case']}: {found['steps']} steps, {found['parameters']:,} trained parameters"
 
 
-def display(console, found: dict[str, Any]) -> None:
-    show.table(console, title(found), rows(found))
-    if found["note"]:
-        console.print(found["note"], style="dim", highlight=False)
-    if len(split := phase_rows(found)) > 1:
-        show.table(console, "", split)
-    if "own training" in found["training_by"]:
-        console.print(f"Plain training is {found['training_by']}.", highlight=False)
-    for name, entry in found["methods"].items():
+def display(session: Session, measured: dict[str, Any]) -> None:
+    session.table(title(measured), rows(measured), measured["note"])
+    if len(split := phase_rows(measured)) > 1:
+        session.table("", split)
+    if "own training" in measured["training_by"]:
+        session.print(f"Plain training is {measured['training_by']}.")
+    for name, entry in measured["methods"].items():
         if "unsupported" in entry:
-            console.print(f"{name} was left out: {entry['unsupported']}.", highlight=False)
+            session.print(f"{name} was left out: {entry['unsupported']}.")
 
 
-def page(results: list[dict[str, Any]], where: dict[str, Any]):
-    from mgd.ui import page as plots
-
-    lead = f"One thread. {timing.describe(where)}. " + " ".join(
+def page(results: list[dict[str, Any]], where: dict[str, Any]) -> Page:
+    lead = f"One thread. {machine.describe(where)}. " + " ".join(
         f"{name}: {METHODS[name].what}." for name in METHODS if any(name in r["methods"] for r in results)
     )
-    sections = [
-        plots.Section("Time and memory", CAPTION, figures.throughput(results), "throughput"),
-        plots.Section("Where the time goes", "Phases of this package's methods.", figures.phases(results), "phases"),
+
+    def sections() -> list[Section]:
+        return [
+            Section("Time and memory", CAPTION, figures.throughput(results), "throughput"),
+            Section("Where the time goes", "Phases of this package's methods.", figures.phases(results), "phases"),
+            *(Section(title(measured), measured["note"], table=rows(measured)) for measured in results),
+        ]
+
+    return Page("What a metagradient costs", lead, sections=sections)
+
+
+def disagreeing(results: list[dict[str, Any]]) -> list[str]:
+    """Which methods, on which case, gave other gradients."""
+    return [
+        f"{name} on {measured['case']}"
+        for measured in results
+        for name, entry in measured["methods"].items()
+        if not entry.get("agrees", True)
     ]
-    sections += [plots.Section(title(found), found["note"], table=rows(found)) for found in results]
-    return "What a metagradient costs", lead, sections
 
 
 def command(
     workload: Annotated[
-        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}.")
+        str, typer.Option("--workload", metavar="A,B,...", help=f"One or more of {', '.join(WORKLOADS)}.")
     ] = "mlp,gpt,convnet-group,convnet-batch",
-    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help=f"Of {', '.join(METHODS)}.")] = ",".join(
-        DEFAULT
-    ),
-    rounds: show.Rounds = 5,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, instead of the usual.")] = None,
-    device: show.Device = "cpu",
-    core: show.Core = -1,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process for each method.")] = True,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="A,B,...", help=f"One or more of {', '.join(METHODS)}.")
+    ] = ",".join(DEFAULT),
+    rounds: shared.Rounds = 5,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of training steps. Default: the workload's own.")
+    ] = None,
+    device: shared.Device = "cpu",
+    core: shared.Core = -1,
+    memory: shared.Memory = True,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Time and memory of a metagradient by every method, in units of plain training of the same steps."""
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    if out:
-        plots.require_matplotlib()
-    names, sources = chosen(methods), [name.strip() for name in workload.split(",")]
-    if unknown := [name for name in sources if name not in WORKLOADS]:
-        raise BadArgument(f"expected workloads among {', '.join(WORKLOADS)}; got {', '.join(unknown)}")
-    show.require(device)
-    console, where, results = show.console(), timing.machine(), []
-    console.print(timing.describe(where), highlight=False)
+    names, sources = parse_names(methods, METHODS, "methods"), parse_names(workload, WORKLOADS, "workloads")
+    shared.require(device)
+    session, where = shared.begin("bench throughput", out, json)
+    results = []
     for source in sources:
-        with show.ticking(console) as tick:
-            found = measure(source, names, rounds, steps, device, show.core_of(core), memory, tick)
-        results.append(found)
-        display(console, found)
-    console.print(f"\n{CAPTION}", style="dim", highlight=False)
-    result = {"machine": where, "agree_within": AGREE, "results": results}
-    show.finish(console, "bench throughput", result, json, out, lambda: page(results, where))
-    wrong = [
-        f"{name} on {found['case']}"
-        for found in results
-        for name, entry in found["methods"].items()
-        if not entry.get("agrees", True)
-    ]
-    if wrong:
-        console.print(f"The gradients of {', '.join(wrong)} differ from those of mgd eager.", style="bold red")
+        with session.status() as tick:
+            results.append(measure(source, names, rounds, steps, device, shared.core_of(core), memory, tick))
+        display(session, results[-1])
+    session.print(f"\n{CAPTION}", style="dim")
+    session.write(page(results, where), {"machine": where, "agree_within": AGREE, "results": results})
+    if wrong := disagreeing(results):
+        session.print(f"The gradients of {', '.join(wrong)} differ from those of mgd eager.", style="bold red")
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from mgd.recipes.rate import data, models, recipe, report
 from mgd.recipes.rate.data import CORRUPTIONS, NOISE, Pool, available, corrupted, passages
 from mgd.recipes.rate.models import Curve
 from mgd.recipes.rate.selection import EVERYTHING, RATER, share_needed
-from mgd.ui.console import write
+from mgd.ui.page import write
 
 
 @pytest.fixture(scope="module")
