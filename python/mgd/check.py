@@ -275,8 +275,8 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
             )
 
     def trained(steps: int) -> Tensor:
-        moved = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}
-        parameters = f.train({**z, **moved}).parameters.values()
+        point = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}
+        parameters = f.train({**z, **point}).parameters.values()
         return torch.cat([p.reshape(-1).double() for p in parameters])
 
     return agreement(trained(0), trained(1), trained(2))

@@ -84,14 +84,14 @@ class Report:
         if self.store is None:
             return {}
         disk, ahead = self.store["disk"], self.store["read_ahead"]
-        moved = [
+        rates = [
             f"{format_bytes(self.store[way]['bytes'])} {done} at {format_bytes(self.store[way]['bandwidth'])}/s"
             for way, done in (("write", "written"), ("read", "read"))
         ]
         io = disk["io"] + (f" ({disk['why']})" if disk["why"] else "")
         return {
-            "disk": f"{', '.join(moved)}, {io}; at most {format_bytes(disk['peak'])} of {format_bytes(disk['limit'])}",
-            "read ahead": f"{ahead['hits']:,} chunks there when wanted, {ahead['drops']:,} dropped for want of room",
+            "disk": f"{', '.join(rates)}, {io}; at most {format_bytes(disk['peak'])} of {format_bytes(disk['limit'])}",
+            "read ahead": f"{ahead['hits']:,} chunks ready when needed, {ahead['drops']:,} dropped for lack of room",
         }
 
 

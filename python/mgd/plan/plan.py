@@ -170,9 +170,9 @@ class Plan:
         head += [f"{tier} {way}" for tier in tiers for way in ("written", "read")] + ["predicted"]
         rows = []
         for phase in self.phases:
-            moved = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
+            traffic = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
             counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
-            rows.append([phase.name, *counts, *moved, format_seconds(phase.seconds(tiers, self.costs))])
+            rows.append([phase.name, *counts, *traffic, format_seconds(phase.seconds(tiers, self.costs))])
         return table(head, rows)
 
     def _memory_table(self) -> list[str]:

@@ -107,13 +107,13 @@ def stack_height(n: int, rule: Rule) -> int:
             return length - 1
         if (length, label) not in heights:
             # Siblings are walked in a loop, so that the recursion is only as deep as the tree.
-            most, placed, rest, sibling = 0, 0, length, label
+            most, depth, rest, sibling = 0, 0, length, label
             while rest > 1:
                 m, left, right = rule.divide(rest, sibling)
-                most = max(most, placed + max(1, height(m, left)))
-                placed, rest, sibling = placed + 1, rest - m, right
+                most = max(most, depth + max(1, height(m, left)))
+                depth, rest, sibling = depth + 1, rest - m, right
                 if right == 1 or rule.keeps_all(rest, right):
-                    most = max(most, placed + height(rest, right))
+                    most = max(most, depth + height(rest, right))
                     break
             heights[length, label] = most
         return heights[length, label]

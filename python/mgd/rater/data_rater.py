@@ -235,7 +235,7 @@ class DataRater:
         generator = torch.Generator().manual_seed(seed_of(self.seed, k, i))
         examples = self.pool(self.window * self.batch, generator)
         held_out = self.held_out(self.held_out_batch, generator)
-        drawn = time.perf_counter()
+        draw_end = time.perf_counter()
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self.seed, k, i))
             scores = self._scores(examples, self.window * self.batch)
@@ -244,7 +244,7 @@ class DataRater:
                 "expected ratings that depend on the rater's parameters; they do not depend on the rater (detached?)"
             )
         weights = scores.view(self.window, self.batch).softmax(1)
-        rated = time.perf_counter()
+        rating_end = time.perf_counter()
         first_step, age = self.population.steps(i), self.population.members[i].age
         gradient, value = None, None
         try:
@@ -259,13 +259,14 @@ class DataRater:
         except ReplayDivergence as error:
             cause = f"{error.cause} (inner model {i}, meta-step {k})"
             raise ReplayDivergence(first_step + error.step, cause) from error
-        trained = time.perf_counter()
+        training_end = time.perf_counter()
         cotangent = result.grads["weights"].view_as(weights).to(weights)
         gradient = list(
             torch.autograd.grad(weights, self.parameters, cotangent, materialize_grads=True, allow_unused=True)
         )
         value = float(result.value)
-        self._account(result, drawn - begin, rated - drawn + time.perf_counter() - trained, trained - rated)
+        scoring = rating_end - draw_end + time.perf_counter() - training_end
+        self._account(result, draw_end - begin, scoring, training_end - rating_end)
         return gradient, value, _effective(weights)
 
     def _scores(self, examples: Any, n: int) -> Tensor:

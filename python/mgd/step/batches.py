@@ -62,10 +62,10 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: list[Tensor]) -> Any:
-        filled = list(leaves)
+        contents = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        return tree_unflatten(filled, spec)
+            contents[i] = tensor
+        return tree_unflatten(contents, spec)
 
     rest = str(spec), tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return [leaves[i] for i in places], rest, rebuild

@@ -54,15 +54,15 @@ class Binding:
     @contextlib.contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
         """Inside the block, the model holds these tensors instead of its own."""
-        saved = []
+        originals = []
         try:
             for places, tensors in ((self._parameter_places, parameters), (self._buffer_places, buffers)):
                 for owner, key, i in places:
-                    saved.append((owner, key, owner[key]))
+                    originals.append((owner, key, owner[key]))
                     owner[key] = tensors[i]
             yield
         finally:
-            for owner, key, tensor in saved:
+            for owner, key, tensor in originals:
                 owner[key] = tensor
 
     def call(
