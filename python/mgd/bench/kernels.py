@@ -42,7 +42,7 @@ def measure(
     from mgd_kernels.dispatch import PREFERENCE, load
 
     kind = torch.device(device).type
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "parameters": parameters,
         "device": device,
         "rounds": rounds,
@@ -50,14 +50,14 @@ def measure(
         "rows": [],
     }
     with timing.pinned(core) as pinning:
-        found |= pinning
+        measured |= pinning
         source, to = torch.rand(parameters, device=device), torch.zeros(parameters, device=device)
         moves = plain(to, source)
         for name in PREFERENCE.get(kind, ("reference",)):
             module, reason = load(name)
             if module is None or name == "reference":
                 if name != "reference":
-                    found["unavailable"][name] = reason
+                    measured["unavailable"][name] = reason
                 continue
             for rule in RULES:
                 tick(f"{name}, {rule}: numbers")
@@ -91,9 +91,9 @@ def measure(
                         row |= _torch(problem, pass_, device)
                         row["times_torch"] = row["torch_seconds"] / seconds
                     row["precise"] = max(row["error"], row["hyperparameter_error"] or 0.0) <= PRECISE
-                    found["rows"].append(row)
+                    measured["rows"].append(row)
                 del problem
-    return found
+    return measured
 
 
 def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
@@ -108,9 +108,9 @@ def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any]) -> Table:
+def rows(measured: dict[str, Any]) -> Table:
     lines = [["pass", "backend", "ms", "bytes each", "GB/s", "of plain", "times torch", "error"]]
-    for row in found["rows"]:
+    for row in measured["rows"]:
         against = f"{row['times_torch']:.1f} x {row['torch']}" if "times_torch" in row else ""
         lines.append(
             [

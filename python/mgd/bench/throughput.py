@@ -41,7 +41,7 @@ def measure(
     """Times, ratios, phases, memory and differences of the methods on one case, in JSON's types."""
     with timing.pinned(core) as pinning:
         case = load(source, steps, device)
-        found: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "case": source,
             "note": case.note,
             "steps": len(case),
@@ -50,11 +50,11 @@ def measure(
             **pinning,
             "methods": {},
         }
-        lengths = _lengths(case, methods, found["methods"], memory, tick)
+        lengths = _lengths(case, methods, measured["methods"], memory, tick)
         reference: Outcome | None = None
         for length in sorted(set(lengths.values()), reverse=True):
             part = case.shortened(length)
-            train, found["training_by"] = training(part)
+            train, measured["training_by"] = training(part)
             train()
             reference = METHODS["eager"].prepare(part)()
             runs: dict[str, Callable[[], Any]] = {}
@@ -65,28 +65,28 @@ def measure(
                     run = METHODS[name].prepare(part)
                     outcome = run()
                 except Unsupported as reason:
-                    found["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
+                    measured["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
                     continue
                 runs[name] = _noting(run, name, reports)
-                found["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
+                measured["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
             trainings, samples = timing.alternate(rounds, train, runs, device, lambda what: tick(f"{source}, {what}"))
             if length == len(case):
-                found["training"] = {"seconds": timing.quantiles(trainings)}
+                measured["training"] = {"seconds": timing.quantiles(trainings)}
             for name, sample in samples.items():
-                _timed(found["methods"][name], sample, METHODS[name].objectives, reports.get(name))
-        if "training" not in found:  # every method was shortened
+                _timed(measured["methods"][name], sample, METHODS[name].objectives, reports.get(name))
+        if "training" not in measured:  # every method was shortened
             whole = training(case)[0]
-            found["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
+            measured["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
     if memory:
         tick(f"{source}, memory: training")
-        found["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
-        for name, entry in found["methods"].items():
+        measured["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
+        for name, entry in measured["methods"].items():
             if "peak_bytes" not in entry and "unsupported" not in entry:
                 tick(f"{source}, memory: {name}")
                 shortened = lengths[name] if METHODS[name].share < 1 else steps
                 entry["peak_bytes"] = peak.measure(source, name, shortened, device)["bytes"]
-    found["methods"] = {name: found["methods"][name] for name in methods if name in found["methods"]}
-    return found
+    measured["methods"] = {name: measured["methods"][name] for name in methods if name in measured["methods"]}
+    return measured
 
 
 def _lengths(
@@ -144,8 +144,8 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any]) -> Table:
-    alone = found["training"]
+def rows(measured: dict[str, Any]) -> Table:
+    alone = measured["training"]
     seconds = alone["seconds"]["median"]
     lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
     lines.append(
@@ -153,16 +153,16 @@ def rows(found: dict[str, Any]) -> Table:
             "plain training",
             f"{seconds:.2f}",
             "1",
-            f"{found['steps'] / seconds:.1f}",
+            f"{measured['steps'] / seconds:.1f}",
             shared.memory(alone.get("peak_bytes")),
             "",
         ]
     )
-    for name, entry in found["methods"].items():
+    for name, entry in measured["methods"].items():
         if "unsupported" in entry:
             lines.append([name, "-", "-", "-", "-", "-"])
             continue
-        short = entry["timed_steps"] < found["steps"]
+        short = entry["timed_steps"] < measured["steps"]
         lines.append(
             [
                 name + (f" ({entry['timed_steps']} steps)" if short else ""),
@@ -176,9 +176,9 @@ def rows(found: dict[str, Any]) -> Table:
     return lines
 
 
-def phase_rows(found: dict[str, Any]) -> Table:
+def phase_rows(measured: dict[str, Any]) -> Table:
     """Shares of each phase of this package's methods."""
-    ours = {name: e["phases"] for name, e in found["methods"].items() if e.get("phases")}
+    ours = {name: e["phases"] for name, e in measured["methods"].items() if e.get("phases")}
     phases = list(dict.fromkeys(phase for seconds in ours.values() for phase in seconds))
     lines = [["where the time goes", *phases]]
     for name, seconds in ours.items():
@@ -194,8 +194,8 @@ CAPTION = (
 )
 
 
-def title(found: dict[str, Any]) -> str:
-    return f"{found['case']}: {found['steps']} steps, {found['parameters']:,} trained parameters"
+def title(measured: dict[str, Any]) -> str:
+    return f"{measured['case']}: {measured['steps']} steps, {measured['parameters']:,} trained parameters"
 
 
 def display(session: Session, measured: dict[str, Any]) -> None:

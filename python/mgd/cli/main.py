@@ -93,9 +93,9 @@ def demo(
     from mgd.recipes.demo import recipe, report
 
     session = Session("demo", out, json, threads)
-    found = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
-    session.finish(report.page(found), found.to_dict())
-    if not found.check.passed:
+    result = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
+    session.finish(report.page(result), result.to_dict())
+    if not result.check.passed:
         raise typer.Exit(1)
 
 

@@ -143,7 +143,7 @@ def test_which_texts_are_taken(monkeypatch):
         ({"domains": ("pydoc", "pydoc")}, errors.BadArgument, "at least two domains"),
         ({"domains": (NOISE, "pydoc")}, errors.BadArgument, "target.*to be a text"),
         ({"domains": ("pydoc", "klingon")}, errors.BadData, "klingon"),
-        ({"each": 0}, errors.BadArgument, "the pool would be empty"),
+        ({"each": 0}, errors.BadArgument, "at least one passage per domain; got 0"),
     ],
 )
 def test_bad_settings(changes, error, words):

@@ -77,5 +77,5 @@ def command(
 
     session = Session("recipe attribute", out, json, threads)
     task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
-    found = run(task, rough, evaluation, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(task, rough, evaluation, session.reporter)
+    session.finish(report.page(result), result.to_dict())

@@ -31,5 +31,5 @@ def command(
 
     session = Session("recipe lr-schedule", out, json, threads)
     settings = make_settings(Settings, quick, meta_steps=meta_steps, knots=knots, outer=outer)
-    found = run(*train_and_test(data), settings, seed, resume, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(*train_and_test(data), settings, seed, resume, session.reporter)
+    session.finish(report.page(result), result.to_dict())

@@ -22,5 +22,5 @@ def command(
     session = Session("recipe poison", out, json, threads)
     train, test = train_and_test(data)
     settings = make_settings(Settings, quick, seed=seed).fitting(len(train))
-    found = run(train, test, settings, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(train, test, settings, session.reporter)
+    session.finish(report.page(result), result.to_dict())

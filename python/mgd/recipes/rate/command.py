@@ -20,5 +20,5 @@ def command(
     from mgd.recipes.rate.recipe import Settings, run
 
     session = Session("recipe rate", out, json, threads)
-    found = run(make_settings(Settings, quick, seed=seed), session.reporter, resume)
-    session.finish(report.page(found), found.to_dict())
+    result = run(make_settings(Settings, quick, seed=seed), session.reporter, resume)
+    session.finish(report.page(result), result.to_dict())

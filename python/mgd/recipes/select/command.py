@@ -52,8 +52,8 @@ def command(
     session = Session("recipe select", out, json, threads)
     options = {"seed": seed, "budget": budget, "shard": shard, "meta_steps": meta_steps}
     options["highest"] = None if budget is None else 1
-    found = run(make(setting, quick, options, data, uniform), session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(make(setting, quick, options, data, uniform), session.reporter)
+    session.finish(report.page(result), result.to_dict())
 
 
 def make(name: Name, quick: bool, options: dict[str, Any], data: Path | None = None, uniform: bool = False) -> Setting:

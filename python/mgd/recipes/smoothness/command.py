@@ -15,5 +15,5 @@ def command(
     from mgd.recipes.smoothness.recipe import Settings, run
 
     session = Session("recipe smoothness", out, json, threads)
-    found = run(*train_and_test(data), make_settings(Settings, quick), seed, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(*train_and_test(data), make_settings(Settings, quick), seed, session.reporter)
+    session.finish(report.page(result), result.to_dict())
