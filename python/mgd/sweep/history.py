@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mgd.sweep.prefetch import Prefetcher
     from mgd_kernels import Arena
     from mgd_kernels.store import Store
-    from mgd_kernels.store.zero_copy import Lent
+    from mgd_kernels.store.zero_copy import Reservation
 
 Key = tuple[str, int]
 
@@ -60,7 +60,7 @@ class History:
     ):
         self.store, self.constants, self._new_gradient = store, constants, gradient
         self._scratch: Tensor | None = None
-        self._lent: Lent | None = None
+        self._lent: Reservation | None = None
         self._spare = (1 + microbatches) * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
         self._direct = ("device",) if on_device else ("device", "host")
         self._microbatches, self._persistent, self._copying = microbatches, persistent, on_device
@@ -80,7 +80,7 @@ class History:
         """Memory of the store in which to compute the gradient that is logged next, or None: then anywhere."""
         if (tier != "disk" and not self._persistent) or tier is None or arena.device.type != "cpu":
             return None
-        self._lent = self._entries.lend([arena.numel], arena.gradient_dtype, self._spare)
+        self._lent = self._entries.reserve([arena.numel], arena.gradient_dtype, self._spare)
         return None if self._lent is None else self._lent.tensor
 
     def log(self, t: int, step: StepResult, tier: str) -> None:
@@ -123,7 +123,7 @@ class History:
         if self._copying or key not in self._names:
             return None
         with explained(key):
-            leased = self._entries.lease(key, self._again(key))
+            leased = self._entries.view(key, self._again(key))
         if leased is None:
             return None
         if self.ahead is not None:
@@ -176,7 +176,7 @@ class History:
         with explained(key):
             self._entries.check()  # a write that failed meanwhile: the training need not go on
             if self._lent is not None and tensors[0] is self._lent.tensor:
-                self._entries.put_lent(key, self._lent, tensors[1:] + extra)
+                self._entries.commit(key, self._lent, tensors[1:] + extra)
             else:
                 self._entries.put(key, tensors + extra, tier)
         self._names[key] = names
