@@ -83,6 +83,12 @@ struct Leaves {
 }  // namespace
 
 void bind_optim(py::module_& m) {
+    const auto code = [](auto id) { return static_cast<int>(id); };
+    m.attr("DTYPES") = py::dict(py::arg("float32") = code(DType::f32), py::arg("float64") = code(DType::f64),
+                                py::arg("bfloat16") = code(DType::bf16), py::arg("float16") = code(DType::f16));
+    m.attr("RULES") = py::dict(py::arg("adam") = code(RuleId::adam), py::arg("sgd_plain") = code(RuleId::sgd_plain),
+                               py::arg("sgd_momentum") = code(RuleId::sgd_momentum),
+                               py::arg("sgd_nesterov") = code(RuleId::sgd_nesterov));
     m.def("isas", &isas, "Instruction sets that this machine can run, best last.");
     m.def("isa", &isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set.");

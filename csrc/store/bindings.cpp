@@ -89,7 +89,7 @@ Header layout(const TieredStore& store, const std::string& key, bool sequence, c
 
 template <class Pointer>
 std::vector<Pointer> pointers(const std::vector<uintptr_t>& addresses, size_t expected) {
-    if (addresses.size() != expected) 
+    if (addresses.size() != expected)
         throw BadStoreArgument("expected one address per tensor; got " + std::to_string(addresses.size()) + " for " +
                                std::to_string(expected));
     std::vector<Pointer> result;

@@ -194,7 +194,8 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
         const uint64_t actual = checksum(zeroed.data(), zeroed.size());
         if (stated != actual) {
             char text[96];
-            std::snprintf(text, sizeof text, "expected header checksum %016" PRIx64 "; got %016" PRIx64, stated, actual);
+            std::snprintf(text, sizeof text, "expected header checksum %016" PRIx64 "; got %016" PRIx64, stated,
+                          actual);
             throw corrupt(text);
         }
     }
@@ -241,7 +242,8 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
     for (uint32_t i = 0; i < chunk_count; ++i) h.sums.push_back(in.take<uint64_t>());
     if (in.rest() >= kPage || !in.only_zeros(in.rest())) throw unknown("something after the checksum table");
     if (file_bytes != h.file_bytes())
-        throw corrupt("expected a file of " + std::to_string(h.file_bytes()) + " bytes; got " + std::to_string(file_bytes));
+        throw corrupt("expected a file of " + std::to_string(h.file_bytes()) + " bytes; got " +
+                      std::to_string(file_bytes));
     return h;
 }
 

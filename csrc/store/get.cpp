@@ -21,8 +21,8 @@ void TieredStore::read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer)
     const size_t have = file.read(buffer.data(), bytes, offset);
     if (have < bytes)
         throw CorruptState(h.key, chunk,
-                           path + ": expected " + std::to_string(bytes) + " bytes at offset " +
-                               std::to_string(offset) + "; got a file that ends after " + std::to_string(have));
+                           path + ": expected " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                               "; got a file that ends after " + std::to_string(have));
     span.done();
 }
 

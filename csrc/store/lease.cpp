@@ -22,8 +22,8 @@ void TieredStore::commit(std::string key, bool sequence, std::vector<TensorInfo>
     // One chunk, so that a view of the entry lies in one piece, too.
     Header header = Header::make(std::move(key), sequence, std::move(tensors), lease.bytes());
     if (header.chunks() != 1)
-        throw BadStoreArgument("expected an entry of at most " + std::to_string(lease.bytes()) + " bytes, as reserved; got " +
-                               std::to_string(header.payload_bytes));
+        throw BadStoreArgument("expected an entry of at most " + std::to_string(lease.bytes()) +
+                               " bytes, as reserved; got " + std::to_string(header.payload_bytes));
     Put put(*this, std::move(header), Tier::disk);
     const Header& h = put.header();
     Meter::Span span(put_, h.tensor_bytes());

@@ -59,10 +59,10 @@ class TieredStore {
     void prefetch(const std::vector<std::string>& keys);
     void remove(const std::string& key);
 
-    // Without a copy. Both leases are null where their account has no room; a view is also null for an entry that is not
-    // one chunk of the disk tier. A committed buffer becomes the entry: writing to it afterwards damages the entry, and
-    // get reports it. keep (of get, too): the entry will be read again soon, so its buffers stay filled while nobody
-    // needs their room.
+    // Without a copy. Both leases are null where their account has no room; a view is also null for an entry that is
+    // not one chunk of the disk tier. A committed buffer becomes the entry: writing to it afterwards damages the entry,
+    // and get reports it. keep (of get, too): the entry will be read again soon, so its buffers stay filled while
+    // nobody needs their room.
     std::unique_ptr<Lease> reserve(uint64_t bytes);
     void commit(std::string key, bool sequence, std::vector<TensorInfo> tensors, const Lease& lease);
     std::unique_ptr<Lease> view(const std::string& key, bool keep);
@@ -83,7 +83,7 @@ class TieredStore {
     struct Stats {
         BufferPool::Stats pool;
         uint64_t host_limit, host_used, disk_limit, disk_used, disk_peak, entries, prefetch_hits, prefetch_drops;
-        uint64_t committed, viewed;  // without a copy
+        uint64_t committed, viewed;            // without a copy
         Meter::Reading put, get, write, read;  // copies in and out of buffers; files
         bool direct;
         std::string why_buffered, directory;

@@ -13,9 +13,21 @@ from torch import Tensor
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.rules import Rule
 
-# The codes of DType and RuleId in csrc/optim/cpu.h and cuda.cu.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
+# The codes of csrc/optim/codes.h. Without the extension module there are none, and no kernels that would take them.
+try:
+    from mgd_kernels._core import DTYPES as _DTYPES
+    from mgd_kernels._core import RULES
+except ImportError:
+    _DTYPES, RULES = {}, {}
+
+DTYPES = {getattr(torch, name): number for name, number in _DTYPES.items()}
+_NAMES = {
+    ("adam", 2, False): "adam",
+    ("sgd", 0, False): "sgd_plain",
+    ("sgd", 1, False): "sgd_momentum",
+    ("sgd", 1, True): "sgd_nesterov",
+}
+_RULES = {key: RULES[name] for key, name in _NAMES.items() if name in RULES}
 _HALVES = (torch.bfloat16, torch.float16)
 _PAIRS = {(dtype, grad) for dtype in (torch.float32, torch.float64) for grad in (dtype, *_HALVES)}
 
@@ -24,6 +36,7 @@ Slot = TypeVar("Slot")
 
 
 def code(rule: Rule) -> int | None:
+    """The code of the rule; None where the kernels do not have it."""
     return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
 
 

@@ -97,6 +97,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             "mgd_kernels was built without the CUDA kernels; where nvcc is, build it with "
             "`pip install . -C cmake.define.MGD_CUDA=ON`"
         )
+    if not DTYPES:
+        return None, "the extension module mgd_kernels._core, which holds the codes of dtypes and rules, does not load"
     if not torch.cuda.is_available():
         return None, "torch sees no CUDA device: a GPU, its driver and a torch built with CUDA are needed"
     try:
@@ -119,7 +121,7 @@ def _find() -> Path | None:
 
         folders.append(Path(_core.__file__).parent)
     except ImportError:
-        pass  # the CUDA kernels do without it
+        pass  # `_load` says so where the library is found nevertheless
     return next((folder / _LIBRARY for folder in folders if (folder / _LIBRARY).exists()), None)
 
 
