@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from mgd_kernels.functional.activation import gelu, sigmoid, silu, tanh
 from mgd_kernels.functional.attention import scaled_dot_product_attention, softmax
+from mgd_kernels.functional.batch_norm import batch_norm, batch_norm_with_statistics
 from mgd_kernels.functional.convolution import (
     conv1d,
     conv2d,
@@ -24,7 +25,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose3d,
 )
 from mgd_kernels.functional.loss import cross_entropy
-from mgd_kernels.functional.norm import batch_norm, batch_norm_with_statistics, group_norm, layer_norm
+from mgd_kernels.functional.norm import group_norm, layer_norm
 
 __all__ = [
     "REPLACEMENTS",
