@@ -1,5 +1,5 @@
 // What Python sees of the optimizer kernels: addresses in, the interpreter lock released. `backends/cpu.py` checks
-// dtypes, lengths and devices; what memory safety hangs on beyond that (the segment table) is checked here.
+// dtypes, lengths and devices; the rest that memory safety needs (the segment table) is checked here.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -159,7 +159,7 @@ void bind_optim(py::module_& m) {
             run_vjp(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), 1,
                     reinterpret_cast<double*>(out));
         },
-        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that nobody wants.");
+        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that is not wanted.");
     m.def(
         "dot",
         [](int x_dtype, int y_dtype, int64_t n, Address x, Address y, int threads) {

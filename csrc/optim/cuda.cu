@@ -6,7 +6,7 @@
 // - Tiles are fixed and never cross a row of the segment table; one block does one tile. Reductions go thread, warp,
 //   block, then over the tiles of a row, in double and in one order: the same bits on every run.
 // - A thread takes four neighbouring elements: 128-bit accesses where the addresses allow, element by element where
-//   they do not, with the same elements in the same thread, hence the same sums.
+//   they do not, with the same elements in the same thread, so the sums are the same.
 // - Compiled with --fmad=false: an element computes the same bits as on the CPU.
 
 #include <cuda_fp16.h>

@@ -199,7 +199,7 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
             throw corrupt(text);
         }
     }
-    // From here on the header is what its writer wrote; what does not fit comes from another writer.
+    // From here on the header is what its writer wrote; anything that does not fit is of another format.
     const auto flags = get<uint32_t>(data, kFlags);
     if ((flags & ~kSequence) != 0) throw unknown("flags that this reader does not know");
     h.sequence = (flags & kSequence) != 0;

@@ -26,7 +26,7 @@ TieredStore::~TieredStore() {
     try {
         close();
     } catch (const std::exception&) {
-        // close() has let go of everything; who wants to know of failed writes calls it
+        // close() has released everything; a caller that wants to know of failed writes calls it
     }
 }
 
@@ -58,7 +58,7 @@ void TieredStore::load_entries() {
             }
             entry->header = Header::decode(header.get(), have, entry->published, found.key, path);
         } catch (const std::runtime_error&) {
-            entry->state = Entry::State::failed;  // the other entries are as good as before; get() tells of this one
+            entry->state = Entry::State::failed;  // the other entries are unaffected; get() reports this one
             entry->error = std::current_exception();
         }
         entry->slots.resize(entry->header.chunks());
@@ -174,7 +174,7 @@ Header TieredStore::layout(std::string key, bool sequence, std::vector<TensorInf
 }
 
 // Bytes of the buffer for a chunk: in the disk tier all chunks of an entry have one size, so that buffers are used
-// again rather than mapped anew.
+// again rather than mapped afresh.
 size_t TieredStore::buffer_size(const Entry& entry, uint32_t chunk) const {
     const Header& h = entry.header;
     const bool alike = entry.tier == Tier::disk && (h.chunks() > 1 || h.chunk_bytes - h.payload_bytes < kLeaseUnit);
@@ -191,7 +191,7 @@ void TieredStore::forget(Entry& entry) {
         entry.doomed = true;
         ++removing_;
     }
-    for (Entry::Slot& slot : entry.slots) {  // what is loading now is let go of when it comes
+    for (Entry::Slot& slot : entry.slots) {  // what is loading now is released when it arrives
         if (slot.state != Entry::Chunk::loaded) continue;
         slot.state = Entry::Chunk::absent;
         slot.buffer.reset();

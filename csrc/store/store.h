@@ -2,12 +2,12 @@
 // beforehand. Every entry is cut into chunks; a chunk is the unit of buffering, of I/O and of checksums.
 //
 //   put       copies chunk by chunk into pool buffers. In the host tier they stay there; for the disk tier a thread
-//             writes each and lets go of its buffer, so a put returns when its last chunk is copied (write-behind).
+//             writes each and releases its buffer, so a put returns when its last chunk is copied (write-behind).
 //   prefetch  reads chunks of the given entries, in order, into buffers that are free.
-//   get       takes each chunk from its buffer, or reads it there and then, a few chunks ahead.
+//   get       takes each chunk from its buffer, or reads it now, a few chunks ahead.
 //   reserve   lends out a buffer, which commit then writes as it is; view lends one out with an entry of one chunk.
 //
-// Why nothing blocks for ever: a thread waits for a buffer only while it holds none, or holds buffers of the host
+// Why nothing blocks forever: a thread waits for a buffer only while it holds none, or holds buffers of the host
 // tier, whose total is bounded below the pool's limit by `staging`, or leases, which leave room for the largest chunk
 // (lease.h). All other buffers are being written, read or copied, which ends by itself, or are prefetched, and then a
 // waiter drops them (they are still on disk).
@@ -62,7 +62,7 @@ class TieredStore {
     // Without a copy. Both leases are null where their account has no room; a view is also null for an entry that is
     // not one chunk of the disk tier. A committed buffer becomes the entry: writing to it afterwards damages the entry,
     // and get reports it. keep (of get, too): the entry will be read again soon, so its buffers stay filled while
-    // nobody needs their room.
+    // their room is not needed.
     std::unique_ptr<Lease> reserve(uint64_t bytes);
     void commit(std::string key, bool sequence, std::vector<TensorInfo> tensors, const Lease& lease);
     std::unique_ptr<Lease> view(const std::string& key, bool keep);
@@ -78,7 +78,7 @@ class TieredStore {
 
     void flush();  // waits for every write; throws the error of one that failed
     void check();  // throws the error of a write that has failed by now, without waiting
-    void close();  // flush, then lets go of everything; idempotent. A scratch store forgets failed writes.
+    void close();  // flush, then releases everything; idempotent. A scratch store forgets failed writes.
 
     struct Stats {
         BufferPool::Stats pool;

@@ -41,7 +41,6 @@ def _kernels() -> ModuleType:
 
 
 def unavailable() -> str | None:
-    """None where the kernels can run in this process, else the reason and what to do."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -52,7 +51,6 @@ def unavailable() -> str | None:
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    """None where the kernels serve these tensors, else the reason."""
     if params.device.type != "cuda" and not _interpreted():
         return f"expected tensors on a GPU; got {params.device}"
     if params.dtype != torch.float32:
@@ -216,7 +214,7 @@ def _spacing(grads: Sequence[Tensor], device: torch.device) -> tuple[int, Tensor
     return 0, torch.tensor(offsets, dtype=torch.int64).to(device, non_blocking=True), aligned
 
 
-# --- The functions every backend has -----------------------------------------------------------------------------
+# --- The functions of every backend: see `interface.Backend` -----------------------------------------------------
 
 
 def step_(
@@ -230,7 +228,7 @@ def step_(
     grad_scale: float | Tensor = 1.0,
     low: Tensor | None = None,
 ) -> None:
-    """As `reference.step_`. k: also a 0-d integer tensor on the device, which a CUDA graph can advance.
+    """k: also a 0-d integer tensor on the device, which a CUDA graph can advance.
     low: where given, a 16-bit `[n]` tensor that receives the new parameters in the same pass."""
     _replay(rule, params, slots, [grad], hyper[None], k, segments, [grad_scale], low)
 
@@ -246,7 +244,7 @@ def replay_(
     grad_scales: Sequence[float | Tensor],
     low: Tensor | None = None,
 ) -> None:
-    """As `reference.replay_`, in one pass over the state; k and low as in `step_`.
+    """In one pass over the state; k and low as in `step_`.
 
     grads: a `[steps, n]` tensor or a list of `[n]` tensors, which may lie anywhere on the device.
     """
@@ -289,7 +287,7 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """As `reference.vjp_`; k as in `step_`. `u` may be 16-bit."""
+    """k as in `step_`. `u` may be 16-bit."""
     kernels = _kernels()
     _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
     device, columns = params.device, len(rule.hyper) + 1
@@ -310,7 +308,6 @@ def vjp_(
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """As `reference.dot`."""
     kernels = _kernels()
     _check(x.numel(), x, y)
     with _on(x.device):

@@ -271,7 +271,7 @@ def _store(pointer, at, value, mask):
     tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-# --- Steps and replay ---------------------------------------------------------------------------------------------------
+# --- Steps and replay --------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["groups", "steps"])

@@ -1,29 +1,22 @@
-"""The fused update of a list of leaves on a backend that steps flat buffers; a backend may have its own `update` and
-`update_vjp`, which read and write the leaves where they lie (`backends/cpu.py`).
+"""`update` and `update_vjp` of `backends.interface.LeafBackend`, on a backend that only steps flat buffers.
 
 The update `p' - p` itself is computed, never by subtraction: a rule is `p' = decay * p - lr * direction`, so the kernel
 runs on a buffer that holds `-rate * p` (`rate = lr * weight_decay`) in the place of the parameters, without weight
 decay in its table, and leaves the update there, as precise as the step itself.
-
-Everywhere: leaf lists of one length, contiguous, in the dtype of the state, gradients also in a 16-bit one; None stands
-for zeros. hyper: float64 `[G, H]` in the rule's columns, `l2` being 0; groups: the row of each leaf.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mgd_kernels import buffers
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends.interface import Backend, Leaves
 from mgd_kernels.rules import Rule
-
-Leaves: TypeAlias = Sequence[Tensor | None]
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -49,7 +42,7 @@ def flatten(leaves: Sequence[Tensor]) -> tuple[Tensor, bool]:
 
 
 def update(
-    backend: ModuleType,
+    backend: Backend,
     rule: Rule,
     params: Leaves,
     slots: Sequence[Leaves],
@@ -60,7 +53,7 @@ def update(
     updates: Sequence[Tensor],
     new_slots: Sequence[Sequence[Tensor]],
 ) -> None:
-    """Write the updates and the slots after step `k` (1, 2, ...); new_slots may be the slots themselves."""
+    """As `LeafBackend.update`."""
     update, apart = flatten(updates)
     pieces = views(update, [leaf.shape for leaf in updates])
     for piece, leaf, rate in zip(pieces, params, _rates(rule, hyper, groups), strict=True):
@@ -84,7 +77,7 @@ def update(
 
 
 def update_vjp(
-    backend: ModuleType,
+    backend: Backend,
     rule: Rule,
     params: Leaves,
     slots: Sequence[Leaves],
@@ -99,9 +92,7 @@ def update_vjp(
     u: Sequence[Tensor],
     hyper_wanted: bool = True,
 ) -> Tensor | None:
-    """From the cotangents of the updates and of the new slots: write those of the parameters, of the slots and, in
-    `u`, of the gradients; None in `new_adjoint_*` for one that nobody wants. Returns those of hyper, float64
-    `[G, H + 1]` as `vjp_`; hyper_wanted: whether they matter."""
+    """As `LeafBackend.update_vjp`."""
     shapes = [leaf.shape for leaf in u]
     adjoints = [_joined(adjoint_updates, u, new=True)]
     cotangent, copied = flatten(u)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mgd_kernels import buffers, dispatch, ops
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.integrations import flat
-from mgd_kernels.integrations.flat import Leaves
 from mgd_kernels.rules import ADAM, Rule
 
 
