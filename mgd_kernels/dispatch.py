@@ -26,7 +26,7 @@ from mgd_kernels.rules import SGD_PLAIN, Rule
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-if TYPE_CHECKING:  # every backend has what it says it has
+if TYPE_CHECKING:  # every backend keeps to the interface
     from mgd_kernels.backends import cpu, cuda, triton
 
     _backends: tuple[Backend, ...] = (reference, triton, cuda)
@@ -49,7 +49,7 @@ def load(name: str) -> tuple[Backend | None, str | None]:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend: None where it works in this process, else the reason why it does not and what to do."""
+    """Every backend: None where it works in this process, otherwise the reason and what to do."""
     return {name: load(name)[1] for name in NAMES}
 
 
@@ -62,7 +62,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every kernel of the block on the named backend; BackendUnavailable where it cannot serve."""
     module, reason = load(name)
     if module is None:
-        raise BackendUnavailable(f"backend {name!r} was asked for and cannot be used: {reason}")
+        raise BackendUnavailable(f"expected backend {name!r} to work here; got: {reason}")
     token = _forced.set(name)
     try:
         yield
@@ -71,7 +71,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(rule: Rule, params: Tensor, grad: Tensor) -> Backend:
-    """The backend for this rule on these tensors: the one asked for, else the fastest that serves them."""
+    """The backend for this rule on these tensors: the requested one, otherwise the fastest that serves them."""
     wanted = forced()
     names = (wanted,) if wanted else PREFERENCE.get(params.device.type, ("reference",))
     reasons: dict[str, str | None] = {}
@@ -85,8 +85,8 @@ def choose(rule: Rule, params: Tensor, grad: Tensor) -> Backend:
                 return module
         reasons[name] = reason
     raise BackendUnavailable(
-        f"backend {wanted!r} was asked for and cannot serve {rule.name} on {params.dtype} parameters with "
-        f"{grad.dtype} gradients on {params.device}: {reasons[names[0]]}"
+        f"expected backend {wanted!r} to serve {rule.name} on {params.dtype} parameters with {grad.dtype} gradients on "
+        f"{params.device}; got: {reasons[names[0]]}"
     )
 
 

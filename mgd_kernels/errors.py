@@ -1,4 +1,4 @@
-"""Errors of the kernels: one class per violated promise.
+"""Errors of the kernels: one class per broken promise.
 
 Every text says what was expected, what it got instead, and what to do.
 """
@@ -18,7 +18,7 @@ class BadArgument(KernelError, ValueError):
 
 
 class BackendUnavailable(KernelError):
-    """The backend asked for cannot run here, or not on these tensors; the text says why."""
+    """The requested backend cannot run here, or not on these tensors; the text says why."""
 
 
 class CorruptState(KernelError):
@@ -33,7 +33,7 @@ class CorruptState(KernelError):
 
 
 class StoreFull(KernelError):
-    """No tier that was asked for has room: `needs` and `has` in bytes, `tier` names it (or several)."""
+    """No tier that was requested has room: `needs` and `has` in bytes, `tier` names it (or several)."""
 
     def __init__(self, needs: int, has: int, tier: str) -> None:
         self.needs, self.has, self.tier = needs, has, tier

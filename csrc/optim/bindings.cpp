@@ -47,8 +47,8 @@ Problem flat(int64_t n, Address segments, int64_t rows, int64_t groups, Address 
         const int64_t start = table[3 * r], stop = table[3 * r + 1], group = table[3 * r + 2];
         if (start < end || stop < start || stop > n || group < 0 || group >= groups)
             throw std::invalid_argument("expected sorted, disjoint segments inside [0, " + std::to_string(n) +
-                                        ") of groups below " + std::to_string(groups) + "; row " + std::to_string(r) +
-                                        " is (" + std::to_string(start) + ", " + std::to_string(stop) + ", " +
+                                        ") of groups below " + std::to_string(groups) + "; got row " + std::to_string(r) +
+                                        ", (" + std::to_string(start) + ", " + std::to_string(stop) + ", " +
                                         std::to_string(group) + ")");
         end = stop;
     }

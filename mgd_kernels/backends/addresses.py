@@ -76,7 +76,7 @@ def check(unsupported: Unsupported, rule: Rule, state: Sequence[Tensor], grads: 
     for grad in grads:
         reason = unsupported(rule, params, grad)
         if reason:
-            raise BadArgument(f"expected tensors that this backend serves; got others: {reason}")
+            raise BadArgument(reason)
     dtype, shape, device = params.dtype, params.shape, params.device
     for grad in grads:
         if grad.shape != shape:

@@ -56,7 +56,7 @@ def unavailable() -> str | None:
 def _core() -> ModuleType:
     module, reason = _load()
     if module is None:
-        raise BackendUnavailable(f"the cpu backend cannot be used: {reason}")
+        raise BackendUnavailable(f"expected the cpu backend to work here; got: {reason}")
     return module
 
 

@@ -85,7 +85,7 @@ def _open(path: Path) -> ctypes.CDLL:
         getattr(library, f"mgd_cuda_{name}").restype = ctypes.c_int64
     found = (library.mgd_cuda_launch_size(), library.mgd_cuda_dot_launch_size(), library.mgd_cuda_max_steps())
     if found != (ctypes.sizeof(_Launch), ctypes.sizeof(_DotLaunch), _MAX_STEPS):
-        raise KernelError(f"{path} does not fit this version of mgd_kernels: build both again")
+        raise KernelError(f"expected {path} of this version of mgd_kernels; got another one: build both again")
     return library
 
 
@@ -132,7 +132,7 @@ def unavailable() -> str | None:
 def _library() -> ctypes.CDLL:
     library, reason = _load()
     if library is None:
-        raise BackendUnavailable(f"the cuda backend cannot be used: {reason}")
+        raise BackendUnavailable(f"expected the cuda backend to work here; got: {reason}")
     return library
 
 

@@ -40,6 +40,13 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+@cache
+def _rules() -> ModuleType:
+    from mgd_kernels.backends import triton_rules
+
+    return triton_rules
+
+
 def unavailable() -> str | None:
     try:
         import triton  # noqa: F401
@@ -168,7 +175,7 @@ def _coefficients(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The coefficient tables, float32 and float64, of hypers `[steps, G, H]`, made on the device."""
-    kernels = _kernels()
+    rules = _rules()
     if hypers.shape != (len(grad_scales), segments.groups, len(rule.hyper)):
         raise BadArgument(
             f"expected hyperparameters [{len(grad_scales)}, {segments.groups}, {len(rule.hyper)}] (steps, groups, "
@@ -191,9 +198,9 @@ def _coefficients(
     else:
         scale = float(grad_scales[0])
     k_tensor = k.to(device, torch.int64, non_blocking=True) if isinstance(k, Tensor) else None
-    out32 = torch.empty(steps, groups, kernels.WIDTH.value, dtype=torch.float32, device=device)
-    out64 = torch.empty(steps, groups, kernels.WIDTH64.value, dtype=torch.float64, device=device)
-    kernels.coefficients_kernel[(steps * groups,)](
+    out32 = torch.empty(steps, groups, rules.WIDTH.value, dtype=torch.float32, device=device)
+    out64 = torch.empty(steps, groups, rules.WIDTH64.value, dtype=torch.float64, device=device)
+    rules.coefficients_kernel[(steps * groups,)](
         hypers, k_tensor, 0 if k_tensor is not None else k, scales, scale, out32, out64, groups, width,
         RULE=_variant(rule), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip

@@ -77,8 +77,8 @@ def _plain_batch_norm(c, cw, cb, gy, gvar, x, mean, rstd, weight, eps):
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), mean, var
 
     zeros = torch.zeros_like(mean)
-    given = [torch.zeros_like(x) if gy is None else gy, zeros, zeros if gvar is None else gvar]
-    ggy, ggmean, ggvar, gx, gw, _ = twice(function, [x, weight, zeros], given, [c, cw, cb])
+    cotangents = [torch.zeros_like(x) if gy is None else gy, zeros, zeros if gvar is None else gvar]
+    ggy, ggmean, ggvar, gx, gw, _ = twice(function, [x, weight, zeros], cotangents, [c, cw, cb])
     return ggy, ggmean, ggvar, gx, gw
 
 
@@ -131,10 +131,10 @@ def batch_norm(
 ) -> Tensor:
     """As `torch.nn.functional.batch_norm`, and in training the running statistics, which are updated in place, are
     differentiable functions of the input."""
-    found = batch_norm_with_statistics(input, weight, bias, eps) if training else None
-    if found is None:
+    outputs = batch_norm_with_statistics(input, weight, bias, eps) if training else None
+    if outputs is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, *statistics = found
+    y, *statistics = outputs
     for running, now in zip((running_mean, running_var), statistics, strict=True):
         if running is not None:
             running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)

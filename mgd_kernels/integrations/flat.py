@@ -20,12 +20,12 @@ from mgd_kernels.rules import Rule
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Tensors that lie one behind the other in `flat`, each with a version counter of its own."""
-    storage, offset, found = flat.untyped_storage(), flat.storage_offset(), []
+    """Tensors that lie one behind the other in `flat`, each with its own version counter."""
+    storage, offset, pieces = flat.untyped_storage(), flat.storage_offset(), []
     for shape in shapes:
-        found.append(flat.new_empty(0).set_(storage, offset, shape))  # type: ignore[call-overload]  # strides may be left out
+        pieces.append(flat.new_empty(0).set_(storage, offset, shape))  # type: ignore[call-overload]  # strides may be left out
         offset += shape.numel()
-    return found
+    return pieces
 
 
 def flatten(leaves: Sequence[Tensor]) -> tuple[Tensor, bool]:
@@ -68,7 +68,7 @@ def update(
     table = hyper.clone()
     table[:, rule.column("weight_decay")] = 0
     segments = _segments(updates, groups, len(hyper))
-    if (table == table[0]).all():  # the rows told apart by weight decay alone: one stretch
+    if (table == table[0]).all():  # the rows differed in weight decay alone: one stretch
         table, segments = table[:1], Segments.single(update.numel())
     backend.step_(rule, update, [flat for flat, _ in flats], grad, table, k, segments)
     for leaves, flat, copied in ((updates, update, apart), *zip(new_slots, *zip(*flats, strict=True), strict=True)):
@@ -111,14 +111,14 @@ def update_vjp(
             torch.mul(adjoint, -rate, out=leaf)
     old = [_joined(row, u) for row in (params, *slots)]
     segments = _segments(u, groups, len(hyper))
-    found = backend.vjp_(
+    cotangents = backend.vjp_(
         rule, old[0], old[1:], _joined(grads, u), hyper, k, segments, adjoints[0], adjoints[1:], cotangent
     )
     for row, flat in apart:
         for leaf, piece in zip(row, views(flat, shapes), strict=True):
             if leaf is not None:
                 leaf.copy_(piece)
-    return found
+    return cotangents
 
 
 def fill(flat: Tensor, leaves: Leaves, shapes: Sequence[torch.Size]) -> Tensor:
@@ -130,10 +130,10 @@ def fill(flat: Tensor, leaves: Leaves, shapes: Sequence[torch.Size]) -> Tensor:
 
 def _joined(leaves: Leaves, like: Sequence[Tensor], new: bool = False) -> Tensor:
     """The leaves as `[n]`; `new`: in memory of its own."""
-    given = [leaf for leaf in leaves if leaf is not None]
-    if len(given) == len(leaves) and not new:
-        return flatten(given)[0]
-    first = given[0] if given else like[0]
+    present = [leaf for leaf in leaves if leaf is not None]
+    if len(present) == len(leaves) and not new:
+        return flatten(present)[0]
+    first = present[0] if present else like[0]
     flat = buffers.empty(sum(leaf.numel() for leaf in like), first.dtype, first.device)
     return fill(flat, leaves, [leaf.shape for leaf in like])
 

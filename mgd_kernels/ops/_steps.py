@@ -23,7 +23,7 @@ def _segments_of(content: bytes, groups: int) -> Segments:
 
 
 def _segments(table: Tensor, groups: int) -> Segments:
-    """The same object for the same table, so that what backends cache with it is found again."""
+    """The same object for the same table, so that backends find what they cached with it."""
     shape = list(table.shape)
     if table.device.type != "cpu" or table.dtype != torch.int64 or shape[1:] != [3] or shape[0] == 0:
         raise BadArgument(
@@ -130,15 +130,14 @@ def differentiable_vjp(
         torch.where(inside.to(grad.device), after.to(before.dtype), before)
         for before, after in zip(old, stepped, strict=True)
     ]
-    found = torch.autograd.grad(new, wanted, list(adjoints), create_graph=True, materialize_grads=True)
-    *dstate, u, dhyper = found
+    *dstate, u, dhyper = torch.autograd.grad(new, wanted, list(adjoints), create_graph=True, materialize_grads=True)
     return [*dstate, u.to(dstate[0].dtype), dhyper]
 
 
 def differentiate(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of `function(*inputs)`, differentiable in their turn where grad mode is on."""
+    """The gradients of `function(*inputs)`, themselves differentiable where grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that one tensor that stands in two places gets two gradients.
@@ -152,8 +151,8 @@ def differentiate(
         if not wanted or not pairs:
             return [None] * len(inputs)
         outputs, seeds = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+        gradients = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
 
 
 def zeros_for_none(cotangents: Sequence[Tensor | None], outputs_like: Sequence[Tensor]) -> list[Tensor]:

@@ -121,8 +121,8 @@ def _vjp_backward(ctx, *cotangents):
         state = (params, exp_avg, exp_avg_sq)
         return differentiable_vjp(ADAM, ctx.k, segments, state, grad, hyper, adjoints)
 
-    found = differentiate(function, inputs, cotangents)
-    return *found[:5], None, None, *found[5:]
+    gradients = differentiate(function, inputs, cotangents)
+    return *gradients[:5], None, None, *gradients[5:]
 
 
 adam_step_vjp.register_autograd(_vjp_backward, setup_context=_vjp_setup)

@@ -119,8 +119,7 @@ class Store:
         )
         self._finalizer = weakref.finalize(self, _close_quietly, self._core)
         self._owner = os.getpid()
-        # What a persistent store should hold belongs on disk, whatever room there is in memory.
-        self._tiers = ["host"] * (host > 0 and not persistent) + ["disk"] * (disk is not None)
+        self._tiers = ["host"] * (host > 0 and not persistent) + ["disk"] * (disk is not None)  # fastest first
         self._devices: dict[bytes, list[torch.device]] = {}  # where an entry's tensors were, if not all on the CPU
         self._copies = DeviceCopies(self._core)
 
