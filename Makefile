@@ -10,10 +10,13 @@ PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
 .PHONY: demo test test-fast data bench bench-gpu lint format clean
 
+# Tests make the store's system calls fail, which a shipped extension cannot.
+EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
+
 # The extension is rebuilt when its sources change; Python files are used in place.
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[test]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -49,7 +52,7 @@ bench-gpu: $(VENV)/.installed
 	$(BIN)/mgd bench throughput --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-throughput.json
 
 lint: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 

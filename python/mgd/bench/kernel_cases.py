@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends import reference
+from mgd_kernels.backends.interface import Backend
 from mgd_kernels.rules import ADAM, SGD_MOMENTUM, Rule
 
 RULES: dict[str, tuple[Rule, list[float]]] = {
@@ -30,7 +30,7 @@ K = 10  # the number of the step, past the first ones with their large bias corr
 class Problem:
     """Random tensors of `n` parameters for one rule; `backend` is a module of `mgd_kernels.backends`."""
 
-    def __init__(self, name: str, backend: ModuleType, n: int, device: torch.device | str = "cpu", logged: int = 8):
+    def __init__(self, name: str, backend: Backend, n: int, device: torch.device | str = "cpu", logged: int = 8):
         self.rule, hyper = RULES[name]
         self.name, self.backend, self.n, self.device, self.logged = name, backend, n, device, logged
         generator = torch.Generator(device).manual_seed(0)
