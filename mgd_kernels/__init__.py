@@ -2,7 +2,7 @@
 
 Import from here what `__all__` lists; from `mgd_kernels.functional` operators with second derivatives, from
 `mgd_kernels.ops` the steps as operators of torch, from `mgd_kernels.integrations` drop-ins for other libraries. The
-package knows nothing of `mgd`.
+package looks into nothing of `mgd`.
 """
 
 from __future__ import annotations

@@ -113,9 +113,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _find() -> Path | None:
     """The library, beside the extension module (an editable install keeps the two away from the Python files)."""
-    import mgd_kernels
-
-    folders = [Path(folder) for folder in mgd_kernels.__path__]
+    folders = [Path(__file__).parents[1]]
     try:
         from mgd_kernels import _core
 

@@ -57,7 +57,9 @@ class Problem:
     def vjp(self) -> Tensor:
         p, *slots = self.state
         a, *adjoint = self.adjoint
-        return self.backend.vjp_(self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u)
+        sums = self.backend.vjp_(self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u)
+        assert sums is not None  # asked for by default
+        return sums
 
     def replay(self) -> None:
         """`logged` steps in one pass."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from mgd import Budget, TrainingFunction
 from mgd.bench.timing import pinned, quantiles
-from mgd.bench.workloads import Workload, mlp
+from mgd.bench.workload import Workload
+from mgd.bench.workloads import mlp
 from mgd.errors import BadArgument
 from mgd.plan.training import STAGING
 
@@ -106,7 +107,7 @@ def measure(
 def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, place: str) -> TrainingFunction:
     """The same with a host budget for the snapshots, or for as many of them as leave no room for a gradient there."""
     made = on_disk.plan()
-    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.sweep.storage.staging
+    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.plan.training.staging
     for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):
         budget = Budget(host=buffers + count * made.sizes.snapshot, disk=(place, 1 << 40))
         function = workload.function(schedule="log", budget=budget)
@@ -127,17 +128,17 @@ def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -
     with function._guarded() as tick:
         mark()
 
-        def place_and_tick(phase: str) -> None:
-            if unplaced:  # the store is made within the sweep
+        def place_and_tick(phase: str, steps: int = 1) -> None:
+            if unplaced:  # the store's threads start within the call
                 _place_store(unplaced.pop())
-            tick(phase)
+            tick(phase, steps)
 
-        run = function._forward(z, place_and_tick)
+        sweep = function._trained(z, place_and_tick)
         mark()
-        run.reverse()
+        function._reversed(sweep)
         mark()
     spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in itertools.pairwise(marks)]
-    report = function._report(run)
+    report = function._report(sweep)
     return {
         "forward": spans[0],
         "reverse": spans[1],

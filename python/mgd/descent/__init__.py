@@ -1,5 +1,5 @@
 """Metagradient descent: `MetaDescent`, with its constraints and outer optimizers.
 
 Import `MetaDescent` and `Descent` (`descent`), `Box` and `Simplex` (`constraints`), and `SignDescent`
-(`sign_descent`). Depends on `mgd.function`, `mgd.results`, `step` and `util`.
+(`sign_descent`). Looks into `mgd.function`, `mgd.results`, `step` and `util`.
 """

@@ -1,5 +1,5 @@
 """Helpers that every package may use: text for people, fingerprints, the system's memory, progress bars, profiles,
 checkpoint directories.
 
-Of `mgd`, it imports only `mgd.errors`.
+Looks into `mgd.errors` alone.
 """

@@ -370,30 +370,6 @@ def test_default_budget_is_host_memory():
     assert plan(10, SIZES).model_steps == 10
 
 
-def test_trace_and_picture(tmp_path):
-    """The picture's data are the plan's: its strokes add up to the predicted computation, its bytes peak where said."""
-    from mgd.cli.plan_plot import draw, trace
-
-    made = plan(40, SIZES, Budget(host=100, disk=("runs", 60)))
-    strokes, history = trace(made)
-    computed = sum(end - begin for _, begin, end, _, _ in strokes)
-    costs = made.costs
-    assert computed == pytest.approx(made.model_steps * costs.step + made.update_steps * costs.update + 40 * costs.hvp)
-    assert {tier: max(held[tier] for _, held in history) for tier in made.limits} == made.peak
-    assert set(history[-1][1].values()) == {0}
-    draw(made, tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_comparison_table():
-    from mgd.cli.plan_table import compare
-
-    lines = compare(1000, 300).splitlines()
-    assert lines[0] == "1,000 steps, room for 300 gradients (100 snapshots)"
-    revolve = next(line for line in lines if line.startswith("revolve")).split()
-    assert revolve[1:5] == ["100", "0", "1,900", "2,900"]  # t(1001, 100) = 2 * 1001 - C(102, 101), and 1000
-
-
 @pytest.mark.parametrize(("T", "room"), [(250, 60), (250, 200), (999, 300), (999, 1000), (5000, 3000)])
 def test_model_steps_have_a_closed_form(T, room):
     """docs/planning.md: T + r N - L C(s+r, s+1)."""
