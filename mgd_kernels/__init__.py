@@ -1,4 +1,9 @@
-"""Fused optimizer steps with their vector-Jacobian products, on flat buffers; and a store for training states."""
+"""Fused optimizer steps with their vector-Jacobian products, on flat buffers; and a store for training states.
+
+Import from here what `__all__` lists; from `mgd_kernels.functional` operators with second derivatives, from
+`mgd_kernels.ops` the steps as operators of torch, from `mgd_kernels.integrations` drop-ins for other libraries. The
+package looks into nothing of `mgd`.
+"""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def compile_only(target: str) -> Iterator[list[Any]]:
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
     except ImportError as error:
-        raise BackendUnavailable(f"compiling needs triton ({error}); pip install 'mgd-kernels[triton]'") from error
+        raise BackendUnavailable(f"expected triton; got {error}: pip install 'mgd-kernels[triton]'") from error
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -196,17 +196,17 @@ def accesses(kernel) -> Accesses:
 
 
 def bytes_per_parameter(kernel, pass_: str) -> tuple[float, float]:
-    """`(once, each step)`: the bytes of global memory that a parameter costs, `each step` of a replay.
+    """`(once, each step)`: the bytes of global memory per parameter, `each step` of a replay.
 
     Parameters are read and written by vector accesses of 8 bytes and more; scalars of the coefficient and tile
-    tables, a few hundred bytes a tile, are left out.
+    tables, a few hundred bytes per tile, are left out.
     """
     from mgd_kernels.backends import triton_kernels
 
-    found = accesses(kernel)
+    traffic = accesses(kernel)
     block = triton_kernels.VJP_BLOCK if pass_ == "vjp" else triton_kernels.BLOCK
     share = kernel.metadata.num_warps * kernel.metadata.target.warp_size / block
-    outside, inside = found.bytes(False, 8) * share, found.bytes(True, 8) * share
+    outside, inside = traffic.bytes(False, 8) * share, traffic.bytes(True, 8) * share
     if pass_ == "vjp":  # outside its loop lie only the float64 coefficients and sums
         return inside, 0.0
     return (outside - inside, inside) if pass_ == "replay" else (outside, 0.0)
@@ -237,7 +237,7 @@ def resources(kernel) -> Resources:
     usage, sass = _nvidia("cuobjdump", "-res-usage", kernel), _nvidia("nvdisasm", "-c", kernel)
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    # 65,536 registers a multiprocessor, given out to warps in units of 8 a thread; 64 warps at most.
+    # 65,536 registers per multiprocessor, allotted to warps in units of 8 per thread; 64 warps at most.
     warps = kernel.metadata.num_warps
     blocks = min(64 // warps, 65536 // (-(-registers // 8) * 8 * 32 * warps))
     return Resources(registers, spills, blocks * warps / 64, widest)
@@ -259,7 +259,7 @@ def _nvidia(tool: str, option: str, kernel) -> str:
 def row(target: str, pass_: str, rule: str, gradient: str, steps: int = 10) -> dict[str, Any]:
     """One line of `static_table`."""
     kernel = compiled(target, pass_, rule, gradient)
-    found = resources(kernel)
+    used = resources(kernel)
     once, each = bytes_per_parameter(kernel, pass_)
     total = once + steps * each
     return {
@@ -268,12 +268,12 @@ def row(target: str, pass_: str, rule: str, gradient: str, steps: int = 10) -> d
         "pass": pass_,
         "gradient": gradient,
         "target": target,
-        "registers": found.registers,
-        "spills": found.spills,
+        "registers": used.registers,
+        "spills": used.spills,
         "bytes_per_parameter": total,
         "bytes_per_parameter_and_step": each if pass_ == "replay" else None,
-        "vector_bytes": found.widest,
-        "occupancy": found.occupancy,
+        "vector_bytes": used.widest,
+        "occupancy": used.occupancy,
         "parameters": PREDICTED_PARAMETERS,
         "predicted_ms": {
             name: 1e3 * total * PREDICTED_PARAMETERS / machine.bandwidth
@@ -290,7 +290,7 @@ def static_table(
     rules: Sequence[str] = ("adam", "momentum"),
     gradients: Sequence[str] = ("fp32", "bf16"),
 ) -> list[dict[str, Any]]:
-    """One row for each kernel and target: registers, spills, bytes a parameter, and times predicted from these.
+    """One row for each kernel and target: registers, spills, bytes per parameter, and times predicted from these.
 
     Compiles in a process of its own, since compiling without a GPU and launching, or interpreting, do not mix.
     Raises BackendUnavailable where triton is missing.
@@ -301,7 +301,7 @@ def static_table(
         [sys.executable, "-m", "mgd_kernels.aot", *arguments], env=environment, capture_output=True, text=True
     )
     if process.returncode:
-        raise BackendUnavailable(f"compiling the Triton kernels ahead of time failed:\n{process.stderr}")
+        raise BackendUnavailable(f"expected the Triton kernels to compile ahead of time; got:\n{process.stderr}")
     return json.loads(process.stdout)
 
 

@@ -158,7 +158,7 @@ class Arena:
             return known[1]
         if flat.shape != (self.numel,):
             raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
-        # Views refer to what they are views of: those kept here must not keep `flat` itself, or it would live for ever.
+        # Views refer to what they are views of: those kept here must not keep `flat` itself, or it would live forever.
         whole = flat if flat.requires_grad else flat.detach()
         with torch.enable_grad():  # torch refuses to change a view in place in another grad mode than it was made in
             views = [

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mgd_kernels.backends import reference
+from mgd_kernels.backends.interface import Backend, LeafBackend
 from mgd_kernels.errors import BackendUnavailable
 from mgd_kernels.rules import SGD_PLAIN, Rule
 
@@ -24,11 +26,17 @@ from mgd_kernels.rules import SGD_PLAIN, Rule
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("reference", "cpu", "triton", "cuda")
 
+if TYPE_CHECKING:  # every backend keeps to the interface
+    from mgd_kernels.backends import cpu, cuda, triton
+
+    _backends: tuple[Backend, ...] = (reference, triton, cuda)
+    _leaf_backend: LeafBackend = cpu
+
 _forced: ContextVar[str | None] = ContextVar("mgd_kernels_backend", default=None)
 
 
 @cache
-def load(name: str) -> tuple[ModuleType | None, str | None]:
+def load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module, or None and the reason why it cannot be used in this process."""
     if name not in NAMES:
         raise BackendUnavailable(f"expected a backend among {', '.join(NAMES)}; got {name!r}")
@@ -41,7 +49,7 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend: None where it works in this process, else the reason why it does not and what to do."""
+    """Every backend: None where it works in this process, otherwise the reason and what to do."""
     return {name: load(name)[1] for name in NAMES}
 
 
@@ -54,7 +62,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every kernel of the block on the named backend; BackendUnavailable where it cannot serve."""
     module, reason = load(name)
     if module is None:
-        raise BackendUnavailable(f"backend {name!r} was asked for and cannot be used: {reason}")
+        raise BackendUnavailable(f"expected backend {name!r} to work here; got: {reason}")
     token = _forced.set(name)
     try:
         yield
@@ -62,8 +70,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(rule: Rule, params: Tensor, grad: Tensor) -> ModuleType:
-    """The backend for this rule on these tensors: the one asked for, else the fastest that serves them."""
+def choose(rule: Rule, params: Tensor, grad: Tensor) -> Backend:
+    """The backend for this rule on these tensors: the requested one, otherwise the fastest that serves them."""
     wanted = forced()
     names = (wanted,) if wanted else PREFERENCE.get(params.device.type, ("reference",))
     reasons: dict[str, str | None] = {}
@@ -77,8 +85,8 @@ def choose(rule: Rule, params: Tensor, grad: Tensor) -> ModuleType:
                 return module
         reasons[name] = reason
     raise BackendUnavailable(
-        f"backend {wanted!r} was asked for and cannot serve {rule.name} on {params.dtype} parameters with "
-        f"{grad.dtype} gradients on {params.device}: {reasons[names[0]]}"
+        f"expected backend {wanted!r} to serve {rule.name} on {params.dtype} parameters with {grad.dtype} gradients on "
+        f"{params.device}; got: {reasons[names[0]]}"
     )
 
 
@@ -90,5 +98,5 @@ def _warn_once(reasons: str) -> None:
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """The inner product of two flat buffers in float64, on the backend that serves them."""
     if x.dtype.itemsize < 4:
-        return importlib.import_module("mgd_kernels.backends.reference").dot(x, y)
+        return reference.dot(x, y)
     return choose(SGD_PLAIN, x, y).dot(x, y)

@@ -1,6 +1,6 @@
-"""Errors of the kernels: one class per violated promise.
+"""Errors of the kernels: one class per broken promise.
 
-Every text says what was expected, what came, and what to do.
+Every text says what was expected, what it got instead, and what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class BadArgument(KernelError, ValueError):
 
 
 class BackendUnavailable(KernelError):
-    """The backend asked for cannot run here, or not on these tensors; the text says why."""
+    """The requested backend cannot run here, or not on these tensors; the text says why."""
 
 
 class CorruptState(KernelError):
@@ -33,12 +33,12 @@ class CorruptState(KernelError):
 
 
 class StoreFull(KernelError):
-    """No tier that was asked for has room: `needs` and `has` in bytes, `tier` names it (or several)."""
+    """No tier that was requested has room: `needs` and `has` in bytes, `tier` names it (or several)."""
 
     def __init__(self, needs: int, has: int, tier: str) -> None:
         self.needs, self.has, self.tier = needs, has, tier
         super().__init__(
-            f"{needs:,} bytes of room were expected in tier {tier}, {has:,} are left. "
+            f"expected {needs:,} bytes of room in tier {tier}; got {has:,}. "
             "Delete entries, or give the store a larger budget."
         )
 
@@ -49,7 +49,7 @@ class StoreBusy(KernelError):
     def __init__(self, path: str, pid: int) -> None:
         self.path, self.pid = path, pid
         super().__init__(
-            f"{path} was expected to be free, but process {pid or 'unknown'} has it open. "
+            f"expected {path} to be free; got: process {pid or 'unknown'} has it open. "
             "Close that store or end that process, or name another directory."
         )
 
@@ -59,7 +59,7 @@ class UnknownFormat(KernelError):
 
     def __init__(self, path: str, found: str) -> None:
         self.path = path
-        super().__init__(f"{path} was expected to be of the store's format, but: {found}.")
+        super().__init__(f"expected {path} in the store's format; got {found}.")
 
 
 class StoreIOError(KernelError, OSError):
@@ -82,7 +82,7 @@ _IO_ADVICE = {
     errno.ENOENT: "The file was removed by somebody else; delete the entry and store it again.",
     errno.EROFS: "Name a directory on a writable file system.",
     errno.EACCES: "Name a directory this user may write.",
-    errno.ENOTDIR: "A directory was expected; name another path.",
-    errno.EEXIST: "A directory was expected; name another path.",
+    errno.ENOTDIR: "Name the path of a directory.",
+    errno.EEXIST: "Name the path of a directory.",
     errno.ELOOP: "Replace the link by the file itself, or remove it.",
 }

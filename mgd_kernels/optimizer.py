@@ -115,8 +115,8 @@ class Optimizer(ABC):
                 if name != "params":
                     table[row, self.column(name)] = float(value)
         self._check_names(set(hyper or ()))
-        for name, given in (hyper or {}).items():
-            values = torch.as_tensor(given, dtype=torch.float64).detach()
+        for name, value in (hyper or {}).items():
+            values = torch.as_tensor(value, dtype=torch.float64).detach()
             if values.shape not in ((), (self.groups,)):
                 raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(values.shape)}")
             table[:, self.column(name)] = values
@@ -125,7 +125,7 @@ class Optimizer(ABC):
     def _check_names(self, names: set[str]) -> None:
         unknown = sorted(names - set(self.defaults))
         if unknown:
-            raise BadArgument(f"{type(self).__name__} has the hyperparameters {list(self.defaults)}; got {unknown}")
+            raise BadArgument(f"expected {type(self).__name__}'s hyperparameters {list(self.defaults)}; got {unknown}")
 
     def group_of(self, names: Sequence[str]) -> list[int]:
         """The group of each named parameter."""
@@ -136,14 +136,16 @@ class Optimizer(ABC):
             patterns = [params] if isinstance(params, str) else params
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-        found = [
+        group_of = [
             next((i for i, group in enumerate(self.param_groups, 1) if matches(name, group["params"])), 0)
             for name in names
         ]
         for i, group in enumerate(self.param_groups, 1):
-            if i not in found:
-                raise BadArgument(f"parameter group {i} (params={group['params']!r}) matches none of {list(names)}")
-        return found
+            if i not in group_of:
+                raise BadArgument(
+                    f"expected parameter group {i} (params={group['params']!r}) to match a name; got {list(names)}"
+                )
+        return group_of
 
     # --- the four methods --------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Optimizer(ABC):
     ) -> None:
         """Advance `state` by `len(grads)` logged steps in one pass over memory; bit-identical to single steps."""
         if len(hypers) != len(grads):
-            raise BadArgument(f"expected one entry of hypers a step, {len(grads)}; got {len(hypers)}")
+            raise BadArgument(f"expected one entry of hypers per step, {len(grads)}; got {len(hypers)}")
         for grad in grads:
             self._check(state, grad)
         if not grads:
@@ -327,7 +329,7 @@ class SGD(FusedOptimizer):
     ):
         with_momentum = momentum != 0 or any(group.get("momentum", 0) for group in param_groups)
         if nesterov and not with_momentum:
-            raise BadArgument("Nesterov needs a momentum other than 0")
+            raise BadArgument("expected a momentum other than 0 with Nesterov; got 0")
         rule = (SGD_NESTEROV if nesterov else SGD_MOMENTUM) if with_momentum else SGD_PLAIN
         defaults = {"lr": lr, "weight_decay": weight_decay}
         if with_momentum:

@@ -2,7 +2,7 @@
 
 A *rule* is a pure description that every backend shares. The element-wise mathematics lives in one place per
 language: `backends/reference.py` (torch, the specification), `csrc/optim/*.h` (C++ and CUDA) and
-`backends/triton_kernels.py`.
+`backends/triton_rules.py`.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class UpdateRule(Optimizer):
     update(param, slots, grad, hyper, step) -> (param, slots): pure and differentiable in its tensors. `slots` maps
         the names of `slots` to tensors of the parameter's shape (zero before the first step), `hyper` the names of
         `defaults` to 0-d float64 tensors, and `step` counts 1, 2, ...
-    elementwise: the update treats every element alike, so it is called once a parameter group on the flat buffers
-        rather than once a parameter.
+    elementwise: the update treats every element alike, so it is called once per parameter group on the flat buffers
+        rather than once per parameter.
     compile: run the update through `torch.compile`, which fuses it and its VJP.
     """
 
@@ -102,7 +102,7 @@ class UpdateRule(Optimizer):
 
 
 def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write all values as if at once: an update may return what it was given, say the parameters as a slot."""
+    """Write all values as if at once: an update may return its own inputs, say the parameters as a slot."""
     written = {target.untyped_storage().data_ptr() for target in targets}
     values = [value.clone() if value.untyped_storage().data_ptr() in written else value for value in values]
     for target, value in zip(targets, values, strict=True):

@@ -8,6 +8,7 @@
 
 #include "nn/kernels.h"
 #include "nn/lanes.h"
+#include "nn/passes.h"
 
 namespace mgd {
 namespace {
@@ -132,15 +133,7 @@ struct ChannelNormSet {
 };
 
 void channel_norm(Pass pass, const ChannelNorm& task, int64_t begin, int64_t end) {
-    for (int64_t set = begin; set < end; ++set) {
-        const ChannelNormSet work(task, set);
-        if (pass == Pass::forward)
-            work.forward();
-        else if (pass == Pass::backward)
-            work.backward();
-        else
-            work.double_backward();
-    }
+    each_pass<ChannelNormSet>(pass, task, begin, end);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The operators with fused second derivatives: what the dispatcher (`nn.cpp`) and the unit compiled once per
-// instruction set (`kernels.cpp`) say to each other, and what Python calls.
+// instruction set (`kernels.cpp`) share.
 //
 // Names: gy, gx, gw, gb are the cotangents of y, x, weight, bias that a backward pass takes and gives; c, cw, cb are
 // the cotangents of gx, gw, gb that a double backward pass takes, and ggy that of gy which it gives. Everything is

@@ -9,6 +9,7 @@
 
 #include "nn/kernels.h"
 #include "nn/lanes.h"
+#include "nn/passes.h"
 
 namespace mgd {
 namespace {
@@ -113,15 +114,7 @@ struct LayerNormBlock {
 };
 
 void layer_norm(Pass pass, const LayerNorm& task, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-        const LayerNormBlock work(task, block);
-        if (pass == Pass::forward)
-            work.forward();
-        else if (pass == Pass::backward)
-            work.backward();
-        else
-            work.double_backward();
-    }
+    each_pass<LayerNormBlock>(pass, task, begin, end);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Elementary functions of a register of floats, to 1 or 2 units in the last place. NaN comes through; results below the
+// Elementary functions of a register of floats, to 1 or 2 units in the last place. NaN stays NaN; results below the
 // normal range are flushed no earlier than the hardware does.
 
 #pragma once

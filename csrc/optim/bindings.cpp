@@ -1,5 +1,5 @@
 // What Python sees of the optimizer kernels: addresses in, the interpreter lock released. `backends/cpu.py` checks
-// dtypes, lengths and devices; what memory safety hangs on beyond that (the segment table) is checked here.
+// dtypes, lengths and devices; the rest that memory safety needs (the segment table) is checked here.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,8 +47,8 @@ Problem flat(int64_t n, Address segments, int64_t rows, int64_t groups, Address 
         const int64_t start = table[3 * r], stop = table[3 * r + 1], group = table[3 * r + 2];
         if (start < end || stop < start || stop > n || group < 0 || group >= groups)
             throw std::invalid_argument("expected sorted, disjoint segments inside [0, " + std::to_string(n) +
-                                        ") of groups below " + std::to_string(groups) + "; row " + std::to_string(r) +
-                                        " is (" + std::to_string(start) + ", " + std::to_string(stop) + ", " +
+                                        ") of groups below " + std::to_string(groups) + "; got row " + std::to_string(r) +
+                                        ", (" + std::to_string(start) + ", " + std::to_string(stop) + ", " +
                                         std::to_string(group) + ")");
         end = stop;
     }
@@ -83,6 +83,12 @@ struct Leaves {
 }  // namespace
 
 void bind_optim(py::module_& m) {
+    const auto code = [](auto id) { return static_cast<int>(id); };
+    m.attr("DTYPES") = py::dict(py::arg("float32") = code(DType::f32), py::arg("float64") = code(DType::f64),
+                                py::arg("bfloat16") = code(DType::bf16), py::arg("float16") = code(DType::f16));
+    m.attr("RULES") = py::dict(py::arg("adam") = code(RuleId::adam), py::arg("sgd_plain") = code(RuleId::sgd_plain),
+                               py::arg("sgd_momentum") = code(RuleId::sgd_momentum),
+                               py::arg("sgd_nesterov") = code(RuleId::sgd_nesterov));
     m.def("isas", &isas, "Instruction sets that this machine can run, best last.");
     m.def("isa", &isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set.");
@@ -153,7 +159,7 @@ void bind_optim(py::module_& m) {
             run_vjp(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), 1,
                     reinterpret_cast<double*>(out));
         },
-        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that nobody wants.");
+        "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that is not wanted.");
     m.def(
         "dot",
         [](int x_dtype, int y_dtype, int64_t n, Address x, Address y, int threads) {

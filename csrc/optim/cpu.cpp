@@ -122,10 +122,7 @@ const void* prepare(R, const Task& task, const Problem& problem, const double* g
             const double* row = problem.hyper + (i * task.groups + g) * R::columns;
             const double k = static_cast<double>(problem.first_step + i);
             Coefficients& c = out[i * task.groups + g];
-            if constexpr (R::columns == Adam::columns)
-                c = R::template prepare<T>(row, k, grad_scales[i]);
-            else
-                c = R::template prepare<T>(row, k, grad_scales[i], task.rule == RuleId::sgd_nesterov);
+            c = R::template prepare<T>(row, k, grad_scales[i], task.rule);
             if (task.update) c.decay = T(-row[R::lr] * row[R::weight_decay]);
         }
     return out;
@@ -139,10 +136,6 @@ void set_coefficients(Task& task, const Problem& problem, const double* grad_sca
 }
 
 }  // namespace
-
-int columns(RuleId rule) {
-    return with_rule(rule, [](auto r) { return int(decltype(r)::columns); });
-}
 
 void run_replay(Task task, const Problem& problem, const double* grad_scales) {
     set_coefficients(task, problem, grad_scales);
@@ -176,10 +169,7 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
                 for (int i = 0; i < R::sums; ++i) sums[i] += partial[tile * kMaxSums + i];
             const int64_t group = problem.segments[3 * r + 2];
             const double* row = problem.hyper + group * R::columns;
-            if constexpr (R::columns == Adam::columns)
-                R::cotangents(row, static_cast<double>(problem.first_step), sums, cotangents);
-            else
-                R::cotangents(row, sums, cotangents);
+            R::cotangents(row, static_cast<double>(problem.first_step), sums, cotangents);
             for (int c = 0; c <= R::columns; ++c) out[group * (R::columns + 1) + c] += cotangents[c];
         }
     });

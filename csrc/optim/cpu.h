@@ -1,22 +1,20 @@
 // The CPU kernels: what the dispatcher (`cpu.cpp`) and the unit compiled once per instruction set (`cpu_kernels.cpp`)
-// say to each other, and what Python calls.
+// share.
 
 #pragma once
 
 #include <cstdint>
 
-namespace mgd {
+#include "optim/codes.h"
 
-enum class DType : int { f32, f64, bf16, f16 };
-enum class RuleId : int { adam, sgd_plain, sgd_momentum, sgd_nesterov };
+namespace mgd {
 
 // Elements that are reduced together: the partition is fixed, so that sums depend on neither threads nor machine.
 constexpr int64_t kTile = 16384;
 constexpr int kLanes = 16;  // virtual accumulators of a reduction: element i of a tile goes to lane i % kLanes
-constexpr int kMaxSums = 9;
 
-// The tensors that a stretch of elements lies in. What comes out lies where it came in, or apart from everything.
-// A null pointer stands for zeros in state, grads and adjoint, and in new_adjoint for a cotangent that nobody wants.
+// The tensors that a stretch of elements lies in. Each result lies where its input was, or apart from everything.
+// A null pointer stands for zeros in state, grads and adjoint, and in new_adjoint for a cotangent that is not wanted.
 struct Tensors {
     const void* state[3];
     void* new_state[3];  // written by a replay
@@ -31,7 +29,7 @@ struct Task {
     RuleId rule;
     DType dtype;       // of state, adjoint and u
     DType grad_dtype;  // dtype, bf16 or f16
-    bool update;       // the first tensor that comes out is p' - p in the place of p', of one step
+    bool update;       // the first result is p' - p in the place of p', of one step
     int64_t steps;
     int64_t groups;
     const void* coefficients;  // [steps][groups] of the rule's Coefficients<dtype>
@@ -43,7 +41,7 @@ struct Dot {
 };
 
 // One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places, or null
-// where nobody asks.
+// where they are not wanted.
 struct Kernels {
     void (*replay)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
     void (*vjp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end, double* sums);

@@ -49,7 +49,7 @@ struct LaneSums<float> {
     }
 };
 
-// Where nobody asks for the sums.
+// Where the sums are not wanted.
 struct NoSums {
     template <class... V>
     inline __attribute__((always_inline)) void add(int, V...) const {}
@@ -226,7 +226,7 @@ struct Over {
         for (int i = 0; i < tensors; ++i) {
             state[i] = read_from<T>(all.state[i], begin);
             adjoint[i] = read_from<T>(all.adjoint[i], begin);
-            // What nobody wants goes where u overwrites it at once.
+            // What is not wanted goes where u overwrites it at once.
             out[i] = all.new_adjoint[i] ? static_cast<T*>(all.new_adjoint[i]) + begin : u;
             apart = apart && out[i] != adjoint[i] && aligned(out[i]);
         }

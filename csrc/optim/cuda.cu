@@ -6,7 +6,7 @@
 // - Tiles are fixed and never cross a row of the segment table; one block does one tile. Reductions go thread, warp,
 //   block, then over the tiles of a row, in double and in one order: the same bits on every run.
 // - A thread takes four neighbouring elements: 128-bit accesses where the addresses allow, element by element where
-//   they do not, with the same elements in the same thread, hence the same sums.
+//   they do not, with the same elements in the same thread, so the sums are the same.
 // - Compiled with --fmad=false: an element computes the same bits as on the CPU.
 
 #include <cuda_fp16.h>
@@ -21,18 +21,16 @@
 namespace {
 
 using mgd::Adam;
+using mgd::DType;
+using mgd::kMaxSums;
+using mgd::RuleId;
 using mgd::SgdMomentum;
 using mgd::SgdPlain;
 
 constexpr int kThreads = 256;
 constexpr int kVector = 4;
 constexpr int kTile = 4096;
-constexpr int kMaxSums = 9;
 constexpr int kMaxSteps = 32;  // of one launch: their gradients' addresses travel as kernel arguments
-
-// The codes of mgd::DType and mgd::RuleId in cpu.h.
-enum DType { kF32, kF64, kBf16, kF16 };
-enum RuleId { kAdam, kSgdPlain, kSgdMomentum, kSgdNesterov };
 
 // The arguments of every launch over the segments; all pointers are to device memory.
 struct Launch {
@@ -50,7 +48,8 @@ struct Launch {
     const double* grad_scale;  // [steps]
     double* out;               // VJP: [groups][columns + 1]
     void* workspace;
-    int rule, dtype, grad_dtype;
+    RuleId rule;
+    DType dtype, grad_dtype;
 };
 
 struct DotLaunch {
@@ -58,7 +57,7 @@ struct DotLaunch {
     int64_t n;
     double* out;
     void* workspace;  // a double for each tile
-    int x_dtype, y_dtype;
+    DType x_dtype, y_dtype;
 };
 
 // --- Loading and storing ------------------------------------------------------------------------------------------
@@ -204,10 +203,7 @@ __global__ void prepare_kernel(const Launch a) {
     const int64_t step = i / a.groups;
     const double* row = a.hyper + i * R::columns;
     const double k = double(*a.k + a.step_offset + step);
-    if constexpr (R::columns == Adam::columns)
-        coefficients<R, T>(a)[i] = R::template prepare<T>(row, k, a.grad_scale[step]);
-    else
-        coefficients<R, T>(a)[i] = R::template prepare<T>(row, k, a.grad_scale[step], a.rule == kSgdNesterov);
+    coefficients<R, T>(a)[i] = R::template prepare<T>(row, k, a.grad_scale[step], a.rule);
 }
 
 template <class R, class T, class G>
@@ -307,10 +303,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Launch a) {
         block_sums(sums, total);
         if (threadIdx.x == 0) {
             double cotangents[R::columns + 1];
-            if constexpr (R::columns == Adam::columns)
-                R::cotangents(row, double(*a.k + a.step_offset), total, cotangents);
-            else
-                R::cotangents(row, total, cotangents);
+            R::cotangents(row, double(*a.k + a.step_offset), total, cotangents);
             for (int c = 0; c <= R::columns; ++c) all[c] += cotangents[c];
         }
         __syncthreads();
@@ -361,15 +354,15 @@ struct Type {
 };
 
 template <class F>
-int with_float(int dtype, F f) {
+int with_float(DType dtype, F f) {
     switch (dtype) {
-        case kF32:
+        case DType::f32:
             return f(Type<float>{});
-        case kF64:
+        case DType::f64:
             return f(Type<double>{});
-        case kBf16:
+        case DType::bf16:
             return f(Type<bf16>{});
-        case kF16:
+        case DType::f16:
             return f(Type<f16>{});
     }
     return cudaErrorInvalidValue;
@@ -378,12 +371,12 @@ int with_float(int dtype, F f) {
 template <class F>
 int with_rule(const Launch& a, F f) {
     switch (a.rule) {
-        case kAdam:
+        case RuleId::adam:
             return f(Type<Adam>{});
-        case kSgdPlain:
+        case RuleId::sgd_plain:
             return f(Type<SgdPlain>{});
-        case kSgdMomentum:
-        case kSgdNesterov:
+        case RuleId::sgd_momentum:
+        case RuleId::sgd_nesterov:
             return f(Type<SgdMomentum>{});
     }
     return cudaErrorInvalidValue;
@@ -395,12 +388,12 @@ int with_types(const Launch& a, F f) {
     return with_rule(a, [&](auto rule) -> int {
         const auto with_grad = [&](auto state) -> int {
             if (a.grad_dtype == a.dtype) return f(rule, state, state);
-            if (a.grad_dtype == kBf16) return f(rule, state, Type<bf16>{});
-            if (a.grad_dtype == kF16) return f(rule, state, Type<f16>{});
+            if (a.grad_dtype == DType::bf16) return f(rule, state, Type<bf16>{});
+            if (a.grad_dtype == DType::f16) return f(rule, state, Type<f16>{});
             return cudaErrorInvalidValue;
         };
-        if (a.dtype == kF32) return with_grad(Type<float>{});
-        if (a.dtype == kF64) return with_grad(Type<double>{});
+        if (a.dtype == DType::f32) return with_grad(Type<float>{});
+        if (a.dtype == DType::f64) return with_grad(Type<double>{});
         return cudaErrorInvalidValue;
     });
 }

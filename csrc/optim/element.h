@@ -9,6 +9,8 @@
 
 #include <math.h>
 
+#include "optim/codes.h"
+
 // Static and inlined by force: a copy of an inline function that was compiled for AVX-512 must never be what the
 // linker picks for a unit that runs without.
 #if defined(__CUDACC__)

@@ -21,12 +21,10 @@ struct Problem {
     int threads;
 };
 
-int columns(RuleId rule);
-
 // Steps first_step, first_step + 1, ... of `task`; grad_scales: one for each step.
 void run_replay(Task task, const Problem& problem, const double* grad_scales);
 
-// The VJP of one step; out: [groups][columns + 1], overwritten, or null where nobody asks.
+// The VJP of one step; out: [groups][columns + 1], overwritten, or null where it is not wanted.
 void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
 
 double run_dot(const Dot& task, int64_t n, int threads);

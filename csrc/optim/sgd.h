@@ -17,6 +17,7 @@ struct Sgd {
     static constexpr int slots = Slots;
     static constexpr int columns = 5;  // of the hyperparameter table, in the order of the enumeration
     static constexpr int sums = 7;     // over all elements, from which the cotangents of the columns come
+    static_assert(sums <= kMaxSums);
     enum Column { lr, weight_decay, l2, momentum, dampening };
     enum Sum { ap_d, ap_p, u_p, dd_buf1, dbuf1_buf, dbuf1_g, u_grad };
 
@@ -33,7 +34,7 @@ struct Sgd {
 
     // From one row of the table and the step number k >= 1: all in double, rounded to T once.
     template <class T>
-    MGD_HD Coefficients<T> prepare(const double* h, double k, double grad_scale, bool nesterov) {
+    MGD_HD Coefficients<T> prepare(const double* h, double k, double grad_scale, RuleId rule) {
         Coefficients<T> c;
         c.lr = T(h[lr]);
         c.decay = T(1 - h[lr] * h[weight_decay]);
@@ -42,7 +43,7 @@ struct Sgd {
         c.one_minus_dampening = T(1 - h[dampening]);
         c.grad_scale = T(grad_scale);
         c.first = k == 1;
-        c.nesterov = nesterov;
+        c.nesterov = rule == RuleId::sgd_nesterov;
         return c;
     }
 
@@ -95,7 +96,7 @@ struct Sgd {
     }
 
     // The cotangents of the columns and, last, of grad_scale, from the sums: `out` has columns + 1 places.
-    MGD_HD void cotangents(const double* h, const double* s, double* out) {
+    MGD_HD void cotangents(const double* h, double, const double* s, double* out) {
         out[lr] = -(s[ap_d] + h[weight_decay] * s[ap_p]);
         out[weight_decay] = -h[lr] * s[ap_p];
         out[l2] = s[u_p];

@@ -50,7 +50,7 @@ class ThreadPool {
         lock.unlock();
         work(body, context, items);
         lock.lock();
-        open_ = 0;  // nobody joins any more
+        open_ = 0;  // no thread may join any more
         done_.wait(lock, [this] { return active_ == 0; });
         return true;
     }

@@ -66,7 +66,7 @@ py::object leased(std::unique_ptr<Lease> lease) {
 Tier tier_of(const std::string& name) {
     if (name == "host") return Tier::host;
     if (name == "disk") return Tier::disk;
-    throw BadStoreArgument("tier 'host' or 'disk' expected, '" + name + "' came");
+    throw BadStoreArgument("expected tier 'host' or 'disk'; got '" + name + "'");
 }
 
 py::bytes key_bytes(const std::string& key) { return py::bytes(key); }
@@ -74,7 +74,7 @@ py::bytes key_bytes(const std::string& key) { return py::bytes(key); }
 using Tensors = std::vector<std::pair<uint32_t, std::vector<int64_t>>>;
 
 std::vector<TensorInfo> infos_of(const std::string& key, const Tensors& tensors) {
-    if (!valid_key(key)) throw BadStoreArgument("not a key: '" + key + "'");
+    if (!valid_key(key)) throw BadStoreArgument("expected a key of the format; got '" + key + "'");
     std::vector<TensorInfo> infos(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
         infos[i].dtype = tensors[i].first;
@@ -89,7 +89,9 @@ Header layout(const TieredStore& store, const std::string& key, bool sequence, c
 
 template <class Pointer>
 std::vector<Pointer> pointers(const std::vector<uintptr_t>& addresses, size_t expected) {
-    if (addresses.size() != expected) throw BadStoreArgument("one address a tensor expected");
+    if (addresses.size() != expected)
+        throw BadStoreArgument("expected one address per tensor; got " + std::to_string(addresses.size()) + " for " +
+                               std::to_string(expected));
     std::vector<Pointer> result;
     for (uintptr_t a : addresses) result.push_back(reinterpret_cast<Pointer>(a));
     return result;
@@ -129,8 +131,8 @@ py::dict stats(const TieredStore& store) {
     d["entries"] = s.entries;
     d["read_ahead_hits"] = s.prefetch_hits;
     d["read_ahead_drops"] = s.prefetch_drops;
-    d["lent"] = s.lent;
-    d["leased"] = s.leased;
+    d["committed"] = s.committed;
+    d["viewed"] = s.viewed;
     d["put"] = reading(s.put);
     d["get"] = reading(s.get);
     d["write"] = reading(s.write);
@@ -243,27 +245,27 @@ void bind_store(py::module_& m) {
                  py::gil_scoped_release unlocked;
                  s.get(key, pointers<void*>(addresses, s.describe(key).tensors.size()), keep);
              })
-        .def("lend",
+        .def("reserve",
              [](TieredStore& s, uint64_t bytes) {
                  std::unique_ptr<Lease> lease;
                  {
                      py::gil_scoped_release unlocked;
-                     lease = s.lend(bytes);
+                     lease = s.reserve(bytes);
                  }
                  return leased(std::move(lease));
              })
-        .def("put_lent",
+        .def("commit",
              [](TieredStore& s, const std::string& key, bool sequence, const Tensors& tensors, const HeldLease& held) {
                  std::vector<TensorInfo> infos = infos_of(key, tensors);
                  py::gil_scoped_release unlocked;
-                 s.put_lent(key, sequence, std::move(infos), *held.lease);
+                 s.commit(key, sequence, std::move(infos), *held.lease);
              })
-        .def("lease",
+        .def("view",
              [](TieredStore& s, const std::string& key, bool keep) {
                  std::unique_ptr<Lease> lease;
                  {
                      py::gil_scoped_release unlocked;
-                     lease = s.lease(key, keep);
+                     lease = s.view(key, keep);
                  }
                  return leased(std::move(lease));
              })
@@ -357,8 +359,10 @@ void bind_store(py::module_& m) {
              })
         .def("end", &Get::end, Unlocked());
 
+#ifdef MGD_FAULT_INJECTION
     m.def("store_inject", &faults::arm, py::arg("kind"), py::arg("nth") = 1, py::arg("times") = 1,
           "Arms a fault in the store's I/O, for tests: calls nth .. nth + times - 1 of that kind fail.");
+#endif
     m.def("store_sweep", &sweep_scratch, Unlocked(),
           "Removes the scratch directories under a directory that a crash left; returns how many.");
     m.def("checksum", [](const py::buffer& data) {

@@ -88,7 +88,7 @@ std::optional<std::string> read_marker(int directory, const std::string& path) {
     const std::string known = std::string(kMarkerFirstLine) + "format " + std::to_string(kFormatVersion) + "\n";
     for (const char* kind : {"scratch", "persistent"})
         if (marker == known + kind + "\n") return kind;
-    throw UnknownFormat(path, "its marker " + std::string(kMarker) + " is not that of a store of format " +
+    throw UnknownFormat(path, "a marker " + std::string(kMarker) + " that is not that of a store of format " +
                                   std::to_string(kFormatVersion));
 }
 
@@ -192,11 +192,11 @@ StoreDirectory StoreDirectory::persistent(const std::string& where) {
     Fd fd(open_directory(AT_FDCWD, path));
     if (fd.get() < 0) fail(path, "cannot open the directory");
     auto kind = read_marker(fd.get(), path);
-    if (kind == "scratch") throw UnknownFormat(path, "it is a scratch store, which only its own process may use");
+    if (kind == "scratch") throw UnknownFormat(path, "a scratch store, which only its own process may use");
     if (!kind) {
         for (const std::string& name : names_in(fd.get()))
             if (name != kLock && name != std::string(kMarker) + kTemporary)
-                throw UnknownFormat(path, "it is not empty and carries no marker " + std::string(kMarker) +
+                throw UnknownFormat(path, "a directory that is not empty and has no marker " + std::string(kMarker) +
                                               "; name a new or empty directory, or that of a store");
     }
     int64_t holder = 0;

@@ -32,7 +32,7 @@ class StoreDirectory {
     bool move_aside(const std::string& from, const std::string& to) const;  // false when there is no such file
     void unlink(const std::string& name) const;                             // silent when the file is gone already
     void sync() const;
-    // Removes a scratch directory; lets go of the lock. Errors are swallowed: the next start sweeps again.
+    // Removes a scratch directory and releases the lock. Errors are swallowed: the next start sweeps again.
     void close();
 
   private:
@@ -44,7 +44,7 @@ class StoreDirectory {
     bool scratch_ = false;
 };
 
-// Removes the scratch directories under `parent` that nobody holds. Returns how many.
+// Removes the scratch directories under `parent` that no process holds. Returns how many.
 int sweep_scratch(const std::string& parent);
 
 // A temporary file's name; remove_unfinished() knows it.

@@ -21,7 +21,7 @@ struct Entry {
     struct Slot {
         Chunk state = Chunk::absent;
         unsigned awaited = 0;   // gets that wait for it: not to be dropped
-        bool verified = false;  // a kept buffer that nobody else has had in his hands since it was verified
+        bool verified = false;  // a kept buffer that no caller has held since it was verified
         BufferPtr buffer;
     };
 

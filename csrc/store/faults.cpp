@@ -28,13 +28,13 @@ void arm(const std::string& kind, long nth, long times) {
         {"sync_error", Kind::sync_error},
         {"rename_error", Kind::rename_error},
     };
-    const auto found = kinds.find(kind);
-    if (found == kinds.end()) throw BadStoreArgument("store_inject: unknown kind of fault '" + kind + "'");
+    const auto known = kinds.find(kind);
+    if (known == kinds.end()) throw BadStoreArgument("expected a kind of fault; got '" + kind + "'");
     armed = Kind::none;
     first = nth;
     last = nth + times;
     seen = 0;
-    armed = found->second;
+    armed = known->second;
 }
 
 bool hit(Kind kind) {

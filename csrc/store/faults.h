@@ -1,4 +1,5 @@
-// Faults on demand, for tests: the nth system call of a kind from now on fails in a chosen way.
+// Faults on demand, for tests: the nth system call of a kind from now on fails in a chosen way. Only a build with the
+// CMake option MGD_FAULT_INJECTION has them; in any other, hit() is a constant and the compiler drops the faults.
 #pragma once
 
 #include <string>
@@ -20,11 +21,19 @@ enum class Kind {
     rename_error,    // EIO
 };
 
+#ifdef MGD_FAULT_INJECTION
+
 // Arms one fault: calls nth, nth + 1, ... nth + times - 1 of that kind are hit (nth counts from 1).
 // "none" disarms. Throws BadStoreArgument on an unknown name.
 void arm(const std::string& kind, long nth, long times);
 
 // Whether this call is to fail. Costs one relaxed load when nothing is armed.
 bool hit(Kind kind);
+
+#else
+
+constexpr bool hit(Kind) { return false; }
+
+#endif
 
 }  // namespace mgd::faults

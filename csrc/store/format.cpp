@@ -124,7 +124,7 @@ Header Header::make(std::string key, bool sequence, std::vector<TensorInfo> tens
         t.bytes = shape_bytes(t);
         t.offset = round_up(end, kTensorAlignment);
         if (item_bytes(t.dtype) == 0 || t.bytes >= kLimit / 2 || t.offset >= kLimit / 2)
-            throw BadStoreArgument("tensor " + std::to_string(i) + " has an unknown dtype or an impossible shape");
+            throw BadStoreArgument("expected a known dtype and a possible shape for tensor " + std::to_string(i));
         end = t.offset + t.bytes;
     }
     h.key = std::move(key);
@@ -133,7 +133,7 @@ Header Header::make(std::string key, bool sequence, std::vector<TensorInfo> tens
     h.payload_bytes = round_up(end, kPage);
     h.sums.resize((h.payload_bytes + chunk_bytes - 1) / chunk_bytes);
     h.header_bytes = header_size(h.key.size(), table_bytes(h.tensors), h.sums.size());
-    if (h.header_bytes > kMaxHeader) throw BadStoreArgument("too many tensors or chunks for one entry");
+    if (h.header_bytes > kMaxHeader) throw BadStoreArgument("expected fewer tensors or chunks in one entry");
     return h;
 }
 
@@ -166,7 +166,7 @@ void Header::encode(char* data) const {
 
 uint64_t Header::header_length(const char* data, uint64_t file_bytes, const std::string& key, const std::string& path) {
     if (std::memcmp(data, kMagic, sizeof kMagic) != 0)
-        throw CorruptState(key, kWholeFile, path + " does not begin with the magic 'MGDSTATE'");
+        throw CorruptState(key, kWholeFile, path + ": expected the magic 'MGDSTATE' at its beginning");
     const auto version = get<uint32_t>(data, kVersion);
     if (version != kFormatVersion)
         throw UnknownFormat(path, "format version " + std::to_string(version) + "; this reader knows version " +
@@ -174,8 +174,8 @@ uint64_t Header::header_length(const char* data, uint64_t file_bytes, const std:
     const auto bytes = get<uint64_t>(data, kHeaderBytes);
     if (bytes < kPage || bytes % kPage != 0 || bytes > kMaxHeader || bytes > file_bytes)
         throw CorruptState(key, kWholeFile,
-                           path + " states a header of " + std::to_string(bytes) + " bytes in a file of " +
-                               std::to_string(file_bytes));
+                           path + ": expected a header of whole pages in a file of " + std::to_string(file_bytes) +
+                               " bytes; got " + std::to_string(bytes) + " bytes");
     return bytes;
 }
 
@@ -186,20 +186,20 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
 
     Header h;
     h.header_bytes = header_length(data, file_bytes, key, path);
-    if (bytes < h.header_bytes) throw corrupt("the file ends inside its header");
+    if (bytes < h.header_bytes) throw corrupt("expected a whole header; got a file that ends inside it");
     {
         std::string zeroed(data, h.header_bytes);
         const auto stated = get<uint64_t>(data, kHeaderChecksum);
         set<uint64_t>(zeroed.data(), kHeaderChecksum, 0);
-        const uint64_t found = checksum(zeroed.data(), zeroed.size());
-        if (stated != found) {
+        const uint64_t actual = checksum(zeroed.data(), zeroed.size());
+        if (stated != actual) {
             char text[96];
-            std::snprintf(text, sizeof text, "header checksum %016" PRIx64 " expected, %016" PRIx64 " found", stated,
-                          found);
+            std::snprintf(text, sizeof text, "expected header checksum %016" PRIx64 "; got %016" PRIx64, stated,
+                          actual);
             throw corrupt(text);
         }
     }
-    // From here on the header is what its writer wrote; what does not fit comes from another writer.
+    // From here on the header is what its writer wrote; anything that does not fit is of another format.
     const auto flags = get<uint32_t>(data, kFlags);
     if ((flags & ~kSequence) != 0) throw unknown("flags that this reader does not know");
     h.sequence = (flags & kSequence) != 0;
@@ -219,7 +219,7 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
     if (!in.has(round_up(key_bytes, 8))) throw unknown("a key that is longer than the header");
     h.key = in.text(key_bytes);
     if (!in.only_zeros(round_up(key_bytes, 8) - key_bytes)) throw unknown("padding that is not zero");
-    if (h.key != key) throw corrupt("the file holds another entry, '" + h.key + "': it was renamed");
+    if (h.key != key) throw corrupt("expected this entry; got '" + h.key + "': the file was renamed");
     if (!h.sequence && tensor_count != 1) throw unknown("a number of tensors other than 1, and no list");
     uint64_t end = 0;
     for (uint32_t i = 0; i < tensor_count; ++i) {
@@ -242,7 +242,7 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
     for (uint32_t i = 0; i < chunk_count; ++i) h.sums.push_back(in.take<uint64_t>());
     if (in.rest() >= kPage || !in.only_zeros(in.rest())) throw unknown("something after the checksum table");
     if (file_bytes != h.file_bytes())
-        throw corrupt("a file of " + std::to_string(h.file_bytes()) + " bytes was expected, there are " +
+        throw corrupt("expected a file of " + std::to_string(h.file_bytes()) + " bytes; got " +
                       std::to_string(file_bytes));
     return h;
 }
@@ -301,8 +301,8 @@ std::string file_name(const std::string& key) {
         }
     }
     if (name.size() > kMaxName)
-        throw BadStoreArgument("a key of at most " + std::to_string(kMaxName) +
-                               " bytes (after escaping) was expected, there are " + std::to_string(name.size()));
+        throw BadStoreArgument("expected a key of at most " + std::to_string(kMaxName) + " bytes after escaping; got " +
+                               std::to_string(name.size()));
     return name + kSuffix;
 }
 

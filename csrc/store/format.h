@@ -33,7 +33,7 @@ struct Header {
     bool sequence = false;  // a list of tensors was stored, not a single tensor
     std::vector<TensorInfo> tensors;
     uint64_t chunk_bytes = 0;
-    std::vector<uint64_t> sums;  // one a chunk
+    std::vector<uint64_t> sums;  // one per chunk
     uint64_t payload_bytes = 0;  // a multiple of kPage
     uint64_t header_bytes = 0;   // a multiple of kPage
 

@@ -21,13 +21,13 @@ void TieredStore::read_chunk(const Entry& entry, uint32_t chunk, Buffer& buffer)
     const size_t have = file.read(buffer.data(), bytes, offset);
     if (have < bytes)
         throw CorruptState(h.key, chunk,
-                           path + ": " + std::to_string(bytes) + " bytes were expected at offset " +
-                               std::to_string(offset) + ", the file ends after " + std::to_string(have));
+                           path + ": expected " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                               "; got a file that ends after " + std::to_string(have));
     span.done();
 }
 
 // Reads a chunk (already marked as loading) in a thread. A failure leaves it absent: the get that needs it reads it
-// again, and tells.
+// again and reports the failure.
 void TieredStore::load_later(const EntryPtr& entry, uint32_t chunk, BufferPtr buffer, bool urgent) {
     auto job = [this, entry, chunk, buffer = std::move(buffer)]() mutable {
         bool good = true;
@@ -145,7 +145,7 @@ void Get::verify(uint32_t i, uint64_t sum) const {
     const Header& h = entry_->header;
     if (sum == h.sums[i]) return;
     char text[96];
-    std::snprintf(text, sizeof text, "checksum %016" PRIx64 " expected, %016" PRIx64 " found", h.sums[i], sum);
+    std::snprintf(text, sizeof text, "expected checksum %016" PRIx64 "; got %016" PRIx64, h.sums[i], sum);
     const bool on_disk = entry_->tier == Tier::disk;
     throw CorruptState(h.key, i,
                        (on_disk ? use_.store->directory_->path_of(entry_->name) : "host memory") + ": " + text);

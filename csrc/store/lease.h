@@ -1,6 +1,6 @@
-// Buffers of the pool in the hands of the store's user: lent, to be written and put without a copy, or leased, with an
-// entry's contents. Whoever has one may still wait for another buffer, so the account keeps so much back that every
-// wait ends: leases and the largest chunk of any entry together never exceed the staging part of the pool.
+// Buffers of the pool in the hands of the store's user: reserved, to be written and committed without a copy, or
+// viewed, with an entry's contents. Their holder may still wait for another buffer, so the account holds enough back
+// for every wait to end: leases and the largest chunk of any entry together never exceed the pool's staging part.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,13 @@
 
 namespace mgd {
 
-constexpr uint64_t kLentUnit = 16 * kPage;  // large lent buffers are multiples of it: fewer sizes
+constexpr uint64_t kLeaseUnit = 16 * kPage;  // large reserved buffers are multiples of it: fewer sizes
 
 class LeaseAccount {
   public:
     LeaseAccount(uint64_t staging, uint64_t chunk) : staging_(staging), largest_(chunk) {}
 
-    // An entry with chunks of this size came; those of reopened stores come before any lease.
+    // There is an entry with chunks of this size. Those of a reopened store are known before any lease.
     void know(uint64_t chunk) {
         std::lock_guard lock(mutex_);
         largest_ = std::max(largest_, chunk);
@@ -50,7 +50,7 @@ class Lease {
   public:
     // Null when the account has no room. The buffer is filled in later.
     static std::unique_ptr<Lease> take(const std::shared_ptr<LeaseAccount>& account, uint64_t bytes) {
-        bytes = round_up(std::max<uint64_t>(bytes, 1), bytes < 16 * kLentUnit ? kPage : kLentUnit);
+        bytes = round_up(std::max<uint64_t>(bytes, 1), bytes < 16 * kLeaseUnit ? kPage : kLeaseUnit);
         if (!account->take(bytes)) return nullptr;
         return std::unique_ptr<Lease>(new Lease(account, bytes));
     }

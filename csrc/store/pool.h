@@ -16,7 +16,8 @@
 
 namespace mgd {
 
-constexpr size_t kPage = 4096;  // alignment of memory, file offsets and lengths: what O_DIRECT asks for everywhere
+constexpr size_t kPage =
+    4096;  // alignment of memory, file offsets and lengths: what O_DIRECT requires on every file system
 
 constexpr uint64_t round_up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -76,7 +77,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
     void nudge();  // wakes the waiters as a release does
     unsigned waiters() const;
 
-    void trim();  // unmaps the buffers nobody uses
+    void trim();  // unmaps the buffers that are not in use
     uint64_t limit() const { return limit_; }
     Stats stats() const;
 

@@ -136,7 +136,7 @@ void TieredStore::write_chunk(const EntryPtr& entry, uint32_t chunk, const Buffe
         if (entry->error) return;
     }
     const Header& h = entry->header;
-    const size_t bytes = h.chunk_size(chunk);  // a lent buffer may be larger
+    const size_t bytes = h.chunk_size(chunk);  // a reserved buffer may be larger
     Meter::Span span(write_, bytes);
     {
         std::lock_guard lock(entry->file_mutex);

@@ -26,7 +26,7 @@ TieredStore::~TieredStore() {
     try {
         close();
     } catch (const std::exception&) {
-        // close() has let go of everything; who wants to know of failed writes calls it
+        // close() has released everything; a caller that wants to know of failed writes calls it
     }
 }
 
@@ -49,8 +49,8 @@ void TieredStore::load_entries() {
             size_t have = file.read(header.get(), kPage, 0);
             if (have < kPage)
                 throw CorruptState(found.key, kWholeFile,
-                                   path + ": a header of at least " + std::to_string(kPage) +
-                                       " bytes was expected, the file ends after " + std::to_string(have));
+                                   path + ": expected a header of at least " + std::to_string(kPage) +
+                                       " bytes; got a file that ends after " + std::to_string(have));
             const uint64_t length = Header::header_length(header.get(), entry->published, found.key, path);
             if (length > kPage) {
                 header = aligned_bytes(length);
@@ -58,7 +58,7 @@ void TieredStore::load_entries() {
             }
             entry->header = Header::decode(header.get(), have, entry->published, found.key, path);
         } catch (const std::runtime_error&) {
-            entry->state = Entry::State::failed;  // the other entries are as good as before; get() tells of this one
+            entry->state = Entry::State::failed;  // the other entries are unaffected; get() reports this one
             entry->error = std::current_exception();
         }
         entry->slots.resize(entry->header.chunks());
@@ -157,8 +157,8 @@ TieredStore::Stats TieredStore::stats() const {
             host_used_,      options_.disk_bytes,
             disk_used_,      disk_peak_,
             entries_.size(), hits_,
-            drops_,          lent_,
-            leased_,         put_.reading(),
+            drops_,          committed_,
+            viewed_,         put_.reading(),
             get_.reading(),  write_.reading(),
             read_.reading(), mode_.direct(),
             mode_.why(),     directory_ ? directory_->path() : ""};
@@ -167,16 +167,17 @@ TieredStore::Stats TieredStore::stats() const {
 // --- room ------------------------------------------------------------------------------------------------------
 
 Header TieredStore::layout(std::string key, bool sequence, std::vector<TensorInfo> tensors) const {
-    // Chunks as large as the buffers that are lent where these are not much smaller: one size of buffers serves all.
-    const uint64_t lent = last_lent_, chunk = lent >= options_.chunk_bytes / 4 ? lent : options_.chunk_bytes;
+    // Chunks as large as the reserved buffers, unless these are much smaller: one size of buffers serves all.
+    const uint64_t reserved = last_reserved_;
+    const uint64_t chunk = reserved >= options_.chunk_bytes / 4 ? reserved : options_.chunk_bytes;
     return Header::make(std::move(key), sequence, std::move(tensors), chunk);
 }
 
 // Bytes of the buffer for a chunk: in the disk tier all chunks of an entry have one size, so that buffers are used
-// again rather than mapped anew.
+// again rather than mapped afresh.
 size_t TieredStore::buffer_size(const Entry& entry, uint32_t chunk) const {
     const Header& h = entry.header;
-    const bool alike = entry.tier == Tier::disk && (h.chunks() > 1 || h.chunk_bytes - h.payload_bytes < kLentUnit);
+    const bool alike = entry.tier == Tier::disk && (h.chunks() > 1 || h.chunk_bytes - h.payload_bytes < kLeaseUnit);
     return alike ? std::min<uint64_t>(h.chunk_bytes, options_.staging_bytes) : h.chunk_size(chunk);
 }
 
@@ -190,7 +191,7 @@ void TieredStore::forget(Entry& entry) {
         entry.doomed = true;
         ++removing_;
     }
-    for (Entry::Slot& slot : entry.slots) {  // what is loading now is let go of when it comes
+    for (Entry::Slot& slot : entry.slots) {  // what is loading now is released when it arrives
         if (slot.state != Entry::Chunk::loaded) continue;
         slot.state = Entry::Chunk::absent;
         slot.buffer.reset();

@@ -2,12 +2,12 @@
 // beforehand. Every entry is cut into chunks; a chunk is the unit of buffering, of I/O and of checksums.
 //
 //   put       copies chunk by chunk into pool buffers. In the host tier they stay there; for the disk tier a thread
-//             writes each and lets go of its buffer, so a put returns when its last chunk is copied (write-behind).
+//             writes each and releases its buffer, so a put returns when its last chunk is copied (write-behind).
 //   prefetch  reads chunks of the given entries, in order, into buffers that are free.
-//   get       takes each chunk from its buffer, or reads it there and then, a few chunks ahead.
-//   lend      hands out a buffer, which put_lent then writes as it is; lease hands one out with an entry of one chunk.
+//   get       takes each chunk from its buffer, or reads it now, a few chunks ahead.
+//   reserve   lends out a buffer, which commit then writes as it is; view lends one out with an entry of one chunk.
 //
-// Why nothing blocks for ever: a thread waits for a buffer only while it holds none, or holds buffers of the host
+// Why nothing blocks forever: a thread waits for a buffer only while it holds none, or holds buffers of the host
 // tier, whose total is bounded below the pool's limit by `staging`, or leases, which leave room for the largest chunk
 // (lease.h). All other buffers are being written, read or copied, which ends by itself, or are prefetched, and then a
 // waiter drops them (they are still on disk).
@@ -52,19 +52,20 @@ class TieredStore {
 
     Header layout(std::string key, bool sequence, std::vector<TensorInfo> tensors) const;
 
-    // One pointer a tensor. put copies out of the pointers, get into them. put throws StoreFull (whose text is the
+    // One pointer per tensor. put copies out of the pointers, get into them. put throws StoreFull (whose text is the
     // tier's name) before it copies anything.
     void put(Header header, const std::vector<const void*>& sources, Tier tier);
     void get(const std::string& key, const std::vector<void*>& targets, bool keep = false);
     void prefetch(const std::vector<std::string>& keys);
     void remove(const std::string& key);
 
-    // Without a copy. Both are null where the account of leases has no room; a lease, too, for what is not one chunk of
-    // the disk tier. A lent buffer becomes the entry: who writes to it after put_lent spoils it, and get will tell.
-    // keep (of get, too): it will be got again soon, so its buffers stay filled while nobody needs their room.
-    std::unique_ptr<Lease> lend(uint64_t bytes);
-    void put_lent(std::string key, bool sequence, std::vector<TensorInfo> tensors, const Lease& lease);
-    std::unique_ptr<Lease> lease(const std::string& key, bool keep);
+    // Without a copy. Both leases are null where their account has no room; a view is also null for an entry that is
+    // not one chunk of the disk tier. A committed buffer becomes the entry: writing to it afterwards damages the entry,
+    // and get reports it. keep (of get, too): the entry will be read again soon, so its buffers stay filled while
+    // their room is not needed.
+    std::unique_ptr<Lease> reserve(uint64_t bytes);
+    void commit(std::string key, bool sequence, std::vector<TensorInfo> tensors, const Lease& lease);
+    std::unique_ptr<Lease> view(const std::string& key, bool keep);
 
     struct Description {
         Tier tier;
@@ -77,12 +78,12 @@ class TieredStore {
 
     void flush();  // waits for every write; throws the error of one that failed
     void check();  // throws the error of a write that has failed by now, without waiting
-    void close();  // flush, then lets go of everything; idempotent. A scratch store forgets failed writes.
+    void close();  // flush, then releases everything; idempotent. A scratch store forgets failed writes.
 
     struct Stats {
         BufferPool::Stats pool;
         uint64_t host_limit, host_used, disk_limit, disk_used, disk_peak, entries, prefetch_hits, prefetch_drops;
-        uint64_t lent, leased;
+        uint64_t committed, viewed;            // without a copy
         Meter::Reading put, get, write, read;  // copies in and out of buffers; files
         bool direct;
         std::string why_buffered, directory;
@@ -144,7 +145,7 @@ class TieredStore {
     bool suspect_ = false;  // a write has failed; the entry may be gone since
     Meter put_, get_, write_, read_;
     const std::shared_ptr<LeaseAccount> leases_;
-    std::atomic<uint64_t> lent_{0}, leased_{0}, last_lent_{0};
+    std::atomic<uint64_t> committed_{0}, viewed_{0}, last_reserved_{0};
 
     IoThreads io_;  // last: its threads use everything above
 };

@@ -1,5 +1,6 @@
-"""One file per backend. Each has the same functions: `unavailable`, `unsupported`, `step_`, `vjp_`, `replay_`, `dot`.
+"""The kernels, one module per backend: `reference` (torch, the specification), `cpu` (C++), `triton`, `cuda`.
 
-`reference.py` documents them. What a backend may have beyond them: `OUT_OF_PLACE` and `update`, `update_vjp`
-(`cpu.py`). `addresses.py` holds the checks of those that hand addresses to compiled code.
+Every backend has the functions of `interface.Backend`; `mgd_kernels.dispatch` loads and chooses one, and nothing else
+should need to. `addresses.py` is private: the checks of the backends that hand addresses to compiled code. It
+looks into `mgd_kernels.arena`, `rules` and `errors`.
 """

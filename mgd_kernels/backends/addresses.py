@@ -1,29 +1,43 @@
-"""What the backends share that hand addresses to C++ and CUDA: the codes of dtypes and rules, and the checks. What is
-not checked here would read or write memory that is not ours.
+"""What the backends that hand addresses to C++ and CUDA share: the codes of dtypes and rules, and the checks. Anything
+that is not checked here could read or write memory that is not ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mgd_kernels.arena import Segments
+from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.rules import Rule
 
-# The codes of DType and RuleId in csrc/optim/cpu.h and cuda.cu.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_RULES = {("adam", 2, False): 0, ("sgd", 0, False): 1, ("sgd", 1, False): 2, ("sgd", 1, True): 3}
+# The codes of csrc/optim/codes.h. Without the extension module there are none, and no kernels that would take them.
+try:
+    from mgd_kernels._core import DTYPES as _DTYPES
+    from mgd_kernels._core import RULES
+except ImportError:
+    _DTYPES, RULES = {}, {}
+
+DTYPES = {getattr(torch, name): number for name, number in _DTYPES.items()}
+_NAMES = {
+    ("adam", 2, False): "adam",
+    ("sgd", 0, False): "sgd_plain",
+    ("sgd", 1, False): "sgd_momentum",
+    ("sgd", 1, True): "sgd_nesterov",
+}
+_RULES = {key: RULES[name] for key, name in _NAMES.items() if name in RULES}
 _HALVES = (torch.bfloat16, torch.float16)
 _PAIRS = {(dtype, grad) for dtype in (torch.float32, torch.float64) for grad in (dtype, *_HALVES)}
 
-Leaves: TypeAlias = Sequence[Tensor | None]
 Slot = TypeVar("Slot")
 
 
 def code(rule: Rule) -> int | None:
+    """The code of the rule; None where the kernels do not have it."""
     return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
 
 
@@ -37,7 +51,7 @@ def by_leaf(rows: Sequence[Leaves]) -> list[int]:
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    """None where such tensors are served, on whatever device, else the reason: contiguous, float32 or float64;
+    """None where such tensors are served, on whatever device, otherwise the reason: contiguous, float32 or float64;
     gradients of that dtype or a 16-bit one."""
     served = (params.dtype, grad.dtype) in _PAIRS and params.layout is grad.layout is torch.strided
     if served and params.is_contiguous() and grad.is_contiguous() and code(rule) is not None:
@@ -52,10 +66,17 @@ def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
 
 
-def check(state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """BadArgument where not all are flat and alike; each gradient has gone through `unsupported`. state: parameters,
+Unsupported = Callable[[Rule, Tensor, Tensor], str | None]
+
+
+def check(unsupported: Unsupported, rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """BadArgument where a backend's `unsupported` objects, or not all tensors are flat and alike. state: parameters,
     slots, adjoints and u."""
     params = state[0]
+    for grad in grads:
+        reason = unsupported(rule, params, grad)
+        if reason:
+            raise BadArgument(reason)
     dtype, shape, device = params.dtype, params.shape, params.device
     for grad in grads:
         if grad.shape != shape:
@@ -84,8 +105,7 @@ def check_leaves(
 ) -> tuple[torch.dtype, torch.dtype, list[int]]:
     """The dtypes of the state and of the gradients, and the leaves' sizes; BadArgument where not all are alike."""
     dtype = like[0].dtype
-    given = [grad for grad in grads if grad is not None]
-    grad_dtype = given[0].dtype if given else dtype
+    grad_dtype = next((grad.dtype for grad in grads if grad is not None), dtype)
     if dtype not in (torch.float32, torch.float64) or (grad_dtype != dtype and grad_dtype not in _HALVES):
         raise BadArgument(
             f"expected leaves in float32 or float64, and gradients in that dtype or a 16-bit one; got {dtype} and "
@@ -104,3 +124,31 @@ def check_leaves(
                     f"{list(leaf.shape)}, strides {leaf.stride()}, on {leaf.device}"
                 )
     return dtype, grad_dtype, [leaf.numel() for leaf in like]
+
+
+def check_scales(grads: Sequence[Tensor], grad_scales: Sequence[float | Tensor] | Tensor) -> None:
+    if len(grad_scales) != len(grads):
+        raise BadArgument(f"expected {len(grads)} grad_scales, one per gradient; got {len(grad_scales)}")
+
+
+def check_table(segments: Segments) -> Tensor:
+    """The segment table, int64 `[R, 3]` on the CPU."""
+    table = segments.table
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.ndim != 2 or table.shape[1] != 3:
+        raise BadArgument(f"expected a segment table int64 [R, 3] on the CPU; got {table.dtype} {list(table.shape)}")
+    return table.contiguous()
+
+
+def check_dot(x: Tensor, y: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """Both contiguous; BadArgument where they are not flat, of one length and of known dtypes, on one such device."""
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.device.type != device or tensor.dtype not in DTYPES or tensor.ndim != 1:
+            raise BadArgument(
+                f"expected {name} flat and floating-point on {device}; got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
+    if x.shape != y.shape or x.device != y.device:
+        raise BadArgument(
+            f"expected x and y of one length on one device; got {x.numel()} on {x.device} and {y.numel()} on {y.device}"
+        )
+    return x.contiguous(), y.contiguous()

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends import addresses
-from mgd_kernels.backends.addresses import DTYPES, Leaves, by_leaf, check, check_leaves, check_slots, code
+from mgd_kernels.backends.addresses import (
+    DTYPES,
+    by_leaf,
+    check,
+    check_dot,
+    check_leaves,
+    check_scales,
+    check_slots,
+    check_table,
+    code,
+)
+from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BackendUnavailable, BadArgument
 from mgd_kernels.rules import Rule
 
@@ -39,32 +50,21 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def unavailable() -> str | None:
-    """None where the backend works in this process, else the reason and what to do."""
     return _load()[1]
 
 
 def _core() -> ModuleType:
     module, reason = _load()
     if module is None:
-        raise BackendUnavailable(f"the cpu backend cannot be used: {reason}")
+        raise BackendUnavailable(f"expected the cpu backend to work here; got: {reason}")
     return module
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    """None where these tensors are served, else the reason: tensors `[n]` of the CPU, contiguous, float32 or float64;
-    gradients of that dtype or a 16-bit one."""
+    """Serves tensors `[n]` on the CPU, contiguous, float32 or float64; gradients of that dtype or a 16-bit one."""
     if not (params.is_cpu and grad.is_cpu):
         return f"expected params and grad on the CPU; got {params.device} and {grad.device}"
     return addresses.unsupported(rule, params, grad)
-
-
-def _check(rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor], k: int) -> None:
-    for grad in grads:
-        reason = unsupported(rule, state[0], grad)
-        if reason:
-            raise BadArgument(f"the cpu backend cannot serve these tensors: {reason}")
-    check(state, grads)
-    _check_step(k)
 
 
 def _check_step(k: int) -> None:
@@ -79,13 +79,6 @@ def _table(rule: Rule, hyper: Tensor, *leading: int) -> Tensor:
     return hyper if hyper.is_cpu and hyper.is_contiguous() else hyper.cpu().contiguous()
 
 
-def _segments(segments: Segments) -> tuple[Tensor, int]:
-    table = segments.table
-    if table.dtype != torch.int64 or table.device.type != "cpu" or table.ndim != 2 or table.shape[1] != 3:
-        raise BadArgument(f"expected a segment table int64 [R, 3] on the CPU; got {table.dtype} {list(table.shape)}")
-    return table.contiguous(), table.shape[0]
-
-
 def step_(
     rule: Rule,
     params: Tensor,
@@ -97,7 +90,7 @@ def step_(
     grad_scale: float | Tensor = 1.0,
     out: Sequence[Tensor] | None = None,
 ) -> None:
-    """As `reference.step_`; out as in `replay_`."""
+    """In place, or into `out`."""
     replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, [grad_scale], out)
 
 
@@ -112,21 +105,17 @@ def replay_(
     grad_scales: Sequence[float | Tensor],
     out: Sequence[Tensor] | None = None,
 ) -> None:
-    """As `reference.replay_`, in one pass over memory: `slots + 1 + len(grads)` reads, `slots + 1` writes an element.
-
-    Bit-identical to single steps. out: where given, tensors apart from all others that receive the elements of the
-    segments of `[params, *slots]`, which stay as they are.
-    """
+    """One pass over memory: `slots + 1 + len(grads)` reads and `slots + 1` writes per element."""
     core = _core()
-    if len(grad_scales) != len(grads):
-        raise BadArgument(f"expected {len(grads)} grad_scales, one a gradient; got {len(grad_scales)}")
+    check_scales(grads, grad_scales)
     if not grads:
         return
     state = [params, *check_slots(rule, slots, "slots")]
     new = state if out is None else [out[0], *check_slots(rule, out[1:], "new slots")]
-    _check(rule, [*state, *new], grads, k)
+    check(unsupported, rule, [*state, *new], grads)
+    _check_step(k)
     hypers = _table(rule, hypers, len(grads), segments.groups)
-    table, rows = _segments(segments)
+    table = check_table(segments)
     core.optim_replay(
         code(rule),
         DTYPES[params.dtype],
@@ -139,7 +128,7 @@ def replay_(
         segments.groups,
         k,
         table.data_ptr(),
-        rows,
+        table.shape[0],
         addresses.addresses(new),
         torch.get_num_threads(),
     )
@@ -160,16 +149,16 @@ def vjp_(
     out: Sequence[Tensor] | None = None,
     hyper_wanted: bool = True,
 ) -> Tensor | None:
-    """As `reference.vjp_`, in one pass over memory. out: where given, tensors apart from all others that receive the
-    elements of the segments of the adjoints, which stay as they are. hyper_wanted: False spares the sums (Adam: 3.5
-    instead of 6.1 ms for 4 M elements); then None is returned."""
+    """One pass over memory. hyper_wanted: False saves the sums (Adam: 3.5 instead of 6.1 ms for 4 M elements), and
+    None is returned."""
     core = _core()
     state = [params, *check_slots(rule, slots, "slots")]
     adjoint = [adjoint_params, *check_slots(rule, adjoint_slots, "adjoints of slots")]
     new = adjoint if out is None else [out[0], *check_slots(rule, out[1:], "new adjoints of slots")]
-    _check(rule, [*state, *adjoint, *new, u], [grad], k)
+    check(unsupported, rule, [*state, *adjoint, *new, u], [grad])
+    _check_step(k)
     hyper = _table(rule, hyper, segments.groups)
-    table, rows = _segments(segments)
+    table = check_table(segments)
     cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
     core.optim_vjp(
         code(rule),
@@ -183,7 +172,7 @@ def vjp_(
         segments.groups,
         k,
         table.data_ptr(),
-        rows,
+        table.shape[0],
         addresses.addresses(adjoint),
         addresses.addresses(new),
         u.data_ptr(),
@@ -193,7 +182,7 @@ def vjp_(
     return cotangents if hyper_wanted else None
 
 
-# --- Leaves that lie apart ----------------------------------------------------------------------------------------
+# --- Leaves that lie apart: see `interface.LeafBackend` -----------------------------------------------------------
 
 
 def update(
@@ -207,7 +196,7 @@ def update(
     updates: Sequence[Tensor],
     new_slots: Sequence[Sequence[Tensor]],
 ) -> None:
-    """As `integrations.flat.update`, in one pass over the leaves where they lie."""
+    """One pass over the leaves where they lie."""
     core = _core()
     state: list[Leaves] = [params, *check_slots(rule, slots, "slots")]
     out: list[Leaves] = [updates, *check_slots(rule, new_slots, "new slots")]
@@ -246,7 +235,7 @@ def update_vjp(
     u: Sequence[Tensor],
     hyper_wanted: bool = True,
 ) -> Tensor | None:
-    """As `integrations.flat.update_vjp`, in one pass over the leaves where they lie."""
+    """One pass over the leaves where they lie."""
     core = _core()
     state: list[Leaves] = [params, *check_slots(rule, slots, "slots")]
     adjoint: list[Leaves] = [adjoint_updates, *check_slots(rule, adjoint_slots, "adjoints of slots")]
@@ -277,16 +266,8 @@ def update_vjp(
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """As `reference.dot`: `[n]` tensors of any two of float32, float64, bfloat16 and float16."""
-    for name, tensor in (("x", x), ("y", y)):
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or tensor.ndim != 1:
-            raise BadArgument(
-                f"expected {name} flat and floating-point on the CPU; got {tensor.dtype} {list(tensor.shape)} "
-                f"on {tensor.device}"
-            )
-    if x.shape != y.shape:
-        raise BadArgument(f"expected x and y of one length; got {x.numel()} and {y.numel()}")
-    x, y = x.contiguous(), y.contiguous()
+    """Serves any two of float32, float64, bfloat16 and float16."""
+    x, y = check_dot(x, y, "cpu")
     value = _core().dot(
         DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), x.data_ptr(), y.data_ptr(), torch.get_num_threads()
     )

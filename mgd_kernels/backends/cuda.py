@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends import addresses
-from mgd_kernels.backends.addresses import DTYPES, check, check_slots, code
+from mgd_kernels.backends.addresses import DTYPES, check, check_dot, check_scales, check_slots, check_table, code
 from mgd_kernels.errors import BackendUnavailable, BadArgument, KernelError
 from mgd_kernels.rules import Rule
 
@@ -85,7 +85,7 @@ def _open(path: Path) -> ctypes.CDLL:
         getattr(library, f"mgd_cuda_{name}").restype = ctypes.c_int64
     found = (library.mgd_cuda_launch_size(), library.mgd_cuda_dot_launch_size(), library.mgd_cuda_max_steps())
     if found != (ctypes.sizeof(_Launch), ctypes.sizeof(_DotLaunch), _MAX_STEPS):
-        raise KernelError(f"{path} does not fit this version of mgd_kernels: build both again")
+        raise KernelError(f"expected {path} of this version of mgd_kernels; got another one: build both again")
     return library
 
 
@@ -97,6 +97,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             "mgd_kernels was built without the CUDA kernels; where nvcc is, build it with "
             "`pip install . -C cmake.define.MGD_CUDA=ON`"
         )
+    if not DTYPES:
+        return None, "the extension module mgd_kernels._core, which holds the codes of dtypes and rules, does not load"
     if not torch.cuda.is_available():
         return None, "torch sees no CUDA device: a GPU, its driver and a torch built with CUDA are needed"
     try:
@@ -111,27 +113,24 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _find() -> Path | None:
     """The library, beside the extension module (an editable install keeps the two away from the Python files)."""
-    import mgd_kernels
-
-    folders = [Path(folder) for folder in mgd_kernels.__path__]
+    folders = [Path(__file__).parents[1]]
     try:
         from mgd_kernels import _core
 
         folders.append(Path(_core.__file__).parent)
     except ImportError:
-        pass  # the CUDA kernels do without it
+        pass  # `_load` says so where the library is found nevertheless
     return next((folder / _LIBRARY for folder in folders if (folder / _LIBRARY).exists()), None)
 
 
 def unavailable() -> str | None:
-    """None where the backend works in this process, else the reason and what to do."""
     return _load()[1]
 
 
 def _library() -> ctypes.CDLL:
     library, reason = _load()
     if library is None:
-        raise BackendUnavailable(f"the cuda backend cannot be used: {reason}")
+        raise BackendUnavailable(f"expected the cuda backend to work here; got: {reason}")
     return library
 
 
@@ -139,19 +138,10 @@ def _library() -> ctypes.CDLL:
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    """None where these tensors are served, else the reason: tensors `[n]` of one GPU, contiguous, float32 or float64;
-    gradients of that dtype or a 16-bit one."""
+    """Serves tensors `[n]` on one GPU, contiguous, float32 or float64; gradients of that dtype or a 16-bit one."""
     if params.device.type != _DEVICE or grad.device != params.device:
         return f"expected params and grad on one GPU; got {params.device} and {grad.device}"
     return addresses.unsupported(rule, params, grad)
-
-
-def _check(rule: Rule, state: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    for grad in grads:
-        reason = unsupported(rule, state[0], grad)
-        if reason:
-            raise BadArgument(f"the cuda backend cannot serve these tensors: {reason}")
-    check(state, grads)
 
 
 # --- What the kernels read from device memory -------------------------------------------------------------------------
@@ -161,9 +151,7 @@ class _Tiles:
     """The segment table on a device, with the first tile of each row and, last, the number of tiles."""
 
     def __init__(self, segments: Segments, device: torch.device, tile: int):
-        table = segments.table
-        if table.dtype != torch.int64 or table.ndim != 2 or table.shape[1] != 3:
-            raise BadArgument(f"expected a segment table int64 [R, 3]; got {table.dtype} {list(table.shape)}")
+        table = check_table(segments)
         end = 0
         first = [0]
         for start, stop, group in segments.rows():
@@ -174,7 +162,7 @@ class _Tiles:
             end = stop
             first.append(first[-1] - (start - stop) // tile)
         self.end, self.rows, self.count = end, table.shape[0], first[-1]
-        self.table = table.to(device).contiguous()
+        self.table = table.to(device)
         self.first = torch.tensor(first, dtype=torch.int64, device=device)
 
 
@@ -216,7 +204,7 @@ def _call(function: Any, launch: ctypes.Structure, device: torch.device) -> None
         raise KernelError(f"expected {function.__name__} to launch on {device}; CUDA error {code}: {error}")
 
 
-# --- The functions every backend has ----------------------------------------------------------------------------------
+# --- The functions of every backend: see `interface.Backend` ----------------------------------------------------------
 
 
 def step_(
@@ -229,7 +217,7 @@ def step_(
     segments: Segments,
     grad_scale: float | Tensor = 1.0,
 ) -> None:
-    """As `reference.step_`. `k` may be a 0-d int64 tensor on the device, which the kernel reads."""
+    """`k` may be a 0-d int64 tensor on the device, which the kernel reads."""
     scale = grad_scale.reshape(1) if isinstance(grad_scale, Tensor) else [grad_scale]
     replay_(rule, params, slots, [grad], hyper.unsqueeze(0), k, segments, scale)
 
@@ -244,14 +232,13 @@ def replay_(
     segments: Segments,
     grad_scales: Sequence[float | Tensor] | Tensor,
 ) -> None:
-    """As `reference.replay_`, with the state in registers over up to 32 steps; bit-identical to single steps."""
+    """The state stays in registers over up to 32 steps; k as in `step_`."""
     library = _library()
-    if len(grad_scales) != len(grads):
-        raise BadArgument(f"expected {len(grads)} grad_scales, one a gradient; got {len(grad_scales)}")
+    check_scales(grads, grad_scales)
     if not grads:
         return
     state = [params, *check_slots(rule, slots, "slots")]
-    _check(rule, state, grads)
+    check(unsupported, rule, state, grads)
     device, groups = params.device, segments.groups
     tiles = _tiles(segments, params, library.mgd_cuda_tile())
     hypers = _on(device, hypers, torch.float64, (len(grads), groups, len(rule.hyper)), "hyperparameters")
@@ -295,11 +282,11 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """As `reference.vjp_`, in one pass over memory. `k` may be a 0-d int64 tensor on the device."""
+    """One pass over memory; k as in `step_`."""
     library = _library()
     state = [params, *check_slots(rule, slots, "slots")]
     adjoint = [adjoint_params, *check_slots(rule, adjoint_slots, "adjoints of slots")]
-    _check(rule, [*state, *adjoint, u], [grad])
+    check(unsupported, rule, [*state, *adjoint, u], [grad])
     device, groups = params.device, segments.groups
     tiles = _tiles(segments, params, library.mgd_cuda_tile())
     hyper = _on(device, hyper, torch.float64, (groups, len(rule.hyper)), "hyperparameters")
@@ -333,19 +320,9 @@ def vjp_(
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """As `reference.dot`: `[n]` tensors of any two of float32, float64, bfloat16 and float16, on one GPU."""
+    """Serves any two of float32, float64, bfloat16 and float16, on one GPU."""
     library = _library()
-    for name, tensor in (("x", x), ("y", y)):
-        if tensor.device.type != _DEVICE or tensor.dtype not in DTYPES or tensor.ndim != 1:
-            raise BadArgument(
-                f"expected {name} flat and floating-point on a GPU; got {tensor.dtype} {list(tensor.shape)} on "
-                f"{tensor.device}"
-            )
-    if x.shape != y.shape or x.device != y.device:
-        raise BadArgument(
-            f"expected x and y of one length on one GPU; got {x.numel()} on {x.device} and {y.numel()} on {y.device}"
-        )
-    x, y = x.contiguous(), y.contiguous()
+    x, y = check_dot(x, y, _DEVICE)
     tiles = -(-x.numel() // library.mgd_cuda_tile())
     workspace = torch.empty(max(tiles, 1), dtype=torch.float64, device=x.device)
     out = torch.empty((), dtype=torch.float64, device=x.device)

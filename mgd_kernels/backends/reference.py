@@ -117,7 +117,7 @@ def _sum(x: Tensor, y: Tensor | None = None) -> Tensor:
     return (x.double() if y is None else x.double() * y.double()).sum()
 
 
-# --- The functions every backend has ----------------------------------------------------------------------------
+# --- The functions of every backend: see `interface.Backend` -----------------------------------------------------
 
 
 def step(rule: Rule, p: Tensor, slots: Sequence[Tensor], g: Tensor, h: Hyper, k: int) -> tuple[Tensor, ...]:
@@ -151,11 +151,6 @@ def step_(
     segments: Segments,
     grad_scale: float | Tensor = 1.0,
 ) -> None:
-    """Advance `params` and `slots` in place by step number `k` (1, 2, ...) with gradient `grad_scale * grad`.
-
-    params, slots: `[n]`, one dtype. grad: `[n]`, that dtype or a 16-bit one. hyper: float64 `[G, H]`, on the CPU or
-    on the device of params. grad_scale: a number or a 0-d float64 tensor.
-    """
     for start, stop, group in segments.rows():
         state = [tensor[start:stop] for tensor in (params, *slots)]
         g = grad[start:stop].to(params.dtype) * grad_scale
@@ -176,12 +171,6 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Turn the adjoints of the state after step `k` into those of the state before it, in place.
-
-    params and slots are the state before the step and stay as they are. `u` `[n]` receives the cotangent of `grad`
-    (with `grad_scale` held fixed). Returns float64 `[G, H + 1]` on the device of params: the cotangent of every
-    hyperparameter and, in the last column, that of `grad_scale`.
-    """
     out = torch.zeros(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device=params.device)
     for start, stop, group in segments.rows():
         state = [tensor[start:stop] for tensor in (params, *slots)]
@@ -205,11 +194,9 @@ def replay_(
     segments: Segments,
     grad_scales: Sequence[float | Tensor],
 ) -> None:
-    """Steps `k, k + 1, ...` in place, one for each of `grads`; hypers: float64 `[len(grads), G, H]`."""
     for i, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
         step_(rule, params, slots, grad, hypers[i], k + i, segments, scale)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """The inner product of two `[n]` tensors, accumulated in float64: a 0-d float64 tensor on their device."""
     return _sum(x, y)

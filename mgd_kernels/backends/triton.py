@@ -40,8 +40,14 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+@cache
+def _rules() -> ModuleType:
+    from mgd_kernels.backends import triton_rules
+
+    return triton_rules
+
+
 def unavailable() -> str | None:
-    """None where the kernels can run in this process, else the reason and what to do."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -52,7 +58,6 @@ def unavailable() -> str | None:
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    """None where the kernels serve these tensors, else the reason."""
     if params.device.type != "cuda" and not _interpreted():
         return f"expected tensors on a GPU; got {params.device}"
     if params.dtype != torch.float32:
@@ -170,7 +175,7 @@ def _coefficients(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The coefficient tables, float32 and float64, of hypers `[steps, G, H]`, made on the device."""
-    kernels = _kernels()
+    rules = _rules()
     if hypers.shape != (len(grad_scales), segments.groups, len(rule.hyper)):
         raise BadArgument(
             f"expected hyperparameters [{len(grad_scales)}, {segments.groups}, {len(rule.hyper)}] (steps, groups, "
@@ -193,9 +198,9 @@ def _coefficients(
     else:
         scale = float(grad_scales[0])
     k_tensor = k.to(device, torch.int64, non_blocking=True) if isinstance(k, Tensor) else None
-    out32 = torch.empty(steps, groups, kernels.WIDTH.value, dtype=torch.float32, device=device)
-    out64 = torch.empty(steps, groups, kernels.WIDTH64.value, dtype=torch.float64, device=device)
-    kernels.coefficients_kernel[(steps * groups,)](
+    out32 = torch.empty(steps, groups, rules.WIDTH.value, dtype=torch.float32, device=device)
+    out64 = torch.empty(steps, groups, rules.WIDTH64.value, dtype=torch.float64, device=device)
+    rules.coefficients_kernel[(steps * groups,)](
         hypers, k_tensor, 0 if k_tensor is not None else k, scales, scale, out32, out64, groups, width,
         RULE=_variant(rule), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -216,7 +221,7 @@ def _spacing(grads: Sequence[Tensor], device: torch.device) -> tuple[int, Tensor
     return 0, torch.tensor(offsets, dtype=torch.int64).to(device, non_blocking=True), aligned
 
 
-# --- The functions every backend has -----------------------------------------------------------------------------
+# --- The functions of every backend: see `interface.Backend` -----------------------------------------------------
 
 
 def step_(
@@ -230,7 +235,7 @@ def step_(
     grad_scale: float | Tensor = 1.0,
     low: Tensor | None = None,
 ) -> None:
-    """As `reference.step_`. k: also a 0-d integer tensor on the device, which a CUDA graph can advance.
+    """k: also a 0-d integer tensor on the device, which a CUDA graph can advance.
     low: where given, a 16-bit `[n]` tensor that receives the new parameters in the same pass."""
     _replay(rule, params, slots, [grad], hyper[None], k, segments, [grad_scale], low)
 
@@ -246,7 +251,7 @@ def replay_(
     grad_scales: Sequence[float | Tensor],
     low: Tensor | None = None,
 ) -> None:
-    """As `reference.replay_`, in one pass over the state; k and low as in `step_`.
+    """In one pass over the state; k and low as in `step_`.
 
     grads: a `[steps, n]` tensor or a list of `[n]` tensors, which may lie anywhere on the device.
     """
@@ -289,7 +294,7 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """As `reference.vjp_`; k as in `step_`. `u` may be 16-bit."""
+    """k as in `step_`. `u` may be 16-bit."""
     kernels = _kernels()
     _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
     device, columns = params.device, len(rule.hyper) + 1
@@ -310,7 +315,6 @@ def vjp_(
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """As `reference.dot`."""
     kernels = _kernels()
     _check(x.numel(), x, y)
     with _on(x.device):

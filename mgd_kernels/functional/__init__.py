@@ -1,11 +1,14 @@
 """Functions of `torch.nn.functional` with fused first and second derivatives, for exact Hessian-vector products.
 
-A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes an operator. Here
-the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so they are one
-node each in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
+A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes per operator. Here
+the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so each is one
+node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
 torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
 threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype.
+
+Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
+(to load the extension) and `errors`.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 
 from mgd_kernels.functional.activation import gelu, sigmoid, silu, tanh
 from mgd_kernels.functional.attention import scaled_dot_product_attention, softmax
+from mgd_kernels.functional.batch_norm import batch_norm, batch_norm_with_statistics
 from mgd_kernels.functional.convolution import (
     conv1d,
     conv2d,
@@ -24,7 +28,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose3d,
 )
 from mgd_kernels.functional.loss import cross_entropy
-from mgd_kernels.functional.norm import batch_norm, batch_norm_with_statistics, group_norm, layer_norm
+from mgd_kernels.functional.norm import group_norm, layer_norm
 
 __all__ = [
     "REPLACEMENTS",

@@ -1,5 +1,5 @@
-"""How an operator with fused derivatives is made known to torch: one node in every graph, differentiated only by its
-own formula, mapped over a batch by a loop, and loud about what it cannot do."""
+"""Registers operators with fused derivatives in torch: one node in every graph, differentiated only by its own formula,
+mapped over a batch by a loop, and an error for anything it cannot do."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def operator(
 
     save(args, outputs): the tensors that `backward` will need. backward(ctx, *cotangents): the cotangents of args,
     from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
-    no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated where
-    there is no `backward`, and as often as anybody likes. differentiable: what is called instead where a derivative
-    will be asked for.
+    no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated,
+    any number of times, where there is no `backward`. differentiable: what is called instead where a derivative may be
+    needed.
     """
     name = schema[: schema.index("(")]
     qualified = f"mgd_kernels::{name}"
@@ -64,8 +64,8 @@ def operator(
     def differentiate(ctx, *cotangents):
         if backward is None:
             raise NotImplementedError(f"derivative for {qualified} is not implemented")
-        found = backward(ctx, *cotangents)
-        return (None, *found) if isinstance(found, tuple) else (None, found)
+        gradients = backward(ctx, *cotangents)
+        return (None, *gradients) if isinstance(gradients, tuple) else (None, gradients)
 
     function: Any = type(
         f"{name}_function",
@@ -87,7 +87,7 @@ def operator(
             return op.redispatch(keyset & below_autograd, *args)
 
     def call(*args):
-        # Where nobody listens to the dispatcher, a small tensor's time is mostly spent in it.
+        # For a small tensor most of the time goes to the dispatcher, which is skipped where nothing observes it.
         if not _plain(args):
             return op(*args)
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -112,14 +112,14 @@ def operator(
 
 
 def only_autograd() -> bool:
-    """Whether nobody but autograd, in reverse, looks at what is called: no compilation, transform, or forward mode."""
+    """Whether only autograd, in reverse, observes the call: no compilation, transform, or forward mode."""
     return not (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
     )
 
 
 def _plain(args: Sequence[Any]) -> bool:
-    """Whether these are tensors of the CPU, and nobody but autograd would see the operator, no trace and no profile."""
+    """Whether these are CPU tensors, and only autograd would observe the operator: no trace and no profile."""
     if not only_autograd() or torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return False
     # A tensor without storage stands for a batch of cotangents (`is_grads_batched`), or for none at all.
@@ -144,8 +144,8 @@ def _differentiate_plain(plain: Callable[..., Sequence[Tensor]]) -> Callable[...
             if not pairs:
                 return (None,) * len(args)
             outputs, seeds = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
-        return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
+            gradients = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=create_graph, allow_unused=True))
+        return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
 
     return backward
 
@@ -165,9 +165,9 @@ def twice(
     def grad(outputs, inputs, seeds):
         pairs = [(x, seed) for x, seed in zip(outputs, seeds, strict=True) if x is not None and seed is not None]
         present = [x for x in inputs if x is not None]
-        values, given = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(values, present, given, create_graph=True, materialize_grads=True))
-        return [None if x is None else next(found) for x in inputs]
+        values, weights = zip(*pairs, strict=True)
+        gradients = iter(torch.autograd.grad(values, present, weights, create_graph=True, materialize_grads=True))
+        return [None if x is None else next(gradients) for x in inputs]
 
     inputs, cotangents = [place(x) for x in inputs], [place(x) for x in cotangents]
     outputs = function(*inputs)
@@ -204,19 +204,19 @@ def channels_last(x: Tensor) -> bool:
 
 
 def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Any]:
-    """The tensors as the kernels want them, None where None was given. They take addresses: what is not checked here
-    would read memory that is not ours."""
-    found = []
+    """The tensors as the kernels want them, None where None was given. They take addresses: anything that is
+    not checked here could read memory that is not ours."""
+    ready = []
     for tensor in tensors:
         if tensor is not None:
             if tensor.dtype is not torch.float32 or tensor.shape != shape:
                 raise BadArgument(
                     f"expected a float32 tensor {list(shape)}; got {tensor.dtype} {list(tensor.shape)}: the operators "
-                    "mgd_kernels:: take what their functions in mgd_kernels.functional hand them"
+                    "mgd_kernels:: take what their functions in mgd_kernels.functional pass to them"
                 )
             tensor = tensor.contiguous()
-        found.append(tensor)
-    return found
+        ready.append(tensor)
+    return ready
 
 
 def address(tensor: Tensor | None) -> int:

@@ -107,8 +107,7 @@ activation_double_backward = operator(
 )
 
 
-# Where a derivative will be asked for, f'(x) comes out of the same pass as f(x), and every later pass is spared the
-# exponential that it takes.
+# Where a derivative may be needed, one pass computes both f(x) and f'(x), which saves every later pass an exponential.
 activation = operator(
     "activation(Tensor x, str function) -> Tensor",
     _value,

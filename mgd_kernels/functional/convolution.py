@@ -37,10 +37,10 @@ class _Convolution(Function):
 
     @staticmethod
     def backward(ctx, gy):
-        given = gy, *ctx.saved_tensors, ctx.bias, ctx.settings, list(ctx.needs_input_grad[:3])
+        arguments = gy, *ctx.saved_tensors, ctx.bias, ctx.settings, list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            return *_Backward.apply(*given), None
-        return *_gradients(*given), None
+            return *_Backward.apply(*arguments), None
+        return *_gradients(*arguments), None
 
 
 class _Backward(Function):
@@ -92,7 +92,7 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None, dimensions: int, p
 
 
 def _each(value: int | Sequence[int], dimensions: int) -> list[int]:
-    """One number a dimension."""
+    """One number per dimension."""
     numbers = [value] if isinstance(value, int) else list(value)
     return numbers * dimensions if len(numbers) == 1 else numbers
 

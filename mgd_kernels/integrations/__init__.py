@@ -1,4 +1,6 @@
 """The kernels under other people's loops: `torchopt` (its transformations, fused), `torch_optim` (its checkpoints).
 
-Each module imports the package that it serves on its own; none is imported by `mgd_kernels` itself.
+Import these two modules. Each imports the package that it serves on its own, and `mgd_kernels` itself imports neither.
+`leaves` and `flat` are private: fused updates of lists of tensors. It looks into `ops`, `dispatch`, `backends`,
+`buffers`, `arena`, `optimizer`, `rules` and `errors`.
 """

@@ -1,38 +1,31 @@
-"""The fused update of a list of leaves on a backend that steps flat buffers; a backend may have its own `update` and
-`update_vjp`, which read and write the leaves where they lie (`backends/cpu.py`).
+"""`update` and `update_vjp` of `backends.interface.LeafBackend`, on a backend that only steps flat buffers.
 
 The update `p' - p` itself is computed, never by subtraction: a rule is `p' = decay * p - lr * direction`, so the kernel
 runs on a buffer that holds `-rate * p` (`rate = lr * weight_decay`) in the place of the parameters, without weight
 decay in its table, and leaves the update there, as precise as the step itself.
-
-Everywhere: leaf lists of one length, contiguous, in the dtype of the state, gradients also in a 16-bit one; None stands
-for zeros. hyper: float64 `[G, H]` in the rule's columns, `l2` being 0; groups: the row of each leaf.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mgd_kernels import buffers
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends.interface import Backend, Leaves
 from mgd_kernels.rules import Rule
-
-Leaves: TypeAlias = Sequence[Tensor | None]
 
 
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Tensors that lie one behind the other in `flat`, each with a version counter of its own."""
-    storage, offset, found = flat.untyped_storage(), flat.storage_offset(), []
+    """Tensors that lie one behind the other in `flat`, each with its own version counter."""
+    storage, offset, pieces = flat.untyped_storage(), flat.storage_offset(), []
     for shape in shapes:
-        found.append(flat.new_empty(0).set_(storage, offset, shape))  # type: ignore[call-overload]  # strides may be left out
+        pieces.append(flat.new_empty(0).set_(storage, offset, shape))  # type: ignore[call-overload]  # strides may be left out
         offset += shape.numel()
-    return found
+    return pieces
 
 
 def flatten(leaves: Sequence[Tensor]) -> tuple[Tensor, bool]:
@@ -49,7 +42,7 @@ def flatten(leaves: Sequence[Tensor]) -> tuple[Tensor, bool]:
 
 
 def update(
-    backend: ModuleType,
+    backend: Backend,
     rule: Rule,
     params: Leaves,
     slots: Sequence[Leaves],
@@ -60,7 +53,7 @@ def update(
     updates: Sequence[Tensor],
     new_slots: Sequence[Sequence[Tensor]],
 ) -> None:
-    """Write the updates and the slots after step `k` (1, 2, ...); new_slots may be the slots themselves."""
+    """As `LeafBackend.update`."""
     update, apart = flatten(updates)
     pieces = views(update, [leaf.shape for leaf in updates])
     for piece, leaf, rate in zip(pieces, params, _rates(rule, hyper, groups), strict=True):
@@ -75,7 +68,7 @@ def update(
     table = hyper.clone()
     table[:, rule.column("weight_decay")] = 0
     segments = _segments(updates, groups, len(hyper))
-    if (table == table[0]).all():  # the rows told apart by weight decay alone: one stretch
+    if (table == table[0]).all():  # the rows differed in weight decay alone: one stretch
         table, segments = table[:1], Segments.single(update.numel())
     backend.step_(rule, update, [flat for flat, _ in flats], grad, table, k, segments)
     for leaves, flat, copied in ((updates, update, apart), *zip(new_slots, *zip(*flats, strict=True), strict=True)):
@@ -84,7 +77,7 @@ def update(
 
 
 def update_vjp(
-    backend: ModuleType,
+    backend: Backend,
     rule: Rule,
     params: Leaves,
     slots: Sequence[Leaves],
@@ -99,9 +92,7 @@ def update_vjp(
     u: Sequence[Tensor],
     hyper_wanted: bool = True,
 ) -> Tensor | None:
-    """From the cotangents of the updates and of the new slots: write those of the parameters, of the slots and, in
-    `u`, of the gradients; None in `new_adjoint_*` for one that nobody wants. Returns those of hyper, float64
-    `[G, H + 1]` as `vjp_`; hyper_wanted: whether they matter."""
+    """As `LeafBackend.update_vjp`."""
     shapes = [leaf.shape for leaf in u]
     adjoints = [_joined(adjoint_updates, u, new=True)]
     cotangent, copied = flatten(u)
@@ -120,14 +111,14 @@ def update_vjp(
             torch.mul(adjoint, -rate, out=leaf)
     old = [_joined(row, u) for row in (params, *slots)]
     segments = _segments(u, groups, len(hyper))
-    found = backend.vjp_(
+    cotangents = backend.vjp_(
         rule, old[0], old[1:], _joined(grads, u), hyper, k, segments, adjoints[0], adjoints[1:], cotangent
     )
     for row, flat in apart:
         for leaf, piece in zip(row, views(flat, shapes), strict=True):
             if leaf is not None:
                 leaf.copy_(piece)
-    return found
+    return cotangents
 
 
 def fill(flat: Tensor, leaves: Leaves, shapes: Sequence[torch.Size]) -> Tensor:
@@ -139,10 +130,10 @@ def fill(flat: Tensor, leaves: Leaves, shapes: Sequence[torch.Size]) -> Tensor:
 
 def _joined(leaves: Leaves, like: Sequence[Tensor], new: bool = False) -> Tensor:
     """The leaves as `[n]`; `new`: in memory of its own."""
-    given = [leaf for leaf in leaves if leaf is not None]
-    if len(given) == len(leaves) and not new:
-        return flatten(given)[0]
-    first = given[0] if given else like[0]
+    present = [leaf for leaf in leaves if leaf is not None]
+    if len(present) == len(leaves) and not new:
+        return flatten(present)[0]
+    first = present[0] if present else like[0]
     flat = buffers.empty(sum(leaf.numel() for leaf in like), first.dtype, first.device)
     return fill(flat, leaves, [leaf.shape for leaf in like])
 

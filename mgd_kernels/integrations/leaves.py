@@ -2,7 +2,7 @@
 
 The graph keeps references to what the VJP reads and nothing else: for Adam the gradients and the old moments, for SGD
 nothing at all unless a hyperparameter is differentiated (the rule is linear). The backward pass is one VJP kernel;
-under `create_graph=True` it is the operator of `mgd_kernels.ops`, which is differentiable in its turn.
+under `create_graph=True` it is the operator of `mgd_kernels.ops`, which is itself differentiable.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mgd_kernels import buffers, dispatch, ops
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.integrations import flat
-from mgd_kernels.integrations.flat import Leaves
 from mgd_kernels.rules import ADAM, Rule
 
 
@@ -66,10 +66,10 @@ class Call:
 
     def at_leaves(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """Parameters of decayed leaves, each at its leaf."""
-        found: list[Tensor | None] = [None] * len(self.shapes)
-        for i, leaf in zip(self.decayed, params, strict=False):  # none where none are kept
-            found[i] = leaf
-        return found
+        leaves: list[Tensor | None] = [None] * len(self.shapes)
+        for i, leaf in zip(self.decayed, params, strict=False):  # none where they are not saved
+            leaves[i] = leaf
+        return leaves
 
     def ready(self, leaves: Leaves, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """The leaves as kernels read them."""
@@ -101,14 +101,14 @@ def state_dtype(leaf: Tensor) -> torch.dtype:
 def zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Zero tensors like the leaves, of the dtype of their state, those of one dtype and device in one buffer."""
     kinds = [(leaf.device, state_dtype(leaf)) for leaf in leaves]
-    found: dict[int, Tensor] = {}
+    zeros_at: dict[int, Tensor] = {}
     for device, dtype in dict.fromkeys(kinds):
         of_kind = [i for i, kind in enumerate(kinds) if kind == (device, dtype)]
         shapes = [leaves[i].shape for i in of_kind]
         buffer = torch.zeros(sum(shape.numel() for shape in shapes), dtype=dtype, device=device)
         parts = buffer.split([shape.numel() for shape in shapes])
-        found.update((i, part.view(shape).detach()) for i, part, shape in zip(of_kind, parts, shapes, strict=True))
-    return [found[i] for i in range(len(leaves))]
+        zeros_at.update((i, part.view(shape).detach()) for i, part, shape in zip(of_kind, parts, shapes, strict=True))
+    return [zeros_at[i] for i in range(len(leaves))]
 
 
 def fused_update(
@@ -184,8 +184,8 @@ class FusedUpdate(torch.autograd.Function):
         ctx.call, hyper, *tensors = inputs
         grads, slots, params = ctx.call.split(tensors)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        kept = [*grads, *itertools.chain(*slots)] if ctx.call.keep else []
-        ctx.save_for_backward(hyper, *kept, *(params if ctx.call.keep_params else ()))
+        saved_leaves = [*grads, *itertools.chain(*slots)] if ctx.call.keep else []
+        ctx.save_for_backward(hyper, *saved_leaves, *(params if ctx.call.keep_params else ()))
         ctx.set_materialize_grads(False)
         if not ctx.call.moving:  # the slots do not depend on the parameters: no chain of graphs through them
             ctx.mark_non_differentiable(*output[len(grads) :])
@@ -198,22 +198,24 @@ class FusedUpdate(torch.autograd.Function):
         if not call.moving:
             rate = call.rate(hyper)
             at_update = [None if updates[i] is None else -rate * updates[i] for i in call.decayed]
-            found = [*[None] * (len(ctx.dtypes) - len(call.decayed)), *at_update]
+            at_inputs = [*[None] * (len(ctx.dtypes) - len(call.decayed)), *at_update]
             dhyper = None
         else:
-            kept = saved if call.keep else [*[None] * (len(ctx.dtypes) - len(call.decayed)), *saved]
+            saved_leaves = saved if call.keep else [*[None] * (len(ctx.dtypes) - len(call.decayed)), *saved]
             vjp = _differentiable_vjp if torch.is_grad_enabled() else _vjp
-            found, dhyper = vjp(call, hyper, kept, updates, slots, ctx.needs_input_grad)
-        found = [
+            at_inputs, dhyper = vjp(call, hyper, saved_leaves, updates, slots, ctx.needs_input_grad)
+        gradients = [
             cotangent if cotangent is None or cotangent.dtype == dtype else cotangent.to(dtype)
-            for dtype, cotangent in zip(ctx.dtypes, found, strict=True)
+            for dtype, cotangent in zip(ctx.dtypes, at_inputs, strict=True)
         ]
-        return None, dhyper if hyper.requires_grad else None, *found
+        return None, dhyper if hyper.requires_grad else None, *gradients
 
 
-def _vjp(call: Call, hyper: Tensor, kept: Leaves, updates: Leaves, slots: Sequence[Leaves], needs: Sequence[bool]):
+def _vjp(
+    call: Call, hyper: Tensor, saved_leaves: Leaves, updates: Leaves, slots: Sequence[Leaves], needs: Sequence[bool]
+):
     """The cotangents of gradients, slots and parameters in one list, and that of hyper `[H]`."""
-    grads, old, params = call.split(kept)
+    grads, old, params = call.split(saved_leaves)
     grads = call.ready(grads)
     _, need_slots, need_params = call.split(needs[2:])
     nothing: list[Tensor | None] = [None] * len(call.shapes)
@@ -223,7 +225,7 @@ def _vjp(call: Call, hyper: Tensor, kept: Leaves, updates: Leaves, slots: Sequen
         every = call.empty()
         new_params = call.at_leaves([every[i] for i in call.decayed])
     u = call.empty()
-    found = call.kernel("update_vjp", grads)(
+    sums = call.kernel("update_vjp", grads)(
         call.rule,
         call.ready(call.at_leaves(params), call.dtype),
         [call.ready(slot) for slot in old],
@@ -238,24 +240,26 @@ def _vjp(call: Call, hyper: Tensor, kept: Leaves, updates: Leaves, slots: Sequen
         u,
         hyper.requires_grad,
     )
-    dhyper = found[:, :-1].sum(0).to(hyper.device) if hyper.requires_grad else None
+    dhyper = sums[:, :-1].sum(0).to(hyper.device) if hyper.requires_grad else None
     return [*u, *itertools.chain(*new_slots), *(new_params[i] for i in call.decayed)], dhyper
 
 
-def _differentiable_vjp(call: Call, hyper: Tensor, kept: Leaves, updates: Leaves, slots: Sequence[Leaves], _needs):
+def _differentiable_vjp(
+    call: Call, hyper: Tensor, saved_leaves: Leaves, updates: Leaves, slots: Sequence[Leaves], _needs
+):
     """As `_vjp`, in the graph."""
     sizes = [shape.numel() for shape in call.shapes]
     zero = torch.zeros((), dtype=call.dtype, device=call.device)
 
     def join(leaves: Leaves, dtype: torch.dtype | None = None) -> Tensor:
-        given = [zero.expand(s) if leaf is None else leaf for leaf, s in zip(leaves, call.shapes, strict=True)]
-        joined = torch.cat([leaf.reshape(-1) for leaf in given])
+        present = [zero.expand(s) if leaf is None else leaf for leaf, s in zip(leaves, call.shapes, strict=True)]
+        joined = torch.cat([leaf.reshape(-1) for leaf in present])
         return joined if dtype is None else joined.to(dtype)
 
     def parts(joined: Tensor) -> list[Tensor]:
         return [part.view(shape) for part, shape in zip(joined.split(sizes), call.shapes, strict=True)]
 
-    grads, old, params = call.split(kept)
+    grads, old, params = call.split(saved_leaves)
     grad = join(grads)
     state = [join(call.at_leaves(params), call.dtype), *(join(slot) for slot in old)]
     adjoints = [join(row, call.dtype) for row in (updates, *slots)]

@@ -70,9 +70,9 @@ def import_state(
     arena = arena or Arena.of(model)
     optimizer = matching_optimizer(torch_optimizer, model, arena)
     state = optimizer.init(arena.flatten(model), arena)
-    found = [_slots(torch_optimizer, parameter) for parameter in _parameters(model, arena)]
+    entries = [_slots(torch_optimizer, parameter) for parameter in _parameters(model, arena)]
     buffered = _buffered(torch_optimizer, model, arena)
-    steps = {entry.get("step") for entry, needed in zip(found, buffered, strict=True) if needed}
+    steps = {entry.get("step") for entry, needed in zip(entries, buffered, strict=True) if needed}
     if len(steps) > 1:
         raise BadArgument(
             f"expected all parameters to have made the same number of steps; got {sorted(map(str, steps))}: one that "
@@ -80,7 +80,7 @@ def import_state(
         )
     made = steps.pop() if steps else None
     for name, slot in zip(optimizer.slots, state.slots, strict=True):
-        for view, entry in zip(arena.slices(slot), found, strict=True):
+        for view, entry in zip(arena.slices(slot), entries, strict=True):
             if entry.get(name) is not None:
                 view.copy_(entry[name].detach())
     state.step = int(step if step is not None else made or 0)

@@ -116,13 +116,13 @@ def sgd(
 ) -> GradientTransformation:
     """SGD with momentum, dampening, Nesterov and L2 weight decay as `torchopt.sgd`; arguments as in `adamw`.
 
-    The first step of a leaf (`trace + grad`, without dampening) is told by its count in the state; TorchOpt tells it
-    by a flag of the transformation, which a second `init` does not reset.
+    The first step of a leaf (`trace + grad`, without dampening) is recognised by its count in the state; TorchOpt
+    uses a flag of the transformation, which a second `init` does not reset.
     """
     _checked("momentum", momentum)
     if nesterov and (not _number(momentum) > 0 or _number(dampening) != 0):
         raise BadArgument(
-            f"Nesterov needs a momentum above 0 and no dampening; got momentum={_number(momentum)}, "
+            f"expected a momentum above 0 and no dampening with Nesterov; got momentum={_number(momentum)}, "
             f"dampening={_number(dampening)}"
         )
     plain = not isinstance(momentum, Tensor) and momentum == 0
@@ -213,7 +213,7 @@ def _transformation(
         leaves: list[Any] = _leaves(params) if needs_params and params is not None else []
         if needs_params and len(leaves) != len(grads):
             raise BadArgument(
-                f"weight decay needs the parameters: call update(updates, state, params=params); "
+                f"expected the parameters, for weight decay: call update(updates, state, params=params); "
                 f"got {'none' if params is None else f'{len(leaves)} leaves for {len(grads)} updates'}"
             )
         if maximize:

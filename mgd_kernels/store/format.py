@@ -39,7 +39,7 @@ def encode_key(key: Key) -> bytes:
         kind, step = key
         if hasattr(step, "__index__") and not isinstance(step, bool):
             return b"step-%d-" % step.__index__() + kind.encode("utf-8", "surrogateescape")
-    raise BadArgument(f"a key is a text or (kind, step), a text and an integer; {key!r} came")
+    raise BadArgument(f"expected a key: a text or (text, integer); got {key!r}")
 
 
 def decode_key(name: bytes) -> Key:
@@ -53,10 +53,8 @@ def decode_key(name: bytes) -> Key:
 
 def offsets(sizes: Iterable[int]) -> list[int]:
     """Where in an entry's payload tensors of these sizes in bytes begin, and where the last one ends."""
-    found = [0]
-    end = 0
+    starts = [0]
     for size in sizes:
-        found[-1] = -(-end // ALIGNMENT) * ALIGNMENT
-        end = found[-1] + size
-        found.append(end)
-    return found
+        starts[-1] = -(-starts[-1] // ALIGNMENT) * ALIGNMENT
+        starts.append(starts[-1] + size)
+    return starts

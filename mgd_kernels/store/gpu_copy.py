@@ -1,4 +1,4 @@
-"""Copies between a GPU and the store's host buffers: pinned memory, a side stream, one event a chunk.
+"""Copies between a GPU and the store's host buffers: pinned memory, a side stream, one event per chunk.
 
 The buffers are the pool's own, of exact size, pinned in place by ``cudaHostRegister`` (torch's pinned allocator rounds
 up to powers of two). A thread never waits for a free buffer while it holds one: it finishes its own copies first.
@@ -137,7 +137,7 @@ class _Pinning:
 
     def report(self) -> str:
         if self.device is None:
-            return "no: no GPU tensor came yet"
+            return "no: no GPU tensor was stored yet"
         return f"no: {self._why}" if self._why else "yes"
 
 
@@ -150,7 +150,7 @@ def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
 def _one_gpu(tensors: list[torch.Tensor]) -> torch.device:
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     if len(devices) != 1:
-        raise BadArgument(f"the tensors of one entry lie on the CPU and one GPU; {sorted(map(str, devices))} came")
+        raise BadArgument(f"expected the tensors of one entry on the CPU and one GPU; got {sorted(map(str, devices))}")
     return devices.pop()
 
 

@@ -1,4 +1,4 @@
-"""The state store: tensors written once and read back in a known order, from device memory, host memory and disk.
+"""The state store: tensors written once and read back in a known order, from host memory and disk.
 
 >>> from mgd_kernels import Store
 >>> with Store(host=2 << 30, disk=("runs/log", 100 << 30)) as store:
@@ -20,14 +20,10 @@ from typing import Any
 import torch
 
 from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
-from mgd_kernels.store.device_tier import DeviceTier
 from mgd_kernels.store.format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, encode_key
 from mgd_kernels.store.gpu_copy import DeviceCopies
-from mgd_kernels.store.zero_copy import Lent, leased_tensors
-
-__all__ = ["CHUNK", "PAGE", "Key", "Store"]
-
-Tensors = torch.Tensor | Sequence[torch.Tensor]
+from mgd_kernels.store.tensors import Tensors, matching_targets, storable
+from mgd_kernels.store.zero_copy import Reservation, viewed_tensors
 
 UNLIMITED = 1 << 62
 
@@ -40,7 +36,6 @@ class Store:
             Never exceeded; at least 64 KiB where there is a disk tier.
         disk: ``(directory, bytes)``. A scratch directory is made inside and removed on close; those that a crash left
             there are removed on start.
-        device: bytes of memory of the device the tensors are on (of plain memory, for CPU tensors).
         threads: threads that read and write.
         durable: every finished entry survives a power failure (fsync), rather than a crash of the process alone.
         staging: the part of ``host`` that only buffers use; a quarter of it by default, at least a few chunks, and
@@ -54,12 +49,11 @@ class Store:
         self,
         host: int = 0,
         disk: tuple[str | os.PathLike[str], int] | None = None,
-        device: int | None = None,
         threads: int = 2,
         durable: bool = False,
         staging: int | None = None,
     ) -> None:
-        self._start(host, disk, device, threads, durable, staging, persistent=False)
+        self._start(host, disk, threads, durable, staging, persistent=False)
 
     @classmethod
     def open(
@@ -67,7 +61,6 @@ class Store:
         directory: str | os.PathLike[str],
         host: int = 256 << 20,
         limit: int | None = None,
-        device: int | None = None,
         threads: int = 2,
         durable: bool = False,
         staging: int | None = None,
@@ -84,37 +77,36 @@ class Store:
         """
         store = cls.__new__(cls)
         disk = (directory, UNLIMITED if limit is None else limit)
-        store._start(host, disk, device, threads, durable, staging, persistent=True)
+        store._start(host, disk, threads, durable, staging, persistent=True)
         return store
 
     def _start(
         self,
         host: int,
         disk: tuple[str | os.PathLike[str], int] | None,
-        device: int | None,
         threads: int,
         durable: bool,
         staging: int | None,
         persistent: bool,
     ) -> None:
-        for name, value in {"host": host, "device": device or 0, "disk": disk[1] if disk else 0}.items():
+        for name, value in {"host": host, "disk": disk[1] if disk else 0}.items():
             if not isinstance(value, int) or value < 0:
-                raise BadArgument(f"{name} is a number of bytes, 0 or more; {value!r} came")
+                raise BadArgument(f"expected a number of bytes >= 0 for {name}; got {value!r}")
         if disk and host < 16 * PAGE:
-            raise BadArgument(f"a disk tier needs host buffers: host >= {16 * PAGE} expected, {host} came")
+            raise BadArgument(f"expected host >= {16 * PAGE}, for the buffers of a disk tier; got {host}")
         if disk and not 1 <= threads <= 64:
-            raise BadArgument(f"1 to 64 threads expected, {threads} came")
+            raise BadArgument(f"expected 1 to 64 threads; got {threads}")
         if staging is None:
             staging = min(host, max(host // 4, 2 * (threads + 2) * CHUNK)) if disk else 0
         if not (16 * PAGE if disk else 0) <= staging <= host:
-            raise BadArgument(f"staging lies between {16 * PAGE} bytes and host = {host}; {staging} came")
+            raise BadArgument(f"expected staging between {16 * PAGE} bytes and host = {host}; got {staging}")
         # Small pools get small chunks: every thread should have one to work on while another is filled.
         room = staging if disk else max(host, PAGE)
         chunk = max(PAGE, min(CHUNK, room // (threads + 2) // PAGE * PAGE))
         try:
             core = importlib.import_module("mgd_kernels._core")
         except ImportError as error:
-            raise BackendUnavailable(f"the store needs the package's C++ extension: {error}; reinstall it") from error
+            raise BackendUnavailable(f"expected the package's C++ extension; got {error}: reinstall it") from error
         self._core = core.TieredStore(
             host=host,
             staging=staging,
@@ -127,8 +119,7 @@ class Store:
         )
         self._finalizer = weakref.finalize(self, _close_quietly, self._core)
         self._owner = os.getpid()
-        self._host, self._disk, self._persistent = host, disk is not None, persistent
-        self._device = DeviceTier(device or 0)
+        self._tiers = ["host"] * (host > 0 and not persistent) + ["disk"] * (disk is not None)  # fastest first
         self._devices: dict[bytes, list[torch.device]] = {}  # where an entry's tensors were, if not all on the CPU
         self._copies = DeviceCopies(self._core)
 
@@ -138,12 +129,12 @@ class Store:
         """Copies one tensor or a list of them under ``key``, replacing what was there.
 
         Returns when the copy is made; a thread writes it to disk afterwards. Waits while all buffers are in use.
-        A write that fails later is told by :meth:`get` of that key, :meth:`check`, :meth:`flush` and :meth:`close`.
+        A write that fails later is reported by :meth:`get` of that key, :meth:`check`, :meth:`flush`, :meth:`close`.
 
         Args:
             tensors: any shape; bfloat16, float16, float32, float64, int64, int32, int16, int8, uint8 or bool. Values,
                 shape and dtype are kept, not strides.
-            tier: ``"device"``, ``"host"``, ``"disk"``; ``None`` means the fastest that has room.
+            tier: ``"host"`` or ``"disk"``; ``None`` means the fastest that has room.
 
         Raises:
             StoreFull: no tier (that was asked for) has room; nothing was stored.
@@ -151,25 +142,19 @@ class Store:
         """
         core, name = self._live(), encode_key(key)
         sequence = not isinstance(tensors, torch.Tensor)
-        items = [_storable(t, i) for i, t in enumerate(tensors if sequence else [tensors])]
+        items = [storable(t, i) for i, t in enumerate(tensors if sequence else [tensors])]
         layout = [(DTYPES[t.dtype], tuple(t.shape)) for t in items]
-        if tier not in (None, "device", "host", "disk"):
-            raise BadArgument(f"tier 'device', 'host', 'disk' or None expected, {tier!r} came")
+        if tier not in (None, "host", "disk"):
+            raise BadArgument(f"expected tier 'host', 'disk' or None; got {tier!r}")
         refusals: list[StoreFull] = []
-        for candidate in [tier] if tier else ["disk"] if self._persistent else self._tiers():
+        for candidate in [tier] if tier else self._tiers:
             try:
-                if candidate == "device":
-                    self._device.put(name, sequence, items)
-                    if core.contains(name):
-                        core.remove(name)
-                    return
                 if all(t.device.type == "cpu" for t in items):
                     core.put(name, sequence, layout, [t.data_ptr() for t in items], candidate)
                     self._devices.pop(name, None)
                 else:
                     self._copies.put(name, sequence, items, layout, candidate)
                     self._devices[name] = [t.device for t in items]
-                self._device.drop(name)
                 return
             except StoreFull as refusal:
                 refusals.append(refusal)
@@ -202,26 +187,17 @@ class Store:
             UnknownFormat: the file is of another version.
         """
         core, name = self._live(), encode_key(key)
-        stored = self._device.get(name)
-        if stored is not None:
-            sequence, sources = stored
-            layout = [(DTYPES[t.dtype], tuple(t.shape)) for t in sources]
-            default = [t.device for t in sources]
-        else:
-            _, sequence, layout = core.describe(name)
-            default = self._devices.get(name) or [torch.device("cpu")] * len(layout)
+        _, sequence, layout = core.describe(name)
         if out is None:
-            where = default if device is None else [torch.device(device)] * len(layout)
+            devices = self._devices.get(name) if device is None else [torch.device(device)] * len(layout)
+            devices = devices or [torch.device("cpu")] * len(layout)
             targets = [
                 torch.empty(shape, dtype=DTYPE_OF[code], device=d)
-                for (code, shape), d in zip(layout, where, strict=True)
+                for (code, shape), d in zip(layout, devices, strict=True)
             ]
         else:
-            targets = _checked_targets(key, sequence, layout, out)
-        if stored is not None:
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-        elif any(t.device.type != "cpu" for t in targets):
+            targets = matching_targets(key, sequence, layout, out)
+        if any(t.device.type != "cpu" for t in targets):
             self._copies.get(name, targets)
         else:
             core.get(name, [t.data_ptr() for t in targets], again)
@@ -231,69 +207,63 @@ class Store:
 
     # --- entries without a copy
 
-    def lend(self, shape: Sequence[int], dtype: torch.dtype, room: int = 0) -> Lent | None:
-        """One of the buffers through which entries pass to the disk, to compute into and then :meth:`put_lent`.
+    def reserve(self, shape: Sequence[int], dtype: torch.dtype, room: int = 0) -> Reservation | None:
+        """A buffer on its way to the disk, to compute into and then to :meth:`commit`.
 
         Its ``tensor`` has this shape and dtype, lies on the CPU and is not initialised. Waits for a free buffer.
-        ``None`` without a disk tier, and where so much is lent and leased by now that the store could not go on.
+        ``None`` without a disk tier, and where so much is reserved and viewed already that the store could not go on.
 
         Args:
             room: bytes for further tensors of the entry, each with up to 64 more.
         """
-        return Lent.of(self._live(), shape, dtype, room)
+        return Reservation.of(self._live(), shape, dtype, room)
 
-    def put_lent(self, key: Key, lent: Lent, others: Sequence[torch.Tensor] = ()) -> None:
-        """Puts the list ``[lent.tensor, *others]`` on disk under ``key``, the first of them without a copy.
+    def commit(self, key: Key, reservation: Reservation, others: Sequence[torch.Tensor] = ()) -> None:
+        """Puts the list ``[reservation.tensor, *others]`` on disk under ``key``, the first of them without a copy.
 
-        The buffer is the store's from now on: ``lent.tensor`` may be read until it is let go of, and not written. What
-        is written nevertheless never comes back as data: ``get`` of the key finds the entry damaged.
+        The buffer then belongs to the store: ``reservation.tensor`` may still be read, but not written. Anything
+        written to it never comes back as data: ``get`` of the key reports the entry as damaged.
 
         Raises:
             StoreFull: the disk tier has no room; nothing was stored.
-            BadArgument: the others need more room than was asked for, or the buffer was put before.
+            BadArgument: the others need more room than was reserved, or the buffer was committed before.
         """
         core, name = self._live(), encode_key(key)
-        lent.put(core, name, [_storable(t, i + 1) for i, t in enumerate(others)])
+        reservation.commit(core, name, [storable(t, i + 1) for i, t in enumerate(others)])
         self._devices.pop(name, None)
-        self._device.drop(name)
 
-    def lease(self, key: Key, again: bool = False) -> list[torch.Tensor] | None:
-        """An entry in the buffer into which it was read: the tensors on the CPU, to be read, and let go of soon.
+    def view(self, key: Key, again: bool = False) -> list[torch.Tensor] | None:
+        """An entry in the buffer into which it was read: its tensors on the CPU, to be read and soon let go of.
 
-        Until all of them are gone the buffer is not used for anything else. ``None`` where :meth:`get` has to copy: of
-        entries that are not on disk, or not in one chunk (as those of :meth:`put_lent` are), and where so much is lent
-        and leased by now that the store could not go on. ``again`` and the errors are those of :meth:`get`.
+        The buffer is not used for anything else until all of them are gone. ``None`` where :meth:`get` has to copy:
+        for entries that are not on disk or not in one chunk (those of :meth:`commit` are), and where so much is
+        reserved and viewed already that the store could not go on. ``again`` and the errors are those of :meth:`get`.
         """
-        core, name = self._live(), encode_key(key)
-        return None if self._device.get(name) is not None else leased_tensors(core, name, again)
+        return viewed_tensors(self._live(), encode_key(key), again)
 
     # --- what is where
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Starts to read these entries, in this order, as far as there are free buffers; the rest as buffers become
         free. Returns at once. Raises KeyError on a key that is not stored."""
-        core = self._live()
-        core.prefetch([name for name in map(encode_key, keys) if self._device.get(name) is None])
+        self._live().prefetch([encode_key(key) for key in keys])
 
     def delete(self, key: Key) -> None:
         """Removes an entry, or raises KeyError."""
         core, name = self._live(), encode_key(key)
         self._devices.pop(name, None)
-        if not self._device.drop(name):
-            core.remove(name)
+        core.remove(name)
 
     def keys(self) -> list[Key]:
         """All keys, sorted by their spelling in the format. Damaged entries are among them: their get raises."""
-        return [decode_key(name) for name in sorted({*self._live().keys(), *self._device.names()})]
+        return [decode_key(name) for name in sorted(self._live().keys())]
 
     def tier(self, key: Key) -> str:
-        """Where an entry is: ``"device"``, ``"host"`` or ``"disk"``."""
-        core, name = self._live(), encode_key(key)
-        return "device" if self._device.get(name) is not None else core.describe(name)[0]
+        """Where an entry is: ``"host"`` or ``"disk"``."""
+        return self._live().describe(encode_key(key))[0]
 
     def __contains__(self, key: Key) -> bool:
-        core, name = self._live(), encode_key(key)
-        return self._device.get(name) is not None or core.contains(name)
+        return self._live().contains(encode_key(key))
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -314,7 +284,6 @@ class Store:
 
         A persistent store then raises the error of a write that failed. Closing twice does nothing.
         """
-        self._device.clear()
         self._devices.clear()
         self._finalizer.detach()
         self._closed = True
@@ -329,18 +298,18 @@ class Store:
         try:
             self.close()
         except Exception:
-            if kind is None:  # otherwise the first error is the one to hear of
+            if kind is None:  # otherwise the first error is the one to report
                 raise
 
     def stats(self) -> dict[str, Any]:
         """What the store holds and how fast it is.
 
-        ``device``, ``host``, ``disk``: each ``limit`` and ``used`` bytes; ``disk`` also ``peak``, ``io`` ("direct" or
-        "buffered"), ``why`` and ``directory``. ``pool``: the buffers of host memory: ``limit``, ``in_use``, ``mapped``
-        and ``peak`` bytes, and how many requests were met by a ``reused`` buffer. ``handed``: entries put and
-        got without a copy, ``lent`` and ``leased``. ``put``, ``get`` (copies in and
-        out, waiting included), ``write`` and ``read`` (files): ``bytes``, busy ``seconds``, ``bandwidth`` in bytes a
-        second. ``read_ahead``: chunks that were there when wanted (``hits``) and dropped for want of room (``drops``).
+        ``host``, ``disk``: each ``limit`` and ``used`` bytes; ``disk`` also ``peak``, ``io`` ("direct" or "buffered"),
+        ``why`` and ``directory``. ``pool``: the buffers of host memory: ``limit``, ``in_use``, ``mapped`` and ``peak``
+        bytes, and how many requests were met by a ``reused`` buffer. ``handed``: entries put and got without a copy,
+        ``lent`` and ``leased``. ``put``, ``get`` (copies in and out, waiting included), ``write`` and ``read`` (files):
+        ``bytes``, busy ``seconds``, ``bandwidth`` in bytes per second. ``read_ahead``: chunks that were there when
+        wanted (``hits``) and dropped for want of room (``drops``).
         """
         raw = self._live().stats()
         rates = {
@@ -348,8 +317,7 @@ class Store:
             for name in ("put", "get", "write", "read")
         }
         return {
-            "entries": raw["entries"] + len(self._device.names()),
-            "device": {"limit": self._device.limit, "used": self._device.used, "peak": self._device.peak},
+            "entries": raw["entries"],
             "host": {"limit": raw["host_limit"], "used": raw["host_used"]},
             "disk": {
                 "limit": raw["disk_limit"],
@@ -361,14 +329,10 @@ class Store:
             },
             "pool": {name: raw["pool_" + name] for name in ("limit", "mapped", "in_use", "peak", "reused")},
             "read_ahead": {"hits": raw["read_ahead_hits"], "drops": raw["read_ahead_drops"]},
-            "handed": {"lent": raw["lent"], "leased": raw["leased"]},
+            "handed": {"lent": raw["committed"], "leased": raw["viewed"]},
             "pinned": self._copies.report(),
             **rates,
         }
-
-    def _tiers(self) -> list[str]:
-        has = {"device": self._device.limit > 0, "host": self._host > 0, "disk": self._disk}
-        return [name for name, there in has.items() if there]
 
     def _live(self) -> Any:
         if self._closed:
@@ -378,33 +342,9 @@ class Store:
         return self._core
 
 
-def _storable(t: Any, i: int) -> torch.Tensor:
-    if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES or t.layout is not torch.strided:
-        what = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
-        raise BadArgument(f"tensor {i}: a dense tensor of {', '.join(map(str, DTYPES))} expected, {what} came")
-    if t.device.type not in ("cpu", "cuda"):
-        raise BadArgument(f"tensor {i}: a tensor on cpu or cuda expected, {t.device} came")
-    return t.detach().resolve_neg().contiguous()
-
-
-def _checked_targets(key: Key, sequence: bool, layout: list[tuple[int, Any]], out: Tensors) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor) == sequence:
-        raise BadArgument(f"out for {key!r}: {'a list' if sequence else 'one tensor'} expected, as was put")
-    targets = [out] if isinstance(out, torch.Tensor) else list(out)
-    if len(targets) != len(layout):
-        raise BadArgument(f"out for {key!r}: {len(layout)} tensors expected, {len(targets)} came")
-    for i, (t, (code, shape)) in enumerate(zip(targets, layout, strict=True)):
-        if t.dtype != DTYPE_OF[code] or tuple(t.shape) != tuple(shape) or not t.is_contiguous():
-            raise BadArgument(
-                f"out[{i}] for {key!r}: contiguous {DTYPE_OF[code]} of shape {tuple(shape)} expected, "
-                f"{t.dtype} {tuple(t.shape)} of strides {t.stride()} came"
-            )
-    return [t.detach() for t in targets]
-
-
 def _close_quietly(core: Any) -> None:
-    """What happens to a store that nobody closed."""
+    """Closes a store that its user did not close."""
     try:
         core.close()
     except Exception:
-        pass  # nobody is left to hear of it; its failed entries are not in the directory
+        pass  # there is no caller to report it to; failed entries are not in the directory

@@ -1,4 +1,8 @@
-"""Exact metagradients: the gradient of a trained model's output with respect to how it was trained."""
+"""Exact metagradients: the gradient of a trained model's output with respect to how it was trained.
+
+Import from here what `__all__` lists: it is the public interface. docs/architecture.md says what the rooms inside are
+for, and which one looks into which.
+"""
 
 from mgd import errors
 from mgd.attribution.attribute import attribute

@@ -1,4 +1,4 @@
-"""Does the metagradient hold? Finite differences and Taylor remainders of the whole training, in float64."""
+"""Is the metagradient right? Finite differences and Taylor remainders of the whole training, in float64."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from torch.utils._pytree import tree_flatten, tree_map
 from mgd.errors import BadArgument
 from mgd.step.batches import to_dtype
 from mgd.util.progress import Progress
+from mgd.util.text import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mgd.function import Metagradient, TrainingFunction
 
-#: Two first losses further apart than this (relative) belong to different trainings, not to different precisions.
+#: If two first losses differ by more than this (relative), the trainings differ, not just their precision.
 SAME_TRAINING = 1e-3
 
-#: Rounding of a float64 training's value, relative: what a few hundred well-conditioned steps make of 1e-16.
+#: The relative rounding error of a float64 training's value: 1e-16, grown over a few hundred well-conditioned steps.
 ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
 class KeyCheck:
-    """One key of z along its direction v.
+    """The result for one key of z, along a direction v.
 
     analytic: <∇f, v> in float64. finite_difference: (f(z+hv) - f(z-hv)) / 2h at the best step size, `h`.
-    relative_error: of the two. order: the power of h with which |f(z+hv) - f(z) - h<∇f, v>| falls, 2 where the
-    gradient is right; None where that remainder is lost in rounding. float32_error: |g - g64| / |g64| over the whole
-    key, g being the metagradient in the function's own precision; None where the two trainings differ from the first
-    step on.
-    errors, remainders: at every step size.
+    relative_error: the relative difference of the two. order: the power of h with which the remainder
+    |f(z+hv) - f(z) - h<∇f, v>| falls, 2 if the gradient is right; None if the remainder is lost in rounding.
+    float32_error: |g - g64| / |g64| over the whole key, where g is the metagradient in the function's own precision;
+    None if the two trainings differ from the first step on. errors, remainders: one per step size.
     """
 
     analytic: float
@@ -54,9 +54,13 @@ class KeyCheck:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """keys: the findings. value: f(z) in float64. steps: the step sizes. trainings: how many ran in float64, the
-    metagradient's included. `passed`: every relative error is within `tolerance` and every float32 error within
-    `float32_tolerance`. The orders are shown and do not count: kinks (ReLU) lower them where the gradient is right."""
+    """The result of `check`. `print` shows it as a table.
+
+    keys: the result for each key of z. value: f(z) in float64. steps: the step sizes. trainings: how many trainings ran
+    in float64, including the metagradient's. seconds: of the whole check. `passed`: every relative error is within
+    `tolerance` and every float32 error within `float32_tolerance`. The orders do not count: kinks (ReLU) lower them
+    even if the gradient is right.
+    """
 
     keys: dict[str, KeyCheck]
     value: float
@@ -72,7 +76,7 @@ class CheckResult:
         return all(self._holds(key) for key in self.keys.values())
 
     def _holds(self, key: KeyCheck) -> bool:
-        # Comparisons are written so that NaN fails them.
+        # The comparisons are written so that NaN fails them.
         return key.relative_error <= self.tolerance and (
             key.float32_error is None or key.float32_error <= self.float32_tolerance
         )
@@ -81,27 +85,21 @@ class CheckResult:
         return {"passed": self.passed, **asdict(self)}
 
     def __str__(self) -> str:
-        rows = [("", "analytic", "finite difference", "rel. error", "order", "float32 error", "")]
-        for name, key in self.keys.items():
-            rows.append(
-                (
-                    name,
-                    f"{key.analytic:.10e}",
-                    f"{key.finite_difference:.10e}",
-                    f"{key.relative_error:.1e}",
-                    "-" if key.order is None else f"{key.order:.2f}",
-                    "-" if key.float32_error is None else f"{key.float32_error:.1e}",
-                    "holds" if self._holds(key) else "FAILS",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            ).rstrip()
-            for row in rows
+        head = ["", "analytic", "finite difference", "rel. error", "order", "float32 error", ""]
+        rows = [
+            [
+                name,
+                f"{key.analytic:.10e}",
+                f"{key.finite_difference:.10e}",
+                f"{key.relative_error:.1e}",
+                "-" if key.order is None else f"{key.order:.2f}",
+                "-" if key.float32_error is None else f"{key.float32_error:.1e}",
+                "holds" if self._holds(key) else "FAILS",
+            ]
+            for name, key in self.keys.items()
         ]
-        return "\n".join([*lines, f"{self.trainings} trainings in float64, {self.seconds:.1f} s", *self.notes])
+        footer = f"{self.trainings} trainings in float64, {self.seconds:.1f} s"
+        return "\n".join([*table(head, rows), footer, *self.notes])
 
 
 def check(
@@ -118,15 +116,18 @@ def check(
 ) -> CheckResult:
     """Compare the metagradient of `f` at `z` with finite differences of `f` itself, in float64.
 
-    A copy of the training is made in float64 (model, batches and z; floats that loss or objective feed to the model are
-    cast on the way in). Its metagradient is computed once; then each key gets one random direction v, normal and of the
-    scale of z (root mean square, a leaf each; 1 where that is 0), and the objective is evaluated at z ± hv for
-    every h in `steps`. Where f has k objectives, a random combination of them is checked.
+    The training is copied to float64: model, batches and z. Floats that the loss or the objective feeds to the model
+    are cast on the way in. The metagradient of the copy is computed once. Then each key gets one random direction v:
+    normal, each leaf scaled by the root mean square of that leaf of z (by 1 if that is 0). The objective is evaluated
+    at z ± hv for every h in `steps`. If f has k objectives, a random combination of them is checked.
 
-    Cost: one metagradient in float64, `2 len(steps)` trainings in float64 for each key, and one metagradient of `f`
-    unless it is handed over as `metagradient`.
+    Cost: one metagradient in float64, `2 len(steps)` trainings in float64 per key, and one metagradient of `f` unless
+    it is passed as `metagradient`.
 
-    keys: which ones to check; all by default. steps: relative step sizes, falling. seed: of the directions.
+    keys: which keys of z to check; all by default. steps: relative step sizes, falling. seed: that of the directions.
+    tolerance, float32_tolerance: the largest errors with which the result passes (see `CheckResult`).
+
+    Raises BadArgument for unknown keys, and for step sizes that are not positive and falling.
     """
     names = list(z) if keys is None else list(keys)
     if unknown := [name for name in names if name not in z]:
@@ -175,9 +176,9 @@ def check(
 
     base = float((exact.value.double() * mix).sum())
     with Progress(2 * len(steps) * len(names), progress) as bar:
-        found = {name: examine(name) for name in names}
+        results = {name: examine(name) for name in names}
     return CheckResult(
-        keys=found,
+        keys=results,
         value=base,
         steps=tuple(steps),
         trainings=1 + 2 * len(steps) * len(names),
@@ -189,13 +190,13 @@ def check(
 
 
 def in_double(f: TrainingFunction) -> TrainingFunction:
-    """The same training in float64: a copy of the model, and batches cast as they are read."""
+    """The same training in float64: with a copy of the model, and batches that are cast as they are read."""
     model = copy.deepcopy(f.model).double()
 
     def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return to_dtype(args, torch.float64), to_dtype(kwargs, torch.float64)
 
-    # On every module, since loss and objective may call parts of the model.
+    # On every module, since the loss and the objective may call parts of the model.
     for module in model.modules():
         module.register_forward_pre_hook(cast, with_kwargs=True)
 
@@ -269,33 +270,32 @@ def _distance(x: Any, reference: Any) -> float:
 
 
 def _order(steps: Sequence[float], remainders: Sequence[float], value: float) -> float | None:
-    """The slope of log remainder against log h between the two smallest step sizes whose remainders stand clear of
-    rounding."""
+    """The slope of log remainder against log h, between the two smallest step sizes with remainders above rounding."""
     floor = ROUNDING * abs(value)
-    clear = [(h, r) for h, r in zip(steps, remainders, strict=True) if r > floor]
-    if len(clear) < 2:
+    points = [(h, r) for h, r in zip(steps, remainders, strict=True) if r > floor]
+    if len(points) < 2:
         return None
-    (h0, r0), (h1, r1) = clear[-2:]
+    (h0, r0), (h1, r1) = points[-2:]
     return math.log(r0 / r1) / math.log(h0 / h1)
 
 
 def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping[str, Any], h: float) -> float:
-    """The paper's empirical metasmoothness of a training at `z` along `direction`, in [-1, 1].
+    """The empirical metasmoothness (arXiv 2503.13751) of a training at `z` along `direction`, in [-1, 1].
 
-    With A the map from metaparameters to trained parameters and Δ(z) = (A(z + h v) - A(z)) / h, each trained parameter
-    votes on whether Δ keeps its sign from z to z + h v, weighted by how far it moves over both steps:
-    S = sign(Δ(z))ᵀ diag(d / |d|₁) sign(Δ(z + h v)), d = |A(z + 2 h v) - A(z)|. Near 1, a metagradient predicts what a
-    step of size h does. Costs three trainings.
+    Let A be the map from metaparameters to trained parameters, and Δ(z) = (A(z + h v) - A(z)) / h. Each trained
+    parameter votes on whether Δ keeps its sign from z to z + h v, weighted by how far it moves over both steps:
+    S = sign(Δ(z))ᵀ diag(d / |d|₁) sign(Δ(z + h v)), with d = |A(z + 2 h v) - A(z)|. If S is near 1, a metagradient
+    predicts what a step of size h does. Costs three trainings.
 
-    direction: tensors for some keys of `z`, of their shapes; the other keys stay. h: > 0, the size of a step.
+    direction: tensors for some keys of `z`, of the same shapes; the other keys stay as they are. h: the step size, > 0.
 
-    Raises BadArgument where the direction does not fit, or no parameter moves.
+    Raises BadArgument if the direction does not fit `z`, or if no parameter moves.
     """
     if not h > 0:
         raise BadArgument(f"expected h > 0; got {h}")
     unknown = sorted(set(direction) - set(z))
     if unknown or not direction:
-        raise BadArgument(f"expected a direction for some of {list(z)}; got {unknown or 'none'}")
+        raise BadArgument(f"expected a direction for some keys of z, {list(z)}; got {unknown or 'none'}")
     for key in direction:
         shapes = [[x.shape for x in tree_flatten(tree)[0]] for tree in (z[key], direction[key])]
         if shapes[0] != shapes[1]:
@@ -304,17 +304,17 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
             )
 
     def trained(steps: int) -> Tensor:
-        moved = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}
-        parameters = f.train({**z, **moved}).parameters.values()
+        point = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}
+        parameters = f.train({**z, **point}).parameters.values()
         return torch.cat([p.reshape(-1).double() for p in parameters])
 
     return agreement(trained(0), trained(1), trained(2))
 
 
 def agreement(start: Tensor, middle: Tensor, end: Tensor) -> float:
-    """The metasmoothness of a training, from the parameters `[n]` that it ends with at z, z + h v and z + 2 h v.
+    """The metasmoothness of a training, from its trained parameters `[n]` at z, z + h v and z + 2 h v.
 
-    Raises BadArgument where no parameter moves.
+    Raises BadArgument if no parameter moves.
     """
     weight = (end - start).abs()
     total = weight.sum()

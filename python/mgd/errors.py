@@ -1,6 +1,6 @@
 """Errors of the metagradient layer: one class per violated promise.
 
-Every text says what was expected, what came (and at which step), and what to do.
+Every text says what was expected, what was found (and at which step), and what to do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class MetagradientError(RuntimeError):
-    """Base class of the errors that this package raises on purpose."""
+    """Base class of the errors of this package."""
 
 
 class BadMetaparameter(MetagradientError, ValueError):
@@ -43,11 +43,11 @@ class BadMetaparameter(MetagradientError, ValueError):
 
 
 class BadBatch(MetagradientError, ValueError):
-    """A batch cannot be used: no tensors, no common length, or too few examples for the microbatches."""
+    """A batch cannot be used: it has no tensors, no common length, or too few examples for the microbatches."""
 
 
 class BadData(MetagradientError, ValueError):
-    """A data set is not where it was said to be, or its files are not in the expected format."""
+    """A data set is missing, or its files are not in the expected format."""
 
 
 class BadLoss(MetagradientError, ValueError):
@@ -59,20 +59,22 @@ class BadObjective(MetagradientError, ValueError):
 
 
 class BudgetTooSmall(MetagradientError, ValueError):
-    """No plan fits the budget. `needs` and `has`: bytes, the least that would work and what was given.
+    """No plan fits the budget.
 
-    As mappings they go by tier, and each entry of `needs` is enough by itself, with the other parts as they were given.
+    `needs`: bytes, the least that would work. `has`: bytes, what was given. Both are numbers, or mappings from tier to
+    number. Each entry of the mapping `needs` is enough on its own, with the other tiers as given.
     """
 
     def __init__(self, needs: Mapping[str, int] | int, has: Mapping[str, int] | int, advice: str = ""):
         self.needs, self.has, self.advice = needs, has, advice
 
-        def words(sizes: Mapping[str, int] | int, joint: str) -> str:
+        def words(sizes: Mapping[str, int] | int, separator: str) -> str:
             parts = sizes.items() if isinstance(sizes, Mapping) else [("", sizes)]
-            return joint.join(f"{tier} {size:,} bytes".strip() for tier, size in parts)
+            return separator.join(f"{tier} {size:,} bytes".strip() for tier, size in parts)
 
         super().__init__(
-            f"the least budget that works is {words(needs, ' or ')}; got {words(has, ', ')}. {advice}".rstrip()
+            f"expected at least {words(needs, ' or ')}, the least budget that works; got {words(has, ', ')}. "
+            f"{advice}".rstrip()
         )
 
 
@@ -82,48 +84,48 @@ class ParametersModified(MetagradientError):
     def __init__(self, step: int, what: str = "parameters"):
         self.step = step
         super().__init__(
-            f"the loss of step {step} changed {what} in place; expected it to only read them. "
+            f"expected the loss to only read {what}; at step {step} it changed {what} in place. "
             "Let the optimizer change the parameters, and keep running averages in buffers."
         )
 
 
 class MissingPackage(MetagradientError, ImportError):
-    """An optional package is needed for what was asked for."""
+    """The call needs an optional package that is not installed."""
 
     def __init__(self, purpose: str, package: str, extra: str):
         super().__init__(f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]'")
 
 
 class NonFiniteState(MetagradientError, ArithmeticError):
-    """Training left the finite numbers at `step`; `where` names the quantity."""
+    """A quantity, named by `where`, became infinite or NaN at training step `step`."""
 
     def __init__(self, step: int, where: str):
         self.step, self.where = step, where
         super().__init__(
-            f"{where} is not finite at step {step}; a metagradient needs a finite training. Lower the learning rate, "
-            "set max_grad_norm, or look at the batch of this step."
+            f"expected finite numbers throughout the training; {where} is not finite at step {step}. Lower the "
+            "learning rate, set max_grad_norm, or look at the batch of this step."
         )
 
 
 class StaleRun(MetagradientError):
-    """The directory given as `resume` holds another run. differing: what of it is not as in this call."""
+    """The directory of a run to continue holds another run. differing: what differs from this call."""
 
     def __init__(self, directory: str, differing: list[str]):
         self.directory, self.differing = directory, differing
         super().__init__(
-            f"{directory} holds an unfinished run that differs from this call in {', '.join(differing)}. Make the same "
-            "call to continue it, or name another directory (delete this one to give that run up)."
+            f"expected {directory} to hold a run of this same call; its run differs in {', '.join(differing)}. Repeat "
+            "the call that began it, name another directory, or delete this one to discard its run."
         )
 
 
 class CorruptScores(MetagradientError):
-    """Rows of an attribution's scores are not as they were written."""
+    """Rows of an attribution's scores are no longer what was written."""
 
     def __init__(self, path: str, start: int, stop: int):
         self.path, self.start, self.stop = path, start, stop
         super().__init__(
-            f"rows {start} to {stop} of {path} differ from what was written there (their digest is in index.json). "
-            "Delete the directory and attribute again, or restore the file."
+            f"expected rows {start} to {stop} of {path} as they were written (their digest is in index.json); got "
+            "other bytes. Delete the directory and attribute again, or restore the file."
         )
 
 
@@ -132,15 +134,15 @@ class ReplayDivergence(MetagradientError):
 
     def __init__(self, step: int, cause: str):
         self.step, self.cause = step, cause
-        super().__init__(f"step {step} did not repeat itself bit by bit: {cause}")
+        super().__init__(f"expected step {step} to repeat itself bit by bit; {cause}")
 
 
 class NotDifferentiable(MetagradientError):
-    """The Hessian-vector product of the loss meets an operator without the derivative formula it needs."""
+    """The Hessian-vector product of the loss needs a derivative that an operator does not have."""
 
     def __init__(self, op: str, detail: str):
         self.op = op
         super().__init__(
-            f"the loss uses {op}, which has no second derivative: {detail} "
-            "Replace the operator with one that torch can differentiate twice."
+            f"expected operators that torch can differentiate twice; the loss uses {op}, which has no second "
+            f"derivative: {detail} Replace this operator."
         )

@@ -1,4 +1,4 @@
-"""What a training and a metagradient return, and the report of what it cost."""
+"""What a training and a metagradient return, with the report of what a metagradient cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from mgd.util.text import format_bytes, format_seconds, table
 
 @dataclass
 class Trained:
-    """The end of a training: parameters and buffers by name, and optimizer state, slot -> name -> tensor."""
+    """A trained model.
+
+    parameters, buffers: by name. optimizer_state: the step count as "step", and the tensors as slot -> name -> tensor.
+    losses: float64 `[T]`, one per step.
+    """
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -21,19 +25,19 @@ class Trained:
 
     @property
     def model_state(self) -> dict[str, Tensor]:
-        """For `model.load_state_dict(..., strict=False)`."""
+        """Parameters and buffers together, for `model.load_state_dict(..., strict=False)`."""
         return {**self.parameters, **self.buffers}
 
 
 @dataclass
 class Report:
-    """What a metagradient did, and what it took; where a run was resumed, in this process.
+    """What a metagradient did and what it cost. For a resumed run, only what this process did.
 
     steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager, traced,
-    joint), and why a faster way was given up. backend: of the optimizer's kernels. plan: what was kept where (see
-    `Plan.to_dict`). measured_seconds: of the plan's phases. kept_bytes: the most that joint graphs kept for second
-    derivatives, where the plan left memory. store: what it moved and how fast (see `mgd_kernels.Store.stats`); None
-    where everything stayed in memory.
+    joint), and why a faster way was not used. backend: that of the optimizer's kernels. plan: what was stored where
+    (see `Plan.to_dict`). measured_seconds: by phase of the plan. kept_bytes: the most memory that joint graphs used for
+    residuals of second derivatives, if the plan left room for them. store: bytes moved and bandwidths (see
+    `mgd_kernels.Store.stats`); None if everything stayed in memory.
     """
 
     steps: int
@@ -49,7 +53,7 @@ class Report:
 
     @property
     def predicted_seconds(self) -> dict[str, float]:
-        """By phase: what the plan said of it, from the costs it was made with."""
+        """The plan's prediction for each phase, from the costs it was made with."""
         return {phase["name"]: phase["seconds"] for phase in self.plan.get("phases", ())}
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,22 +84,26 @@ class Report:
         if self.store is None:
             return {}
         disk, ahead = self.store["disk"], self.store["read_ahead"]
-        moved = [
+        rates = [
             f"{format_bytes(self.store[way]['bytes'])} {done} at {format_bytes(self.store[way]['bandwidth'])}/s"
             for way, done in (("write", "written"), ("read", "read"))
         ]
         io = disk["io"] + (f" ({disk['why']})" if disk["why"] else "")
         return {
-            "disk": f"{', '.join(moved)}, {io}; at most {format_bytes(disk['peak'])} of {format_bytes(disk['limit'])}",
-            "read ahead": f"{ahead['hits']:,} chunks there when wanted, {ahead['drops']:,} dropped for want of room",
+            "disk": f"{', '.join(rates)}, {io}; at most {format_bytes(disk['peak'])} of {format_bytes(disk['limit'])}",
+            "read ahead": f"{ahead['hits']:,} chunks ready when needed, {ahead['drops']:,} dropped for lack of room",
         }
 
 
 @dataclass
 class Metagradient:
-    """value: `[]` or `[k]`. grads: the keys and shapes of z, `[k, ...]` for k objectives. model_state: the trained
-    model's parameters and buffers. losses: float64 `[T]`, each step's. report: what it cost.
-    optimizer_state: of the trained model, as in `Trained`, where the training was given that of its beginning."""
+    """The value of the objectives, their gradients with respect to z, and the trained model.
+
+    value: `[]`, or `[k]` for k objectives. grads: the keys and shapes of z, with a first dimension `[k]` for k
+    objectives. model_state: parameters and buffers of the trained model, by name. losses: float64 `[T]`, one per step.
+    report: what it cost. optimizer_state: as in `Trained`; None unless the training function was given an
+    `optimizer_state` to start from.
+    """
 
     value: Tensor
     grads: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Small trainings for the tests, each a description that can be had in float64 or float32.
+"""Small trainings for the tests, each a description that can be cast to float64 or float32.
 
 The settings are well conditioned on purpose. Adam's derivative divides by sqrt(v + eps_root) + eps: where an element's
 second moment is as small as its rounding error, a float32 metagradient has no correct digits whatever computes it. With

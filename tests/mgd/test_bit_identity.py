@@ -5,33 +5,12 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, TOLERANCE, convnet, errors, initial, language, mlp, seeded, supervised, weighted, weights
+from cases import CLASSES, TOLERANCE, convnet, errors, initial, mlp, seeded, supervised
+from same_bits import STEPS, cases, same
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import mgd
 from mgd.plan.actions import Advance, Drop, Load, Reverse, Save
-
-STEPS = 11
-
-
-def cases():
-    return {
-        "mlp": supervised(mlp(0.3), (5,), STEPS, max_grad_norm=0.4, microbatches=2).but(
-            loss=weighted, z={"data_weights": weights()}
-        ),
-        "convnet": supervised(convnet(), (1, 6, 6), STEPS),
-        "gpt": language(STEPS),
-    }
-
-
-def same(a, b):
-    return (
-        torch.equal(a.value, b.value)
-        and torch.equal(a.losses, b.losses)
-        and all(torch.equal(x, y) for x, y in zip(tree_leaves(a.grads), tree_leaves(b.grads), strict=True))
-        and all(torch.equal(a.model_state[name], b.model_state[name]) for name in b.model_state)
-    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
@@ -186,7 +165,7 @@ def test_traced_second_derivatives(name):
     assert same(f.metagradient(case.z), first)
 
 
-def test_traces_made_anew_give_the_same_bits():
+def test_new_traces_give_the_same_bits():
     case = cases()["mlp"].to(torch.float32)
     first, again = case.metagradient(trace=True), case.metagradient(trace=True)
     assert same(first, again)

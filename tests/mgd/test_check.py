@@ -175,6 +175,6 @@ def test_the_result_is_json_and_an_aligned_table():
     result = check(f, z, keys=["lr", "weight_decay"])
     read = json.loads(json.dumps(result.to_dict()))
     assert read["passed"] is True and read["keys"]["lr"]["analytic"] == result.keys["lr"].analytic
-    head, *rows = str(result).splitlines()[:3]
-    assert len({row.rindex("holds") for row in rows}) == 1
+    head, rule, *rows = str(result).splitlines()[:4]
+    assert len({row.rindex("holds") for row in rows}) == 1 and set(rule) == {"-", " "}
     assert head.split() == ["analytic", "finite", "difference", "rel.", "error", "order", "float32", "error"]

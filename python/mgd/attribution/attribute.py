@@ -1,8 +1,8 @@
-"""Attribution: how every training example influenced every test loss, exactly (MAGIC, arXiv 2504.16430).
+"""Attribution: the exact influence of every training example on every test loss (MAGIC, arXiv 2504.16430).
 
 For a deterministic training with a weight on each example, score `[q, i]` is the derivative of the loss of query q
 after training with respect to the weight of training example i. Leaving example i out changes that loss by about minus
-its score times its weight. A chunk of queries shares one training and one reverse sweep.
+its score times its weight. All queries of a chunk share one training and one reverse sweep.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mgd.results import Metagradient, Trained
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
 from mgd.util.system import free_memory
-from mgd.util.text import parse_bytes
+from mgd.util.text import describe, parse_bytes
 from mgd_kernels import Arena
 
-SHARE = 0.25  # of the free memory for a chunk, where none is given: the log of the training needs some, too
-MOST = 128  # queries a chunk, where none is given: the training's share of a query's cost is below 1% there
+SHARE = 0.25  # of the free memory for a chunk, if no size is given: the log of the training needs memory too
+MOST = 128  # queries per chunk, if no number is given: the training is then below 1% of a query's cost
 
 Objectives = Callable[[nn.Module, Tensor], Tensor]
 
@@ -55,21 +55,24 @@ def attribute(
     """The exact influence of every training example on the loss of every query.
 
     f: the training; its own objective is not used. z: its metaparameters, with `z[weights]` of shape `[n]`.
-    queries: k, for the queries 0 to k-1, or their numbers, each once.
-    objectives: `objectives(model, index) -> [len(index)]`, the losses of the queries whose numbers are in `index`
-        (int64, on the CPU), of the trained model.
+    queries: k, for the queries 0 to k-1, or a list of their numbers, each once.
+    objectives: `objectives(model, index) -> [len(index)]`, the trained model's losses on the queries whose numbers are
+        in `index` (int64, on the CPU).
     weights: the metaparameter that holds a weight for each training example. Name it in `per_example` of the training
-        function, too, so that a step costs what its batch costs, and examples that no step reads are known.
-    names: a title for each query, kept in the index.
-    chunk: queries that share a training and a reverse sweep. By default as many as fit `memory` (bytes, or text such as
-        "2GB"; by default a quarter of what is free), which holds their adjoints and scores.
-    out: a directory for `scores.npy` and `index.json`; the scores are then never in memory as a whole, and the same
+        function too: a step then costs what its batch costs, and it is known which examples no step reads.
+    names: a title for each query, stored in the index.
+    chunk: the number of queries that share a training and a reverse sweep. By default as many as fit in `memory`
+        (bytes, or text such as "2GB"; by default a quarter of what is free), which holds their adjoints and scores.
+    out: a directory for `scores.npy` and `index.json`. The scores are then never in memory as a whole, and a repeated
         call after an interruption keeps the chunks that are done. Without it the scores are an array in memory.
-    resume: a directory in which a chunk's sweeps keep their log, so that an interrupted chunk continues, too, and to
-        the same bits (see `TrainingFunction.metagradient`); where `out` is not given, the scores lie there.
+    resume: a directory in which the sweeps of a chunk keep their log, so that an interrupted chunk continues as well,
+        to the same bits (see `TrainingFunction.metagradient`). If `out` is not given, the scores are there too.
 
-    The training is run once beforehand, and every chunk's training must repeat it bit by bit: ReplayDivergence names
-    the first step at which it does not, and nothing more is written then.
+    The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
+    ReplayDivergence names the first step that differs, and nothing more is written.
+
+    Raises BadArgument, BadMetaparameter, BadBatch or BadObjective for arguments that do not fit, StaleRun if the
+    directory holds other scores, and CorruptScores if its scores were damaged.
     """
     start = time.perf_counter()
     numbers = _numbers(queries)
@@ -95,8 +98,8 @@ def attribute(
         index = files.Index(shape, dtype, weights, numbers, titles, chunk, f.identity(z), state, unvisited)
         file = files.ScoreFile(directory, index, rehearsal.losses, weight, visits)
 
-    shared = copy.copy(f)  # with its traces, but with objectives of its own
-    single = chunk == len(numbers)  # then the bars of its two sweeps tell more
+    shared = copy.copy(f)  # shares the traces of f, but has its own objectives
+    single = chunk == len(numbers)  # then show the bars of its two sweeps instead
     with tracked("queries", len(numbers), enabled=progress and not single) as tick:
         for first in range(0, len(numbers), chunk):
             part = numbers[first : first + chunk]
@@ -108,13 +111,13 @@ def attribute(
                 result = _repeated(shared, z, place, rehearsal, progress and single)
                 report.add(result)
                 begin = time.perf_counter()
-                found, losses = _scores(result, weights), result.value.double().cpu()
+                scores, losses = result.grads[weights].cpu().numpy(), result.value.double().cpu()
                 if file is not None:
-                    file.write(first, found, losses.tolist())
+                    file.write(first, scores, losses.tolist())
                 else:
                     assert rows is not None
-                    rows[first : first + len(part)], values[first : first + len(part)] = found, losses
-                del result, found
+                    rows[first : first + len(part)], values[first : first + len(part)] = scores, losses
+                del result, scores
                 report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
                 if place is not None:
                     shutil.rmtree(place, ignore_errors=True)
@@ -129,15 +132,14 @@ def attribute(
 
 
 def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module], Tensor]:
-    """The losses of some queries, `[len(part)]`."""
+    """The objective of a chunk: the losses of its queries, `[len(part)]`."""
 
     def objective(model: nn.Module) -> Tensor:
         losses = objectives(model, torch.tensor(part))
         if not isinstance(losses, Tensor) or losses.shape != (len(part),):
-            got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise BadObjective(
-                f"expected objectives(model, index) to give one loss for each of {len(part)} queries, of shape "
-                f"[{len(part)}]; got {got}. Use reduction='none' and index the queries with `index`."
+                f"expected objectives(model, index) to return one loss for each of {len(part)} queries, of shape "
+                f"[{len(part)}]; got {describe(losses)}. Use reduction='none' and index the queries with `index`."
             )
         return losses
 
@@ -147,21 +149,23 @@ def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module],
 def _repeated(
     f: TrainingFunction, z: Mapping[str, Any], place: Path | None, rehearsal: Trained, progress: bool
 ) -> Metagradient:
-    """A chunk's metagradient, whose training was that of the rehearsal bit by bit."""
+    """A chunk's metagradient. Raises ReplayDivergence unless its training repeated the rehearsal bit by bit."""
     try:
         result = f.metagradient(z, resume=place, progress=progress)
     except ReplayDivergence:
-        _same_training(rehearsal, f.train(z))  # names the first step, where the reverse sweep meets the last one
+        # The reverse sweep meets the last differing step first; training once more finds the first one.
+        _check_same_training(rehearsal, f.train(z))
         raise
-    _same_training(rehearsal, result)
+    _check_same_training(rehearsal, result)
     return result
 
 
-def _same_training(first: Trained, second: Trained | Metagradient) -> None:
+def _check_same_training(first: Trained, second: Trained | Metagradient) -> None:
+    """Raise ReplayDivergence unless both trainings have the same losses and the same trained state, bit by bit."""
     advice = (
-        "An attribution needs a training that repeats itself: batches that are the same whenever they are asked for "
-        "(a fixed order and fixed augmentation), random numbers from torch's generators only, no state outside the "
-        "model's buffers, deterministic kernels (torch.use_deterministic_algorithms)."
+        "An attribution needs a training that repeats itself: the same batches each time (a fixed order and fixed "
+        "augmentation), random numbers from torch's generators only, no state outside the model's buffers, and "
+        "deterministic kernels (torch.use_deterministic_algorithms)."
     )
     step = files.first_difference(first.losses.numpy(), second.losses.numpy())
     if step is not None:
@@ -175,37 +179,35 @@ def _same_training(first: Trained, second: Trained | Metagradient) -> None:
 
 
 def _numbers(queries: int | Sequence[int] | Tensor) -> list[int]:
+    """The numbers of the queries."""
     if isinstance(queries, int) and not isinstance(queries, bool):
         numbers = list(range(queries))
     else:
         values = torch.as_tensor(queries)
         if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
-            raise BadArgument(
-                f"expected queries to be how many there are, or a list of their numbers; got {values.dtype} "
-                f"{list(values.shape)}"
-            )
+            raise BadArgument(f"expected queries to be their count or a list of their numbers; got {describe(values)}")
         numbers = values.tolist()
     if not numbers:
-        raise BadArgument("expected at least one query")
-    if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
-        raise BadArgument(f"expected every query once; query {repeated[0]} is there {numbers.count(repeated[0])} times")
+        raise BadArgument("expected at least one query; got none")
+    if repeats := [number for number, times in Counter(numbers).items() if times > 1]:
+        raise BadArgument(f"expected every query once; query {repeats[0]} is there {numbers.count(repeats[0])} times")
     return numbers
 
 
 def _weights(z: Mapping[str, Any], key: str) -> Tensor:
+    """The weights `[n]` of the training examples."""
     if key not in z:
-        raise BadMetaparameter(f"expected z[{key!r}], a weight for each training example; z has {list(z)}")
+        raise BadMetaparameter(f"expected z[{key!r}], a weight for each training example; got z with keys {list(z)}")
     weight = z[key]
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not weight.is_floating_point():
-        got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
         raise BadMetaparameter(
-            f"expected z[{key!r}] to be floating-point of shape [n], one weight an example; got {got}"
+            f"expected z[{key!r}] to be floating-point of shape [n], one weight per example; got {describe(weight)}"
         )
     return weight
 
 
 def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
-    """How often the training reads each example, int64 `[n]`; None where `per_example` does not tell."""
+    """How often the training reads each example, int64 `[n]`; None if `per_example` does not tell."""
     if key not in f.per_example:
         return None
     visits = torch.zeros(n, dtype=torch.int64)
@@ -213,8 +215,8 @@ def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
         index = torch.as_tensor(f.per_example[key](f.batches[step])).reshape(-1).cpu()
         if len(index) and not -n <= int(index.min()) <= int(index.max()) < n:
             raise BadBatch(
-                f"expected indices of training examples in 0..{n - 1}, since z[{key!r}] has {n} entries; batch {step} "
-                f"has {int(index.min())}..{int(index.max())}"
+                f"expected indices of training examples in 0..{n - 1}, because z[{key!r}] has {n} entries; "
+                f"batch {step} has {int(index.min())}..{int(index.max())}"
             )
         visits.index_put_((index % n,), torch.ones_like(index), accumulate=True)
     return visits
@@ -224,24 +226,20 @@ def _chunk(f: TrainingFunction, z: Mapping[str, Any], k: int, chunk: int | None,
     """How many queries share a sweep."""
     if chunk is not None:
         if chunk < 1 or memory is not None:
-            raise BadArgument(f"expected chunk >= 1, or memory in its place; got chunk={chunk}, memory={memory!r}")
+            raise BadArgument(f"expected chunk >= 1, or memory in its place; got chunk={chunk} and memory={memory!r}")
         return min(chunk, k)
     room = int(SHARE * free_memory()) if memory is None else parse_bytes(memory)
     each = query_bytes(f, z)
     if memory is not None and room < each:
-        raise BadArgument(f"expected memory for one query at least, which takes {each:,} bytes; got {room:,}")
+        raise BadArgument(f"expected memory for one query at least, which takes {each:,} bytes; got {room:,} bytes")
     most = max(1, min(k, MOST, room // each))
-    return -(-k // -(-k // most))  # chunks of one size, rather than a small last one
+    return -(-k // -(-k // most))  # chunks of about the same size, rather than a small last one
 
 
 def query_bytes(f: TrainingFunction, z: Mapping[str, Any]) -> int:
-    """Bytes that each query of a chunk takes: adjoints of parameters and optimizer state, a direction, and scores."""
+    """Bytes per query of a chunk: adjoints of parameters and optimizer state, a direction, and scores."""
     arena = Arena.of(f.model)
     adjoint = (2 + len(f.optimizer.slots)) * arena.numel * arena.dtype.itemsize
     leaves = [x for x in tree_flatten(dict(z))[0] if isinstance(x, Tensor)]
-    # The scores, and two and a half times as much while they are checked for being finite.
+    # The scores, and 2.5 times as much again while they are checked to be finite.
     return adjoint + int(3.5 * sum(x.numel() * x.element_size() for x in leaves))
-
-
-def _scores(result: Metagradient, key: str) -> np.ndarray:
-    return result.grads[key].cpu().numpy()

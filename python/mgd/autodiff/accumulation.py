@@ -1,9 +1,9 @@
 """Sums of products in a traced graph, accumulated by the products themselves.
 
 A double backward adds up products: the cotangent of a linear layer's output is `c Wᵀ + x cᵂ + cᵇ`. A matrix product can
-add to what stands in its output at no cost (beta = 1 in BLAS), which spares a pass over three tensors for each sum.
-Other sums, of convolutions and elementwise operators, go into the memory of a summand that nobody else reads: new
-memory costs more than the addition where the system has to provide it page by page.
+add to the contents of its output at no cost (beta = 1 in BLAS), which saves a pass over three tensors for each sum.
+Other sums, of convolutions and elementwise operators, are written into the memory of a summand that is read nowhere
+else: if the system has to provide new memory page by page, it costs more than the addition.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _INTO = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
-# Operators whose output, or each of whose outputs, is memory of its own.
+# Operators each of whose outputs has its own memory.
 _FRESH = (
     *_INTO,
     *_INTO.values(),
@@ -41,17 +41,19 @@ _SLOPE = "mgd_kernels.activation_backward.default"
 
 
 def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModule:
-    """Replace `x + a @ b` by `x.addmm_(a, b)` where nothing else reads x or the product, and `v + a @ b`, with a vector
-    v that is added to every row, by `addmm(v, a, b)`; likewise for batches of matrices, and for the product of a
+    """Replace sums with products by operators that accumulate; changes `module` in place and returns it.
+
+    `x + a @ b` becomes `x.addmm_(a, b)` if nothing else reads x or the product. `v + a @ b`, with a vector v that is
+    added to every row, becomes `addmm(v, a, b)`. The same is done for batches of matrices, and for the product of a
     cotangent and the slope of an activation (`mgd_kernels.functional`).
 
-    exact: the number of first outputs that keep their bits (the loss): what they are computed from is left alone.
+    exact: the number of first outputs that keep their bits (the loss). What they are computed from is not changed.
     """
     graph = module.graph
     (output,) = (node for node in graph.nodes if node.op == "output")
-    kept = ancestors(output.args[0][:exact])
+    unchanged = ancestors(output.args[0][:exact])
     for add in list(graph.nodes):
-        if add.target is not aten.add.Tensor or add in kept or add.kwargs or not _alike(add, *add.args):
+        if add.target is not aten.add.Tensor or add in unchanged or add.kwargs or not _alike(add, *add.args):
             continue
         for x, y in (add.args, add.args[::-1]):
             if _accumulate(graph, add, x, y):
@@ -59,7 +61,7 @@ def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModul
         else:
             _add_in_place(add)
     for node in reversed(graph.nodes):
-        # By hand, for eliminate_dead_code takes in-place operators for alive and their inputs with them.
+        # By hand, because eliminate_dead_code keeps in-place operators and their inputs.
         if not node.users and (node.target in _VIEWS or node.target in _INTO or node.target is aten.expand.default):
             graph.erase_node(node)
     graph.lint()
@@ -68,7 +70,7 @@ def accumulate_products(module: fx.GraphModule, exact: int = 1) -> fx.GraphModul
 
 
 def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
-    """Let the product behind y add to x, if both may be overwritten. True where that was done."""
+    """Let the product behind y add to x, if both may be overwritten. Returns whether that was done."""
     if str(y.target) == _SLOPE and len(y.users) == 1 and _shape(x) == _shape(y):
         operands: list[Any] = [x, *y.args[:2]]  # the other summand, the cotangent, the slope
         if all(operand.meta["val"].is_contiguous() for operand in operands):
@@ -109,7 +111,7 @@ def _accumulate(graph: fx.Graph, add: fx.Node, x: fx.Node, y: fx.Node) -> bool:
 
 
 def _add_in_place(add: fx.Node) -> None:
-    """Let a sum take the memory of a summand that is laid out as the sum, if nobody else reads that."""
+    """Write a sum into the memory of a summand with the same layout, if nothing else reads that summand."""
     summands: list[Any] = [*add.args]
     for x, y in (summands, summands[::-1]):
         same = _shape(x) == _shape(y) and x.meta["val"].stride() == add.meta["val"].stride()
@@ -119,7 +121,7 @@ def _add_in_place(add: fx.Node) -> None:
 
 
 def _alike(*nodes) -> bool:
-    """Whether all are tensors of one dtype, and of sizes that do not depend on data."""
+    """Whether all are tensors of the same dtype, and of sizes that do not depend on data."""
     values: list[Any] = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
     return all(isinstance(x, torch.Tensor) and x.dtype == values[0].dtype and not is_symbolic(x) for x in values)
 
@@ -129,7 +131,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _only_view_of(node: fx.Node) -> fx.Node | None:
-    """The node that this one is a view of, where nothing reads them in between or beside."""
+    """The node that this one is a view of, if nothing else reads it or the views in between; None otherwise."""
     while len(node.users) == 1:
         if node.target not in _VIEWS:
             return node
@@ -138,13 +140,14 @@ def _only_view_of(node: fx.Node) -> fx.Node | None:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What a view is a view of; what `getitem` takes an item of."""
+    """The source of a view; the tuple of a `getitem`."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source
 
 
 def _is_fresh(node: fx.Node) -> bool:
+    """Whether the node's result is contiguous and has its own memory."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not value.is_contiguous():
         return False

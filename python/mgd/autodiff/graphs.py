@@ -1,4 +1,4 @@
-"""Rewriting traced graphs: what nobody reads goes, and what all directions share is computed once."""
+"""Rewriting traced graphs: removing what is never read, and computing once what all directions share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def clean(module: fx.GraphModule) -> fx.GraphModule:
-    """Drop views and sums that change nothing, and results that nobody reads, of convolutions among others."""
+    """Remove views and sums that change nothing, and results that are never read, including those of convolutions."""
     graph = module.graph
     for node in graph.nodes:
         if node.target is aten.add.Tensor:
@@ -33,11 +33,11 @@ def _drop_unread(graph: fx.Graph) -> None:
         if node.target is aten.convolution_backward.default:
             *args, mask = node.args
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
-            node.args = (*args, [wanted and i in read for i, wanted in enumerate(mask)])
+            node.args = (*args, [computed and i in read for i, computed in enumerate(mask)])
 
 
 def _drop_zeros(add: fx.Node) -> None:
-    """Let the sum with a tensor of zeros be the other summand: torch adds the cotangents of what has no influence."""
+    """Replace a sum with zeros by its other summand. Torch adds zero cotangents of tensors that have no influence."""
     for zeros, x in (add.args, add.args[::-1]):
         if not (isinstance(zeros, fx.Node) and isinstance(x, fx.Node)) or zeros.target not in _ZEROS or add.kwargs:
             continue
@@ -54,22 +54,25 @@ _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 
 def _changes(node: fx.Node) -> bool:
-    """Whether the operator may change what it is given."""
+    """Whether the operator may change its inputs."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
 def without_mutation(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The same computation with every in-place operator made one that returns its result."""
+    """The same computation with every in-place operator replaced by one that returns its result.
+
+    inputs: example tensors for the trace.
+    """
     return clean(make_fx(torch.func.functionalize(module))(*inputs))
 
 
 class PerDirection:
-    """A graph in two parts: what depends on no direction, run once, and the rest, run for each direction.
+    """A graph in two parts: one that depends on no direction and runs once, and the rest, which runs per direction.
 
-    module: a graph without mutation whose first `shared` inputs depend on no direction and whose first output is the
-    loss. Of the 8 matmuls that a linear layer's Hessian-vector product costs, 2 are shared.
-    optimized(part, exact): makes each part faster; the first `exact` outputs, the loss, keep their bits.
+    module: a graph without mutation. Its first `shared` inputs depend on no direction, and its first output is the
+    loss. Of the 8 matrix products that a linear layer's Hessian-vector product costs, 2 are shared.
+    optimized: `optimized(part, exact)` makes a part faster; its first `exact` outputs (the loss) must keep their bits.
     """
 
     def __init__(
@@ -88,29 +91,30 @@ class PerDirection:
         self.each = optimized(part(module, [*boundary, *placeholders[shared:]], own, results), 0)
 
     def __call__(self, inputs: Sequence[Tensor], directions: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[tuple]]:
+        """The loss, and the results for each direction."""
         loss, *boundary = self.once(*inputs)
         return loss, [self.each(*boundary, *direction) for direction in directions]
 
 
 def dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The sources and every node that is computed from one."""
-    found = set(sources)
+    """The sources and every node that is computed from one of them."""
+    nodes = set(sources)
     for node in graph.nodes:
-        if any(x in found for x in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(x in nodes for x in node.all_input_nodes):
+            nodes.add(node)
+    return nodes
 
 
 def ancestors(nodes: Iterable[object]) -> set[fx.Node]:
-    """The nodes and all that they are computed from."""
-    seen: set[fx.Node] = set()
+    """The nodes and everything that they are computed from. Entries that are not nodes are skipped."""
+    result: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if isinstance(node, fx.Node) and node not in seen:
-            seen.add(node)
+        if isinstance(node, fx.Node) and node not in result:
+            result.add(node)
             stack += node.all_input_nodes
-    return seen
+    return result
 
 
 def is_symbolic(x: Tensor) -> bool:
@@ -119,7 +123,7 @@ def is_symbolic(x: Tensor) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the node's result shares memory with its first argument's."""
+    """Whether the node's result shares memory with its first argument."""
     if node.target is operator.getitem:
         return is_view(node.args[0])  # type: ignore[arg-type]
     schema = getattr(node.target, "_schema", None)
@@ -129,11 +133,11 @@ def is_view(node: fx.Node) -> bool:
 def part(
     module: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node | None]
 ) -> fx.GraphModule:
-    """A graph of its own with these inputs, computing these nodes, in order, and returning these outputs."""
+    """A separate graph with these inputs, which computes these nodes, in order, and returns these outputs."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node, copy in copies.items():
-        copy.meta = dict(node.meta)  # shapes and dtypes, as node_copy keeps them
+        copy.meta = dict(node.meta)  # shapes and dtypes, which node_copy also keeps
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] if isinstance(node, fx.Node) else node for node in outputs))
@@ -146,19 +150,20 @@ def chained(
     inputs: Sequence[fx.Node],
     nodes: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
-    handed: Sequence[fx.Node],
+    boundary: Sequence[fx.Node],
     then: fx.GraphModule,
 ) -> fx.GraphModule:
-    """`part(module, inputs, nodes, [*outputs, *handed])`, and `then` on its inputs and what it hands on, in one graph.
+    """One graph that computes `part(module, inputs, nodes, [*outputs, *boundary])`, then `then` from the results.
 
-    then: a graph of the inputs, of which there may be fewer, and of `handed`. Returns `outputs` and its results.
+    then: a graph whose inputs are a prefix of `inputs`, followed by `boundary`. The outputs of the whole are `outputs`
+    and those of `then`.
     """
-    graph = part(module, inputs, nodes, [*outputs, *handed]).graph
+    graph = part(module, inputs, nodes, [*outputs, *boundary]).graph
     (end,) = (node for node in graph.nodes if node.op == "output")
-    own, given = [node for node in graph.nodes if node.op == "placeholder"], end.args[0][len(outputs) :]
-    places = [node for node in then.graph.nodes if node.op == "placeholder"]
-    count = len(places) - len(handed)
-    copies = dict(zip(places, [*own[:count], *given], strict=True))
+    own, values = [node for node in graph.nodes if node.op == "placeholder"], end.args[0][len(outputs) :]
+    placeholders = [node for node in then.graph.nodes if node.op == "placeholder"]
+    count = len(placeholders) - len(boundary)
+    copies = dict(zip(placeholders, [*own[:count], *values], strict=True))
     with graph.inserting_before(end):
         for node in then.graph.nodes:
             if node.op == "output":
@@ -166,4 +171,4 @@ def chained(
             elif node.op != "placeholder":
                 copies[node] = graph.node_copy(node, copies.__getitem__)
     end.args = ((*end.args[0][: len(outputs)], *results),)
-    return fx.GraphModule(module, graph)  # with the constants that either of them reads
+    return fx.GraphModule(module, graph)  # with the constants that either graph reads

@@ -1,9 +1,10 @@
-"""One graph of a whole step, cut where the direction enters: what the training computes, the reverse sweep need not.
+"""One graph of a whole step, cut where the direction enters, so that the reverse sweep can reuse the training's work.
 
 The second derivatives of a step begin with the step's own forward and backward pass (2 of the 8 matrix products of a
-linear layer). Here the gradient that trains comes from the same graph as the second derivatives, in three parts: the
-loss and what the others read; the gradients of the weights; the second derivatives in a direction. What the first part
-has computed is kept for the third where memory allows, and computed again, to the same bits, where it does not.
+linear layer). Here the gradient that trains comes from the same graph as the second derivatives. The graph has three
+parts: the loss, with everything that the other parts read; the gradients of the weights; and the second derivatives in
+a direction. The results of the first part are kept for the third if memory allows. If not, they are recomputed, to the
+same bits.
 """
 
 from __future__ import annotations
@@ -21,95 +22,98 @@ from mgd.step.evaluator import SecondDerivatives
 
 
 class JointGraph:
-    """The graph in its parts.
+    """A step's graph in three parts.
 
-    graph: without mutation; its first `fixed` inputs depend on no direction, its outputs are the loss, the gradient of
-    each parameter, the buffers left behind (`counts` of both), and what depends on directions: the second derivatives
-    and `<gradient, direction>`.
+    graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, the gradient of
+    each parameter, the buffers as the step leaves them, the second derivatives, and last `<gradient, direction>`.
+    counts: the numbers of gradients and of buffers. compile: whether to compile the parts.
     """
 
     def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int], compile: bool):
         nodes = list(graph.graph.nodes)
-        places = [node for node in nodes if node.op == "placeholder"]
+        placeholders = [node for node in nodes if node.op == "placeholder"]
         outputs = list(next(node for node in nodes if node.op == "output").args[0])
         own = [node for node in nodes if node.op not in ("placeholder", "output")]
         grads = outputs[1 : 1 + counts[0]]
-        left, results = outputs[1 + counts[0] : 1 + sum(counts)], outputs[1 + sum(counts) :]
-        varying = dependents(graph.graph, places[fixed:])
+        buffers, results = outputs[1 + counts[0] : 1 + sum(counts)], outputs[1 + sum(counts) :]
+        varying = dependents(graph.graph, placeholders[fixed:])
         third = [node for node in own if node in varying]
         read = {x for node in third for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
-        needed = ancestors([outputs[0], *left, *(x for x in read if x not in varying)])
+        shared = ancestors([outputs[0], *buffers, *(x for x in read if x not in varying)])
         for_grads = ancestors(grads)
         # An operator with several results belongs to one part, with all of them.
-        needed |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in needed}
-        second = [node for node in own if node in for_grads and node not in needed]
-        first = [node for node in own if node in needed]
+        shared |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in shared}
+        second = [node for node in own if node in for_grads and node not in shared]
+        first = [node for node in own if node in shared]
         second, second_reads = _with_sources(own, second, grads, is_view)
         third, third_reads = _with_sources(own, third, results, is_view)
         refresh, sources = _with_sources(own, [], third_reads, _is_cheap)
         if _bytes(third_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], third_reads
-        kept = list(dict.fromkeys([*second_reads, *sources]))
+        residuals = list(dict.fromkeys([*second_reads, *sources]))
         self.counts, self.compile = counts, compile
-        # A tensor that only the gradients of the weights read need not be kept for the third part.
-        self._sources = [kept.index(node) for node in sources]
-        fixed_places, read = places[:fixed], ancestors([outputs[0], *third_reads])
+        # The third part does not need residuals that only the gradients of the weights read.
+        self._sources = [residuals.index(node) for node in sources]
+        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *third_reads])
         again = [node for node in own if node in read]
-        each = part(graph, [*places, *third_reads], third, results)
+        each = part(graph, [*placeholders, *third_reads], third, results)
         if not compile:
             accumulate_products(each, 0)
-        finished = compiled if compile else operator.attrgetter("forward")
-        self._forward = finished(part(graph, fixed_places, first, [outputs[0], *left, *kept]))
-        self._weights = finished(part(graph, [*fixed_places, *kept], second, grads))
-        # The third part, from the inputs and from what was kept: in one graph, which frees what it has read, for one
-        # direction, and in two for several.
-        self._each = finished(each)
-        self._recompute = finished(part(graph, fixed_places, again, [outputs[0], *third_reads]))
-        self._recompute_once = finished(chained(graph, places, again, outputs[:1], third_reads, each))
-        self._refresh = finished(part(graph, [*fixed_places, *sources], refresh, third_reads))
-        self._refresh_once = finished(chained(graph, [*places, *sources], refresh, [], third_reads, each))
+        executable = compiled if compile else operator.attrgetter("forward")
+        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *buffers, *residuals]))
+        self._weights = executable(part(graph, [*fixed_placeholders, *residuals], second, grads))
+        # The third part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
+        # is one graph, which frees what it has read; for several, it is two.
+        self._each = executable(each)
+        self._recompute = executable(part(graph, fixed_placeholders, again, [outputs[0], *third_reads]))
+        self._recompute_once = executable(chained(graph, placeholders, again, outputs[:1], third_reads, each))
+        self._refresh = executable(part(graph, [*fixed_placeholders, *sources], refresh, third_reads))
+        self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], third_reads, each))
 
     def forward(
-        self, parameters: list[Tensor], given: list[Tensor]
+        self, parameters: list[Tensor], inputs: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], list[Tensor]]:
-        """The loss, its gradient, the buffers left behind, and the residuals to keep.
+        """The loss, the gradient of each parameter, the buffers as the step leaves them, and the residuals to keep.
 
-        given: buffers, metaparameters and constants.
+        inputs: buffers, metaparameters and constants.
         """
         with below_autograd(not self.compile):
-            loss, *rest = self._forward(*parameters, *given)
-            left, residuals = rest[: self.counts[1]], rest[self.counts[1] :]
-            grads = self._weights(*parameters, *given, *residuals)
-        return loss, grads, left, [residuals[i] for i in self._sources]
+            loss, *rest = self._forward(*parameters, *inputs)
+            buffers, residuals = rest[: self.counts[1]], rest[self.counts[1] :]
+            grads = self._weights(*parameters, *inputs, *residuals)
+        return loss, grads, buffers, [residuals[i] for i in self._sources]
 
     def recompute_hvp(
-        self, parameters: list[Tensor], given: list[Tensor], directions: Sequence[Sequence[Tensor]]
+        self, parameters: list[Tensor], inputs: list[Tensor], directions: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, SecondDerivatives]:
-        """The loss, and for each direction (and cotangents of the buffers) the second derivatives over parameters,
-        buffers and metaparameters, and last `<gradient, direction>`."""
+        """The loss, and for each direction the second derivatives with respect to parameters, buffers and
+        metaparameters, and last `<gradient, direction>`.
+
+        directions: each a direction for the parameters, followed by cotangents of the buffers.
+        """
         with below_autograd(not self.compile):
             if len(directions) == 1:
-                loss, *result = self._recompute_once(*parameters, *given, *directions[0])
+                loss, *result = self._recompute_once(*parameters, *inputs, *directions[0])
                 return loss, [result]
-            loss, *read = self._recompute(*parameters, *given)
-            return loss, [list(self._each(*parameters, *given, *way, *read)) for way in directions]
+            loss, *read = self._recompute(*parameters, *inputs)
+            return loss, [list(self._each(*parameters, *inputs, *way, *read)) for way in directions]
 
     def hvp_from_residuals(
         self,
         parameters: list[Tensor],
-        given: list[Tensor],
+        inputs: list[Tensor],
         residuals: Sequence[Tensor],
         directions: Sequence[Sequence[Tensor]],
     ) -> SecondDerivatives:
-        """The second derivatives of `recompute_hvp`, from the residuals of `forward` at the same tensors."""
+        """The second derivatives of `recompute_hvp`, from the residuals of `forward` for the same tensors."""
         with below_autograd(not self.compile):
             if len(directions) == 1:
-                return [list(self._refresh_once(*parameters, *given, *directions[0], *residuals))]
-            read = self._refresh(*parameters, *given, *residuals)
-            return [list(self._each(*parameters, *given, *way, *read)) for way in directions]
+                return [list(self._refresh_once(*parameters, *inputs, *directions[0], *residuals))]
+            read = self._refresh(*parameters, *inputs, *residuals)
+            return [list(self._each(*parameters, *inputs, *way, *read)) for way in directions]
 
 
-# Beside elementwise and this package's own ones, operators that take about as long as reading what they read.
+# Operators that take about as long as reading their inputs, besides elementwise ones and those of this package.
 _LIGHT = {
     f"aten::{name}"
     for name in """cat clone constant_pad_nd fill full_like zeros_like sum mean var_mean amax _softmax _log_softmax
@@ -120,7 +124,7 @@ _LIGHT = {
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Whether the node's result is better computed again than kept, as far as its operator tells."""
+    """Whether the node's result is better recomputed than kept, judged by its operator alone."""
     if node.target is operator.getitem:
         return _is_cheap(node.args[0])  # type: ignore[arg-type]
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
@@ -131,8 +135,8 @@ def _is_cheap(node: fx.Node) -> bool:
     )
 
 
-# To compute cheap results again takes time; to keep them takes memory, and the time to touch it. Computing again paid
-# at 5 times the memory (convnets), and not at 2 (transformers and MLPs; docs/speed.md).
+# Recomputing cheap results takes time; keeping them takes memory, and the time to touch it. Recomputing paid off where
+# keeping took 5 times the memory (convnets), and not where it took 2 times (transformers and MLPs; docs/speed.md).
 _WORTHWHILE = 3
 
 
@@ -145,9 +149,10 @@ def _bytes(nodes: Iterable[fx.Node]) -> int:
 def _with_sources(
     order: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[object], again: Callable[[fx.Node], bool]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes, with those that they read and that are to be computed again; and the others that are read then.
+    """The nodes together with the nodes to recompute for them; and the other nodes that are then read.
 
-    again: true of views in any case. A view of a parameter must not be kept: the parameter moves on.
+    again: whether to recompute a node. It must be true for views, because a view of a parameter must not be kept: the
+    parameter changes with the next step.
     """
     own, read = set(nodes), dict[fx.Node, None]()
     stack = [x for node in nodes for x in node.all_input_nodes] + [x for x in outputs if isinstance(x, fx.Node)]

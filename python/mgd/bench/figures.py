@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mgd.ui.page import BAD, GOOD, INK, SOFT, figure
+from mgd.ui.charts import BAD, GOOD, INK, SOFT, figure, label
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Distinct also in grey: the phases in the order in which they come.
@@ -23,11 +22,6 @@ _PHASES = {
     "hvp": "#1b7f79",
 }
 _LINES = ["#1b7f79", "#c8453b", "#6d5a8d", "#4f9fc9", "#e3a857", "#4d5566", "#9aa3b2", "#1f2430"]
-
-
-def _head(axes: Axes, title: str, x: str = "", y: str = "") -> None:
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes.set(xlabel=x, ylabel=y)
 
 
 def throughput(results: Sequence[dict[str, Any]]) -> Figure:
@@ -54,7 +48,7 @@ def throughput(results: Sequence[dict[str, Any]]) -> Figure:
     left.set_yticks(places, labels, fontsize=9)
     left.set_ylim(y - 0.3, -0.2)
     left.set_xlim(0, 1.15 * max(r["q80"] for r in ratios))
-    _head(left, "Time of one metagradient", "times plain training of the same steps (dotted)")
+    label(left, "Time of one metagradient", "times plain training of the same steps (dotted)")
     known = [(p, c, entry) for p, c, (*_, entry) in zip(places, colours, bars, strict=True) if entry.get("peak_bytes")]
     if known:
         for place, colour, entry in known:
@@ -79,7 +73,7 @@ def throughput(results: Sequence[dict[str, Any]]) -> Figure:
                 if inside:
                     x = max(found["training"]["peak_bytes"], 1e5) / 1e6
                     right.vlines(x, inside[0] - 0.5, inside[-1] + 0.5, color=INK, linestyle=":", linewidth=1)
-    _head(right, "Peak memory", "MB above the loaded model and data; dotted: training alone")
+    label(right, "Peak memory", "MB above the loaded model and data; dotted: training alone")
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
     for place, text in heads:
@@ -109,7 +103,7 @@ def phases(results: Sequence[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=9)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
-    _head(axes, "Where the time goes", "times plain training of the same steps (dotted)")
+    label(axes, "Where the time goes", "times plain training of the same steps (dotted)")
     axes.legend(frameon=False, fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
@@ -144,8 +138,8 @@ def memory(found: dict[str, Any]) -> Figure:
     left.set_yscale("log")
     right.set_ylim(bottom=0)
     right.axhline(1, color=INK, linestyle=":", linewidth=1)
-    _head(left, "Peak memory", "training steps T", "MB above the loaded model and data")
-    _head(right, "Time", "training steps T", "times plain training of the same steps (dotted)")
+    label(left, "Peak memory", "training steps T", "MB above the loaded model and data")
+    label(right, "Time", "training steps T", "times plain training of the same steps (dotted)")
     left.legend(frameon=False, fontsize=8)
     return fig
 
@@ -153,7 +147,7 @@ def memory(found: dict[str, Any]) -> Figure:
 def bars(
     title: str, unit: str, entries: Sequence[tuple[str, float, str]], line: tuple[float, str] | None = None
 ) -> Figure:
-    """Horizontal bars of `(label, value, text)`, the ones above the line first, with a line to compare them with."""
+    """Horizontal bars of `(name, value, text)`, the ones above the line first, with a line to compare them with."""
     fig, axes = figure(9, 0.4 * len(entries) + 1.5)
     axes.barh(range(len(entries)), [value for _, value, _ in entries], color=GOOD)
     for place, (_, value, text) in enumerate(entries):
@@ -161,10 +155,10 @@ def bars(
     if line:
         axes.axvline(line[0], color=BAD, linestyle=":", linewidth=1.2)
         axes.text(line[0], len(entries) - 0.4, f" {line[1]}", color=BAD, fontsize=8, va="center")
-    axes.set_yticks(range(len(entries)), [label for label, *_ in entries], fontsize=9)
+    axes.set_yticks(range(len(entries)), [name for name, *_ in entries], fontsize=9)
     axes.set_ylim(len(entries) - 0.1, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 1.2)
     axes.tick_params(axis="y", length=0)
-    _head(axes, title, unit)
+    label(axes, title, unit)
     return fig

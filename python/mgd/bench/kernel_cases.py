@@ -1,6 +1,6 @@
 """One optimizer state with its gradient and adjoints, and the passes of the kernels over it.
 
-Bytes a parameter in float32, with S tensors beside the parameters: the step reads parameters, slots and gradient and
+Bytes per parameter in float32, with S tensors beside the parameters: the step reads parameters, slots and gradient and
 writes all but the gradient; the VJP reads those and the adjoints, and writes the adjoints and the cotangent of the
 gradient; a replay of k steps reads and writes the state once, and k gradients.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends import reference
+from mgd_kernels.backends.interface import Backend
 from mgd_kernels.rules import ADAM, SGD_MOMENTUM, Rule
 
 RULES: dict[str, tuple[Rule, list[float]]] = {
@@ -30,7 +30,7 @@ K = 10  # the number of the step, past the first ones with their large bias corr
 class Problem:
     """Random tensors of `n` parameters for one rule; `backend` is a module of `mgd_kernels.backends`."""
 
-    def __init__(self, name: str, backend: ModuleType, n: int, device: torch.device | str = "cpu", logged: int = 8):
+    def __init__(self, name: str, backend: Backend, n: int, device: torch.device | str = "cpu", logged: int = 8):
         self.rule, hyper = RULES[name]
         self.name, self.backend, self.n, self.device, self.logged = name, backend, n, device, logged
         generator = torch.Generator(device).manual_seed(0)
@@ -57,7 +57,9 @@ class Problem:
     def vjp(self) -> Tensor:
         p, *slots = self.state
         a, *adjoint = self.adjoint
-        return self.backend.vjp_(self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u)
+        sums = self.backend.vjp_(self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u)
+        assert sums is not None  # asked for by default
+        return sums
 
     def replay(self) -> None:
         """`logged` steps in one pass."""
@@ -126,7 +128,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def plain(to: Tensor, source: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """Passes that do nothing but move memory, as in STREAM (McCalpin 1995), with their bytes an element: what the
+    """Passes that do nothing but move memory, as in STREAM (McCalpin 1995), with their bytes per element: what the
     kernels are measured against. A copy to other memory may read what it overwrites; a pass in place does not."""
     found: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: to.copy_(source), 8),

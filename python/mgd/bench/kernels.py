@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import figures, show, timing
+from mgd.bench import figures, shared, timing
 from mgd.bench.kernel_cases import RULES, Problem, plain
-from mgd.ui.options import Json, Out
+from mgd.errors import BadArgument
+from mgd.ui import machine
+from mgd.ui.console import Session
+from mgd.ui.options import Json, Out, parse_count
+from mgd.ui.page import Page, Section, Table
 
 PASSES = ("step", "vjp", "replay")
 CHECKED = 1 << 16  # parameters of the problem on which results are compared with float64
@@ -37,7 +42,7 @@ def measure(
     from mgd_kernels.dispatch import PREFERENCE, load
 
     kind = torch.device(device).type
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "parameters": parameters,
         "device": device,
         "rounds": rounds,
@@ -45,14 +50,14 @@ def measure(
         "rows": [],
     }
     with timing.pinned(core) as pinning:
-        found |= pinning
+        measured |= pinning
         source, to = torch.rand(parameters, device=device), torch.zeros(parameters, device=device)
         moves = plain(to, source)
         for name in PREFERENCE.get(kind, ("reference",)):
             module, reason = load(name)
             if module is None or name == "reference":
                 if name != "reference":
-                    found["unavailable"][name] = reason
+                    measured["unavailable"][name] = reason
                 continue
             for rule in RULES:
                 tick(f"{name}, {rule}: numbers")
@@ -86,9 +91,9 @@ def measure(
                         row |= _torch(problem, pass_, device)
                         row["times_torch"] = row["torch_seconds"] / seconds
                     row["precise"] = max(row["error"], row["hyperparameter_error"] or 0.0) <= PRECISE
-                    found["rows"].append(row)
+                    measured["rows"].append(row)
                 del problem
-    return found
+    return measured
 
 
 def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
@@ -103,9 +108,9 @@ def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
+def rows(measured: dict[str, Any]) -> Table:
     lines = [["pass", "backend", "ms", "bytes each", "GB/s", "of plain", "times torch", "error"]]
-    for row in found["rows"]:
+    for row in measured["rows"]:
         against = f"{row['times_torch']:.1f} x {row['torch']}" if "times_torch" in row else ""
         lines.append(
             [
@@ -128,11 +133,13 @@ CAPTION = (
     "vjp: the step is computed again inside. error: against float64, the largest of all results, relative in norm."
 )
 
-STATIC = "Predictions, not measurements: read off the code that Triton compiles for each architecture, without a GPU; "
-STATIC += "milliseconds are bytes over the published bandwidth, for 33.5 million parameters."
+STATIC = (
+    "Predictions, not measurements: read off the code that Triton compiles for each architecture, without a GPU; "
+    "milliseconds are bytes over the published bandwidth, for 33.5 million parameters."
+)
 
 
-def static_rows(table: list[dict[str, Any]]) -> list[list[str]]:
+def static_rows(table: list[dict[str, Any]]) -> Table:
     head = ["kernel", "gradient", "target", "registers", "spills", "occupancy", "bytes each", "predicted ms"]
     lines = [head]
     for row in table:
@@ -152,69 +159,65 @@ def static_rows(table: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def page(found: dict[str, Any], where: dict[str, Any]):
-    from mgd.ui import page as plots
+def page(measured: dict[str, Any], where: dict[str, Any]) -> Page:
+    def sections() -> list[Section]:
+        entries = [
+            (
+                f"{row['rule']} {row['pass']} ({row['backend']})",
+                row["gigabytes_per_second"],
+                f"{row['share_of_plain']:.0%}",
+            )
+            for row in measured["rows"]
+        ]
+        best = statistics.median(max(row["plain_gigabytes_per_second"].values()) for row in measured["rows"])
+        line = (best, "plain passes over memory")
+        figure = figures.bars("Bandwidth of the fused passes", "GB/s", entries, line)
+        return [Section("Bandwidth", CAPTION, figure, "kernels", rows(measured))]
 
-    entries = [
-        (f"{row['rule']} {row['pass']} ({row['backend']})", row["gigabytes_per_second"], f"{row['share_of_plain']:.0%}")
-        for row in found["rows"]
-    ]
-    best = statistics.median(max(row["plain_gigabytes_per_second"].values()) for row in found["rows"])
-    figure = figures.bars("Bandwidth of the fused passes", "GB/s", entries, (best, "plain passes over memory"))
-    lead = f"{found['parameters']:,} parameters in float32. {timing.describe(where)}."
-    return (
-        "Optimizer kernels",
-        lead,
-        [plots.Section("Bandwidth", CAPTION, figure, "kernels", rows(found))],
-    )
+    lead = f"{measured['parameters']:,} parameters in float32. {machine.describe(where)}."
+    return Page("Optimizer kernels", lead, sections=sections)
+
+
+def _as_compiled(out: Path | None, json: Path | None) -> None:
+    """What the GPU kernels compile to."""
+    from mgd_kernels import aot
+
+    session, where = Session("bench kernels --static", out, json), machine.conditions()
+    with session.status() as tick:
+        tick("registers and bytes of the compiled GPU kernels")
+        compiled = aot.static_table()
+    title, table = "GPU kernels as compiled", static_rows(compiled)
+    session.table(title, table, STATIC)
+    page = Page(title, "", sections=lambda: [Section("As compiled", STATIC, table=table)])
+    session.write(page, {"machine": where, "basis": STATIC, "rows": compiled})
 
 
 def command(
     static: Annotated[
-        bool, typer.Option("--static", help="What the GPU kernels compile to: no GPU needed, nothing is timed.")
+        bool, typer.Option("--static", help="Show what the GPU kernels compile to. Needs no GPU, and times nothing.")
     ] = False,
-    parameters: Annotated[str, typer.Option(help='How many, such as "32M".')] = "32M",
-    rounds: show.Rounds = 7,
-    device: show.Device = "cpu",
-    core: show.Core = -1,
-    against_torch: Annotated[bool, typer.Option(help="Time torch too.")] = True,
+    parameters: Annotated[str, typer.Option(help='Number of parameters, such as "32M".')] = "32M",
+    rounds: shared.Rounds = 7,
+    device: shared.Device = "cpu",
+    core: shared.Core = -1,
+    against_torch: Annotated[bool, typer.Option(help="Time torch as well.")] = True,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Bandwidth of the optimizer kernels against plain copies, and their time against torch."""
-    from mgd.cli.plan import parse_count
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    console, where = show.console(), timing.machine()
     if static:
-        from mgd_kernels import aot
-
-        with show.ticking(console) as tick:
-            tick("registers and bytes of the compiled GPU kernels")
-            table = aot.static_table()
-        show.table(console, "GPU kernels as compiled", static_rows(table), STATIC)
-        result = {"machine": where, "basis": STATIC, "rows": table}
-        section = plots.Section("As compiled", STATIC, table=static_rows(table))
-        show.finish(
-            console, "bench kernels --static", result, json, out, lambda: ("GPU kernels as compiled", "", [section])
-        )
+        _as_compiled(out, json)
         return
-    if out:
-        plots.require_matplotlib()
-    try:
-        count = parse_count(parameters)
-    except ValueError as error:
-        raise BadArgument(str(error)) from error
-    show.require(device)
-    console.print(timing.describe(where), highlight=False)
-    with show.ticking(console) as tick:
-        found = measure(count, device, rounds, show.core_of(core), against_torch, tick)
-    for name, reason in found["unavailable"].items():
-        console.print(f"{name} was not measured: {reason}", highlight=False)
-    if not found["rows"]:
+    count = parse_count(parameters)
+    shared.require(device)
+    session, where = shared.begin("bench kernels", out, json)
+    with session.status() as tick:
+        measured = measure(count, device, rounds, shared.core_of(core), against_torch, tick)
+    for name, reason in measured["unavailable"].items():
+        session.print(f"{name} was not measured: {reason}")
+    if not measured["rows"]:
         raise BadArgument(f"no backend but the reference serves {device}; `mgd doctor` says what is missing")
-    show.table(console, f"Optimizer kernels, {count:,} parameters in float32", rows(found), CAPTION)
-    show.finish(console, "bench kernels", {"machine": where, **found}, json, out, lambda: page(found, where))
-    if not all(row["precise"] for row in found["rows"]):
+    session.table(f"Optimizer kernels, {count:,} parameters in float32", rows(measured), CAPTION)
+    session.write(page(measured, where), {"machine": where, **measured})
+    if not all(row["precise"] for row in measured["rows"]):
         raise typer.Exit(1)

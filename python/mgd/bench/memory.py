@@ -7,16 +7,17 @@ during that call. Short trainings are called again, in alternation with plain tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import figures, peak, show, timing
+from mgd.bench import figures, peak, shared
+from mgd.errors import BadArgument
+from mgd.ui import machine
+from mgd.ui.console import Session
 from mgd.ui.options import Json, Out
+from mgd.ui.page import Page, Section, Table
 from mgd.util.text import format_bytes, parse_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LENGTHS = (16, 64, 256, 1024, 4096)
 BUDGETS = ("4MB", "32MB", "256MB")
@@ -111,7 +112,7 @@ def _agree(norms: Mapping[str, Mapping[str, float]]) -> bool:
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any], cell: Callable[[dict[str, Any]], str], training: str = "") -> list[list[str]]:
+def rows(found: dict[str, Any], cell: Callable[[dict[str, Any]], str], training: str = "") -> Table:
     lines = [["", *(f"T = {steps:,}" for steps in found["steps"])]]
     if training:
         lines.append([training, *(cell({**p, "extrapolated": False, "ratio": 1.0}) for p in found["training"])])
@@ -121,7 +122,7 @@ def rows(found: dict[str, Any], cell: Callable[[dict[str, Any]], str], training:
 
 
 def memory_cell(point: dict[str, Any]) -> str:
-    return show.memory(point["peak_bytes"], point["extrapolated"])
+    return shared.memory(point["peak_bytes"], point["extrapolated"])
 
 
 def time_cell(point: dict[str, Any]) -> str:
@@ -134,67 +135,69 @@ CAPTION = (
 )
 
 
-def display(console: Console, found: dict[str, Any]) -> None:
-    source = found["case"]
-    show.table(console, f"Peak memory of one metagradient, {source}", rows(found, memory_cell, "plain training"))
-    show.table(console, "Its time", rows(found, time_cell, "plain training"), CAPTION)
-    for name, points in found["methods"].items():
+def display(session: Session, measured: dict[str, Any]) -> None:
+    source = measured["case"]
+    session.table(f"Peak memory of one metagradient, {source}", rows(measured, memory_cell, "plain training"))
+    session.table("Its time", rows(measured, time_cell, "plain training"), CAPTION)
+    for name, points in measured["methods"].items():
         for point in points:
             if "failed" in point:
-                console.print(f"{name}, {point['steps']} steps: {point['failed']}", highlight=False)
-    if not found["bit_identical"]:
-        console.print("Plans of this package did NOT give the same bits at every length.", style="bold red")
-    if not found["agree"]:
-        console.print("The gradients of the methods differ by more than rounding.", style="bold red")
+                session.print(f"{name}, {point['steps']} steps: {point['failed']}")
+    if not measured["bit_identical"]:
+        session.print("Plans of this package did NOT give the same bits at every length.", style="bold red")
+    if not measured["agree"]:
+        session.print("The gradients of the methods differ by more than rounding.", style="bold red")
 
 
-def page(found: dict[str, Any], where: dict[str, Any]):
-    from mgd.ui import page as plots
-
-    checked = "gave the same bits" if found["bit_identical"] else "did NOT give the same bits"
+def page(measured: dict[str, Any], where: dict[str, Any]) -> Page:
+    checked = "gave the same bits" if measured["bit_identical"] else "did NOT give the same bits"
     lead = (
-        f"How memory and time of one metagradient grow with the length of the training ({found['case']}). One thread. "
-        f"{timing.describe(where)}. All plans of this package {checked} at every length."
+        f"How memory and time of one metagradient grow with the length of the training ({measured['case']}). One "
+        f"thread. {machine.describe(where)}. All plans of this package {checked} at every length."
     )
-    sections = [
-        plots.Section("Memory and time", CAPTION, figures.memory(found), "memory"),
-        plots.Section("Peak memory", "", table=rows(found, memory_cell, "plain training")),
-        plots.Section("Time", "", table=rows(found, time_cell, "plain training")),
-    ]
-    return "Memory of a metagradient", lead, sections
+
+    def sections() -> list[Section]:
+        return [
+            Section("Memory and time", CAPTION, figures.memory(measured), "memory"),
+            Section("Peak memory", table=rows(measured, memory_cell, "plain training")),
+            Section("Time", table=rows(measured, time_cell, "plain training")),
+        ]
+
+    return Page("Memory of a metagradient", lead, sections=sections)
+
+
+def finish(session: Session, measured: dict[str, Any], where: dict[str, Any]) -> None:
+    """Write the results; a failure of the command where methods disagree."""
+    session.write(page(measured, where), {"machine": where, **measured})
+    if not (measured["bit_identical"] and measured["agree"]):
+        raise typer.Exit(1)
 
 
 def command(
     workload: Annotated[str, typer.Option("--workload", help="A workload, or SCRIPT.py:FUNCTION.")] = "small",
-    steps: Annotated[str, typer.Option("--steps", metavar="T,T,...", help="Lengths of the training.")] = ",".join(
-        map(str, LENGTHS)
-    ),
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="T,T,...", help="Lengths of the training, in steps.")
+    ] = ",".join(map(str, LENGTHS)),
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Host memory for the plans that look for the best use.")
+        str,
+        typer.Option(
+            "--budgets", metavar="SIZE,...", help="Budgets of host memory; each is planned with the schedule auto."
+        ),
     ] = ",".join(BUDGETS),
-    core: show.Core = -1,
+    core: shared.Core = -1,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Peak memory and time of a metagradient against the number of training steps."""
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    if out:
-        plots.require_matplotlib()
-    sizes, words = budgets.split(","), steps.split(",")
+    words = steps.split(",")
     if not all(word.strip().isdigit() and int(word) > 0 for word in words):
         raise BadArgument(f'expected numbers of training steps such as "16,64"; got {steps!r}')
-    lengths = [int(word) for word in words]
     try:
-        methods(sizes)
+        compared = methods(budgets.split(","))
     except ValueError as error:
         raise BadArgument(str(error)) from error
-    console, where = show.console(), timing.machine()
-    console.print(timing.describe(where), highlight=False)
-    with show.ticking(console) as tick:
-        found = measure(workload, lengths, methods(sizes), core=show.core_of(core), tick=tick)
-    display(console, found)
-    show.finish(console, "bench memory", {"machine": where, **found}, json, out, lambda: page(found, where))
-    if not (found["bit_identical"] and found["agree"]):
-        raise typer.Exit(1)
+    session, where = shared.begin("bench memory", out, json)
+    with session.status() as tick:
+        measured = measure(workload, [int(word) for word in words], compared, core=shared.core_of(core), tick=tick)
+    display(session, measured)
+    finish(session, measured, where)

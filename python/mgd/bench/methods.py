@@ -12,7 +12,6 @@ from torch import Tensor
 from mgd.bench import baselines
 from mgd.bench.bergson import magic
 from mgd.bench.cases import Case
-from mgd.errors import BadArgument
 from mgd.plan.budget import Budget
 from mgd.results import Report
 
@@ -105,14 +104,6 @@ METHODS: dict[str, Method] = {
     ),
 }
 DEFAULT = tuple(name for name in METHODS if name not in ("bergson", "mgd", "compiled", "microbatches"))
-
-
-def chosen(names: str) -> list[str]:
-    """Method names from "a,b,c"."""
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in found if name not in METHODS]:
-        raise BadArgument(f"expected methods among {', '.join(METHODS)}; got {', '.join(unknown)}")
-    return found
 
 
 def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:

@@ -9,15 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import figures, offload_sweep, show, store_io, timing
+from mgd.bench import figures, offload_sweep, shared, store_io, timing
 from mgd.bench.workloads import WORKLOADS
-from mgd.ui.options import Json, Out
+from mgd.errors import BadArgument
+from mgd.ui import machine
+from mgd.ui.options import Json, Out, parse_names
+from mgd.ui.page import Page, Section, Table
 from mgd.util.text import format_bytes
 
 ROOM = 4 << 30  # bytes of disk that the measurements use at most
 
 
-def store_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+def store_rows(results: list[dict[str, Any]]) -> Table:
     head = [
         "one entry",
         "write, raw",
@@ -52,47 +55,47 @@ STORE = (
 )
 
 
-def sweep_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+def sweep_rows(results: list[dict[str, Any]]) -> Table:
     lines = [["", "sweep", "in memory, s", "on disk, s", "slower by", "its thread by", "promise"]]
-    for found in results:
-        for i, (sweep, promised) in enumerate(found["promised"].items()):
-            wall = found["ratios"][f"{sweep} wall"]
+    for run in results:
+        for i, (sweep, promised) in enumerate(run["promised"].items()):
+            wall = run["ratios"][f"{sweep} wall"]
             lines.append(
                 [
-                    f"{found['workload']}, snapshots {place_of(found)}" if i == 0 else "",
+                    f"{run['workload']}, snapshots {place_of(run)}" if i == 0 else "",
                     sweep,
-                    f"{found['seconds']['memory'][f'{sweep} wall']['median']:.3f}",
-                    f"{found['seconds']['disk'][f'{sweep} wall']['median']:.3f}",
+                    f"{run['seconds']['memory'][f'{sweep} wall']['median']:.3f}",
+                    f"{run['seconds']['disk'][f'{sweep} wall']['median']:.3f}",
                     f"{_percent(wall['median'])} ({_percent(wall['q20'])}, {_percent(wall['q80'])})",
-                    _percent(found["ratios"][f"{sweep} thread"]["median"]),
-                    f"{_percent(promised)} {verdict(found, sweep)}",
+                    _percent(run["ratios"][f"{sweep} thread"]["median"]),
+                    f"{_percent(promised)} {verdict(run, sweep)}",
                 ]
             )
     return lines
 
 
-def conditions(found: dict[str, Any]) -> str:
+def conditions(run: dict[str, Any]) -> str:
     """Whether the promise is made for this training."""
-    step, write = 1e3 * found["step_seconds"], 1e3 * found["write_seconds"]
+    step, write = 1e3 * run["step_seconds"], 1e3 * run["write_seconds"]
     applies = "the promise applies" if step >= write else "the promise does not apply"
     return (
-        f"{found['workload']}: {found['steps']} steps of {step:.2f} ms; the write of a gradient "
-        f"({format_bytes(found['gradient_bytes'])}) takes {write:.2f} ms, so {applies}. Snapshots lie "
-        f"{place_of(found)}, {found['log_on_disk']} gradients on disk; the store's threads run "
-        + ("on other cores." if found["apart"] else "on the core of the computation.")
+        f"{run['workload']}: {run['steps']} steps of {step:.2f} ms; the write of a gradient "
+        f"({format_bytes(run['gradient_bytes'])}) takes {write:.2f} ms, so {applies}. Snapshots are "
+        f"{place_of(run)}, {run['log_on_disk']} gradients on disk; the store's threads run "
+        + ("on other cores." if run["apart"] else "on the core of the computation.")
     )
 
 
-def place_of(found: dict[str, Any]) -> str:
+def place_of(run: dict[str, Any]) -> str:
     """Where a sweep had its snapshots, for people."""
-    return "in memory" if found["snapshots_in"] == "memory" else "on disk"
+    return "in memory" if run["snapshots_in"] == "memory" else "on disk"
 
 
-def verdict(found: dict[str, Any], sweep: str) -> str:
+def verdict(run: dict[str, Any], sweep: str) -> str:
     """Whether the promise holds; it is made where a step takes as long as the write of its gradient."""
-    if found["step_seconds"] < found["write_seconds"]:
+    if run["step_seconds"] < run["write_seconds"]:
         return "does not apply"
-    return "held" if found["ratios"][f"{sweep} wall"]["median"] <= found["promised"][sweep] else "missed"
+    return "held" if run["ratios"][f"{sweep} wall"]["median"] <= run["promised"][sweep] else "missed"
 
 
 def _percent(ratio: float) -> str:
@@ -106,81 +109,85 @@ SWEEP = (
 )
 
 
-def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict[str, Any]):
-    from mgd.ui import page as plots
-
-    entries = [
-        (f"{way} {format_bytes(r['size'])}", 100 * r[f"{way}_ratio"], f"{r[way] / 1e9:.2f} GB/s")
-        for r in stores
-        for way in ("write", "read")
-    ]
-    sections = []
-    if stores:
-        picture = figures.bars("The store's bandwidth", "% of raw direct I/O", entries, (100, "raw"))
-        sections.append(plots.Section("Store", STORE, picture, "store", store_rows(stores)))
-    if sweeps:
-        slow = [
-            (
-                f"{f['workload']}, snapshots {place_of(f)}, {sweep}",
-                100 * f["ratios"][f"{sweep} wall"]["median"] - 100,
-                verdict(f, sweep),
-            )
-            for f in sweeps
-            for sweep in f["promised"]
+def page(stores: list[dict[str, Any]], sweeps: list[dict[str, Any]], where: dict[str, Any]) -> Page:
+    def store() -> Section:
+        entries = [
+            (f"{way} {format_bytes(r['size'])}", 100 * r[f"{way}_ratio"], f"{r[way] / 1e9:.2f} GB/s")
+            for r in stores
+            for way in ("write", "read")
         ]
-        picture = figures.bars("What a log on disk costs", "% more time than in memory", slow)
-        sections.append(
-            plots.Section(
-                "Both sweeps", "\n\n".join([SWEEP, *map(conditions, sweeps)]), picture, "offload", sweep_rows(sweeps)
+        picture = figures.bars("The store's bandwidth", "% of raw direct I/O", entries, (100, "raw"))
+        return Section("Store", STORE, picture, "store", store_rows(stores))
+
+    def both_sweeps() -> Section:
+        slower = [
+            (
+                f"{run['workload']}, snapshots {place_of(run)}, {sweep}",
+                100 * run["ratios"][f"{sweep} wall"]["median"] - 100,
+                verdict(run, sweep),
             )
-        )
-    return "Log and snapshots on disk", timing.describe(where), sections
+            for run in sweeps
+            for sweep in run["promised"]
+        ]
+        picture = figures.bars("What a log on disk costs", "% more time than in memory", slower)
+        text = "\n\n".join([SWEEP, *map(conditions, sweeps)])
+        return Section("Both sweeps", text, picture, "offload", sweep_rows(sweeps))
+
+    def sections() -> list[Section]:
+        return [*([store()] if stores else []), *([both_sweeps()] if sweeps else [])]
+
+    return Page("Log and snapshots on disk", machine.describe(where), sections=sections)
 
 
 def command(
     directory: Annotated[
         Path | None,
-        typer.Option("--directory", metavar="DIR", help="On the disk to measure. [default: for temporary files]"),
+        typer.Option(
+            "--directory",
+            metavar="DIR",
+            help="A folder on the disk to measure. Default: the folder for temporary files.",
+        ),
     ] = None,
     workload: Annotated[
-        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}; none: the store alone.")
+        str,
+        typer.Option(
+            "--workload",
+            metavar="A,B,...",
+            help=f"One or more of {', '.join(WORKLOADS)}; none: measure the store only.",
+        ),
     ] = "mlp,gpt",
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps.")] = 48,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Number of training steps.")] = 48,
     sizes: Annotated[
-        str, typer.Option("--sizes", metavar="A,B,...", help=f"Of {', '.join(store_io.SIZES)}; none: the sweeps alone.")
+        str,
+        typer.Option(
+            "--sizes",
+            metavar="A,B,...",
+            help=f"Sizes of an entry, of {', '.join(store_io.SIZES)}; none: measure the sweeps only.",
+        ),
     ] = ",".join(store_io.SIZES),
     snapshots: Annotated[
-        str, typer.Option("--snapshots", metavar="A,B", help="Where they lie: disk, memory, or both.")
+        str, typer.Option("--snapshots", metavar="A,B", help="Where snapshots are kept: disk, memory, or both in turn.")
     ] = "disk,memory",
     apart: Annotated[
-        bool, typer.Option("--apart", help="The store's threads on other cores than the computation.")
+        bool, typer.Option("--apart", help="Run the store's threads on other cores than the computation.")
     ] = False,
-    rounds: show.Rounds = 7,
-    core: show.Core = -1,
+    rounds: shared.Rounds = 7,
+    core: shared.Core = -1,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """The state store against raw direct I/O, and what a log on disk costs a metagradient."""
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    if out:
-        plots.require_matplotlib()
-    wanted = [] if sizes == "none" else [size.strip() for size in sizes.split(",")]
-    sources = [] if workload == "none" else [name.strip() for name in workload.split(",")]
-    placements = [name.strip() for name in snapshots.split(",")]
-    for given, known in ((wanted, store_io.SIZES), (sources, WORKLOADS), (placements, offload_sweep.SNAPSHOTS)):
-        if unknown := [name for name in given if name not in known]:
-            raise BadArgument(f"expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    wanted = [] if sizes == "none" else parse_names(sizes, store_io.SIZES, "sizes")
+    sources = [] if workload == "none" else parse_names(workload, WORKLOADS, "workloads")
+    placements = parse_names(snapshots, offload_sweep.SNAPSHOTS, "places of snapshots")
     place = directory or Path(tempfile.gettempdir())
     if not place.is_dir():
-        raise BadArgument(f"expected a directory; {place} is none")
+        raise BadArgument(f"expected a directory; got {str(place)!r}")
     if (free := shutil.disk_usage(place).free) < ROOM:
-        raise BadArgument(f"expected {format_bytes(ROOM)} of free disk at {place}; there are {format_bytes(free)}")
-    console, where = show.console(), timing.machine()
-    console.print(timing.describe(where), highlight=False)
+        raise BadArgument(f"expected {format_bytes(ROOM)} of free disk at {place}; got {format_bytes(free)}")
+    session, where = shared.begin("bench offload", out, json)
     stores, sweeps = [], []
-    with show.ticking(console) as tick:
+    with session.status() as tick:
         for size in wanted:
             tick(f"the store, entries of {size}")
             with timing.pinned(None):  # raw and store have threads of their own
@@ -188,13 +195,13 @@ def command(
         for name in sources:
             for placement in placements:
                 tick(f"{name}, log on disk and in memory, snapshots: {placement}")
-                made, on = WORKLOADS[name](steps=steps), show.core_of(core)
+                made, on = WORKLOADS[name](steps=steps), shared.core_of(core)
                 sweeps.append(offload_sweep.measure(made, place, rounds, on, placement, apart))
     if stores:
-        show.table(console, f"The store at {place}, {stores[0]['io']} I/O", store_rows(stores), STORE)
+        session.table(f"The store at {place}, {stores[0]['io']} I/O", store_rows(stores), STORE)
     if sweeps:
-        show.table(console, "A log on disk", sweep_rows(sweeps), SWEEP)
-        for found in sweeps:
-            console.print(conditions(found), highlight=False)
+        session.table("A log on disk", sweep_rows(sweeps), SWEEP)
+        for run in sweeps:
+            session.print(conditions(run))
     result = {"machine": where, "directory": str(place), "store": stores, "sweeps": sweeps}
-    show.finish(console, "bench offload", result, json, out, lambda: page(stores, sweeps, where))
+    session.write(page(stores, sweeps, where), result)

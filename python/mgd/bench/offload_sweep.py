@@ -15,7 +15,8 @@ from typing import Any
 
 from mgd import Budget, TrainingFunction
 from mgd.bench.timing import pinned, quantiles
-from mgd.bench.workloads import Workload, mlp
+from mgd.bench.workload import Workload
+from mgd.bench.workloads import mlp
 from mgd.errors import BadArgument
 from mgd.plan.training import STAGING
 
@@ -36,10 +37,10 @@ def measure(
 ) -> dict[str, Any]:
     """Both sweeps with the whole log on disk, alternating with everything in memory.
 
-    directory: on the disk to measure; the system's place for temporary files by default. snapshots: where they lie:
-    "disk", or "memory", as many as a disk budget alone would keep there, as far as there is no use for their room as a
-    log. The store has 32 MiB of buffers or those of three gradients. apart: its threads run on the process's other
-    cores, not on `core` with the computation.
+    directory: on the disk to measure; by default the system's place for temporary files.
+    snapshots: where they are kept: "disk"; or "memory", with as many as a disk budget alone would keep there, as far as
+        their room has no use as a log. The store has 32 MiB of buffers, or those of three gradients.
+    apart: the store's threads run on the process's other cores, not on `core` with the computation.
 
     Returns seconds by each clock of each sweep and variant, the ratios of disk to memory (quantiles over the rounds,
     each of which runs both), and what the disk did. `step_seconds` and `write_seconds` (of one gradient) tell whether
@@ -49,7 +50,7 @@ def measure(
     z = workload.z()
     others = os.sched_getaffinity(0) - {max(os.sched_getaffinity(0)) if core == -1 else core}
     if apart and not others:
-        raise BadArgument("the store's threads need a second core to be apart; this process may use one")
+        raise BadArgument("expected a second core for the store's threads; got a process that may use one")
     with pinned(core) as pinning, tempfile.TemporaryDirectory(dir=directory) as place:
         budgets = {"memory": Budget(host=1 << 40), "disk": Budget(disk=(place, 1 << 40))}
         variants = {name: workload.function(schedule="log", budget=budget) for name, budget in budgets.items()}
@@ -104,9 +105,9 @@ def measure(
 
 
 def _with_snapshots_in_memory(workload: Workload, on_disk: TrainingFunction, place: str) -> TrainingFunction:
-    """The same with a host part that has room for the snapshots, or as many of them that no gradient lies there."""
+    """The same with a host budget for the snapshots, or for as many of them as leave no room for a gradient there."""
     made = on_disk.plan()
-    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.sweep.storage.staging
+    buffers = 3 * max(made.sizes.gradient, STAGING // 3) + 3  # see mgd.plan.training.staging
     for count in range(sum(made.to_dict()["inner_snapshots"].values()), 0, -1):
         budget = Budget(host=buffers + count * made.sizes.snapshot, disk=(place, 1 << 40))
         function = workload.function(schedule="log", budget=budget)
@@ -127,17 +128,17 @@ def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -
     with function._guarded() as tick:
         mark()
 
-        def place_and_tick(phase: str) -> None:
-            if unplaced:  # the store is made within the sweep
+        def place_and_tick(phase: str, steps: int = 1) -> None:
+            if unplaced:  # the store's threads start within the call
                 _place_store(unplaced.pop())
-            tick(phase)
+            tick(phase, steps)
 
-        run = function._forward(z, place_and_tick)
+        sweep = function._trained(z, place_and_tick)
         mark()
-        run.reverse()
+        function._reversed(sweep)
         mark()
     spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in itertools.pairwise(marks)]
-    report = function._report(run)
+    report = function._report(sweep)
     return {
         "forward": spans[0],
         "reverse": spans[1],

@@ -1,8 +1,8 @@
-"""`mgd bench overhead`: what this package's own Python costs a step, on a network too small for anything else to count.
+"""`mgd bench overhead`: what this package's own Python costs per step.
 
-Of the time of a step of a metagradient, torch's part is measured alone: the plain gradient by autograd and the replay
-of the second derivatives' graph, or the parts of the joint graph. What is left is ours: states, kernels of the
-optimizer, log, bookkeeping.
+The network is so small that nothing else counts. Of the time that a metagradient takes per step, torch's part is
+measured alone: the plain gradient by autograd and the replay of the second derivatives' graph, or the parts of the
+joint graph. The rest is ours: states, kernels of the optimizer, log, bookkeeping.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mgd import TrainingFunction
 from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.execution import below_autograd
 from mgd.autodiff.traced import TracedEvaluator
-from mgd.bench import show, timing
+from mgd.bench import shared, timing
 from mgd.ui.options import Json
 from mgd_kernels import AdamW
 
@@ -51,7 +51,7 @@ def smallest(steps: int, seed: int = 0) -> tuple[TrainingFunction, dict[str, Ten
 
 
 def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[str, Any]:
-    """Microseconds a step, the least of `rounds`, in JSON's types: for a traced and a joint graph, the whole, torch's
+    """Microseconds per step, the least of `rounds`, in JSON's types: for a traced and a joint graph, the whole, torch's
     parts, and our own."""
     with timing.pinned(core) as pinning:
         function, z = smallest(steps)
@@ -131,16 +131,16 @@ def _replays(
 
 
 def command(
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps.")] = 512,
-    rounds: show.Rounds = 7,
-    core: show.Core = -1,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Number of training steps.")] = 512,
+    rounds: shared.Rounds = 7,
+    core: shared.Core = -1,
     json: Json = None,
 ) -> None:
-    """What this package's own Python costs a step, on a network of 15 parameters."""
-    console, where = show.console(), timing.machine()
-    console.print(timing.describe(where), highlight=False)
-    found = measure(steps, rounds, show.core_of(core))
-    rows = [["µs a step", *found["microseconds"]]]
+    """What this package's own Python costs per step, on a network of 15 parameters."""
+    session, where = shared.begin("bench overhead", None, json)
+    measured = measure(steps, rounds, shared.core_of(core))
+    columns = measured["microseconds"]
+    rows = [["µs per step", *columns]]
     names = {
         "whole": "metagradient",
         "loss": "of it, the graph of the loss",
@@ -149,6 +149,6 @@ def command(
         "own": "of it, this package's own",
     }
     for name, text in names.items():
-        rows.append([text, *(f"{each[name]:.0f}" if name in each else "-" for each in found["microseconds"].values())])
-    show.table(console, f"{found['parameters']} parameters, {steps} steps, the least of {rounds}", rows)
-    show.finish(console, "bench overhead", {"machine": where, **found}, json, None, lambda: ("", "", []))
+        rows.append([text, *(f"{column[name]:.0f}" if name in column else "-" for column in columns.values())])
+    session.table(f"{measured['parameters']} parameters, {steps} steps, the least of {rounds}", rows)
+    session.write(None, {"machine": where, **measured})

@@ -25,7 +25,7 @@ from mgd.bench import timing
 from mgd.bench.cases import Case, load
 from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
-from mgd.ui.options import finite
+from mgd.ui.result import finite
 from mgd.util.fingerprint import digest
 from mgd.util.system import free_memory
 

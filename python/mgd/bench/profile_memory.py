@@ -6,29 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import cases, memory, peak, show, timing
-from mgd.bench.profile_time import Shorter, Target
+from mgd.bench import cases, memory, peak, shared
+from mgd.errors import BadArgument
 from mgd.ui.options import Json, Out
 from mgd.util.text import format_bytes, parse_bytes
 
 
 def command(
-    target: Target,
+    target: shared.Target,
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Budgets of host memory to compare with your own.")
+        str,
+        typer.Option(
+            "--budgets", metavar="SIZE,...", help="Budgets of host memory to compare with the one your training has."
+        ),
     ] = "",
-    steps: Shorter = None,
-    core: show.Core = -1,
+    steps: shared.Shorter = None,
+    core: shared.Core = -1,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Peak memory of a metagradient of your own training, against its length and against unrolling it."""
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    if out:
-        plots.require_matplotlib()
-    console, where = show.console(), timing.machine()
     total = len(cases.load(target, steps))
     compared: dict[str, tuple[str, dict[str, Any]]] = {
         "torch unrolled": ("unrolled", {}),
@@ -44,8 +41,8 @@ def command(
     except ValueError as error:
         raise BadArgument(str(error)) from error
     lengths = sorted({t for t in (*peak.PROBES, total // 4, total // 2, total) if 0 < t <= total})
-    console.print(timing.describe(where), highlight=False)
-    with show.ticking(console) as tick:
+    session, where = shared.begin("profile memory", out, json)
+    with session.status() as tick:
         fits = total
         if total > peak.PROBES[1]:
             tick("unrolled: how many steps fit")
@@ -53,10 +50,8 @@ def command(
                 fits = peak.extrapolated(target, "unrolled", total)["fits_steps"]
             except peak.Failed:
                 pass  # the reason shows in the table
-        found = memory.measure(target, lengths, compared, fits, show.core_of(core), tick)
-    memory.display(console, found)
+        measured = memory.measure(target, lengths, compared, fits, shared.core_of(core), tick)
+    memory.display(session, measured)
     if fits < total:
-        console.print(f"Unrolled, at most {fits:,} steps would fit in free memory here.", highlight=False)
-    show.finish(console, "profile memory", {"machine": where, **found}, json, out, lambda: memory.page(found, where))
-    if not (found["bit_identical"] and found["agree"]):
-        raise typer.Exit(1)
+        session.print(f"Unrolled, at most {fits:,} steps would fit in free memory here.")
+    memory.finish(session, measured, where)

@@ -1,7 +1,7 @@
 """The state store against raw direct I/O on the same disk, alternating in one run.
 
-Raw is the better of two ways to move the same files with nothing but O_DIRECT: one thread and one call a file, or two
-threads and 4 MiB a call. Both sides create, fill and close the files; contents that were timed are compared.
+Raw is the better of two ways to move the same files with nothing but O_DIRECT: one thread and one call per file, or two
+threads and 4 MiB per call. Both sides create, fill and close the files; contents that were timed are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PIECE = 4 << 20
 
 
 class RawFiles:
-    """Files of one size written and read through O_DIRECT, from one page-aligned buffer a thread."""
+    """Files of one size written and read through O_DIRECT, from one page-aligned buffer per thread."""
 
     def __init__(self, directory: str, size: int, count: int) -> None:
         self.directory, self.size, self.count = directory, size, count
@@ -73,7 +73,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def measure(directory: str | os.PathLike[str], size: int, total: int | None = None, rounds: int = 5) -> dict[str, Any]:
-    """Medians over `rounds` of: bandwidths in bytes a second, raw and store, both ways; seconds of one call.
+    """Medians over `rounds` of: bandwidths in bytes per second, raw and store, both ways; seconds of one call.
 
     Writes about `total` bytes (a size in proportion by default, 512 MB at most) twice under `directory`, and removes
     them. `write_ratio` and `read_ratio` are medians of the rounds' own ratios. `put_call` and `get_call` are one call

@@ -12,13 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.bench import figures, peak, show, timing
+from mgd.bench import figures, peak, shared, timing
 from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import DEFAULT, METHODS, Outcome, chosen, differences, training
+from mgd.bench.methods import DEFAULT, METHODS, Outcome, differences, training
 from mgd.bench.workloads import WORKLOADS
 from mgd.results import Report
-from mgd.ui.options import Json, Out
+from mgd.ui import machine
+from mgd.ui.console import Session
+from mgd.ui.options import Json, Out, parse_names
+from mgd.ui.page import Page, Section, Table
 
 # Of float32 metagradients by two methods that round differently, measured: 1e-7 to 1e-5 after a few steps. AdamW with
 # a small eps_root magnifies rounding with the length of the training; a wrong term would show as 1e-1 or more.
@@ -38,7 +41,7 @@ def measure(
     """Times, ratios, phases, memory and differences of the methods on one case, in JSON's types."""
     with timing.pinned(core) as pinning:
         case = load(source, steps, device)
-        found: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "case": source,
             "note": case.note,
             "steps": len(case),
@@ -47,11 +50,11 @@ def measure(
             **pinning,
             "methods": {},
         }
-        lengths = _lengths(case, methods, found["methods"], memory, tick)
+        lengths = _lengths(case, methods, measured["methods"], memory, tick)
         reference: Outcome | None = None
         for length in sorted(set(lengths.values()), reverse=True):
             part = case.shortened(length)
-            train, found["training_by"] = training(part)
+            train, measured["training_by"] = training(part)
             train()
             reference = METHODS["eager"].prepare(part)()
             runs: dict[str, Callable[[], Any]] = {}
@@ -62,28 +65,28 @@ def measure(
                     run = METHODS[name].prepare(part)
                     outcome = run()
                 except Unsupported as reason:
-                    found["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
+                    measured["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
                     continue
                 runs[name] = _noting(run, name, reports)
-                found["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
+                measured["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
             trainings, samples = timing.alternate(rounds, train, runs, device, lambda what: tick(f"{source}, {what}"))
             if length == len(case):
-                found["training"] = {"seconds": timing.quantiles(trainings)}
+                measured["training"] = {"seconds": timing.quantiles(trainings)}
             for name, sample in samples.items():
-                _timed(found["methods"][name], sample, METHODS[name].objectives, reports.get(name))
-        if "training" not in found:  # every method was shortened
+                _timed(measured["methods"][name], sample, METHODS[name].objectives, reports.get(name))
+        if "training" not in measured:  # every method was shortened
             whole = training(case)[0]
-            found["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
+            measured["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
     if memory:
         tick(f"{source}, memory: training")
-        found["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
-        for name, entry in found["methods"].items():
+        measured["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
+        for name, entry in measured["methods"].items():
             if "peak_bytes" not in entry and "unsupported" not in entry:
                 tick(f"{source}, memory: {name}")
                 shortened = lengths[name] if METHODS[name].share < 1 else steps
                 entry["peak_bytes"] = peak.measure(source, name, shortened, device)["bytes"]
-    found["methods"] = {name: found["methods"][name] for name in methods if name in found["methods"]}
-    return found
+    measured["methods"] = {name: measured["methods"][name] for name in methods if name in measured["methods"]}
+    return measured
 
 
 def _lengths(
@@ -141,8 +144,8 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
 # --- shown -------------------------------------------------------------------------------------------------------
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
-    alone = found["training"]
+def rows(measured: dict[str, Any]) -> Table:
+    alone = measured["training"]
     seconds = alone["seconds"]["median"]
     lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
     lines.append(
@@ -150,32 +153,32 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             "plain training",
             f"{seconds:.2f}",
             "1",
-            f"{found['steps'] / seconds:.1f}",
-            show.memory(alone.get("peak_bytes")),
+            f"{measured['steps'] / seconds:.1f}",
+            shared.memory(alone.get("peak_bytes")),
             "",
         ]
     )
-    for name, entry in found["methods"].items():
+    for name, entry in measured["methods"].items():
         if "unsupported" in entry:
             lines.append([name, "-", "-", "-", "-", "-"])
             continue
-        short = entry["timed_steps"] < found["steps"]
+        short = entry["timed_steps"] < measured["steps"]
         lines.append(
             [
                 name + (f" ({entry['timed_steps']} steps)" if short else ""),
                 f"{entry['seconds']['median']:.2f}",
-                show.ratio(entry["ratio"]),
+                shared.ratio(entry["ratio"]),
                 f"{entry['steps_per_second']:.1f}",
-                show.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
+                shared.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
                 f"{max(entry['difference'].values(), default=0.0):.0e}" + ("" if entry["agrees"] else " DISAGREES"),
             ]
         )
     return lines
 
 
-def phase_rows(found: dict[str, Any]) -> list[list[str]]:
+def phase_rows(measured: dict[str, Any]) -> Table:
     """Shares of each phase of this package's methods."""
-    ours = {name: e["phases"] for name, e in found["methods"].items() if e.get("phases")}
+    ours = {name: e["phases"] for name, e in measured["methods"].items() if e.get("phases")}
     phases = list(dict.fromkeys(phase for seconds in ours.values() for phase in seconds))
     lines = [["where the time goes", *phases]]
     for name, seconds in ours.items():
@@ -191,78 +194,74 @@ CAPTION = (
 )
 
 
-def title(found: dict[str, Any]) -> str:
-    return f"{found['case']}: {found['steps']} steps, {found['parameters']:,} trained parameters"
+def title(measured: dict[str, Any]) -> str:
+    return f"{measured['case']}: {measured['steps']} steps, {measured['parameters']:,} trained parameters"
 
 
-def display(console, found: dict[str, Any]) -> None:
-    show.table(console, title(found), rows(found))
-    if found["note"]:
-        console.print(found["note"], style="dim", highlight=False)
-    if len(split := phase_rows(found)) > 1:
-        show.table(console, "", split)
-    if "own training" in found["training_by"]:
-        console.print(f"Plain training is {found['training_by']}.", highlight=False)
-    for name, entry in found["methods"].items():
+def display(session: Session, measured: dict[str, Any]) -> None:
+    session.table(title(measured), rows(measured), measured["note"])
+    if len(split := phase_rows(measured)) > 1:
+        session.table("", split)
+    if "own training" in measured["training_by"]:
+        session.print(f"Plain training is {measured['training_by']}.")
+    for name, entry in measured["methods"].items():
         if "unsupported" in entry:
-            console.print(f"{name} was left out: {entry['unsupported']}.", highlight=False)
+            session.print(f"{name} was left out: {entry['unsupported']}.")
 
 
-def page(results: list[dict[str, Any]], where: dict[str, Any]):
-    from mgd.ui import page as plots
-
-    lead = f"One thread. {timing.describe(where)}. " + " ".join(
+def page(results: list[dict[str, Any]], where: dict[str, Any]) -> Page:
+    lead = f"One thread. {machine.describe(where)}. " + " ".join(
         f"{name}: {METHODS[name].what}." for name in METHODS if any(name in r["methods"] for r in results)
     )
-    sections = [
-        plots.Section("Time and memory", CAPTION, figures.throughput(results), "throughput"),
-        plots.Section("Where the time goes", "Phases of this package's methods.", figures.phases(results), "phases"),
+
+    def sections() -> list[Section]:
+        return [
+            Section("Time and memory", CAPTION, figures.throughput(results), "throughput"),
+            Section("Where the time goes", "Phases of this package's methods.", figures.phases(results), "phases"),
+            *(Section(title(measured), measured["note"], table=rows(measured)) for measured in results),
+        ]
+
+    return Page("What a metagradient costs", lead, sections=sections)
+
+
+def disagreeing(results: list[dict[str, Any]]) -> list[str]:
+    """Which methods, on which case, gave other gradients."""
+    return [
+        f"{name} on {measured['case']}"
+        for measured in results
+        for name, entry in measured["methods"].items()
+        if not entry.get("agrees", True)
     ]
-    sections += [plots.Section(title(found), found["note"], table=rows(found)) for found in results]
-    return "What a metagradient costs", lead, sections
 
 
 def command(
     workload: Annotated[
-        str, typer.Option("--workload", metavar="A,B,...", help=f"Of {', '.join(WORKLOADS)}.")
+        str, typer.Option("--workload", metavar="A,B,...", help=f"One or more of {', '.join(WORKLOADS)}.")
     ] = "mlp,gpt,convnet-group,convnet-batch",
-    methods: Annotated[str, typer.Option("--methods", metavar="A,B,...", help=f"Of {', '.join(METHODS)}.")] = ",".join(
-        DEFAULT
-    ),
-    rounds: show.Rounds = 5,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps, instead of the usual.")] = None,
-    device: show.Device = "cpu",
-    core: show.Core = -1,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process for each method.")] = True,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="A,B,...", help=f"One or more of {', '.join(METHODS)}.")
+    ] = ",".join(DEFAULT),
+    rounds: shared.Rounds = 5,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of training steps. Default: the workload's own.")
+    ] = None,
+    device: shared.Device = "cpu",
+    core: shared.Core = -1,
+    memory: shared.Memory = True,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Time and memory of a metagradient by every method, in units of plain training of the same steps."""
-    from mgd.errors import BadArgument
-    from mgd.ui import page as plots
-
-    if out:
-        plots.require_matplotlib()
-    names, sources = chosen(methods), [name.strip() for name in workload.split(",")]
-    if unknown := [name for name in sources if name not in WORKLOADS]:
-        raise BadArgument(f"expected workloads among {', '.join(WORKLOADS)}; got {', '.join(unknown)}")
-    show.require(device)
-    console, where, results = show.console(), timing.machine(), []
-    console.print(timing.describe(where), highlight=False)
+    names, sources = parse_names(methods, METHODS, "methods"), parse_names(workload, WORKLOADS, "workloads")
+    shared.require(device)
+    session, where = shared.begin("bench throughput", out, json)
+    results = []
     for source in sources:
-        with show.ticking(console) as tick:
-            found = measure(source, names, rounds, steps, device, show.core_of(core), memory, tick)
-        results.append(found)
-        display(console, found)
-    console.print(f"\n{CAPTION}", style="dim", highlight=False)
-    result = {"machine": where, "agree_within": AGREE, "results": results}
-    show.finish(console, "bench throughput", result, json, out, lambda: page(results, where))
-    wrong = [
-        f"{name} on {found['case']}"
-        for found in results
-        for name, entry in found["methods"].items()
-        if not entry.get("agrees", True)
-    ]
-    if wrong:
-        console.print(f"The gradients of {', '.join(wrong)} differ from those of mgd eager.", style="bold red")
+        with session.status() as tick:
+            results.append(measure(source, names, rounds, steps, device, shared.core_of(core), memory, tick))
+        display(session, results[-1])
+    session.print(f"\n{CAPTION}", style="dim")
+    session.write(page(results, where), {"machine": where, "agree_within": AGREE, "results": results})
+    if wrong := disagreeing(results):
+        session.print(f"The gradients of {', '.join(wrong)} differ from those of mgd eager.", style="bold red")
         raise typer.Exit(1)

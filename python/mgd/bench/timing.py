@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mgd.errors import BadArgument
+
 
 @contextlib.contextmanager
 def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
@@ -26,8 +28,6 @@ def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
             return
         core = max(allowed) if core == -1 else core
         if core not in allowed:
-            from mgd.errors import BadArgument
-
             raise BadArgument(f"expected a core among {sorted(allowed)}, those that this process may use; got {core}")
         os.sched_setaffinity(0, {core})
         yield {"threads": threads, "core": core}
@@ -102,28 +102,3 @@ def least(rounds: int, *functions: Callable[[], Any], device: torch.device | str
         for i, function in enumerate(functions):
             best[i] = min(best[i], seconds_of(function, device))
     return best
-
-
-def machine() -> dict[str, Any]:
-    """What the results were measured on, in JSON's types."""
-    from mgd.cli import doctor
-
-    found = doctor.examine()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": found["versions"],
-        "processor": found["processor"],
-        "instruction_set": found["extension"]["isa"],
-        "cores": found["threads"]["usable_cores"],
-        "accelerators": found["accelerators"],
-        "free_memory_bytes": found["free_memory_bytes"],
-        "load_average": list(os.getloadavg()),
-    }
-
-
-def describe(where: Mapping[str, Any]) -> str:
-    """One line for the head of a table."""
-    processor = where["processor"]["model"] if not where["accelerators"] else where["accelerators"][0]
-    load = where["load_average"][0]
-    busy = f", load average {load:.1f} at the start: others were computing too" if load > 0.7 else ""
-    return f"{processor}, {where['cores']} cores, torch {where['versions']['torch']}, {where['date']}{busy}"

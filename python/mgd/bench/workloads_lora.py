@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mgd.bench.workloads import Workload, build
+from mgd.bench.workload import Workload, build
 from mgd.recipes.data.text import read
 from mgd.recipes.models import encoder
 from mgd_kernels import AdamW

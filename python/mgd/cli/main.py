@@ -1,4 +1,4 @@
-"""The command line. torch and all that needs it are imported inside the commands."""
+"""The command line. torch, and everything that needs it, is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads, write_json
+from mgd.ui.console import Session
+from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads
 
 # Name of a command -> module whose function `command` it is, with options annotated for typer.
 BENCHMARKS: dict[str, str] = {
@@ -40,7 +41,7 @@ app = typer.Typer(
 
 
 def _imported(commands: Mapping[str, str]) -> type[TyperGroup]:
-    """A group whose commands are imported when they are asked for."""
+    """A group whose commands are imported when they are called."""
 
     class Imported(TyperGroup):
         def list_commands(self, ctx: Any) -> list[str]:
@@ -64,19 +65,21 @@ app.add_typer(
 app.add_typer(
     typer.Typer(cls=_imported(PROFILES), no_args_is_help=True),
     name="profile",
-    help="Measure a training of your own.",
+    help="Measure a metagradient of your own training.",
 )
 app.add_typer(
     typer.Typer(cls=_imported(RECIPES), no_args_is_help=True),
     name="recipe",
-    help="Complete uses of metagradients.",
+    help="Use metagradients: complete examples on real data.",
     hidden=not RECIPES,
 )
 
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere in the command.")
+    ] = False,
 ) -> None:
     pass
 
@@ -88,12 +91,11 @@ def demo(
     """Find the mislabelled images of a training set, and check the metagradient that finds them."""
     from mgd.recipes.data import load
     from mgd.recipes.demo import recipe, report
-    from mgd.ui.console import Session
 
     session = Session("demo", out, json, threads)
-    found = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
-    session.finish(report.page(found), found.to_dict())
-    if not found.check.passed:
+    result = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
+    session.finish(report.page(result), result.to_dict())
+    if not result.check.passed:
         raise typer.Exit(1)
 
 
@@ -102,49 +104,49 @@ def doctor(json: Json = None) -> None:
     """Say what works on this machine, what does not, and what to do about it."""
     from mgd.cli import doctor
 
-    found = doctor.examine()
-    typer.echo(doctor.describe(found))
-    if json:
-        write_json(json, "doctor", found)
+    session = Session("doctor", json=json)
+    offer = doctor.examine()
+    session.print(doctor.describe(offer), whole=True)
+    session.write(None, offer)
 
 
 @app.command()
 def plan(
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps T.")],
-    parameters: Annotated[str, typer.Option(metavar="N", help='Trained parameters: 124000000, "124M", "1.5B".')],
-    optimizer: Annotated[str, typer.Option(help="sgd, momentum, adam or adamw.")] = "adamw",
-    dtype: Annotated[str, typer.Option(help="Of the gradients: float32, bfloat16, float16 or float64.")] = "float32",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of training steps, T.")],
+    parameters: Annotated[
+        str, typer.Option(metavar="N", help='Number of trained parameters: 124000000, "124M", "1.5B".')
+    ],
+    optimizer: Annotated[str, typer.Option(help="One of sgd, momentum, adam, adamw.")] = "adamw",
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the gradients: float32, bfloat16, float16 or float64.")
+    ] = "float32",
     budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="TIER=SIZE", help="device=1GB, host=8GB, disk=100GB or disk=DIR:100GB; once a tier."),
+        typer.Option(
+            metavar="TIER=SIZE",
+            help="device=1GB, host=8GB, disk=100GB or disk=DIR:100GB. Repeat the option for further tiers.",
+        ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="auto, log, revolve, kary, kary:K, sqrt, binary or all.")] = "auto",
-    step_seconds: Annotated[float | None, typer.Option(min=0, help="Of one training step, measured.")] = None,
+    schedule: Annotated[str, typer.Option(help="One of auto, log, revolve, kary, kary:K, sqrt, binary, all.")] = "auto",
+    step_seconds: Annotated[float | None, typer.Option(min=0, help="Measured duration of one training step.")] = None,
     out: Out = None,
     json: Json = None,
 ) -> None:
     """Plan a metagradient before running it: what is stored where, what is replayed, how long it takes."""
     from mgd.cli import plan as planning
+    from mgd.errors import BadArgument
 
-    if out:
-        from mgd.ui.page import require_matplotlib
-
-        require_matplotlib()
+    session = Session("plan", out, json)
     try:
-        chosen = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
+        made = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
     except ValueError as error:
-        from mgd.errors import MetagradientError
-
-        if isinstance(error, MetagradientError):
+        if _is_the_users(error):
             raise
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(chosen.explain())
+        raise BadArgument(str(error)) from error  # a size or a schedule that is none
+    session.print(made.explain(), whole=True)
     if step_seconds is None:
-        typer.echo("\nTimes take a training step for 1 s; --step-seconds sets what you measured.")
-    if out:
-        typer.echo(f"wrote {planning.draw(chosen, out)}")
-    if json:
-        write_json(json, "plan", chosen.to_dict())
+        session.print("\nTimes assume a training step of 1 s; --step-seconds sets what you measured.")
+    session.write(planning.page(made), made.to_dict())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

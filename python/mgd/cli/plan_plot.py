@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from mgd.errors import BadArgument
 from mgd.plan.actions import Advance, Drop, Load, Reverse, Save
+from mgd.ui import charts
 from mgd.util.text import format_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from mgd.plan.plan import Plan
 
 _COLOURS = {"model": "#c0392b", "update": "#2e86c1", "load": "#b0b0b0", "reverse": "#1e8449"}
@@ -43,7 +47,9 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
 
     for number, action in enumerate(plan.actions()):
         if number >= MOST_ACTIONS:
-            raise ValueError(f"expected a plan of at most {MOST_ACTIONS:,} actions to draw; plan fewer steps")
+            raise BadArgument(
+                f"expected a plan of at most {MOST_ACTIONS:,} actions to draw; got more: plan fewer steps"
+            )
         if isinstance(action, Advance):
             for step in range(position, action.stop):
                 if step in log:
@@ -74,25 +80,24 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
 
 def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Draw the plan to `path` (.png): position above, bytes held in each tier below, over time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    picture(plan).savefig(path)
+
+
+def picture(plan: Plan) -> Figure:
+    """Position above, bytes held in each tier below, over time."""
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
     strokes, history = trace(plan)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    fig, (above, below) = charts.figure(10, 6, rows=2, sharex=True, height_ratios=(3, 1))
     names = {"model": "model step", "update": "update from the log", "load": "load", "reverse": "adjoint step"}
     for kind, name in names.items():
         lines: Any = [[(x0, y0), (x1, y1)] for k, x0, x1, y0, y1 in strokes if k == kind]
         width = 0.6 if kind == "load" else 2.0
         above.add_collection(LineCollection(lines, colors=_COLOURS[kind], linewidths=width, label=name))
     above.autoscale_view()
-    above.set_ylabel("position (training step)")
     above.legend(loc="upper right", fontsize="small")
-    above.set_title(
-        f"{plan.schedule}: {plan.T:,} steps, {plan.model_steps:,} model steps, {plan.update_steps:,} updates"
-    )
+    title = f"{plan.schedule}: {plan.T:,} steps, {plan.model_steps:,} model steps, {plan.update_steps:,} updates"
+    charts.label(above, title, y="position (training step)")
     seconds = [second for second, _ in history]
     for tier, limit in plan.limits.items():
         amounts = [held[tier] for _, held in history]
@@ -103,6 +108,5 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
         below.legend(loc="upper right", fontsize="small")
     below.set_ylim(bottom=0)
     below.yaxis.set_major_formatter(lambda value, _: format_bytes(max(0.0, value)))
-    below.set_ylabel("held")
-    below.set_xlabel("seconds of computation, as predicted")
-    figure.savefig(path, dpi=120)
+    below.set(xlabel="seconds of computation, as predicted", ylabel="held")
+    return fig

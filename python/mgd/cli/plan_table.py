@@ -17,7 +17,7 @@ _SIZES = Sizes(snapshot=3, gradient=1)
 
 
 def compare(T: int, gradients: int) -> str:
-    """Every schedule of T steps that fits in the room of so many gradients."""
+    """Every schedule of T steps, with room for this many gradients."""
     head = ["schedule", "snapshots", "logged", "replayed", "model steps", "updates", "room", "time / training"]
     rows = []
     for schedule in SCHEDULES:

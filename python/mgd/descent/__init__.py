@@ -1,5 +1,5 @@
-"""Descending on metaparameters: `MetaDescent`, with its constraints and outer optimizers.
+"""Metagradient descent: `MetaDescent`, with its constraints and outer optimizers.
 
-Import `MetaDescent`, `Descent` (`descent`), `Box`, `Simplex` (`constraints`) and `SignDescent` (`sign_descent`). Looks
-into `mgd.function`, `mgd.results` and `util`.
+Import `MetaDescent` and `Descent` (`descent`), `Box` and `Simplex` (`constraints`), and `SignDescent`
+(`sign_descent`). Looks into `mgd.function`, `mgd.results`, `step` and `util`.
 """

@@ -1,4 +1,4 @@
-"""Sets in which metaparameters are kept while one descends on them, and the nearest point of each."""
+"""Sets that metaparameters are projected to during a descent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Constraint(Protocol):
     """A closed set of tensors."""
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest point of the set, of the same shape, dtype and device."""
+        """The nearest point of the set to `x`, with the shape, dtype and device of `x`."""
         ...
 
     def check(self, name: str, x: Tensor) -> None:
-        """Raise BadArgument where the set has no point of the shape of `x`."""
+        """Raise BadArgument if the set has no point of the shape of `x`. name: the variable, for the error."""
         ...
 
 
 @dataclass(frozen=True)
 class Box:
-    """`low <= x <= high`, entry by entry; a bound is a number, a tensor that broadcasts, or None for no bound.
+    """`low <= x <= high`, entry by entry. A bound is a number, a tensor that broadcasts to x, or None for no bound.
 
-    Bounds are taken in the dtype of x: of float32 entries, 0.1 is the float32 next to it.
+    Bounds are cast to the dtype of x: for float32 entries, 0.1 is the float32 nearest to it.
     """
 
     low: Tensor | float | None = None
@@ -53,7 +53,9 @@ class Box:
             if bound is not None and bool(torch.as_tensor(bound).isnan().any()):
                 raise BadArgument(f"expected bounds of {name!r} that are numbers; got {bound}")
         if low is not None and high is not None and bool((torch.as_tensor(low) > torch.as_tensor(high)).any()):
-            raise BadArgument(f"no {name!r} is in this box: a lower bound is above its upper bound ({low} > {high})")
+            raise BadArgument(
+                f"expected bounds of {name!r} with low <= high; a lower bound is above its upper bound ({low} > {high})"
+            )
 
     def _bounds(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         return self.low, self.high
@@ -61,24 +63,25 @@ class Box:
 
 @dataclass(frozen=True)
 class Simplex:
-    """`x >= 0` whose entries, all of them, sum to `total`, up to the rounding of their dtype.
+    """`x >= 0`, where all entries of x together sum to `total`, up to the rounding of their dtype.
 
-    The projection sorts (Duchi et al. 2008, figure 1).
+    The projection sorts the entries (Duchi et al. 2008, figure 1).
     """
 
     total: float = 1.0
 
     def project(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1).double()
-        flat = flat - flat.max()  # moves no projection, and keeps the total from drowning in large entries
+        # A common shift does not change the projection; without it, rounding of large entries would swamp `total`.
+        flat = flat - flat.max()
         ordered = flat.sort(descending=True).values
-        # The largest k whose k largest entries, lowered alike to sum to the total, all stay positive.
+        # The largest k such that the k largest entries, all lowered equally so as to sum to the total, stay positive.
         excess = (ordered.cumsum(0) - self.total) / torch.arange(1, len(flat) + 1, device=x.device)
         shift = excess[int((ordered > excess).nonzero().max())]
         return (flat - shift).clamp(min=0).reshape(x.shape).to(x.dtype)
 
     def check(self, name: str, x: Tensor) -> None:
         if not 0 < self.total < math.inf:
-            raise BadArgument(f"no {name!r} is in this simplex: expected a finite total > 0; got {self.total}")
+            raise BadArgument(f"expected the simplex of {name!r} to have a finite total > 0; got {self.total}")
         if x.numel() == 0:
-            raise BadArgument(f"no {name!r} is in this simplex: it has no entries")
+            raise BadArgument(f"expected at least one entry of {name!r}, to be in a simplex; got shape {list(x.shape)}")

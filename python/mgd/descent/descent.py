@@ -1,4 +1,4 @@
-"""Metagradient descent: train, differentiate the training, move the metaparameters, train again (arXiv 2503.13751)."""
+"""Metagradient descent: train, differentiate the training, update the metaparameters, repeat (arXiv 2503.13751)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from mgd.util.progress import tracked
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
 
-ATTEMPTS = 8  # smaller and smaller steps from one point before the descent gives up
+ATTEMPTS = 8  # ever smaller steps from one point before the descent gives up
 
 
 @dataclass
 class Descent:
-    """variables: where the last step led. best: those of the lowest score, which meta-step `best_step` trained with.
-    history: every training. stopped: "steps" or "patience". notes: what went wrong and was mended on the way."""
+    """The result of `MetaDescent.run`.
+
+    variables: after the last step. best: those with the lowest score, with which meta-step `best_step` trained.
+    history: one entry per training. stopped: why the descent ended, "steps" or "patience". notes: trainings that
+    diverged, and with what step they were repeated.
+    """
 
     variables: Variables
     best: Variables
@@ -39,6 +43,7 @@ class Descent:
 
     @property
     def values(self) -> list[float]:
+        """The objective of every training."""
         return [step.value for step in self.history]
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,20 +56,20 @@ class Descent:
 
 
 class MetaDescent:
-    """Descend on the metaparameters of a training by its metagradients, training again at every meta-step.
+    """Descend on the metaparameters of a training by metagradients. Every meta-step trains anew.
 
-    problem: a `TrainingFunction`, whose `z` the variables then are; or a function `(variables, meta-step) -> (f, z)`,
-        by which `z` may be computed from other variables (knots of a schedule, logarithms) by differentiable torch
-        operations, and the training itself may depend on them (batches drawn by counts, another seed each meta-step).
+    problem: a `TrainingFunction`; the variables are then its `z`. Or a function `(variables, meta-step) -> (f, z)`. It
+        may compute `z` from other variables (knots of a schedule, logarithms) by differentiable torch operations, and
+        the training itself may depend on the variables and the meta-step (batches drawn by counts, another seed).
     optimizer: makes the outer optimizer from the list of variables: `lambda x: torch.optim.Adam(x, lr=0.1)`, any other
         optimizer of torch, or `mgd.SignDescent`.
-    constraints: variable -> `Box` or `Simplex`, to which it is projected at the start and after each step.
-    validate: `validate(result: Metagradient) -> float` of every training; the best variables are those of the lowest.
-        By default the objective itself.
+    constraints: variable -> `Box` or `Simplex`. The variable is projected to it at the start and after each step.
+    validate: `validate(result: Metagradient) -> float`, the score of a training; the best variables are those with the
+        lowest. By default the score is the objective.
 
-    A training that diverges (`NonFiniteState`) is not the end: the variables go back, the outer learning rate is
-    halved from then on (or what the optimizer's groups name under "shrinks"), and the step is taken again, which
-    `notes` and the history say.
+    A training that diverges (`NonFiniteState`) does not end the descent. The variables go back, the outer learning rate
+    (or what the optimizer's groups name under "shrinks") is halved from then on, and the step is repeated. `notes` and
+    the history record it.
     """
 
     def __init__(
@@ -93,17 +98,17 @@ class MetaDescent:
         progress: bool = False,
         observe: Callable[[MetaStep, Metagradient, Variables], None] | None = None,
     ) -> Descent:
-        """Train `steps` times, each time with a metagradient and a step of the outer optimizer. `variables`, where the
-        descent starts, stay as they are.
+        """Train `steps` times, each time with a metagradient and a step of the outer optimizer.
 
-        patience: end after so many meta-steps without a lower score.
-        directory: keep history and state there after every meta-step, so that the same call continues an interrupted
-            descent, to the same bits, and one with more steps a finished one. Start, constraints and optimizer are
-            compared with those of the descent that is there; the problem is not.
-        observe: called after every training, with the variables that it was trained with.
+        variables: floating-point tensors, by name, at which the descent starts. They are not changed.
+        patience: end after this many meta-steps without a lower score.
+        directory: save history and state there after every meta-step. The same call then continues an interrupted
+            descent, to the same bits; a call with more steps continues a finished one. The start, the constraints and
+            the optimizer are compared with those of the saved descent; the problem is not.
+        observe: called after every training, with the variables that were used for it.
 
-        Raises BadArgument for variables that do not fit, StaleRun for the directory of another descent, CorruptState
-        for one whose file is damaged, NonFiniteState where the start itself, or every smaller step, diverges.
+        Raises BadArgument for variables that do not fit, StaleRun if the directory belongs to another descent,
+        CorruptState if its file is damaged, and NonFiniteState if the start itself, or every smaller step, diverges.
         """
         if steps < 1 or (patience is not None and patience < 1):
             raise BadArgument(f"expected steps and patience of at least 1; got {steps} and {patience}")
@@ -125,7 +130,7 @@ class MetaDescent:
         return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
 
     def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:
-        """A training with its metagradient, at the variables of `state`, nearer to the last ones where it diverges."""
+        """A training with its metagradient, at the variables of `state`, or closer to the last ones if it diverges."""
         for attempt in range(ATTEMPTS + 1):
             start = time.perf_counter()
             try:
@@ -141,15 +146,17 @@ class MetaDescent:
         return MetaStep(len(state.history), value, score, norms, time.perf_counter() - start, attempt), result
 
     def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
-        """The metagradient, carried on from `z` to the variables: the `grad` of each of them."""
+        """The metagradient, propagated from `z` to the variables: into the `grad` of each of them."""
         f, z = self._training(leaves, index)
         result = f.metagradient(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(z)))
         if result.value.ndim:
             raise BadArgument(f"expected one objective to descend on; got {result.value.numel()}")
-        found = tree_flatten({key: result.grads[key] for key in z})[0]
-        pairs = [(x, g.to(x)) for x, g in zip(tree_flatten(dict(z))[0], found, strict=True) if _moves(x)]
+        gradients = tree_flatten({key: result.grads[key] for key in z})[0]
+        pairs = [(x, g.to(x)) for x, g in zip(tree_flatten(dict(z))[0], gradients, strict=True) if _moves(x)]
         if not pairs:
-            raise BadArgument("z does not depend on the variables: compute it from them by torch operations")
+            raise BadArgument(
+                "expected z to be computed from the variables by torch operations; it does not depend on the variables"
+            )
         for x in leaves.values():
             x.grad = None
         torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])

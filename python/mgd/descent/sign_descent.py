@@ -14,14 +14,16 @@ from mgd.step.rng import seed_of
 
 
 class SignDescent(torch.optim.Optimizer):
-    """`x -= lr · sign(gradient)` on a random `share` of the coordinates, drawn anew each step; the others stay.
+    """`x -= lr · sign(gradient)` on a random `share` of the coordinates, drawn anew at each step. The others stay.
 
-    Coordinates whose gradient is 0 stay as well. The masks are a function of `seed` and of the number of the step, so
-    that a descent that is resumed draws what an uninterrupted one draws. With whole numbers in x and lr = 1 they stay
-    whole numbers: the paper's update of the counts of training examples.
+    Coordinates whose gradient is 0 stay as well. The masks are a function of `seed` and of the step number, so a
+    resumed descent draws the same masks as an uninterrupted one. If the entries of x are whole numbers and lr = 1, they
+    stay whole numbers: the paper's update of the counts of training examples.
 
-    shrinks: what `MetaDescent` halves after a training that diverged, "lr" or "share"; whole numbers want the latter,
-    by which a smaller step moves fewer of the coordinates that the step before moved.
+    shrinks: what `MetaDescent` halves after a training that diverged, "lr" or "share". Use "share" for whole numbers:
+    a smaller step then moves fewer of the coordinates that the step before moved.
+
+    Raises BadArgument unless lr is finite and > 0, and share is in (0, 1].
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, share: float = 1.0, seed: int = 0, shrinks: str = "lr"):
@@ -43,7 +45,7 @@ class SignDescent(torch.optim.Optimizer):
             generator = torch.Generator().manual_seed(seed_of(group["seed"], group["step"], number))
             group["step"] += 1  # in the group, so that `state_dict` holds it
             for x in group["params"]:
-                # Drawn for every tensor, so that one without a gradient does not change the masks of the others.
+                # Drawn for every tensor, so that a tensor without a gradient does not change the masks of the others.
                 mask = torch.rand(x.shape, generator=generator) < group["share"] if group["share"] < 1 else None
                 if x.grad is None:
                     continue

@@ -1,4 +1,4 @@
-"""Where a metagradient descent is, and how a directory keeps it."""
+"""The state of a metagradient descent, which a `CheckpointDirectory` can hold."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from mgd.util.fingerprint import digest
 
 Variables = dict[str, Tensor]
 
-SMALLER = 0.5  # factor of the outer learning rate (or of what a group's "shrinks" names) after a divergent training
+SMALLER = 0.5  # factor on the outer learning rate (or on what a group's "shrinks" names) after a training diverged
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """One training of a descent. value: the objective. score: what the best is chosen by (the value, or `validate`'s).
-    gradient_norms: by variable. seconds: of the training with its metagradient. diverged: trainings that did not stay
-    finite before this one, each followed by a smaller step."""
+    """One training of a descent.
+
+    value: the objective. score: by which the best training is chosen, the value or what `validate` returns.
+    gradient_norms: by variable. seconds: of the training with its metagradient. diverged: how many trainings before
+    this one diverged, each followed by a smaller step.
+    """
 
     step: int
     value: float
@@ -35,7 +38,11 @@ class MetaStep:
 
 
 class DescentState:
-    """Where a descent is: variables, outer optimizer, history, and where the last step came from."""
+    """The state of a descent: variables, outer optimizer, history, and the point from which the last step started.
+
+    Raises BadArgument for variables that are not finite floating-point tensors, for constraints that do not fit them,
+    and for an `optimizer` that does not make one of torch.
+    """
 
     def __init__(
         self,
@@ -44,13 +51,13 @@ class DescentState:
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
     ):
         if not variables:
-            raise BadArgument("expected at least one variable to descend on")
+            raise BadArgument("expected at least one variable to descend on; got none")
         for name, x in variables.items():
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise BadArgument(f"expected variable {name!r} to be a floating-point tensor; got {got}")
             if not bool(x.isfinite().all()):
-                raise BadArgument(f"expected variable {name!r} to be finite")
+                raise BadArgument(f"expected variable {name!r} to be finite; it holds NaN or infinity")
         if unknown := sorted(set(constraints) - set(variables)):
             raise BadArgument(f"expected constraints for some of {list(variables)}; got {unknown}")
         for name, constraint in constraints.items():
@@ -65,17 +72,17 @@ class DescentState:
         self.history: list[MetaStep] = []
         self.notes: list[str] = []
         self.best, self.best_step = self.copy(), 0
-        self.before: dict[str, Any] | None = None  # variables, gradients and optimizer state before the last step
+        self.before: dict[str, Any] | None = None  # the variables, gradients and optimizer state before the last step
 
     def _identity(self) -> dict[str, str]:
-        """Digests of what a descent of the same problem would not share."""
+        """Digests of what tells this descent from others of the same problem."""
         optimizer = [v for group in self.optimizer.param_groups for v in _plain({**group, "params": None})]
         starts = {f"the start of {name!r}": digest(x) for name, x in self.leaves.items()}
-        kept = {
+        constraints = {
             f"the constraint on {name!r}": digest(type(c).__name__, *_plain(getattr(c, "__dict__", {})))
             for name, c in self.constraints.items()
         }
-        return starts | kept | {"the outer optimizer": digest(type(self.optimizer).__name__, *optimizer)}
+        return starts | constraints | {"the outer optimizer": digest(type(self.optimizer).__name__, *optimizer)}
 
     def copy(self) -> Variables:
         return {name: x.detach().clone() for name, x in self.leaves.items()}
@@ -86,11 +93,11 @@ class DescentState:
         self.history.append(step)
 
     def stalled(self, patience: int | None) -> bool:
-        """Has the score not fallen in the last `patience` meta-steps?"""
+        """Whether the score has not fallen in the last `patience` meta-steps."""
         return patience is not None and bool(self.history) and len(self.history) - 1 - self.best_step >= patience
 
     def descend(self) -> None:
-        """A step of the outer optimizer, then the projection."""
+        """Take a step of the outer optimizer, then project."""
         gradients = {name: x.grad.clone() for name, x in self.leaves.items() if x.grad is not None}
         self.before = {
             "variables": self.copy(),
@@ -100,7 +107,7 @@ class DescentState:
         self._step()
 
     def retreat(self, error: NonFiniteState) -> None:
-        """Back to where the last step began, and that step again, smaller."""
+        """Go back to where the last step began, and repeat that step, smaller."""
         assert self.before is not None
         self._set(self.before["variables"])
         for name, g in self.before["gradients"].items():
@@ -149,11 +156,11 @@ class DescentState:
 
 
 def _plain(values: Mapping[str, Any]) -> list[Any]:
-    """The names and values that mean the same in every process."""
-    known = (Tensor, bool, int, float, str, tuple, type(None))
-    return [x for name, value in sorted(values.items()) if isinstance(value, known) for x in (name, value)]
+    """The names and values that have the same meaning in every process."""
+    kinds = (Tensor, bool, int, float, str, tuple, type(None))
+    return [x for name, value in sorted(values.items()) if isinstance(value, kinds) for x in (name, value)]
 
 
 def _rank(step: MetaStep) -> float:
-    """The score, by which a NaN is never the best."""
+    """The score, with NaN ranked last."""
     return math.inf if math.isnan(step.score) else step.score

@@ -1,5 +1,5 @@
-"""From a memory budget to a plan: which states to keep, which gradients to log, on which tier, and in what order.
+"""From a memory budget to a plan: which states to save, which gradients to log, on which tier, and in what order.
 
-Import `Budget`, `Costs`, `Sizes` (`budget`), `plan`, `Plan` (`plan`), the actions a plan yields (`actions`), and
-`plan_training` (`training`), which plans for a given model. Looks into `mgd_kernels` and `util`.
+Import `Budget`, `Costs` and `Sizes` (`budget`), `plan` and `Plan` (`plan`), the actions that a plan yields (`actions`),
+and `PlanRequest` (`training`), which plans for a given model. Looks into `mgd_kernels` and `util`.
 """

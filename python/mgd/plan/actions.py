@@ -1,6 +1,6 @@
-"""The actions of a plan: what a replay loop with one current state, snapshots and a gradient log is told to do.
+"""The actions of a plan: instructions for a replay loop that has one current state, snapshots and a gradient log.
 
-The position t of the current state s_t is part of the meaning of each action; all steps are absolute.
+The current state s_t has a position t, and what an action does depends on it. All step numbers are absolute.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Run from the current position to `stop`. `log` names the tier that keeps the gradients of these steps, or None.
+    """Run from the current position to `stop`. `log`: the tier on which to log the gradients of these steps, or None.
 
-    A step whose gradient is in the log is rebuilt by the elementwise update; any other runs the model.
+    A step whose gradient is in the log is repeated by the elementwise update alone; any other step runs the model.
     """
 
     stop: int
@@ -30,7 +30,7 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Make the snapshot of `step` the current state. The snapshot stays."""
+    """Make the snapshot of `step` the current state. The snapshot is kept."""
 
     step: int
 
@@ -44,9 +44,9 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Reverse:
-    """Adjoint step t = `step`, from the current state at that position, which stays as it is.
+    """Run the adjoint step t = `step`, from the current state at that position. The state is not changed.
 
-    Takes the step's gradient from the log and frees the entry, or computes it with the model where there is none.
+    Takes the step's gradient from the log and frees the entry; without an entry, the model computes the gradient.
     """
 
     step: int

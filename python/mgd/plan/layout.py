@@ -1,13 +1,14 @@
-"""The shape of a plan: the chain in logged segments, and the place of every object in the tiers.
+"""The shape of a plan: the chain in logged segments, and the tier of every object.
 
-T training steps and the objective make a chain of N = T + 1 steps, reversed from the objective backwards. It
-is cut into n segments of L steps (the first may be shorter), and an *outer* schedule reverses the chain of
-segments. Turning a segment means to log its gradients as the model advances over it, all but the last one, whose
-step is turned on the spot (it is the objective, or its gradient is computed as it is reversed), and then to go
-back over it by an *inner* schedule whose advances are elementwise updates. So the log holds L - 1 gradients.
+T training steps and the objective form a chain of N = T + 1 steps, which is reversed starting from the objective. The
+chain is cut into n segments of L steps (the first may be shorter), and an *outer* schedule reverses the chain of
+segments. To turn a segment, the model advances over it while its gradients are logged. The last one is not logged: its
+step is turned immediately (it is the objective, or its gradient is computed as it is reversed). Then an *inner*
+schedule, whose advances are elementwise updates, goes back over the segment. So the log holds L - 1 gradients.
 L = N is the full log: the model runs T times. L = 1 is plain checkpointing.
 
-With revolve outside, s snapshots and r its repetitions, the model advances over r N - L C(s+r, s+1) chain steps.
+With revolve as the outer schedule, s snapshots and r repetitions, the model advances over r N - L C(s+r, s+1) chain
+steps.
 """
 
 from __future__ import annotations
@@ -17,22 +18,14 @@ from dataclasses import dataclass, field
 
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.plan.budget import Costs, Sizes
-from mgd.plan.revolve import (
-    Revolve,
-    Rule,
-    Slots,
-    Tally,
-    advances,
-    advances_from,
-    repetitions,
-    reversal,
-    tally,
-)
+from mgd.plan.reversal import Revolve, Rule, reversal
+from mgd.plan.revolve import advances, advances_from, repetitions
+from mgd.plan.tally import Slots, Tally, tally
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The work of one phase: counts of model steps, updates and adjoint steps, and bytes by tier."""
+    """The work of one phase: the numbers of model steps, updates and adjoint steps, and the bytes moved by tier."""
 
     name: str
     model: int
@@ -42,7 +35,7 @@ class Phase:
     read: tuple[int, ...]
 
     def seconds(self, tiers: Sequence[str], costs: Costs) -> float:
-        """The computation with the copies it makes itself, or the slowest transfer beside it if that is longer."""
+        """The time of the computation and of its own copies, or of the slowest parallel transfer if that is longer."""
         busy = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
         beside = 0.0
         for tier, written, read in zip(tiers, self.written, self.read, strict=True):
@@ -57,9 +50,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Layout:
-    """A chain of `chain` steps in segments of `length`; its slots and log entries by tier, fastest first.
+    """A chain of `chain` steps in segments of `length`, with its slots and log entries by tier, fastest first.
 
-    Every tier's content is at its maximum at one moment, the end of the first sweep.
+    All tiers are fullest at the same moment, the end of the first sweep.
     """
 
     tiers: tuple[str, ...]
@@ -82,30 +75,34 @@ class Layout:
     def fit(
         cls, limits: Mapping[str, int], sizes: Sizes, chain: int, length: int, rule: Rule, outer: int, inner: int
     ) -> Layout | None:
-        """Place `inner` slots, then the log, then `outer` slots, each as fast as there is room; None without room."""
+        """Place the `inner` slots, then the log, then the `outer` slots, each on the fastest tiers with room.
+
+        None if there is not enough room.
+        """
         free = list(limits.values())
 
         def place(count: int, size: int) -> tuple[int, ...]:
-            placed: list[int] = []
+            counts: list[int] = []
             for i, room in enumerate(free):
-                placed.append(min(count - sum(placed), room // size))
-                free[i] -= placed[-1] * size
-            return tuple(placed)
+                counts.append(min(count - sum(counts), room // size))
+                free[i] -= counts[-1] * size
+            return tuple(counts)
 
-        wanted = inner, length - 1, outer
-        found = [place(n, s) for n, s in zip(wanted, (sizes.snapshot, sizes.gradient, sizes.snapshot), strict=True)]
-        if tuple(map(sum, found)) != wanted:
+        inner_slots = place(inner, sizes.snapshot)
+        log = place(length - 1, sizes.gradient)
+        outer_slots = place(outer, sizes.snapshot)
+        if (sum(inner_slots), sum(log), sum(outer_slots)) != (inner, length - 1, outer):
             return None
-        return cls(tuple(limits), sizes, chain, length, rule, Slots(found[2]), Slots(found[0]), found[1])
+        return cls(tuple(limits), sizes, chain, length, rule, Slots(outer_slots), Slots(inner_slots), log)
 
     @property
     def peak(self) -> tuple[int, ...]:
-        """The most bytes held, by tier."""
+        """The most bytes held at any time, by tier."""
         slots = zip(self.outer.counts, self.inner.counts, self.log, strict=True)
         return tuple((o + i) * self.sizes.snapshot + g * self.sizes.gradient for o, i, g in slots)
 
     def actions(self, origin: int) -> Iterator[Action]:
-        """The actions; chain step 0 is training step `origin`."""
+        """The actions of the plan. Chain step 0 is training step `origin`."""
         if origin:
             yield Advance(origin)
         shift = origin + self.first - self.length
@@ -121,23 +118,23 @@ class Layout:
                 yield from self._turn(start, shift + (segment + 1) * self.length, depth, origin + self.chain - 1)
 
     def _turn(self, start: int, stop: int, depth: int, objective: int) -> Iterator[Action]:
-        """Turn the segment start..stop-1. `depth`: that of the outer snapshot at its start, or -1."""
-        held = depth >= 0
+        """Turn the segment start..stop-1. `depth`: that of the outer snapshot at its start; -1 if there is none."""
+        has_snapshot = depth >= 0
         if stop - start == 1:
-            if held:
+            if has_snapshot:
                 yield Drop(start)
             if start < objective:
                 yield Reverse(start)
             return
         slots = self.inner.fastest(stop - start - 1)
-        kept = held and self.outer.tier(depth) == slots.tier(0)
-        if held and not kept:  # the start is about to be loaded again and again: move it where that is cheap
+        reuses_snapshot = has_snapshot and self.outer.tier(depth) == slots.tier(0)
+        if has_snapshot and not reuses_snapshot:  # the start will be loaded often: move it to where that is cheap
             yield Drop(start)
         logging, position = True, start
         for kind, i, level in reversal(stop - start, Revolve(slots.total)):
             step = start + i
             if kind == "save":
-                if not (kept and i == 0):
+                if not (reuses_snapshot and i == 0):
                     yield Save(step, self.tiers[slots.tier(level)])
             elif kind == "load":
                 yield Load(step)
@@ -155,7 +152,7 @@ class Layout:
                     yield Reverse(step)
 
     def _pieces(self, entries: int) -> Iterator[tuple[int, int, int]]:
-        """(tier index, low, high) of a segment's log of so many entries; the fastest tier has the last ones."""
+        """(tier index, low, high) for a segment's log of `entries` entries. The fastest tier has the last ones."""
         high = entries
         for i, room in enumerate(self.log):
             low = max(0, high - room)
@@ -164,15 +161,15 @@ class Layout:
             high = low
 
     def _logged(self, start: int, stop: int, end: int) -> Iterator[Action]:
-        """Advance from start to stop, logging, in a segment whose last entry is that of step end-1."""
+        """Advance from start to stop and log, in a segment whose last log entry is that of step end-1."""
         for i, low, high in reversed(list(self._pieces(end - start))):
             if start + low < stop:
                 yield Advance(min(stop, start + high), self.tiers[i])
 
-    # -- accounting: what `actions` would add up to
+    # --- accounting: what `actions` adds up to ------------------------------------------------------------------
 
     def _lengths(self) -> tuple[tuple[int, int], ...]:
-        """Segment lengths, and how many segments have them."""
+        """(length, number of segments of that length)."""
         if self.first == self.length:
             return ((self.length, self.segments),)
         return (self.length, self.segments - 1), (self.first, 1)
@@ -197,8 +194,8 @@ class Layout:
             logging = count - (length == self.length)  # the last segment's turn belongs to the first sweep
             replay_written = _sum(replay_written, _times(logging, _sum(_times(state, pass_saves), _times(grad, log))))
             base = slots.between(0, 1)
-            kept = self._kept_bases(length, outer, base)
-            replay_written = _sum(replay_written, _times(-state * kept, base))
+            reuses = self._reused_snapshots(length, outer, base)
+            replay_written = _sum(replay_written, _times(-state * reuses, base))
             written = _sum(written, _times(count * state, _sum(inner.saves, _times(-1, pass_saves))))
             reads = _sum(_times(state, inner.loads), _times(grad, self._log_reads(length, slots.total)))
             read = _sum(read, _times(count, reads))
@@ -214,7 +211,7 @@ class Layout:
         )
 
     def _first_saves(self) -> tuple[int, ...]:
-        """Outer snapshots of the first sweep, by tier."""
+        """The outer snapshots that the first sweep takes, by tier."""
         if isinstance(self.rule, Revolve):
             return self.outer.counts
         count = 0
@@ -226,11 +223,11 @@ class Layout:
 
     def _first_segment_passes(self) -> int:
         if self.first == self.length:
-            return 0  # nobody asks
+            return 0  # `phases` multiplies it by 0
         return repetitions(self.segments, self.outer.total)
 
-    def _kept_bases(self, length: int, outer: Tally, base: tuple[int, ...]) -> int:
-        """How many segments of this length start at an outer snapshot that serves them where it is."""
+    def _reused_snapshots(self, length: int, outer: Tally, base: tuple[int, ...]) -> int:
+        """How many segments of this length start at an outer snapshot that is already on the tier they need."""
         if self.segments == 1:
             return 0
         tier = base.index(1)
@@ -246,7 +243,7 @@ class Layout:
         return tuple(counts)
 
     def _log_reads(self, length: int, slots: int) -> tuple[int, ...]:
-        """Reads of log entries in one segment, by tier: one each as its step is reversed, the others to rebuild."""
+        """Reads of log entries in one segment, by tier: one per entry as its step is reversed, the rest for updates."""
         reads = [0] * len(self.tiers)
         for i, low, high in self._pieces(length - 1):
             reads[i] = advances_from(length, slots, low) - advances_from(length, slots, high)
@@ -254,7 +251,7 @@ class Layout:
 
 
 def rebuilt(length: int, slots: int) -> int:
-    """Updates that go back over one segment: the inner advances, less those of the pass that logs."""
+    """The updates that go back over one segment: the inner advances without those of the pass that logs."""
     return advances(length, slots) - (length - 1) if length > 1 else 0
 
 

@@ -1,7 +1,7 @@
-"""Plans: which states to keep, which gradients to log, and where, so that the reverse sweep takes least time.
+"""Plans: which states to save, which gradients to log, and where, so that the reverse sweep takes the least time.
 
-`plan` searches the layouts of `mgd.plan.layout` under a budget. The `Plan` it returns yields its actions lazily and
-knows beforehand what they add up to. docs/planning.md explains the model, the optimum and its limits.
+`plan` searches the layouts of `mgd.plan.layout` under a budget. The `Plan` that it returns yields its actions lazily
+and knows in advance what they add up to. docs/planning.md explains the model, the optimum and its limits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mgd.errors import BudgetTooSmall
 from mgd.plan.actions import Action
 from mgd.plan.budget import Budget, Costs, Sizes
 from mgd.plan.layout import Layout, Phase
-from mgd.plan.revolve import KAry, Revolve, Rule, kary, stack_height
+from mgd.plan.reversal import KAry, Revolve, Rule, kary, stack_height
 from mgd.plan.search import Search
 from mgd.util.text import format_bytes, format_seconds, table
 
@@ -25,9 +25,10 @@ SCHEDULES = ("auto", "log", "revolve", "kary", "sqrt", "binary", "all")
 
 @dataclass(frozen=True)
 class Plan:
-    """How one metagradient of T steps is computed. `actions()` is what to do; everything else is known beforehand.
+    """How one metagradient of T steps is computed. `actions()` says what to do; all else is known in advance.
 
-    schedule: the name asked for. limits: bytes a tier. directory: that of the disk tier.
+    stop_at: the last step to be reversed. schedule: as it was given to `plan`. limits: bytes by tier, fastest first.
+    directory: that of the disk tier.
     """
 
     T: int
@@ -40,7 +41,7 @@ class Plan:
     layout: Layout = field(repr=False)
 
     def actions(self) -> Iterator[Action]:
-        """A fresh iterator over the actions. Memory: one entry a snapshot held, whatever T."""
+        """A fresh iterator over the actions. Memory: one entry per snapshot held, whatever T is."""
         return self.layout.actions(self.stop_at)
 
     @cached_property
@@ -50,17 +51,17 @@ class Plan:
 
     @property
     def model_steps(self) -> int:
-        """Training gradients computed by the model, those of the first sweep included; HVPs are not."""
+        """Training gradients that the model computes, including those of the first sweep; HVPs do not count."""
         return sum(phase.model for phase in self.phases)
 
     @property
     def update_steps(self) -> int:
-        """Elementwise updates from logged gradients."""
+        """The number of elementwise updates from logged gradients."""
         return sum(phase.update for phase in self.phases)
 
     @property
     def peak(self) -> dict[str, int]:
-        """The most bytes of snapshots and logged gradients held at a time, by tier."""
+        """The most bytes of snapshots and logged gradients held at any time, by tier."""
         return dict(zip(self.limits, self.layout.peak, strict=True))
 
     @property
@@ -76,11 +77,11 @@ class Plan:
 
     @property
     def predicted_seconds(self) -> float:
-        """The phases one after the other, each as long as its computation or its slowest transfer."""
+        """The sum over the phases, each as long as its computation or its slowest transfer."""
         return sum(phase.seconds(self.layout.tiers, self.costs) for phase in self.phases)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above in JSON's types."""
+        """Everything above in JSON types; seconds and bytes."""
         layout, tiers = self.layout, self.layout.tiers
 
         def by_tier(values: Iterable[int]) -> dict[str, int]:
@@ -141,19 +142,19 @@ class Plan:
         if back == 0:
             return [*lines, "There is nothing to reverse, and nothing to store."]
         if layout.segments == 1:
-            lines.append("The log holds every gradient that is needed: the model runs each step once.")
+            lines.append("The log holds all gradients that are needed, so the model runs each step once.")
         elif layout.length == 1:
-            lines.append(f"No gradient is logged. {_count(layout.outer.total)} for the states to start over from.")
+            lines.append(f"No gradient is logged. {_count(layout.outer.total)} of states from which to run again.")
         else:
             lines.append(
                 f"The chain of {back:,} steps and the objective is cut into {layout.segments:,} segments of"
-                f" {layout.length:,} steps; each in its turn is logged ({layout.length - 1:,} gradients, "
-                f"{(layout.length - 1) / back:.1%} of the training) and taken back. {_count(layout.outer.total)}"
-                " for segment starts."
+                f" {layout.length:,} steps. Each in turn is logged ({layout.length - 1:,} gradients, "
+                f"{(layout.length - 1) / back:.1%} of the training) and reversed. {_count(layout.outer.total)}"
+                " of segment starts."
             )
         if layout.inner.total:
             lines.append(
-                f"Inside the log, {_count(layout.inner.total)}; {self.update_steps:,} elementwise updates"
+                f"{_count(layout.inner.total)} inside a segment; {self.update_steps:,} elementwise updates"
                 " rebuild the states between them."
             )
         lines.append(
@@ -169,9 +170,9 @@ class Plan:
         head += [f"{tier} {way}" for tier in tiers for way in ("written", "read")] + ["predicted"]
         rows = []
         for phase in self.phases:
-            moved = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
+            traffic = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
             counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
-            rows.append([phase.name, *counts, *moved, format_seconds(phase.seconds(tiers, self.costs))])
+            rows.append([phase.name, *counts, *traffic, format_seconds(phase.seconds(tiers, self.costs))])
         return table(head, rows)
 
     def _memory_table(self) -> list[str]:
@@ -199,41 +200,42 @@ def plan(
 ) -> Plan:
     """Plan the metagradient of T training steps within `budget`.
 
-    schedule: "auto" (least predicted time), or one kind alone: "log" (every gradient), "revolve" (no gradient; the
-    binomial optimum), "kary" or "kary:K" (REPLAY's tree), "sqrt", "binary", "all" (every state).
-    stop_at: the sweep ends at Reverse(stop_at); the steps before are only trained.
-    default_host_bytes: what `Budget()` stands for, a share of free memory; without it, unlimited host memory.
+    schedule: "auto" (least predicted time), or one kind alone: "log" (log every gradient), "revolve" (the binomial
+    optimum without a log; Griewank & Walther 2000), "kary" or "kary:K" (REPLAY's tree, arXiv 2503.13751), "sqrt",
+    "binary", or "all" (save every state).
+    stop_at: the sweep ends with Reverse(stop_at); earlier steps are only trained.
+    default_host_bytes: the host limit that `Budget()` stands for, a share of free memory; unlimited by default.
 
-    Raises BudgetTooSmall, naming the least budget that works, and ValueError for arguments that mean nothing.
+    Raises BudgetTooSmall, which names the least budget that works, and ValueError for arguments that make no sense.
     """
     budget, costs = budget or Budget(), costs or Costs()
     if T < 0 or not 0 <= stop_at <= T:
-        raise ValueError(f"expected 0 <= stop_at <= T, got stop_at={stop_at}, T={T}")
+        raise ValueError(f"expected 0 <= stop_at <= T; got stop_at={stop_at}, T={T}")
     name, _, argument = schedule.partition(":")
     if name not in SCHEDULES or (argument and not (name == "kary" and argument.isdigit() and int(argument) > 1)):
-        expected = ", ".join(map(repr, SCHEDULES))
-        raise ValueError(f"expected schedule {expected} or 'kary:K' with K >= 2, got {schedule!r}")
+        names = ", ".join(map(repr, SCHEDULES))
+        raise ValueError(f"expected schedule {names} or 'kary:K' with K >= 2; got {schedule!r}")
     chain = T - stop_at + 1
     limits = budget.limits(default_host_bytes)
-    if not limits:  # Budget() and no word on free memory: as much as any schedule could use
+    if not limits:  # Budget() without default_host_bytes: as much as any schedule could use
         limits = {"host": chain * (sizes.snapshot + sizes.gradient)}
     layout = _layout(name, int(argument) if argument else None, Search(chain, sizes, limits, costs, stop_at))
     return Plan(T, stop_at, schedule, sizes, costs, limits, budget.directory, layout)
 
 
 def _layout(name: str, k: int | None, search: Search) -> Layout:
-    """The layout of the schedule called `name`, or BudgetTooSmall."""
+    """The layout of the schedule called `name`. Raises BudgetTooSmall if it does not fit."""
     chain, state = search.chain, search.sizes.snapshot
     slots = sum(room // state for room in search.limits.values())
     rule: Rule
     if chain == 1:
         rule, least = Revolve(1), 0
     elif name == "log":
-        found = search.best_log()
-        if found is None:
+        full_log = search.best_log()
+        if full_log is None:
             needs = (chain - 1) * search.sizes.gradient + state
             raise _too_small(search, needs, f"{chain - 1:,} gradients and a snapshot")
-        return found
+        return full_log
     elif name in ("auto", "revolve"):
         rule, least = Revolve(max(1, min(slots, chain - 1))), 1
     elif name == "all":
@@ -249,15 +251,16 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
         raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
     if name != "auto" or chain == 1:
         return plain
-    log = search.best_log()
-    return search.best(plain) if log is None else search.best(plain, log)
+    full_log = search.best_log()
+    return search.best(plain) if full_log is None else search.best(plain, full_log)
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:
     advice = (
-        f"This schedule holds {what}, of {format_bytes(search.sizes.snapshot)} a snapshot, and breaks none across tiers"
+        f"This schedule holds {what}, with {format_bytes(search.sizes.snapshot)} per snapshot, and splits none of them "
+        "across tiers: raise device, host or disk of mgd.Budget."
     )
-    return BudgetTooSmall(needs, dict(search.limits), f"{advice}: raise device, host or disk of mgd.Budget.")
+    return BudgetTooSmall(needs, dict(search.limits), advice)
 
 
 def _count(snapshots: int) -> str:

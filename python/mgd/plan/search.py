@@ -1,9 +1,9 @@
-"""The search for the quickest layout under a budget.
+"""The search for the fastest layout under a budget.
 
-A layout is three numbers: segments of L steps, s snapshots of segment starts, c snapshots inside a segment. The
-model's share of its time has a closed form, r N - L C(s+r, s+1), and so have the updates'; so candidates are
-compared by a lower bound that costs microseconds, and only the most promising are counted in full, with the
-traffic of every tier.
+A layout is three numbers: segments of L steps, s snapshots of segment starts, and c snapshots inside a segment. The
+number of model steps has a closed form, r N - L C(s+r, s+1), and so does the number of updates. Candidates are
+therefore compared by a lower bound that costs microseconds, and only the most promising ones are counted in full, with
+the traffic of every tier.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import NamedTuple
 
 from mgd.plan.budget import Costs, Sizes
 from mgd.plan.layout import Layout, rebuilt
-from mgd.plan.revolve import Revolve, reach, repetitions, saves
+from mgd.plan.reversal import Revolve
+from mgd.plan.revolve import reach, repetitions, saves
 
-#: Among plans within this factor of the quickest, the one with the least peak is taken.
+#: Among the plans within this factor of the fastest one's time, the one with the least peak is chosen.
 THRIFT = 1.01
 
-#: How many candidates are counted in full: that many of the quickest, and as many of the smallest among the quick.
+#: How many candidates are counted in full: this many of the fastest, and as many of the smallest that are fast enough.
 SHORTLIST = 8
 
 
 class Candidate(NamedTuple):
-    """A layout to be; `bound` is a lower bound of its seconds, `peak` its bytes in all tiers together.
+    """A possible layout. `bound`: a lower bound on its seconds. `peak`: its bytes in all tiers together.
 
-    Thousands are compared, so it is a tuple.
+    A tuple, because thousands of them are compared.
     """
 
     bound: float
@@ -41,9 +42,9 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """The quickest layout of `chain` steps in logged segments. `limits`: bytes a tier, fastest first.
+    """Finds the fastest layout of `chain` steps in logged segments. `limits`: bytes by tier, fastest first.
 
-    stop_at: steps before the chain, which are only trained; transfers may run behind them, too.
+    stop_at: the number of steps before the chain, which are only trained; transfers may run beside them too.
     """
 
     chain: int
@@ -52,10 +53,10 @@ class Search:
     costs: Costs
     stop_at: int = 0
 
-    def best(self, *known: Layout) -> Layout:
-        """The quickest layout, or the smallest of the nearly quickest; never slower than the layouts known already."""
+    def best(self, *layouts: Layout) -> Layout:
+        """The smallest of the layouts that are nearly the fastest; never slower than any of `layouts`."""
         families = [list(self.plain()), list(self.segmented())]
-        timed = [(self.seconds(layout), sum(layout.peak), i, layout) for i, layout in enumerate(known)]
+        timed = [(self.seconds(layout), sum(layout.peak), i, layout) for i, layout in enumerate(layouts)]
         at_most = min((seconds for seconds, *_ in timed), default=inf)
         for family in families:
             timed += self._time(family, min((seconds for seconds, *_ in timed), default=inf), len(timed))
@@ -63,7 +64,7 @@ class Search:
         return min((peak, seconds, i, layout) for seconds, peak, i, layout in timed if seconds <= limit)[-1]
 
     def best_log(self) -> Layout | None:
-        """The same for the full log alone; None where it does not fit."""
+        """The same among full logs alone; None if none fits."""
         timed = self._time(list(self.logs()), inf, 0)
         limit = THRIFT * min(timed)[0] if timed else 0
         return min(((p, t, i, layout) for t, p, i, layout in timed if t <= limit), default=(None,))[-1]
@@ -72,7 +73,7 @@ class Search:
         return sum(phase.seconds(layout.tiers, self.costs) for phase in layout.phases(self.stop_at))
 
     def _time(self, candidates: list[Candidate], best: float, tag: int) -> list[tuple[float, int, int, Layout]]:
-        """Count the most promising in full: (seconds, peak, tag, layout)."""
+        """Count the most promising candidates in full: (seconds, peak, tag, layout)."""
         timed: list[tuple[float, int, int, Layout]] = []
 
         def count(some: list[Candidate]) -> None:
@@ -100,43 +101,43 @@ class Search:
         """The limits when only the `used` fastest tiers may be used."""
         return {tier: room if i < used else 0 for i, (tier, room) in enumerate(self.limits.items())}
 
-    # -- candidates
+    # --- candidates ---------------------------------------------------------------------------------------------
 
     def plain(self) -> Iterator[Candidate]:
-        """No log; all snapshots that fit."""
+        """No log, and as many snapshots as fit."""
         for used in range(1, len(self.limits) + 1):
             if slots := self._slots(used):
                 yield self.candidate(1, min(slots, self.chain - 1), 0, used)
 
     def logs(self) -> Iterator[Candidate]:
-        """One segment; more or fewer snapshots inside."""
+        """One segment, with various numbers of snapshots inside."""
         for used in range(1, len(self.limits) + 1):
             spare = sum(self.fastest(used).values()) - (self.chain - 1) * self.sizes.gradient
             most = min(self.chain - 1, spare // self.sizes.snapshot)
             yield from (self.candidate(self.chain, 0, c, used) for c in _spread(most, 8))
 
     def segmented(self) -> Iterator[Candidate]:
-        """Several segments. For c snapshots inside: the s worth trying, the longest segments, and some shorter ones."""
+        """Several segments. For each c: the values of s worth trying, the longest segments, and some shorter ones."""
         for used in range(1, len(self.limits) + 1):
-            found: list[Candidate] = []
+            coarse: list[Candidate] = []
             slots = min(self._slots(used), self.chain)
             for inner in _spread(slots - 1, 6):
                 for outer in self._outers(used, inner, slots - inner):
-                    found += self._segments(used, outer, inner)
-            yield from found
-            # The neighbours of the best so far.
-            for near in sorted(set(found))[:3]:
+                    coarse += self._segments(used, outer, inner)
+            yield from coarse
+            # The neighbours of the best of these.
+            for near in sorted(set(coarse))[:3]:
                 for outer in range(max(1, near.outer - 2), near.outer + 3):
                     for inner in range(max(1, near.inner - 2), near.inner + 3):
                         yield from self._segments(used, outer, inner)
 
     def _outers(self, used: int, inner: int, most: int) -> set[int]:
-        """Numbers s of outer snapshots to try. Each takes room from the log.
+        """The numbers s of outer snapshots to try. Each snapshot takes room from the log.
 
-        With r repetitions the model's share is r N - L C(s+r, s+1). For given r it is best at about most (r-1)/r, or
-        where r begins to be enough, N <= L C(s+r, s); that product peaks at about most r/(r+1).
+        With r repetitions the model runs r N - L C(s+r, s+1) steps. For a given r the best s is about `most` (r-1)/r,
+        or the s at which r begins to be enough, N <= L C(s+r, s). That product peaks at about `most` r/(r+1).
         """
-        chosen: set[int] = set()
+        numbers: set[int] = set()
         for r in _spread(self.chain, 12):
             peak = max(1, most * r // (r + 1))
 
@@ -146,17 +147,17 @@ class Search:
             if most < 1 or not enough(peak):
                 continue
             least = _bisect(enough, 1, peak)
-            chosen.update((least, max(least, most * (r - 1) // r), peak))
+            numbers.update((least, max(least, most * (r - 1) // r), peak))
             if least == 1:
                 break
-        return {s for s in chosen if s <= most}
+        return {s for s in numbers if s <= most}
 
     def _segments(self, used: int, outer: int, inner: int) -> Iterator[Candidate]:
         longest = min(self._longest(used, outer, inner), self.chain - 1)
         if longest < 2:
             return
-        # The longest segments need the model least; segments of equal length, and those that `inner` snapshots
-        # take back with fewer repetitions, need fewer updates. Across tiers room breaks, and costs some entries.
+        # The longest segments need the fewest model steps. Segments of equal length, and those that `inner` snapshots
+        # reverse with fewer repetitions, need fewer updates. Room that is split across tiers may lose some entries.
         lengths = {longest, -(-self.chain // -(-self.chain // longest))}
         lengths.update(reach(inner, r) for r in _spread(repetitions(longest, inner) - 1, 4))
         lengths.update(
@@ -171,19 +172,19 @@ class Search:
         return sum(room // self.sizes.snapshot for room in self.fastest(used).values())
 
     def _longest(self, used: int, outer: int, inner: int) -> int:
-        """The longest segment beside these snapshots: outer ones as slow as there is room, inner ones as fast."""
+        """The longest segment that fits beside these snapshots: outer on the slowest tiers, inner on the fastest."""
         free = list(self.limits.values())[:used]
         for count, order in ((outer, range(used - 1, -1, -1)), (inner, range(used))):
             for i in order:
-                placed = min(count, free[i] // self.sizes.snapshot)
-                free[i] -= placed * self.sizes.snapshot
-                count -= placed
+                here = min(count, free[i] // self.sizes.snapshot)
+                free[i] -= here * self.sizes.snapshot
+                count -= here
             if count:
                 return 0
         return 1 + sum(room // self.sizes.gradient for room in free)
 
     def candidate(self, length: int, outer: int, inner: int, used: int) -> Candidate:
-        """With the lower bound of its time: all its work, and its traffic as if on the best of the tiers."""
+        """A candidate with the lower bound on its time: all its work, and its traffic as if all on the best tier."""
         state, grad, costs = self.sizes.snapshot, self.sizes.gradient, self.costs
         n = -(-self.chain // length)
         first = self.chain - (n - 1) * length
@@ -206,7 +207,7 @@ class Search:
 
     @cached_property
     def _traffic(self) -> list[tuple[float, float, int]]:
-        """Of the fastest tiers, one, two and so on: the least seconds a byte written and read, and how many overlap."""
+        """For the 1, 2, ... fastest tiers: the least seconds per byte written and read, and how many overlap."""
         costs, tiers = self.costs, list(self.limits)
         return [
             (
@@ -219,7 +220,7 @@ class Search:
 
 
 def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The least number in low..high for which `holds`; it holds for high, and for all above any for which it holds."""
+    """The least number in low..high for which `holds` is true. It must be monotonic, and true for `high`."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
@@ -227,7 +228,7 @@ def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _spread(most: int, dense: int) -> Iterator[int]:
-    """1..most: all of the first `dense`, then by quarters more, always with `most`."""
+    """Numbers from 1 to `most`: all up to `dense`, then each a quarter larger than the one before, and `most`."""
     value = 1
     while value < most:
         yield value

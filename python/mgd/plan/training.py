@@ -1,4 +1,4 @@
-"""The plan of a training: what its states and gradients weigh, what they may take, and what is assumed of costs."""
+"""The plan of a training: how large its states and gradients are, how much room they may take, and assumed costs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mgd.util.system import free_memory
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.store import CHUNK, PAGE
 
-SHARE = 0.5  # of the free memory, where no budget is given
-STAGING = 32 << 20  # bytes, the least transfer buffers of a disk tier; from the budget's host part where it has room
-STEP_IN_UPDATES = 50  # a training step in elementwise updates, where nothing was measured: batch and depth matter
-CHECKPOINT_EVERY = 50  # steps of either sweep: a resumed run repeats at most so many
-MAX_PENDING_DELETES = 8  # snapshots that may wait for the next checkpoint to be deleted
-# On disk, beside the plan: checkpoints, the trained state, and snapshots that wait to be deleted.
+SHARE = 0.5  # of the free memory, if no budget is given
+STAGING = 32 << 20  # bytes, the least transfer buffers of a disk tier; taken from the budget's host part if it has room
+STEP_IN_UPDATES = 50  # a training step in elementwise updates, if nothing was measured; depends on batch and depth
+CHECKPOINT_EVERY = 50  # steps of either sweep: a resumed run repeats at most this many
+MAX_PENDING_DELETES = 8  # snapshots that may wait for the next checkpoint before they are deleted
+# On disk, beside the plan's own objects: checkpoints, the trained state, and snapshots that wait to be deleted.
 PENDING_SNAPSHOTS = 2 * MAX_PENDING_DELETES
-MEMORY_BANDWIDTH = 1e10  # bytes per second, of one processor thread; where nothing was measured
-FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes per second of copies into new memory of a CPU
-COPY_BANDWIDTH = 5e9  # bytes per second, of a copy to or from the store's buffers, with its checksum
+MEMORY_BANDWIDTH = 1e10  # bytes per second of one processor thread, if nothing was measured
+FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes per second of copies into newly allocated CPU memory
+COPY_BANDWIDTH = 5e9  # bytes per second of a copy to or from the store's buffers, with its checksum
 KEY = 64  # bytes, more than any key of a history
 
 
@@ -34,7 +34,7 @@ KEY = 64  # bytes, more than any key of a history
 class PlanRequest:
     """What the plan of a training depends on.
 
-    steps: T. buffers: those of the model. costs: measured by an earlier metagradient, if there was one.
+    steps: T. buffers: those of the model. costs: as an earlier metagradient measured them; None if there was none.
     """
 
     steps: int
@@ -47,11 +47,10 @@ class PlanRequest:
     schedule: str
 
     def sizes(self, through_store: bool = False) -> Sizes:
-        """Bytes of a snapshot and of a log entry: the gradient, and the buffers as each microbatch finds and leaves
-        them.
+        """Bytes of a snapshot and of a log entry: the gradient, and the buffers before and after each microbatch.
 
-        Buffers are counted as if each evaluation replaced all of them; one that none replaces is stored once. Where
-        entries may pass through the store, they are as large as their files (docs/format.md).
+        Buffers are counted as if each evaluation replaced all of them; a buffer that none replaces is stored only once.
+        Entries that may pass through the store are as large as their files (docs/format.md).
         """
         arena = self.arena
         history = [b.numel() * b.element_size() for b in self.buffers.values()]
@@ -69,14 +68,14 @@ class PlanRequest:
     def plan(self) -> Plan:
         """The plan within the budget.
 
-        Raises BudgetTooSmall, which names for each part of the budget the least that would work, before anything runs.
+        Raises BudgetTooSmall before anything runs; it names the least that would work for each part of the budget.
         """
         return choose(self.steps, self.sizes(), self.budget, self.costs, self.schedule, self.arena.device)
 
     def resumable_plan(self, directory: str, disk: int) -> Plan:
-        """The plan of a run that keeps everything in `directory`, with room for what is deleted late.
+        """The plan of a run that keeps everything in `directory`, with room for objects whose deletion is deferred.
 
-        Costs are never the measured ones: a run that continues must come to the plan of the one that began.
+        Uses no measured costs, because a resumed run must get the same plan as the run that began.
         """
         sizes = self.sizes(through_store=True)
         late = CHECKPOINT_EVERY * sizes.gradient + PENDING_SNAPSHOTS * sizes.snapshot
@@ -84,7 +83,7 @@ class PlanRequest:
 
 
 def _file_bytes(tensors: Sequence[int], ranks: Sequence[int]) -> int:
-    """The most bytes of an entry's file, from the bytes and ranks of its tensors."""
+    """An upper bound on the bytes of an entry's file, from the bytes and ranks of its tensors."""
     payload = _round_up(sum(_round_up(size, 64) for size in tensors), PAGE)
     header = 64 + KEY + sum(24 + 8 * rank for rank in ranks) + 8 * -(-payload // CHUNK)
     return _round_up(header, PAGE) + payload
@@ -103,7 +102,7 @@ def choose(
     device: torch.device,
     reserve: int = 0,
 ) -> Plan:
-    """The plan of a training under a budget. reserve: bytes of its disk part that are for something else."""
+    """The plan of a training under a budget. reserve: bytes of the budget's disk part to leave for other use."""
     on_device = device.type != "cpu"
     if costs is None:
         update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
@@ -124,7 +123,7 @@ def choose(
     try:
         return within(limits)
     except BudgetTooSmall as refusal:
-        # The search for the quickest plan takes long, and what it finds needs no less than revolve.
+        # The search for the fastest plan takes long, and no plan needs less than revolve.
         feasible = functools.partial(within, schedule="revolve" if schedule == "auto" else schedule)
 
         def least(tier: str) -> int:
@@ -147,7 +146,7 @@ def _least(attempt: Callable[[int], object]) -> int:
     high = 1
     while not works(high):
         high *= 2
-    low = high // 2  # too little
+    low = high // 2  # is too little
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if works(middle) else (middle, high)
@@ -155,13 +154,16 @@ def _least(attempt: Callable[[int], object]) -> int:
 
 
 def transfers(on_device: bool, write: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What runs beside the computation, and what of it the processor does itself. write: as measured."""
+    """Arguments of `Costs` for transfers: which run beside the computation, and what the processor copies itself.
+
+    write: measured bytes per second by tier.
+    """
     if on_device:
         return {"overlap": ("host", "disk"), "write": write or {}}
     return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": {**FRESH_MEMORY, **(write or {})}}
 
 
 def staging(limits: Mapping[str, int], size: Sizes) -> int:
-    """Bytes of the buffers between memory and disk: room to write one entry behind and read two ahead."""
-    wanted = 3 * max(size.gradient, STAGING // 3)
-    return max(STAGING, min(wanted, limits.get("host", 0) // 2))
+    """Bytes of the buffers between memory and disk: enough to write one entry and prefetch two, if there is room."""
+    enough = 3 * max(size.gradient, STAGING // 3)
+    return max(STAGING, min(enough, limits.get("host", 0) // 2))

@@ -1,11 +1,11 @@
 """DataRater: learn to rate training examples, by metagradients through short windows of training (arXiv 2505.17895).
 
-A rater gives every example a score from its content. A softmax of the scores over each batch weights the losses of an
+A rater gives every example a score from its content. A softmax of the scores over each batch weights the losses in an
 inner model's training steps, and the rater descends on the inner model's held-out loss after a window of such steps.
-What a rater has learned on small models ranks any amount of data for larger ones.
+A rater trained on small models can rank any amount of data for larger ones.
 
-The metaparameters of a window are its weights, of which there are few: their cotangents, from the engine's sweep, are
-chained into the rater by autograd, so that the sweep never carries the rater.
+The metaparameters of a window are its weights, of which there are few. The reverse sweep computes their cotangents, and
+autograd propagates those into the rater, so the rater itself is never part of the sweep.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mgd.step.rng import seed_of
 from mgd.util.checkpoint_directory import CheckpointDirectory
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
+from mgd.util.text import describe
 from mgd_kernels import AdamW, Optimizer
 
 CHUNK = 256  # examples rated at a time
@@ -48,9 +49,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RaterStep:
-    """One meta-step. values: the held-out loss of every member after its window, None where it did not stay finite.
-    ages: their windows before it. effective: by member, exp of the entropy of a batch's weights, averaged over the
-    window: how many examples share the weight. renewed: members that were made anew after it. seconds: all of it."""
+    """One meta-step. Lists have one entry per member of the population.
+
+    values: the held-out loss after the member's window, None if the window diverged. ages: the member's windows before
+    this one. effective: the number of examples that share the weight of a batch, as exp of the entropy of its weights,
+    averaged over the window. renewed: the members that were replaced after the step. seconds: of the whole step.
+    """
 
     step: int
     values: list[float | None]
@@ -63,21 +67,23 @@ class RaterStep:
 class DataRater:
     """Trains `rater` by metagradients through the trainings of a population of inner models.
 
-    rater: a module, examples -> scores `[n]`; it is trained in place. An example is whatever `pool` gives.
+    rater: a module, examples -> floating-point scores `[n]`. It is trained in place. Examples are what `pool` yields.
     model: makes a fresh inner model, `() -> nn.Module`, with other random numbers each time.
-    loss: `loss(model, examples) -> [n]`, the inner loss of every example, held-out ones too.
+    loss: `loss(model, examples) -> [n]`, the inner model's loss on every example, including held-out ones.
     pool, held_out: pytrees of tensors `[N, ...]` from which batches are drawn, or functions `(n, generator) ->
-        examples` that draw them and take no other random numbers. The pool is what is rated; a low loss on the
-        held-out examples is what ratings are for. Neither should hold what the outcome is judged by.
-    optimizer: of the inner models; batch, window: examples a step and steps a window (2 in the paper).
-    held_out_batch: held-out examples a window, `2 * batch` by default.
-    population, lifetime: so many inner models are trained, each for so many windows, then made anew; their ages are
-        spread evenly over the lifetime.
-    lr, betas: of the Adam through which each member's meta-gradient passes (see `PopulationAdam`).
-    options: further ones of `TrainingFunction`, say `trace=False`.
+        examples` that draw them and use no other random numbers. The rater learns to rate the pool, so that the loss on
+        the held-out examples becomes low. Neither should contain the data by which the outcome is judged.
+    optimizer: that of the inner models. batch, window: examples per step and steps per window (2 in the paper).
+    held_out_batch: held-out examples per window, `2 * batch` by default.
+    population, lifetime: the number of inner models, and the number of windows after which each is replaced by a new
+        one. Their ages are spread evenly over the lifetime.
+    lr, betas: of the Adam that normalises each member's meta-gradient (see `PopulationAdam`).
+    seed: that of all random numbers. options: further arguments of `TrainingFunction`, such as `trace=False`.
 
-    notes: members that did not stay finite and were made anew. history: every meta-step. seconds: by kind of work; the
-    first window, in which second derivatives are traced, is counted by itself.
+    notes: the members that diverged and were replaced. history: one entry per meta-step. seconds: by kind of work; the
+    first window, in which second derivatives are traced, is counted separately.
+
+    Raises BadArgument for arguments that do not fit.
     """
 
     def __init__(
@@ -105,7 +111,7 @@ class DataRater:
             )
         if batch < 2:
             raise BadArgument(
-                f"expected batch >= 2: the weights of a batch sum to 1, so one example has none to learn; got {batch}"
+                f"expected batch >= 2, because weights sum to 1 in a batch: that of one example is fixed; got {batch}"
             )
         for name, number in {"window": window, "population": population, "lifetime": lifetime}.items():
             if number < 1:
@@ -127,7 +133,7 @@ class DataRater:
     # --- learning ----------------------------------------------------------------------------------------------
 
     def step(self) -> RaterStep:
-        """A window of every inner model, and a step of the rater."""
+        """Train every inner model for a window, then take a step of the rater."""
         begin = time.perf_counter()
         k, size = len(self.history), len(self.population.members)
         ages = [member.age for member in self.population.members]
@@ -138,7 +144,7 @@ class DataRater:
             gradients.append(gradient)
             values.append(value)
             effective.append(examples)
-            # Ages are spread by the first lives, which end early.
+            # The first lives end early, which spreads the ages.
             if value is None or (k + 1 + i * self.lifetime // size) % self.lifetime == 0:
                 self.population.renew(i)
                 renewed.append(i)
@@ -155,10 +161,10 @@ class DataRater:
         progress: bool = False,
         observe: Callable[[RaterStep], None] | None = None,
     ) -> DataRater:
-        """Go on until `steps` meta-steps are made. observe: called after each.
+        """Continue until `steps` meta-steps have been taken. observe: called after each.
 
-        directory: keep the state there after every `save_every` meta-steps, so that the same call continues an
-        interrupted one, to the same bits. Raises StaleRun for the directory of another DataRater.
+        directory: save the state there every `save_every` meta-steps, so that the same call continues an interrupted
+        one, to the same bits. Raises StaleRun if the directory belongs to another DataRater.
         """
         checkpoints = None if directory is None else CheckpointDirectory(directory)
         if checkpoints is not None:
@@ -178,11 +184,14 @@ class DataRater:
 
     @torch.no_grad()
     def rate(self, examples: Any) -> Tensor:
-        """Ratings `[n]` of any examples, to compare with each other: what is added to all changes no weight.
-        The rater is in evaluation mode meanwhile."""
-        found = lengths(examples)
-        if len(found) != 1 or not (n := found.pop()):
-            raise BadArgument(f"expected examples with one common first dimension of at least 1; got {sorted(found)}")
+        """Ratings `[n]` of any examples. Only their differences matter: adding a constant to all changes no weight.
+
+        The rater is in evaluation mode during the call. Raises BadArgument unless the examples have one length >= 1.
+        """
+        sizes = lengths(examples)
+        if len(sizes) != 1 or min(sizes) < 1:
+            raise BadArgument(f"expected examples with one common first dimension of at least 1; got {sorted(sizes)}")
+        (n,) = sizes
         training = self.rater.training
         self.rater.eval()
         try:
@@ -197,7 +206,7 @@ class DataRater:
     # --- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next meta-step depends on, and the history."""
+        """All that the next meta-step depends on, and the history."""
         return {
             "rater": {name: x.detach().clone() for name, x in self.rater.state_dict().items()},
             "adam": self.adam.state_dict(),
@@ -215,52 +224,57 @@ class DataRater:
         self.notes = list(state["notes"])
         self.seconds = defaultdict(float, state["seconds"])
 
-    state, load = state_dict, load_state_dict  # as a descent's directory calls them
+    state, load = state_dict, load_state_dict  # the names that `CheckpointDirectory` calls
 
     # --- private -----------------------------------------------------------------------------------------------
 
     def _window(self, k: int, i: int) -> tuple[list[Tensor] | None, float | None, float]:
-        """A member's window: its meta-gradient and held-out loss, None where it did not stay finite, and the effective
+        """Train member i for a window: its meta-gradient and held-out loss (None if it diverged), and the effective
         number of examples."""
         begin = time.perf_counter()
         generator = torch.Generator().manual_seed(seed_of(self.seed, k, i))
         examples = self.pool(self.window * self.batch, generator)
         held_out = self.held_out(self.held_out_batch, generator)
-        drawn = time.perf_counter()
+        draw_end = time.perf_counter()
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(self.seed, k, i))
             scores = self._scores(examples, self.window * self.batch)
         if not scores.requires_grad:
-            raise BadArgument("the ratings do not depend on the rater's parameters; are they detached?")
+            raise BadArgument(
+                "expected ratings that depend on the rater's parameters; they do not depend on the rater (detached?)"
+            )
         weights = scores.view(self.window, self.batch).softmax(1)
-        rated = time.perf_counter()
-        made, age = self.population.steps(i), self.population.members[i].age
+        rating_end = time.perf_counter()
+        first_step, age = self.population.steps(i), self.population.members[i].age
         gradient, value = None, None
         try:
             result = self.population.train(i, examples, weights, held_out)
         except NonFiniteState as error:
             if age == 0:
-                raise  # it would happen again and again
+                raise  # a new member would diverge again
             self.notes.append(
                 f"meta-step {k}: inner model {i}, {age} windows old, left the finite numbers ({error.where}); made anew"
             )
             return None, None, _effective(weights)
         except ReplayDivergence as error:
-            raise ReplayDivergence(made + error.step, f"{error.cause} (inner model {i}, meta-step {k})") from error
-        trained = time.perf_counter()
+            cause = f"{error.cause} (inner model {i}, meta-step {k})"
+            raise ReplayDivergence(first_step + error.step, cause) from error
+        training_end = time.perf_counter()
         cotangent = result.grads["weights"].view_as(weights).to(weights)
         gradient = list(
             torch.autograd.grad(weights, self.parameters, cotangent, materialize_grads=True, allow_unused=True)
         )
         value = float(result.value)
-        self._account(result, drawn - begin, rated - drawn + time.perf_counter() - trained, trained - rated)
+        scoring = rating_end - draw_end + time.perf_counter() - training_end
+        self._account(result, draw_end - begin, scoring, training_end - rating_end)
         return gradient, value, _effective(weights)
 
     def _scores(self, examples: Any, n: int) -> Tensor:
         scores = self.rater(examples)
         if not isinstance(scores, Tensor) or scores.shape != (n,) or not scores.is_floating_point():
-            got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-            raise BadArgument(f"expected the rater to give a score to each of {n} examples, [{n}]; got {got}")
+            raise BadArgument(
+                f"expected the rater to give a score to each of {n} examples, [{n}]; got {describe(scores)}"
+            )
         if not bool(torch.isfinite(scores).all()):
             raise NonFiniteState(len(self.history), "a rating")
         return scores
@@ -277,7 +291,7 @@ class DataRater:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the directory of a run must have in common with this one."""
+        """Digests of what must be the same for a saved run to continue as this one, by name."""
         optimizer = self.population.function.optimizer
         parts = {
             "batch": (self.batch, self.held_out_batch, self.window),

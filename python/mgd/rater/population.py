@@ -1,4 +1,4 @@
-"""Inner models of different ages, each trained a window of steps at a time, with the metagradient of the window."""
+"""Inner models of different ages. Each is trained one window of steps at a time, with the window's metagradient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mgd.errors import BadArgument, BadLoss
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient
 from mgd.step.rng import seed_of
+from mgd.util.text import describe
 from mgd_kernels import Optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -21,8 +22,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Member:
-    """An inner model between two windows. tensors: its parameters and buffers by name. age: windows since its birth.
-    births: how often it was made."""
+    """An inner model between two windows.
+
+    tensors: its parameters and buffers by name. optimizer_state: as in `Trained`. age: windows since it was made.
+    births: how many models have had this place in the population.
+    """
 
     tensors: dict[str, Tensor]
     optimizer_state: dict[str, Any]
@@ -31,10 +35,11 @@ class Member:
 
 
 class Population:
-    """`size` inner models, which share one module and one training function, so that one trace serves them all.
+    """`size` inner models. They share one module and one training function, so one trace serves them all.
 
-    model: makes a fresh inner model; loss: `loss(model, examples) -> [n]`, of every example. window: steps of a window,
-    each on `batch` examples whose losses are summed with given weights. options: further ones of `TrainingFunction`.
+    model: makes a fresh inner model. loss: `loss(model, examples) -> [n]`, one loss per example. window: the number of
+    steps in a window. Each step trains on the weighted sum of the losses of `batch` examples. options: further
+    arguments of `TrainingFunction`.
     """
 
     def __init__(
@@ -70,16 +75,16 @@ class Population:
             self.renew(i)
 
     def renew(self, i: int) -> None:
-        """Replace a member by a newborn one."""
+        """Replace a member by a new one."""
         births = self.members[i].births
         tensors = {name: x.detach().clone() for name, x in _tensors(self._fresh(i, births)).items()}
         self.members[i] = Member(tensors, {}, 0, births + 1)
 
     def train(self, i: int, examples: Any, weights: Tensor, held_out: Any) -> Metagradient:
-        """Train a member for a window, and give the metagradient of its held-out loss. A call that raises leaves the
-        member as it was.
+        """Train a member for a window and return the metagradient of its held-out loss.
 
-        examples: pytree of `[window * batch, ...]`. weights: `[window, batch]`.
+        examples: a pytree of tensors `[window * batch, ...]`. weights: `[window, batch]`. held_out: a pytree of
+        examples. If the call raises, the member is unchanged.
         """
         member = self.members[i]
         self.batches.examples, self.held_out = examples, held_out
@@ -93,11 +98,11 @@ class Population:
         return result
 
     def steps(self, i: int) -> int:
-        """How many steps a member has made."""
+        """The number of steps for which a member has been trained."""
         return self.members[i].age * len(self.batches)
 
     def module(self, i: int) -> nn.Module:
-        """A member as a module; it is the same one for all members, and changes at the next call."""
+        """A member as a module. All members share this module, so its contents change with the next call."""
         self._load(self.members[i])
         return self.function.model
 
@@ -126,26 +131,27 @@ class Population:
 
 
 class _Window(Sequence):
-    """The batches of a window: slices of `examples`, with where they stand."""
+    """The batches of a window: slices of `examples`, each with the indices of its examples."""
 
     def __init__(self, window: int, batch: int):
         self.examples: Any = None
-        self.places = [torch.arange(t * batch, (t + 1) * batch) for t in range(window)]
+        self.indices = [torch.arange(t * batch, (t + 1) * batch) for t in range(window)]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, t: Any) -> Any:
-        index = self.places[t]
+        index = self.indices[t]
         start, stop = int(index[0]), int(index[-1]) + 1
         return tree_map(lambda x: x[start:stop], self.examples), index
 
 
 def checked_losses(losses: Any, n: int | None = None) -> Tensor:
-    """The losses of the examples, if they are such."""
+    """`losses`, if it is a vector with one entry per example. Raises BadLoss if it is not."""
     if not isinstance(losses, Tensor) or losses.ndim != 1 or (n is not None and len(losses) != n):
-        got = list(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise BadLoss(f"expected loss(model, examples) to give the loss of every example, [{n or 'n'}]; got {got}")
+        raise BadLoss(
+            f"expected loss(model, examples) to return the loss of every example, [{n or 'n'}]; got {describe(losses)}"
+        )
     return losses
 
 

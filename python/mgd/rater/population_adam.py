@@ -1,4 +1,4 @@
-"""Adam for gradients that come from several sources at once, each normalised by moments of its own."""
+"""Adam for gradients from several sources at once, each normalised by its own moments."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from mgd.errors import BadArgument
 
 
 class PopulationAdam:
-    """The mean of the Adam updates (arXiv 1412.6980) of `members` gradients of the same parameters.
+    """The mean of the Adam updates (arXiv 1412.6980) for `members` gradients of the same parameters.
 
-    Meta-gradients of young and old inner models differ in scale by orders of magnitude: averaged as they are, the
-    largest would decide. Here each member's gradient passes through an Adam of its own before they are averaged
-    (arXiv 2505.17895).
+    Meta-gradients of young and old inner models differ in scale by orders of magnitude, so the largest would dominate
+    their plain average. Here each member has its own Adam, and the updates are averaged (arXiv 2505.17895).
+
+    Raises BadArgument unless lr > 0 and the betas are in [0, 1).
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class PopulationAdam:
         eps: float = 1e-8,
     ):
         if lr <= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise BadArgument(f"expected lr > 0 and betas in [0, 1); got {lr}, {betas}")
+            raise BadArgument(f"expected lr > 0 and betas in [0, 1); got lr={lr} and betas={betas}")
         self.parameters = list(parameters)
         self.lr, self.betas, self.eps = lr, betas, eps
         flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])
@@ -37,7 +38,7 @@ class PopulationAdam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Sequence[Tensor] | None]) -> None:
-        """Move the parameters. gradients: of every member, as the parameters are; None: it has none this time."""
+        """Update the parameters in place. gradients: per member, tensors like the parameters; None for no gradient."""
         total, present = torch.zeros_like(self.mean[0]), 0
         beta1, beta2 = self.betas
         for i, gradient in enumerate(gradients):

@@ -28,7 +28,7 @@ def spearman(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Interval:
         raise BadArgument(f"expected at least 3 pairs to correlate; got {len(x)} and {len(y)} values")
 
     def rho(a: Any, b: Any) -> float:
-        # Where all of one side are alike there is no order to agree with.
+        # Where all values of one side are equal, there is no order to agree with.
         return float(stats.spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
 
     drawn = stats.bootstrap((x, y), rho, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=seed)

@@ -14,8 +14,9 @@ from mgd.errors import BadData
 from mgd.function import TrainingFunction
 from mgd.recipes.data import Images
 from mgd.recipes.models.resnet import resnet9
+from mgd.recipes.trainings import epochs, seeded
 
-SIDE = 8  # the least that resnet9 takes; larger images are averaged over 2×2 pixels while they stay above it
+SIDE = 8  # the smallest side that resnet9 takes; larger images are averaged over 2×2 pixels down to it
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Task:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(train), generator=generator)
         held_out = min(held_out, len(train) // 4)
-        chosen = train[order[held_out : held_out + images]], train[order[:held_out]]
-        parts = [*chosen, test[torch.randperm(len(test), generator=generator)[:tested]]]
+        own = train[order[held_out : held_out + images]], train[order[:held_out]]
+        parts = [*own, test[torch.randperm(len(test), generator=generator)[:tested]]]
         pixels = [_shrunk(part.images.float()) for part in parts]
         mean, std = pixels[0].mean(), pixels[0].std()
         made = [Part((x - mean) / std, part.labels) for x, part in zip(pixels, parts, strict=True)]
@@ -64,24 +65,22 @@ class Task:
     def batches(self, size: int, steps: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`steps` batches (images, labels, indices) in a random order, epoch after epoch."""
         generator = torch.Generator().manual_seed(seed)
-        epochs = -(-steps * size // len(self.train))
-        order = torch.cat([torch.randperm(len(self.train), generator=generator) for _ in range(epochs)])
-        return [(self.train.images[i], self.train.labels[i], i) for i in order.split(size)[:steps]]
+        order = epochs(len(self.train), size, steps, generator)
+        return [(self.train.images[i], self.train.labels[i], i) for i in order]
 
     def network(self, seed: int, **options: Any) -> nn.Module:
         """A `resnet9` of these options, its initial weights drawn by the seed."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return resnet9(classes=self.classes, channels=self.train.images.shape[1], **options)
 
     def judge(self, function: TrainingFunction, z: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Train, and give the loss of every test image `[n]` and whether it was classified rightly, bool `[n]`."""
+        """Train, and give the loss of every test image `[n]` and whether it was classified correctly, bool `[n]`."""
         state = function.train(z).model_state
         model = copy.deepcopy(function.model).eval()
         with torch.no_grad():  # by parts, for memory
             parts = self.test.images.split(1000)
-            found = torch.cat([torch.func.functional_call(model, state, (x,)) for x in parts])
-        return F.cross_entropy(found, self.test.labels, reduction="none"), found.argmax(1) == self.test.labels
+            logits = torch.cat([torch.func.functional_call(model, state, (x,)) for x in parts])
+        return F.cross_entropy(logits, self.test.labels, reduction="none"), logits.argmax(1) == self.test.labels
 
 
 def _shrunk(images: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from mgd.errors import BadBatch
 def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     """`count` slices of the batch along its first dimension, each with its share of the examples.
 
-    The shares sum to 1, so that the weighted sum of per-microbatch means is the mean over the batch, also where the
-    slices are not of one length. Tensors without dimensions go to every microbatch.
+    The shares sum to 1, so the weighted sum of the means over microbatches is the mean over the batch, even if the
+    slices differ in length. Tensors without dimensions go to every microbatch.
+
+    Raises BadBatch if a tensor is empty, or if `count` > 1 and the tensors have no common length of at least `count`.
     """
     leaves, spec = flatten(batch)
     if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
@@ -27,7 +29,8 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     lengths = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     if len(lengths) != 1:
         raise BadBatch(
-            f"microbatches={count} needs tensors with one common first dimension; batch {step} has {sorted(lengths)}"
+            f"expected tensors with one common first dimension for microbatches={count}; batch {step} has "
+            f"{sorted(lengths)}"
         )
     length = lengths.pop()
     if length < count:
@@ -38,7 +41,7 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
 
 
 def flatten(batch: Any) -> tuple[list[Any], Any]:
-    """The leaves of a batch and its structure. A tuple of tensors, the common case, is spared torch's recursion."""
+    """The leaves of a batch and its structure. A tuple of tensors, the common case, avoids torch's slow recursion."""
     return (list(batch), _tuple_spec(len(batch))) if _is_plain(batch) else tree_flatten(batch)
 
 
@@ -52,17 +55,17 @@ def _tuple_spec(length: int) -> Any:
 
 
 def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]], Any]]:
-    """The tensors of a batch, what else it holds as a hashable value, and what puts such tensors in their places."""
+    """The tensors of a batch, all else in it as a hashable value, and a function that rebuilds a batch from tensors."""
     if _is_plain(batch):
         return list(batch), f"{len(batch)} tensors", tuple
     leaves, spec = tree_flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: list[Tensor]) -> Any:
-        filled = list(leaves)
+        contents = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        return tree_unflatten(filled, spec)
+            contents[i] = tensor
+        return tree_unflatten(contents, spec)
 
     rest = str(spec), tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return [leaves[i] for i in places], rest, rebuild

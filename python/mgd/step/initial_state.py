@@ -1,4 +1,4 @@
-"""The training state before the first step: from nothing, or where another training ended."""
+"""The training state before the first step: a fresh one, or the end of another training."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ from mgd_kernels import Arena, Optimizer, OptimizerState
 
 
 def starting_state(
-    optimizer: Optimizer, arena: Arena, parameters: Mapping[str, Tensor], given: Mapping[str, Any] | None
+    optimizer: Optimizer, arena: Arena, parameters: Mapping[str, Tensor], optimizer_state: Mapping[str, Any] | None
 ) -> OptimizerState:
-    """A copy of these parameters with the slots and the step count of `given`: `Trained.optimizer_state` of another
-    training, `{"step": int, slot: {parameter: tensor}}`; slots that it lacks are zero.
+    """A state with copies of these parameters, and with the slots and the step count of an earlier training.
+
+    optimizer_state: `Trained.optimizer_state` of that training, `{"step": int, slot: {parameter: tensor}}`; None for a
+    fresh start. Slots are zero if it lacks them and its step count is 0.
 
     Raises BadArgument for a state of another optimizer or model.
     """
     state = optimizer.init(arena.flatten(parameters), arena)
-    given = given or {}
-    if unknown := sorted(set(given) - {"step", *optimizer.slots}):
+    source = optimizer_state or {}
+    if unknown := sorted(set(source) - {"step", *optimizer.slots}):
         raise BadArgument(
             f"expected optimizer_state of {type(optimizer).__name__} to hold 'step' and {list(optimizer.slots)}; "
             f"got {unknown}: is it another optimizer's?"
         )
-    step = given.get("step", 0)
+    step = source.get("step", 0)
     if not isinstance(step, int) or step < 0:
         raise BadArgument(f"expected optimizer_state['step'] to count steps; got {step!r}")
-    if step and (missing := [slot for slot in optimizer.slots if slot not in given]):
+    if step and (missing := [slot for slot in optimizer.slots if slot not in source]):
         raise BadArgument(
             f"expected optimizer_state after {step} steps to hold {list(optimizer.slots)}; it lacks {missing}"
         )
     shapes = dict(zip(arena.names, arena.shapes, strict=True))
     for slot, flat in zip(optimizer.slots, state.slots, strict=True):
-        if slot not in given:
+        if slot not in source:
             continue
-        found = {name: getattr(tensor, "shape", None) for name, tensor in given[slot].items()}
-        if found != shapes:
-            odd = next(name for name in {**shapes, **found} if found.get(name) != shapes.get(name))
+        actual = {name: getattr(tensor, "shape", None) for name, tensor in source[slot].items()}
+        if actual != shapes:
+            name = next(name for name in {**shapes, **actual} if actual.get(name) != shapes.get(name))
             raise BadArgument(
-                f"expected optimizer_state[{slot!r}] to hold a tensor for every trained parameter, of its shape; "
-                f"{odd!r} is {found.get(odd)}, expected {shapes.get(odd)}"
+                f"expected optimizer_state[{slot!r}] to hold a tensor for every trained parameter, of its shape: "
+                f"expected {shapes.get(name)} for {name!r}; got {actual.get(name)}"
             )
-        arena.copy_(flat, given[slot])
+        arena.copy_(flat, source[slot])
     state.before = step
     return state

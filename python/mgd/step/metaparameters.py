@@ -1,31 +1,33 @@
-"""Metaparameters: what `z` may hold, how each step sees it, and where its gradient is collected.
+"""Metaparameters: how each step sees `z`, and where its gradient is collected.
 
-Reserved keys are the optimizer's hyperparameters and `init`; all other keys belong to the loss.
+Reserved keys are the optimizer's hyperparameters and `init`. All other keys belong to the loss.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.errors import BadMetaparameter
+from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule
+from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
-
-RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root")
 
 
 class Metaparameters:
     """A checked `z` for a training of `steps` steps.
 
-    fixed: hyperparameters that are none of them, where `z` does not override them.
-    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, by step.
-    leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
+    per_example: for metaparameters that a batch only indexes, the function from a batch to its integer index tensor.
+    fixed: values of hyperparameters that are not metaparameters; `z` overrides them.
+    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, one `[G, H]` per
+    step. leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
+
+    Raises BadMetaparameter if `z` or `fixed` does not fit the optimizer, the model or the number of steps.
     """
 
     def __init__(
@@ -37,14 +39,10 @@ class Metaparameters:
         per_example: Mapping[str, Callable[[Any], Tensor]],
         fixed: Mapping[str, Any] | None = None,
     ):
-        if not isinstance(z, Mapping):
-            raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
-        if odd := [key for key in z if not isinstance(key, str)]:
-            raise BadMetaparameter(f"expected the keys of z to be names; got {odd[0]!r}")
-        self.z = {key: _tensors(key, value, arena.device) for key, value in z.items()}
+        self.z = checked_tensors(z, arena.device)
         self.optimizer, self.arena = optimizer, arena
         self.per_example = {key: index for key, index in per_example.items() if key in self.z}
-        self._check_reserved()
+        check_reserved(self.z, optimizer)
         self.hyper_keys = [key for key in self.z if key in optimizer.hyper_names]
         self.loss_keys = [key for key in self.z if key not in self.hyper_keys and key != "init"]
         self.hypers = optimizer.table().expand(steps, -1, -1).clone()
@@ -54,12 +52,13 @@ class Metaparameters:
                     f"expected fixed hyperparameters of {type(optimizer).__name__}, {list(optimizer.hyper_names)}; "
                     f"got {key!r}"
                 )
-            self.hypers[:, :, optimizer.column(key)] = self._schedule(f"fixed[{key!r}]", value, steps)
+            self.hypers[:, :, optimizer.column(key)] = schedule(f"fixed[{key!r}]", value, steps, optimizer.groups)
         for key in self.hyper_keys:
-            self.hypers[:, :, optimizer.column(key)] = self._schedule(f"z[{key!r}]", self.z[key], steps)
+            values = schedule(f"z[{key!r}]", self.z[key], steps, optimizer.groups)
+            self.hypers[:, :, optimizer.column(key)] = values
         self.tables = self.hypers.unbind()
         if "init" in self.z:
-            self._check_init(self.z["init"])
+            check_init(self.z["init"], arena)
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
         self.owner = [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]]
         self._check_leaves()
@@ -67,49 +66,6 @@ class Metaparameters:
         self._detached = [leaf.detach() for leaf in self.leaves]
         self.first_read: dict[str, int] = {}
         self.last_read: dict[str, int] = {}
-
-    # --- checks ------------------------------------------------------------------------------------------------
-
-    def _check_reserved(self) -> None:
-        names = self.optimizer.hyper_names
-        for key in self.z:
-            if key in RESERVED and key not in names:
-                raise BadMetaparameter(
-                    f"{type(self.optimizer).__name__} has no hyperparameter {key!r}; it has {list(names)}. "
-                    + ("Give SGD a momentum other than 0. " if key == "momentum" else "")
-                    + "Leave the key out of z, or change the optimizer."
-                )
-
-    def _schedule(self, name: str, value: Any, steps: int) -> Tensor:
-        """The values of one hyperparameter as `[T, G]` (or broadcastable to it)."""
-        groups = self.optimizer.groups
-        value = torch.tensor(float(value), dtype=torch.float64) if isinstance(value, float | int) else value
-        if not isinstance(value, Tensor):
-            raise BadMetaparameter(f"expected a tensor for {name}; got {type(value).__name__}")
-        value = value.detach().to("cpu", torch.float64)
-        if value.shape in ((), (groups,), (steps, groups)) and value.shape != (steps,):
-            return value
-        if value.shape == (steps,):
-            return value[:, None]
-        raise BadMetaparameter(
-            f"expected {name} of shape [] (one value), [{steps}] (one a step)"
-            + (f", [{groups}] (one a parameter group) or [{steps}, {groups}]" if groups > 1 else "")
-            + f"; got {list(value.shape)}. The training has {steps} steps (batches) and {groups} group(s)."
-        )
-
-    def _check_init(self, init: Any) -> None:
-        if not isinstance(init, Mapping):
-            raise BadMetaparameter(f"expected z['init'] to map parameter names to tensors; got {type(init).__name__}")
-        shapes = dict(zip(self.arena.names, self.arena.shapes, strict=True))
-        for name, value in init.items():
-            if name not in shapes:
-                raise BadMetaparameter(
-                    f"z['init'][{name!r}] is not a trainable parameter{_hint(name, shapes)}; they are {list(shapes)}"
-                )
-            if not isinstance(value, Tensor) or value.shape != shapes[name]:
-                raise BadMetaparameter(
-                    f"expected z['init'][{name!r}] to be a tensor of shape {list(shapes[name])}; got {_describe(value)}"
-                )
 
     def _check_leaves(self) -> None:
         for key, leaf in zip(self.owner, self.leaves, strict=True):
@@ -121,7 +77,7 @@ class Metaparameters:
     # --- what a step sees --------------------------------------------------------------------------------------
 
     def at(self, batch: Any, step: int) -> BatchMetaparameters:
-        """The metaparameters that the loss sees with this batch: all of them, or the gathered examples."""
+        """The metaparameters that the loss sees with this batch. Those in `per_example` are gathered by their index."""
         slices, indices = [], []
         for key, leaf in zip(self.owner, self._detached, strict=True):
             index = None
@@ -129,7 +85,7 @@ class Metaparameters:
                 index = self.per_example[key](batch)
                 if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
                     raise BadMetaparameter(
-                        f"expected per_example[{key!r}] to give an integer index tensor; got {_describe(index)} "
+                        f"expected per_example[{key!r}] to return an integer index tensor; got {describe(index)} "
                         f"at step {step}"
                     )
             slices.append(leaf if index is None else leaf[index])
@@ -137,19 +93,19 @@ class Metaparameters:
         return BatchMetaparameters(self, slices, indices, step)
 
     def rebuilt(self, tensors: list[Tensor]) -> dict[str, Any]:
-        """The part of `z` that the loss sees, made of these tensors."""
+        """The part of `z` that the loss sees, with these tensors as its leaves."""
         if len(self.leaves) == len(self.loss_keys) and all(isinstance(self.z[key], Tensor) for key in self.loss_keys):
-            return dict(zip(self.loss_keys, tensors, strict=True))  # the common case is spared torch's recursion
+            return dict(zip(self.loss_keys, tensors, strict=True))  # the common case, without torch's slow recursion
         return tree_unflatten(tensors, self.spec)
 
     def note(self, keys: Iterable[str], step: int) -> None:
-        """The loss reads these keys at this step."""
+        """Record that the loss reads these keys at this step."""
         for key in keys:
             self.first_read[key] = min(step, self.first_read.get(key, step))
             self.last_read[key] = step
 
     def read_at(self, step: int) -> list[str]:
-        """The keys that the loss has read at this step, which is the last one it ran."""
+        """The keys that the loss has read at this step, which must be the last one that ran."""
         return [key for key, last in self.last_read.items() if last == step]
 
     def unread(self) -> list[str]:
@@ -157,44 +113,45 @@ class Metaparameters:
         return [key for key in self.loss_keys if key not in self.first_read]
 
     def check_all_read(self) -> None:
+        """Raise BadMetaparameter if the loss never read one of its keys."""
         if unread := self.unread():
             names = self.optimizer.hyper_names
             raise BadMetaparameter(
-                f"the loss read z[{unread[0]!r}] at no step, so it is not a metaparameter of this training"
-                f"{_hint(unread[0], (*names, *self.first_read, 'init'))}. The optimizer's hyperparameters are "
+                f"expected the loss to read every metaparameter; it never read z[{unread[0]!r}]"
+                f"{hint(unread[0], (*names, *self.first_read, 'init'))}. The optimizer's hyperparameters are "
                 f"{list(names)}; the loss read {sorted(self.first_read)}."
             )
 
     @property
     def first_step(self) -> int:
-        """The step at which the earliest metaparameter enters: the sweep ends there."""
+        """The step at which the first metaparameter enters. The reverse sweep ends there."""
         if "init" in self.z or self.hyper_keys:
             return 0
         return min(self.first_read.values(), default=0)
 
     def reads_at(self, step: int) -> bool:
-        """Whether something beside the optimizer reads `z` at this step or before it."""
+        """Whether anything other than the optimizer reads `z` at this step or earlier."""
         return "init" in self.z or min(self.first_read.values(), default=step + 1) <= step
 
 
 class BatchMetaparameters:
-    """The metaparameters of one evaluation: `tensors` to differentiate, and how their gradients scatter back."""
+    """The metaparameters of one evaluation: `tensors` to differentiate, `indices` to scatter their gradients back."""
 
     def __init__(self, owner: Metaparameters, tensors: list[Tensor], indices: list[Tensor | None], step: int):
         self.owner, self.tensors, self.indices, self.step = owner, tensors, indices, step
 
     @property
     def structure(self) -> str:
-        """What `mapping` holds beside its tensors."""
+        """The structure of `mapping` without its tensors, as text."""
         return self.owner.structure
 
     def mapping(self, tensors: list[Tensor]) -> Mapping[str, Any]:
-        """`z` as the loss sees it, made of these tensors."""
+        """`z` as the loss sees it, with these tensors as its leaves."""
         return _Reads(self.owner.rebuilt(tensors), self.owner, self.step)
 
 
 class _Reads(Mapping):
-    """The `z` of the loss, which notes the first step at which each key is read."""
+    """The `z` of the loss. It records at which steps each key is read."""
 
     def __init__(self, values: dict[str, Any], owner: Metaparameters, step: int):
         self._values, self._owner, self._step = values, owner, step
@@ -204,8 +161,8 @@ class _Reads(Mapping):
             value = self._values[key]
         except KeyError:
             raise BadMetaparameter(
-                f"the loss reads z[{key!r}] at step {self._step}, which was not given"
-                f"{_hint(key, self._values)}; z has {list(self._owner.z)}, of which the loss sees {list(self._values)}"
+                f"expected z[{key!r}], which the loss reads at step {self._step}; it was not given"
+                f"{hint(key, self._values)}. z has {list(self._owner.z)}, of which the loss sees {list(self._values)}."
             ) from None
         self._owner.note((key,), self._step)
         return value
@@ -224,19 +181,26 @@ class _Reads(Mapping):
 
 
 class Gradients:
-    """The gradients of k objectives with respect to `z`, collected over the sweep."""
+    """The gradients of k objectives with respect to `z`, accumulated over the reverse sweep.
+
+    hyper: float64 `[k, T, G, H]`, with respect to the hyperparameter tables. leaves: `[k, ...]` for each leaf of `z`
+    that the loss reads.
+    """
 
     def __init__(self, meta: Metaparameters, objectives: int):
         self.meta = meta
         steps, groups, width = meta.hypers.shape
-        # The last column of a kernel's cotangents belongs to the gradient's scale, which is not a metaparameter.
+        # A kernel's cotangents have one more column, for the gradient's scale, which is not a metaparameter.
         self.hyper = torch.zeros(objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device)
-        # Of the same memory, where it is the CPU's: to write some numbers through torch takes 5 µs.
+        # The same memory through numpy, on the CPU: writing a few numbers through torch takes 5 µs.
         self._hyper = self.hyper.numpy() if self.hyper.device.type == "cpu" else None
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
 
     def add_hyper(self, objective: int, step: int, cotangents: Tensor) -> bool:
-        """Take down what a kernel found of a step's hyperparameters, `[G, H + 1]`. Whether it is finite."""
+        """Store the cotangents `[G, H + 1]` of a step's hyperparameters, as a kernel returns them.
+
+        Returns whether they are finite.
+        """
         if self._hyper is None:
             self.hyper[objective, step] = cotangents[:, :-1]
             return math.isfinite(float(cotangents.sum()))
@@ -245,7 +209,7 @@ class Gradients:
         return math.isfinite(values.sum())
 
     def add(self, objective: int, slices: BatchMetaparameters, tangents: list[Tensor | None]) -> None:
-        """Add the cotangents of the slices of one evaluation."""
+        """Add the cotangents of one evaluation's metaparameters."""
         for total, index, tangent in zip(self.leaves, slices.indices, tangents, strict=True):
             if tangent is None:
                 continue
@@ -256,14 +220,14 @@ class Gradients:
                 one.index_put_((index,), tangent if tangent.dtype == one.dtype else tangent.to(one), accumulate=True)
 
     def finite(self, initial_adjoints: list[Tensor]) -> bool:
-        """Whether everything that `collect` would return is."""
+        """Whether everything that `collect` would return is finite."""
         tensors = [self.hyper, *self.leaves, *(initial_adjoints if "init" in self.meta.z else ())]
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def collect(self, initial_adjoints: list[Tensor]) -> dict[str, Any]:
-        """Gradients with the keys and shapes of `z`, a first dimension `[k]` added.
+        """Gradients with the keys of `z`, and its shapes with a first dimension `[k]` added.
 
-        initial_adjoints: for each objective, the flat adjoint of the initial parameters.
+        initial_adjoints: the flat adjoint of the initial parameters, for each objective.
         """
         meta = self.meta
         grads: dict[str, Any] = {}
@@ -281,7 +245,7 @@ class Gradients:
 
 
 def _reduce_to(cotangents: Tensor, shape: torch.Size) -> Tensor:
-    """Sum `[k, T, G]` over what a hyperparameter of this shape is shared by; see Metaparameters._schedule."""
+    """Sum `[k, T, G]` over the steps and groups that share one entry of a hyperparameter of this shape (`schedule`)."""
     steps, groups = cotangents.shape[1:]
     if shape == (steps,):
         return cotangents.sum(2)
@@ -290,38 +254,3 @@ def _reduce_to(cotangents: Tensor, shape: torch.Size) -> Tensor:
     if shape == (groups,):
         return cotangents.sum(1)
     return cotangents
-
-
-def _tensors(key: str, value: Any, device: torch.device) -> Any:
-    """The value of a key with its numbers made tensors; every leaf must be a real floating-point tensor."""
-
-    def convert(path: Any, leaf: Any) -> Tensor:
-        name = f"z[{key!r}]{keystr(path)}"
-        if isinstance(leaf, float):
-            return torch.tensor(leaf, dtype=torch.float64)
-        if not isinstance(leaf, Tensor):
-            raise BadMetaparameter(f"expected tensors; {name} is {_describe(leaf)}")
-        if not leaf.is_floating_point():
-            raise BadMetaparameter(
-                f"expected a floating-point tensor, since only those have gradients; {name} is {leaf.dtype}. "
-                "Convert it with .float(), or put it into the batches."
-            )
-        if leaf.is_meta:
-            raise BadMetaparameter(
-                f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
-            )
-        if not bool(torch.isfinite(leaf).all()):
-            raise BadMetaparameter(f"expected finite values; {name} holds NaN or infinity")
-        return leaf
-
-    paths, spec = tree_flatten_with_path(value)
-    return tree_unflatten([convert(path, leaf) for path, leaf in paths], spec)
-
-
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _hint(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

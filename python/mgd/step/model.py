@@ -1,7 +1,7 @@
-"""The user's model as a function of parameters and buffers that live elsewhere.
+"""The user's model as a function of parameters and buffers that are held elsewhere.
 
-The model's own tensors are swapped for ours while the loss or the objective runs and are put back afterwards, also
-after an exception. Tied tensors are swapped in every place where they stand.
+The model's own tensors are replaced while the loss or the objective runs and are put back afterwards, even after an
+exception. Tied tensors are replaced everywhere they occur.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Buffers = dict[str, Tensor]
 
 
 class Binding:
-    """The places in a model where its trainable parameters and buffers stand.
+    """A model, with all the places where its trainable parameters and its buffers occur.
 
-    names: of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
+    names: those of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,7 +34,7 @@ class Binding:
 
     @staticmethod
     def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
-        """`(the module's dict, key, index into tensors)` of every place where one of the tensors stands."""
+        """`(the module's dict, key, index into tensors)` for every place where one of the tensors occurs."""
         index = {id(tensor): i for i, tensor in enumerate(tensors)}
         return [
             (getattr(module, attribute), key, index[id(tensor)])
@@ -44,24 +44,25 @@ class Binding:
         ]
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's own trainable parameters."""
+        """The model's own trainable parameters, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def buffers(self) -> Buffers:
+        """Copies of the model's buffers, by name."""
         return {name: b.detach().clone() for name, b in self.model.named_buffers()}
 
     @contextlib.contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
-        """The model holds these tensors inside the block."""
-        saved = []
+        """Inside the block, the model holds these tensors instead of its own."""
+        originals = []
         try:
             for places, tensors in ((self._parameter_places, parameters), (self._buffer_places, buffers)):
                 for owner, key, i in places:
-                    saved.append((owner, key, owner[key]))
+                    originals.append((owner, key, owner[key]))
                     owner[key] = tensors[i]
             yield
         finally:
-            for owner, key, tensor in saved:
+            for owner, key, tensor in originals:
                 owner[key] = tensor
 
     def holds(self, buffers: Sequence[Tensor]) -> bool:
@@ -78,9 +79,9 @@ class Binding:
     ) -> tuple[Tensor, Buffers]:
         """`function(model, *args)` with these parameters and buffers, and the buffers as the model leaves them.
 
-        The tensors in `buffers` may be changed in place by the model: hand over copies.
-        until: the model keeps the tensors until this stack is closed. A backward pass must lie inside where the
-        function may use activation checkpointing, which calls the model again.
+        The model may change the tensors in `buffers` in place, so pass copies.
+        until: the model holds the tensors until this stack is closed. If the function may use activation checkpointing,
+        which calls the model again, the backward pass must run before that.
         """
         tensors = [buffers[name] for name in self.buffer_names]
         with contextlib.ExitStack() as own:
@@ -95,7 +96,7 @@ class Binding:
 
 @contextlib.contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """The `training` flag of every module is as before at the end of the block."""
+    """Restore the `training` flag of every module at the end of the block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -106,15 +107,15 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def model_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's parameters, buffers and `training` flag are the same objects at the end of the block as before."""
-    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    """Restore every module's parameter and buffer objects, and its `training` flag, at the end of the block."""
+    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry)) for module in model.modules() for registry in (module._parameters, module._buffers)
     ]
     with modes_kept(model):
         try:
             yield
         finally:
-            for registry, before in registered:
+            for registry, before in registries:
                 registry.clear()
                 registry.update(before)
 

@@ -1,4 +1,4 @@
-"""Functions of torch that a step calls in another form: with complete derivatives, or with fused second ones."""
+"""Functions of torch that are replaced inside a step: by forms with complete derivatives, or with fused second ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mgd_kernels import functional
 
 
 class FunctionOverrides(TorchFunctionMode):
-    """Calls of torch's functions go to those of `OVERRIDES`: with complete derivatives, or with fused second ones.
+    """Inside this mode, calls of torch's functions go to their replacements in `OVERRIDES`.
 
-    BatchNorm and InstanceNorm: torch updates running mean and variance inside the normalisation kernel, where autograd
-    does not see it, and has no derivative with respect to them where it normalises by them. Here the update is computed
-    beside the kernel, and normalisation by running statistics is plain arithmetic. Weight normalisation: the second
-    derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails).
+    BatchNorm and InstanceNorm: torch updates the running mean and variance inside the normalisation kernel, where
+    autograd does not see it, and it has no derivative with respect to them if it normalises by them. Here the update is
+    computed outside the kernel, and normalisation by running statistics is plain arithmetic. Weight normalisation: the
+    second derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails).
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -95,7 +95,7 @@ def _update(running_mean, running_var, mean, variance, momentum):
 
 
 def _normalized(input, mean, variance, weight, bias, eps):
-    """`input` `[B, C, ...]` normalised by a mean and variance `[C]`."""
+    """`input`, `[B, C, ...]`, normalised by a mean and a variance `[C]`."""
     shape = [1, -1] + [1] * (input.ndim - 2)
     scale = (variance + eps).rsqrt()
     scale = scale if weight is None else scale * weight

@@ -24,6 +24,7 @@ from mgd_kernels import Arena, OptimizerState
 
 if TYPE_CHECKING:
     from mgd_kernels.store import Store
+    from mgd_kernels.store.zero_copy import Reservation
 
 VIEWED = 3  # gradients viewed at a time, to advance over them in one pass
 
@@ -124,7 +125,7 @@ class History:
         if not self._viewing or key not in self._names:
             return None
         with naming_the_step(key):
-            viewed = self._entries.lease(key, self._reads_again(key))
+            viewed = self._entries.view(key, self._reads_again(key))
         if viewed is None:
             return None
         if self.listener is not None:
@@ -166,7 +167,7 @@ class History:
         return self.store
 
     def _put(
-        self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str, reserved: Any | None = None
+        self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str, reserved: Reservation | None = None
     ) -> None:
         whole = self.durable
         names = [tuple(n for n, b in buffers.items() if whole or b is not self.constants[n]) for buffers in histories]
@@ -174,7 +175,7 @@ class History:
         with naming_the_step(key):
             self._entries.check()  # a write that failed meanwhile: the training need not go on
             if reserved is not None and tensors[0] is reserved.tensor:
-                self._entries.put_lent(key, reserved, tensors[1:] + extra)
+                self._entries.commit(key, reserved, tensors[1:] + extra)
             else:
                 self._entries.put(key, tensors + extra, tier)
         self._names[key] = names
@@ -273,13 +274,14 @@ class Entry:
 
     def __init__(self, history: History, step: int, tier: str | None):
         self._history, self.step, self._tier = history, step, tier
-        self._reserved, self.gradient = None, None
+        self._reserved: Reservation | None = None
+        self.gradient: Tensor | None = None
 
     def __enter__(self) -> Entry:
         history, arena = self._history, self._history._arena
         if self._tier is not None and history._viewing and (self._tier == "disk" or history.durable):
             assert arena is not None
-            self._reserved = history._entries.lend([arena.numel], arena.gradient_dtype, history._spare)
+            self._reserved = history._entries.reserve([arena.numel], arena.gradient_dtype, history._spare)
             self.gradient = None if self._reserved is None else self._reserved.tensor
         return self
 

@@ -1,5 +1,6 @@
-"""What commands share: their options, the console they print to, and the pages they write.
+"""What all commands share: their options, their console, and the pages and JSON files that they write.
 
-Import the options (`options`), `Session` and `Reporter` (`console`), and charts and pages (`page`). Looks into `util`.
-Importing a module of this room must not import torch: the command line should answer `--help` at once.
+Import options and how their words are read (`options`), `Session` and `Reporter` (`console`), `Page` and `Section`
+(`page`), the look of the pictures (`charts`), and what the machine is (`machine`). Looks into `util` and, to describe
+the machine, into `mgd_kernels`. No module here may import torch when it is imported: `--help` should answer at once.
 """

@@ -1,40 +1,30 @@
-"""The form of every recipe: what it found as tables in the terminal, as JSON, and as one page with its pictures."""
+"""What every command does with what it finds: progress and tables in the terminal, a page, and JSON."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgd.ui import page as plots
-from mgd.ui.options import write_json
+from mgd.ui import page as pages
+from mgd.ui.charts import require_matplotlib
+from mgd.ui.page import Page, Table
+from mgd.ui.result import write_json
 from mgd.util.progress import tracked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Table = list[list[str]]  # the first row is the head
-
-
-@dataclass(frozen=True)
-class Page:
-    """What a reader gets. lead: a paragraph that says what was done and found. tables: title and rows, for the
-    terminal. sections: makes those of the page; called only where one is asked for, since pictures need matplotlib.
-    verdict: the last line in the terminal."""
-
-    title: str
-    lead: str
-    tables: Sequence[tuple[str, Table]]
-    sections: Callable[[], Sequence[plots.Section]]
-    verdict: str = ""
+WHOLE = 24  # columns of at most this many characters are never wrapped: numbers stay in one piece
+WIDTH = 120  # of what is written to a file or a pipe
 
 
 @dataclass
 class Reporter:
-    """What a recipe tells while it works. progress: show bars. seconds: of its phases, in their order."""
+    """What a recipe reports while it works. progress: show bars. seconds: of its phases, in their order."""
 
     say: Callable[[str], None] = lambda text: None
     progress: bool = False
@@ -42,7 +32,7 @@ class Reporter:
 
     @contextmanager
     def phase(self, name: str, words: str = "") -> Iterator[None]:
-        """Say `words` (by default the name) and time what follows."""
+        """Say `words` (by default the name) and time the block."""
         self.say(words or name)
         start = time.perf_counter()
         try:
@@ -51,56 +41,96 @@ class Reporter:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def bar(self, words: str, total: int) -> AbstractContextManager[Callable[[str], None]]:
-        """A bar over `total` things; the block calls what it is given after each of them, with a note."""
+        """A bar over `total` things. The block receives a function to call after each of them, with a note."""
         return tracked(words, total, enabled=self.progress)
 
 
 class Session:
-    """A command's console, and where its results go."""
+    """One run of a command: its console, and where its results go.
 
-    def __init__(self, command: str, out: Path | None, json: Path | None, threads: int):
-        import torch
+    out: folder for the page; json: file for the result; threads: for torch to use, None leaves them as they are.
+    """
+
+    def __init__(self, command: str, out: Path | None = None, json: Path | None = None, threads: int | None = None):
         from rich.console import Console
 
-        torch.set_num_threads(threads)
         if out:
-            plots.require_matplotlib()
+            require_matplotlib()
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         self.command, self.out, self.json = command, out, json
-        self.console = Console()
-        self.reporter = Reporter(
-            lambda text: self.console.print(f"{text} ...", highlight=False), self.console.is_terminal
-        )
+        terminal = Console()
+        self.console = terminal if terminal.is_terminal else Console(width=WIDTH)
+        self.reporter = Reporter(lambda text: self.print(f"{text} ..."), self.console.is_terminal)
+
+    def print(self, text: str, style: str = "", whole: bool = False) -> None:
+        """A paragraph. whole: break no line."""
+        self.console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=whole)
+
+    def table(self, title: str, rows: Table, caption: str = "") -> None:
+        """A table, and below it what its columns mean."""
+        print_table(self.console, title, rows)
+        if caption:
+            self.print(caption, style="dim")
+
+    @contextmanager
+    def status(self) -> Iterator[Callable[[str], None]]:
+        """A status line. The block receives a function that sets what is being measured. Where the output is not a
+        terminal, each thing measured gets a line of its own, its repetitions do not."""
+        if self.console.is_terminal:
+            with self.console.status("measuring") as line:
+                yield lambda what: line.update(f"measuring {what}")
+            return
+        last = ""
+
+        def say(what: str) -> None:
+            nonlocal last
+            if (head := what.partition(", round")[0]) != last:
+                last = head
+                self.print(f"measuring {head} ...", whole=True)
+
+        yield say
 
     def finish(self, page: Page, result: dict[str, Any]) -> None:
-        """Show the tables; write the page and the JSON where they were asked for."""
+        """Show the page's tables, and write what was asked for."""
         self.console.print()
         show(page, self.console)
-        written = write(page, self.out) if self.out else []
+        self.write(page, result)
+
+    def write(self, page: Page | None, result: dict[str, Any]) -> None:
+        """Write the page and the JSON where they were asked for."""
+        paths = pages.write(page, self.out) if self.out and page else []
         if self.json:
             write_json(self.json, self.command, result)
-            written.append(self.json)
-        for path in written:
-            self.console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            paths.append(self.json)
+        for path in paths:
+            self.print(f"wrote {path}", whole=True)
 
 
 def show(page: Page, console: Console) -> None:
-    """The lead and the tables, in the terminal."""
+    """The lead, the tables and the verdict, in the terminal."""
+    console.print(page.lead, highlight=False, markup=False)
+    for title, rows in page.tables:
+        print_table(console, title, rows)
+    if page.verdict:
+        console.print(f"\n{page.verdict}", style="bold", highlight=False, markup=False)
+
+
+def print_table(console: Console, title: str, rows: Table) -> None:
+    """rows: the first one is the header. The first column is text, the others are numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    console.print(page.lead, highlight=False)
-    for title, rows in page.tables:
-        table = RichTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
-        for i, name in enumerate(rows[0]):
-            table.add_column(name, justify="left" if i == 0 else "right", vertical="bottom")
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print()
-        console.print(table, highlight=False)
-    if page.verdict:
-        console.print(f"\n{page.verdict}", style="bold", highlight=False)
-
-
-def write(page: Page, folder: str | Path) -> list[Path]:
-    """`index.html`, self-contained, and the pictures beside it; gives the paths."""
-    return plots.page(folder, page.title, page.lead, page.sections())
+    table = RichTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
+    for i, column in enumerate(zip(*rows, strict=True)):
+        longest = max(len(line) for cell in column for line in cell.split("\n"))
+        table.add_column(
+            Text(column[0]), justify="left" if i == 0 else "right", vertical="bottom", no_wrap=longest <= WHOLE
+        )
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console.print()
+    console.print(table, highlight=False)

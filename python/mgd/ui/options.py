@@ -1,11 +1,11 @@
-"""Options that the commands share, and how their results are written."""
+"""Options that commands share, and how their words are read."""
 
 from __future__ import annotations
 
-import json
-import math
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,30 +16,37 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="A folder with IDX files (MNIST, Fashion-MNIST) or CIFAR-10's Python batches. Without it: Fashion-MNIST "
-        "where it is installed, else scikit-learn's digits.",
+        help="A folder with IDX files (MNIST, Fashion-MNIST) or CIFAR-10's Python batches. Default: Fashion-MNIST "
+        "where it is installed, otherwise scikit-learn's digits.",
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A version of a minute, on less data.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Number of training steps.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A short run, of about a minute, on less data.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of torch and of the kernels.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="DIR", help="Save the run there, and continue one that was interrupted."),
+]
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
-def write_json(path: Path, command: str, result: dict[str, Any]) -> None:
-    """The result with the command and the versions that made it. NaN and infinities, which JSON lacks, become null."""
-    import torch
+def parse_names(text: str, known: Collection[str], what: str) -> list[str]:
+    """Names from "a,b,c", all of them among the known ones. what: they are, in the plural, for the error."""
+    from mgd.errors import BadArgument  # brings torch
 
-    from mgd_kernels import __version__
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise BadArgument(f"expected {what} among {', '.join(known)}; got {', '.join(unknown)}")
+    return names
 
-    made_by = {"command": command, "version": __version__, "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(made_by | result), indent=2, allow_nan=False) + "\n", "utf-8")
 
+def parse_count(text: str) -> int:
+    """A number of parameters from text such as "124M", "1.5B", "7_000_000"."""
+    from mgd.errors import BadArgument
 
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmbt]?)\s*", text.lower().replace("_", "").replace(",", ""))
+    if match is None or (count := round(float(match[1]) * _COUNTS[match[2]])) < 1:
+        raise BadArgument(f'expected a number of parameters such as "124M" or 1000000; got {text!r}')
+    return count

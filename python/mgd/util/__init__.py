@@ -1,4 +1,5 @@
-"""What every room may use: text for people, fingerprints, the system's memory, progress bars, profiles, directories.
+"""Helpers that every package may use: text for people, fingerprints, the system's memory, progress bars, profiles,
+checkpoint directories.
 
 Looks into `mgd.errors` alone.
 """

@@ -1,5 +1,7 @@
-"""A directory in which a descent, or the learning of a rater, is kept, so that the same call continues it; and the
-one way in which this package replaces a file."""
+"""A directory that holds the state of a descent or of a rater's training, so that the same call continues it.
+
+`replace_file` is how this package replaces any file.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from mgd.errors import CorruptState, StaleRun
 
 
 class Resumable(Protocol):
-    """What a directory can keep: a state of tensors, numbers and texts, and a history of dataclasses."""
+    """A run that a directory can hold: a state of tensors, numbers and strings, and a history of dataclasses."""
 
     history: list[Any]
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Digests of what must be the same for it to be continued."""
+        """Digests of everything that must be unchanged for the run to continue, by name."""
         ...
 
     def state(self) -> dict[str, Any]: ...
@@ -32,36 +34,39 @@ class Resumable(Protocol):
 
 
 class CheckpointDirectory:
-    """The state in `state.pt`, and `history.json` for people."""
+    """`state.pt` holds the state; `history.json` is for people to read."""
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.path = Path(directory)
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, descent: Resumable) -> None:
-        """Put the descent where it was when the directory was written, if it holds one."""
+    def restore(self, run: Resumable) -> None:
+        """Load the saved state into `run`, if there is one.
+
+        Raises StaleRun if the directory belongs to another run, CorruptState if its file is damaged.
+        """
         file = self.path / "state.pt"
         if not file.exists():
             return
         try:
             record = torch.load(file, weights_only=True)
-            theirs, state = record["identity"], record["place"]
+            identity, state = record["identity"], record["place"]
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise CorruptState(str(file), None, str(error), "Delete it to begin the descent again.") from error
-        known = descent.identity | theirs
-        if differing := [name for name in known if theirs.get(name) != descent.identity.get(name)]:
-            raise StaleRun(str(self.path), differing)
-        descent.load(state)
+            raise CorruptState(str(file), None, str(error), "Delete it to start again.") from error
+        names = run.identity | identity
+        if differences := [name for name in names if identity.get(name) != run.identity.get(name)]:
+            raise StaleRun(str(self.path), differences)
+        run.load(state)
 
-    def save(self, descent: Resumable) -> None:
-        record = {"identity": dict(descent.identity), "place": descent.state()}
+    def save(self, run: Resumable) -> None:
+        record = {"identity": dict(run.identity), "place": run.state()}
         replace_file(self.path / "state.pt", lambda path: torch.save(record, path))
-        history = json.dumps([asdict(step) for step in descent.history], indent=1)
+        history = json.dumps([asdict(step) for step in run.history], indent=1)
         replace_file(self.path / "history.json", lambda path: path.write_text(history + "\n"))
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file anew: whenever the process ends, all of the new one or all of the old one is there."""
+    """Replace a file atomically: whenever the process ends, `path` holds all of the old file or all of the new one."""
     temporary = path.with_name(f".{path.name}")
     write(temporary)
     with temporary.open("rb+") as file:

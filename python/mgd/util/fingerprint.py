@@ -1,4 +1,4 @@
-"""Fingerprints: digests that tell whether two runs compute the same thing."""
+"""Digests that tell whether two runs compute the same thing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 
 def digest(*values: Any) -> str:
-    """A digest of tensors (their bits) and other values (their representation)."""
+    """A digest of tensors (dtype, shape and bits) and other values (their `repr`), as 32 hexadecimal digits."""
     state = hashlib.blake2b(digest_size=16)
     for value in values:
         if isinstance(value, Tensor):
@@ -24,5 +24,5 @@ def digest(*values: Any) -> str:
 
 
 def leaf_digests(name: str, tree: Any) -> dict[str, str]:
-    """The digest of every leaf of a pytree, by its path."""
+    """The digest of every leaf of a pytree, by `name` and the leaf's path."""
     return {f"{name}{keystr(path)}": digest(leaf) for path, leaf in tree_flatten_with_path(tree)[0]}

@@ -1,4 +1,4 @@
-"""A Chrome trace of what runs inside a block, by torch.profiler, with the package's phases marked in it."""
+"""Chrome traces by torch.profiler, with the phases of this package marked in them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 @contextlib.contextmanager
 def chrome_trace(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Write the trace of the block to `path` where one is given, also where the block ends with an error."""
+    """Write a trace of the block to `path`, even if the block raises. Does nothing if `path` is None."""
     if path is None:
         yield
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a path that cannot be written is said before the work, not after it
+    path.touch()  # so that a path that cannot be written fails before the work, not after it
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -31,5 +31,5 @@ def chrome_trace(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def phase(name: str) -> contextlib.AbstractContextManager | None:
-    """A mark in the trace; None where nobody profiles."""
+    """A mark in the trace; None if no profiler is running."""
     return torch.profiler.record_function(f"mgd: {name}") if torch.autograd._profiler_enabled() else None

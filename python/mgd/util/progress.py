@@ -1,4 +1,4 @@
-"""Progress bars, by rich: of the two sweeps, and of what repeats trainings."""
+"""Progress bars, drawn by rich: for the two sweeps, and for loops over whole trainings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A bar a phase, shown when `enabled`; `tick(phase, steps)` advances it. The first tick makes the bar: what it
-    brings along was done by an earlier process."""
+    """One bar per phase, shown if `enabled`. `tick(phase, steps)` advances it.
+
+    The first tick of a phase creates its bar. In a resumed run it also reports the steps that an earlier process did.
+    """
 
     def __init__(self, steps: int, enabled: bool):
         self.steps, self.enabled = steps, enabled
@@ -39,7 +41,7 @@ class Progress:
 
 @contextlib.contextmanager
 def tracked(words: str, total: int, done: int = 0, enabled: bool = True) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` things of which `done` are done; yields `tick(note)`, called after each."""
+    """A bar for `total` items, `done` of them finished already. Yields `tick(note)`, to be called after each item."""
     if not enabled:
         yield _nothing
         return

@@ -1,4 +1,4 @@
-"""What the system says of itself: files of `/proc` and of the control group; and what it is asked to do with memory."""
+"""Memory as the system reports it (`/proc` and the control group), and how malloc is told to treat it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: free in the system, and within its control group's limit."""
-    rooms = []
+    """Bytes that this process may still allocate: free in the system, and within its control group's limit."""
+    sizes = []
     meminfo = fields(Path("/proc/meminfo"))
     if "MemAvailable" in meminfo:
-        rooms.append(int(meminfo["MemAvailable"].split()[0]) * 1024)
+        sizes.append(int(meminfo["MemAvailable"].split()[0]) * 1024)
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        rooms.append(max(0, limit - used))
-    if not rooms:
+        sizes.append(max(0, limit - used))
+    if not sizes:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(rooms) + _kept_memory()
+    return min(sizes) + _unused_heap()
 
 
 def resident_memory() -> int | None:
-    """Bytes of this process that lie in memory."""
+    """Bytes of physical memory that this process occupies; None without `/proc`."""
     try:
-        with open("/proc/self/statm", "rb") as file:  # at every step of a joint graph: quicker than a Path
+        with open("/proc/self/statm", "rb") as file:  # called at every step of a joint graph; faster than a Path
             pages = file.read().split()[1]
     except OSError:
         return None
@@ -34,7 +34,7 @@ def resident_memory() -> int | None:
 
 
 class _Mallinfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns; `fordblks` is what malloc holds and nobody uses."""
+    """The result of glibc's mallinfo2. `fordblks`: bytes that malloc holds and that are not in use."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -42,8 +42,8 @@ class _Mallinfo(ctypes.Structure):
     ]
 
 
-def _kept_memory() -> int:
-    """Bytes that malloc has from the system and that nobody uses, where `keep_freed_memory` has made it hold them."""
+def _unused_heap() -> int:
+    """Bytes that malloc holds and that are not in use, if `keep_freed_memory` has made it hold on to them."""
     if keep_freed_memory.cache_info().currsize == 0 or not keep_freed_memory():
         return 0
     try:
@@ -55,17 +55,17 @@ def _kept_memory() -> int:
 
 
 def fields(path: Path) -> dict[str, str]:
-    """The first value of every `name: value` line; empty where there is no such file."""
-    found: dict[str, str] = {}
+    """The first value of every `name: value` line; empty if there is no such file."""
+    values: dict[str, str] = {}
     try:
         text = path.read_text()
     except OSError:
-        return found
+        return values
     for line in text.splitlines():
         name, colon, value = line.partition(":")
         if colon:
-            found.setdefault(name.strip(), value.strip())
-    return found
+            values.setdefault(name.strip(), value.strip())
+    return values
 
 
 def _number(path: Path) -> int | None:
@@ -75,22 +75,22 @@ def _number(path: Path) -> int | None:
         return None
 
 
-KEPT = 2**31 - 1  # bytes, the largest number that mallopt takes
+_TRIM_THRESHOLD = 2**31 - 1  # bytes, the largest number that mallopt takes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc raises its own so far, as larger blocks are freed
+_MMAP_THRESHOLD = 32 << 20  # bytes; the most to which glibc itself raises its threshold as larger blocks are freed
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let glibc keep the memory that this process frees, up to 2 GiB, for what it allocates next. Whether it does.
+    """Let glibc keep up to 2 GiB of the memory that this process frees, for its next allocations.
 
-    A step frees what the next one allocates. Where glibc hands it back to the system in between, every page is
-    faulted in and cleared again, which took a fifth of a convnet's training step. Whoever sets malloc's environment
-    variables has decided otherwise. Other C libraries are left alone.
+    A step frees what the next one allocates. If glibc returns that memory to the system in between, every page is
+    faulted in and cleared again, which took a fifth of a convnet's training step. Environment variables that
+    configure malloc take precedence, and other C libraries are left alone. Returns whether glibc keeps the memory.
     """
     if platform.libc_ver()[0] != "glibc" or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, KEPT))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))

@@ -237,7 +237,7 @@ def test_a_directory_of_other_scores_is_refused(case, tmp_path):
         mgd.attribute(changed, z, K, objectives, chunk=2, out=tmp_path)
 
 
-def test_damaged_rows_are_told(case, tmp_path):
+def test_damaged_rows_are_an_error(case, tmp_path):
     f, z, objectives = case
     mgd.attribute(f, z, K, objectives, chunk=2, out=tmp_path)
     with open(tmp_path / "scores.npy", "r+b") as file:
@@ -247,7 +247,7 @@ def test_damaged_rows_are_told(case, tmp_path):
         mgd.attribute(f, z, K, objectives, chunk=2, out=tmp_path)
 
 
-def test_what_is_no_attribution_is_told(tmp_path):
+def test_a_directory_without_an_attribution_is_refused(tmp_path):
     with pytest.raises(BadData, match=r"index\.json"):
         mgd.Attribution.load(tmp_path)
     (tmp_path / "index.json").write_text('{"format": 99}')
@@ -276,14 +276,14 @@ print(rise(lambda: run(k, sys.argv[4] + "/scores")))
 
 
 def test_the_scores_never_lie_in_memory_as_a_whole(tmp_path):
-    """A million examples, 60 queries: 240 MB of scores on disk, in chunks of 2 (8 MB of them)."""
-    n, k = 1_000_000, 60
+    """A million examples, 40 queries: 160 MB of scores on disk, in chunks of 2 (8 MB of them)."""
+    n, k = 1_000_000, 40
     command = [sys.executable, "-c", PROBE, str(n), str(k), "2", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     found = mgd.Attribution.load(tmp_path / "scores")
     assert found.scores.nbytes == 4 * n * k and len(found.unvisited) >= n - 20
     assert (found.scores[:, found.visits > 0] != 0).any()
-    # A chunk's scores and their check (28 MB), the weights' indices and digests; measured: 40 MB. All would be 240.
+    # A chunk's scores and their check (28 MB), the weights' indices and digests; measured: 40 MB. All would be 160.
     assert int(done.stdout) < 80e6
 
 
@@ -361,7 +361,7 @@ def test_indices_that_no_weight_stands_for_are_told(case):
     f, z, objectives = case
     with pytest.raises(BadBatch, match=r"in 0\.\.5.*batch 1 has 0\.\.8"):
         mgd.attribute(f, {**z, "data_weights": torch.ones(6, dtype=torch.float64)}, K, objectives)
-    with pytest.raises(BadMetaparameter, match="one weight an example"):
+    with pytest.raises(BadMetaparameter, match="one weight per example"):
         mgd.attribute(f, {**z, "data_weights": torch.ones(N, 2, dtype=torch.float64)}, K, objectives)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import TOLERANCE, cross_entropy, errors, mlp, supervised
-from test_bit_identity import cases, same
+from same_bits import cases, same
 
 import mgd
 from mgd.errors import ReplayDivergence

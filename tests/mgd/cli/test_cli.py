@@ -70,7 +70,7 @@ def test_a_failed_check_is_a_failure_of_the_command(capsys, tmp_path, monkeypatc
 
     monkeypatch.setattr(recipe, "run", run_nothing)
     monkeypatch.setattr(CheckResult, "passed", False)
-    monkeypatch.setattr("mgd.ui.console.Session.finish", lambda *args: None)
+    monkeypatch.setattr("mgd.cli.main.Session.finish", lambda *args: None)
     monkeypatch.setattr("mgd.recipes.demo.report.page", lambda found: None)
     run(capsys, "demo", code=1)
 
@@ -157,6 +157,7 @@ def test_plan_counts_the_sizes_of_the_optimizer(capsys, tmp_path):
 def test_plan_draws_its_schedule(capsys, tmp_path):
     run(capsys, "plan", "--steps", 30, "--parameters", "1k", "--budget", "host=60kB", "--out", tmp_path / "p")
     assert (tmp_path / "p" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "30 training steps" in (tmp_path / "p" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 from cases import adamw, convnet, held_out, initial, mlp, supervised
+from counting import counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep.test_evaluation_counts import case as counted
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -56,7 +56,7 @@ def reference(*what) -> mgd.Metagradient:
     return f.metagradient(z)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2, deadline=None)
 @given(data=st.data())
 def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_factory, data):
     model, optimizer = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(OPTIMIZERS)))
@@ -122,7 +122,7 @@ def test_the_refusal_speaks_of_the_users_budget(tmp_path):
     assert not (tmp_path / "x").exists(), "nothing was begun"
 
 
-def test_a_resumable_run_that_cannot_work_is_refused_and_can_be_had_with_more(tmp_path):
+def test_a_resumable_run_that_does_not_fit_is_refused_and_works_with_more(tmp_path):
     f, z = function("dropout", "adamw", 6, 1, budget=mgd.Budget(disk=(tmp_path, 1000)))
     with pytest.raises(BudgetTooSmall) as refused:
         f.metagradient(z, resume=tmp_path / "run")
@@ -193,7 +193,7 @@ def saved(result, parameters: int) -> int:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_full_log_on_disk_replays_nothing(tmp_path, resume):
-    """The model runs exactly T times forward and backward, and once a step for the second derivatives."""
+    """The model runs exactly T times forward and backward, and once per step for the second derivatives."""
     made, counter = counted()
     made = made.but({"init": initial(made.model)})
     f = made.function(schedule="log", budget=mgd.Budget(disk=(tmp_path / "log", "10MB")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import time
+import sys
 from collections import Counter
 
 import pytest
@@ -135,7 +135,7 @@ def test_every_schedule_and_budget_of_one_tier(schedule):
 def test_several_tiers(schedule, sizes):
     parts = (0, 5, 13, 40, 101, 400)
     for T in (1, 2, 3, 5, 9, 17, 30, 63, 120):
-        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 9, None, 9):
+        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 17, None, 17):
             budget = Budget(rooms[0], rooms[1], ("scratch", rooms[2]))
             made = try_plan(T, sizes, budget, schedule=schedule)
             if made is not None:
@@ -155,7 +155,7 @@ def test_several_tiers(schedule, sizes):
 )
 @example(9, 5, 2, 2, (None, None, None), "auto", 1.0, (1.0, 1.0, 1.0, 1.0, 4.0, 1.0), {"host"})
 @example(2, 1, 1, 2, (None, None, None), "auto", 0.0, (1.0,) * 6, {"host"})  # ends early, transfers overlap
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples, deadline=None)
 def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedule, update, rates, overlap):
     sizes = Sizes(snapshot, gradient)
     stop_at = max(0, T - back)
@@ -190,7 +190,7 @@ def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedul
 def best_of_family(T: int, room: int, costs: Costs) -> float:
     """The least predicted time of every segment length and number of snapshots: what `auto` searches for."""
     from mgd.plan.layout import Layout
-    from mgd.plan.revolve import Revolve
+    from mgd.plan.reversal import Revolve
 
     least = math.inf
     for length in range(1, T + 2):
@@ -281,7 +281,7 @@ def test_revolve_runs_the_binomial_number_of_steps():
     assert plan(999, SIZES, Budget(host=12 * 44), schedule="revolve").model_steps == 1954 + 999
 
 
-def test_full_log_runs_the_model_once_a_step():
+def test_a_full_log_runs_the_model_once_per_step():
     for T in (1, 2, 50, 1000):
         made = plan(T, SIZES, Budget(host=4 * T + 12), schedule="log")
         assert validate(made).model_steps == T
@@ -297,14 +297,33 @@ def test_more_memory_is_never_slower():
     assert seconds[-1] < 0.2 * seconds[0]
 
 
+def lines_run(work) -> int:
+    """How many lines of Python a call runs; one line counts again in every turn of its loop."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 @pytest.mark.parametrize("room", ["12", "120", "4kB", "100kB", "11MB", "", "tiers"])
-def test_a_million_steps_are_planned_at_once(room):
+def test_a_million_steps_are_planned_without_counting_them(room):
     budget = Budget("100kB", "1MB", ("x", "2MB")) if room == "tiers" else Budget(host=room) if room else Budget()
-    begin = time.process_time()
+    run = [
+        lines_run(lambda T=T: list(itertools.islice(plan(T, SIZES, budget).actions(), 1000))) for T in (10**3, 10**4)
+    ]
+    assert run[1] < 4 * run[0], "a search that counts step by step takes ten times as long"  # at most 2.6 measured
     made = plan(10**6, SIZES, budget)
-    head = list(itertools.islice(made.actions(), 1000))
-    assert time.process_time() - begin < 5.0  # about 0.5 alone; a search that counts step by step takes minutes
-    assert made.explain() and len(head) >= 369
+    assert made.explain() and len(list(itertools.islice(made.actions(), 1000))) >= 369
 
 
 def test_explain_says_what_will_happen():
@@ -349,30 +368,6 @@ def test_default_budget_is_host_memory():
     assert plan(10, SIZES).limits.keys() == {"host"}
     assert plan(10, SIZES, default_host_bytes=60).limits == {"host": 60}
     assert plan(10, SIZES).model_steps == 10
-
-
-def test_trace_and_picture(tmp_path):
-    """The picture's data are the plan's: its strokes add up to the predicted computation, its bytes peak where said."""
-    from mgd.cli.plan_plot import draw, trace
-
-    made = plan(40, SIZES, Budget(host=100, disk=("runs", 60)))
-    strokes, history = trace(made)
-    computed = sum(end - begin for _, begin, end, _, _ in strokes)
-    costs = made.costs
-    assert computed == pytest.approx(made.model_steps * costs.step + made.update_steps * costs.update + 40 * costs.hvp)
-    assert {tier: max(held[tier] for _, held in history) for tier in made.limits} == made.peak
-    assert set(history[-1][1].values()) == {0}
-    draw(made, tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_comparison_table():
-    from mgd.cli.plan_table import compare
-
-    lines = compare(1000, 300).splitlines()
-    assert lines[0] == "1,000 steps, room for 300 gradients (100 snapshots)"
-    revolve = next(line for line in lines if line.startswith("revolve")).split()
-    assert revolve[1:5] == ["100", "0", "1,900", "2,900"]  # t(1001, 100) = 2 * 1001 - C(102, 101), and 1000
 
 
 @pytest.mark.parametrize(("T", "room"), [(250, 60), (250, 200), (999, 300), (999, 1000), (5000, 3000)])

@@ -9,21 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgd.plan.revolve import (
-    KAry,
-    Revolve,
-    Slots,
-    Tally,
-    advances,
-    advances_from,
-    kary,
-    repetitions,
-    reversal,
-    saves,
-    split,
-    stack_height,
-    tally,
-)
+from mgd.plan.reversal import KAry, Revolve, kary, reversal, stack_height
+from mgd.plan.revolve import advances, advances_from, repetitions, saves, split
+from mgd.plan.tally import Slots, Tally, tally
 
 
 @lru_cache(None)

@@ -183,7 +183,7 @@ def test_state_dict_goes_over():
     assert torch.equal(a.rate(POOL), b.rate(POOL))
 
 
-def test_what_it_cost_is_told():
+def test_seconds_are_reported_by_part():
     rater = make().fit(5)
     assert {"first window", "training", "hvp", "scoring", "held-out loss"} <= set(rater.seconds)
     assert sum(rater.seconds.values()) <= sum(step.seconds for step in rater.history)
@@ -193,7 +193,7 @@ def test_what_it_cost_is_told():
 # --- what goes wrong ---------------------------------------------------------------------------------------------
 
 
-def test_a_member_that_diverges_is_made_anew_and_it_is_said():
+def test_a_member_that_diverges_is_reset_and_reported():
     armed = []
 
     def diverging(model, examples):

@@ -25,7 +25,8 @@ from mgd.recipes.attribute.task import example_losses
 from mgd.recipes.attribute.texts import gpt_task, lora_task
 from mgd.recipes.data import text
 from mgd.recipes.models import encoder
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 
 SMALL = Training(examples=60, batch=20, epochs=2, rate=2e-3, eps_root=1e-3)
 INSTALLED = {"TRAK": "trak", "EK-FAC": "kronfluence"}
@@ -198,7 +199,7 @@ def test_the_page_and_its_pictures(found, tmp_path):
         if path.suffix == ".png":
             assert float(matplotlib.imread(path)[..., :3].std()) > 0.05
     html = (tmp_path / "index.html").read_text()
-    assert "Which training images decided?" in html and "metagradient" in html and "trainings a query" in html
+    assert "Which training images decided?" in html and "metagradient" in html and "trainings per query" in html
     out = io.StringIO()
     show(page, Console(file=out, width=120))
     assert "Linear datamodeling score" in out.getvalue() and page.verdict in out.getvalue()

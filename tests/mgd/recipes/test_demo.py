@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 from mgd.errors import BadArgument
 from mgd.recipes import data
 from mgd.recipes.demo import recipe, report
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 
 STEPS = 60
 

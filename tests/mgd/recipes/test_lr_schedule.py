@@ -21,7 +21,8 @@ from mgd.recipes.lr_schedule import recipe, report, search
 from mgd.recipes.lr_schedule.descent import descend_on_schedule
 from mgd.recipes.lr_schedule.search import Objective, Record, Shape
 from mgd.recipes.small_images import Task
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 from mgd_kernels import SGD
 
 T = 40
@@ -249,7 +250,7 @@ def test_terminal_and_page(found, tmp_path):
     "bad, says",
     [
         ({"steps": 0}, "steps >= 1"),
-        ({"knots": 99}, "at most one knot a step, 24"),
+        ({"knots": 99}, "at most one knot per step, 24"),
         ({"start": 0.0}, "a start between"),
         ({"outer": 0.0}, "outer > 0"),
         ({"budget": 30}, "multiple of 20"),

@@ -15,7 +15,7 @@ from mgd.errors import BadArgument, BadData, NonFiniteState
 from mgd.recipes import data
 from mgd.recipes.poison import attack, cancelling, checks, recipe, report
 from mgd.recipes.poison.training import NETWORKS, Training, check_data, schedule, wrong_probability
-from mgd.ui.console import write
+from mgd.ui.page import write
 from pages import run_page
 
 

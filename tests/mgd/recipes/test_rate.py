@@ -16,7 +16,7 @@ from mgd.recipes.rate import data, models, recipe, report
 from mgd.recipes.rate.data import CORRUPTIONS, NOISE, Pool, available, corrupted, passages
 from mgd.recipes.rate.models import Curve
 from mgd.recipes.rate.selection import EVERYTHING, RATER, share_needed
-from mgd.ui.console import write
+from mgd.ui.page import write
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_which_texts_are_taken(monkeypatch):
         ({"domains": ("pydoc", "pydoc")}, errors.BadArgument, "at least two domains"),
         ({"domains": (NOISE, "pydoc")}, errors.BadArgument, "target.*to be a text"),
         ({"domains": ("pydoc", "klingon")}, errors.BadData, "klingon"),
-        ({"each": 0}, errors.BadArgument, "the pool would be empty"),
+        ({"each": 0}, errors.BadArgument, "at least one passage per domain; got 0"),
     ],
 )
 def test_bad_settings(changes, error, words):

@@ -18,7 +18,8 @@ from mgd.recipes.small_images import Task
 from mgd.recipes.smoothness import recipe, report
 from mgd.recipes.smoothness.recipe import BASE, CHOICES, Choice, Settings
 from mgd.recipes.smoothness.trust import Trust, trust
-from mgd.ui.console import show, write
+from mgd.ui.console import show
+from mgd.ui.page import write
 from mgd_kernels import SGD
 
 QUICK = Settings().quick()

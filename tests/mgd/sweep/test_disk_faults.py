@@ -8,8 +8,8 @@ import shutil
 import time
 
 import pytest
-from test_checkpoint import CHECKPOINT_EVERY, T, interrupt, often, same, training  # noqa: F401
-from test_nothing_changed import Watched
+from interruptions import CHECKPOINT_EVERY, T, same, training
+from watched import Watched
 
 from mgd import Budget
 from mgd.errors import BudgetTooSmall, CorruptState, KernelError, StaleRun, StoreIOError, UnknownFormat
@@ -104,7 +104,7 @@ def test_a_scratch_disk_that_fails(tmp_path, fault, kind, reverse, schedule, num
 
 
 @pytest.mark.parametrize("kind, reverse, schedule, number", FAULTS)
-def test_a_resumable_run_continues_when_the_fault_is_gone(tmp_path, fault, often, kind, reverse, schedule, number):  # noqa: F811
+def test_a_resumable_run_continues_when_the_fault_is_gone(tmp_path, fault, often, kind, reverse, schedule, number):
     f, z = training(schedule=schedule, trace=False)
     reference, watched = f.metagradient(z), Watched(Case(f, z))
     disk = "1MB"
@@ -138,7 +138,7 @@ def test_faults_that_are_recovered(tmp_path, fault, kind, reverse):
     assert same(f.metagradient(z), reference)
 
 
-def test_an_interruption_is_heard_of_although_the_disk_failed_as_well(tmp_path, fault, interrupt):  # noqa: F811
+def test_an_interruption_is_heard_of_although_the_disk_failed_as_well(tmp_path, fault, interrupt):
     """Closing the store tells of the failed write, and must not hide what ended the run."""
     f, z = training(trace=False)
     _core.store_inject("write_error", 12, ALWAYS)
@@ -151,14 +151,14 @@ def test_an_interruption_is_heard_of_although_the_disk_failed_as_well(tmp_path, 
 # --- directories
 
 
-def begun(directory, interrupt, n: int):  # noqa: F811
+def begun(directory, interrupt, n: int):
     f, z = training(trace=False)
     interrupt(lambda: f.metagradient(z, resume=directory), n)
     return f, z
 
 
 @pytest.mark.parametrize("n", [T - 2, T + 9])
-def test_any_file_cut_short_or_gone(tmp_path, often, interrupt, n):  # noqa: F811
+def test_any_file_cut_short_or_gone(tmp_path, often, interrupt, n):
     """A clear error or the right number, for every kind of file: at a random length, empty, and removed."""
     f, z = begun(tmp_path / "run", interrupt, n)
     reference, rng = f.metagradient(z), random.Random(n)
@@ -192,7 +192,7 @@ def test_any_file_cut_short_or_gone(tmp_path, often, interrupt, n):  # noqa: F81
     assert min(outcomes.values()) > 5, outcomes
 
 
-def test_directories_of_other_versions(tmp_path, often, interrupt, monkeypatch):  # noqa: F811
+def test_directories_of_other_versions(tmp_path, often, interrupt, monkeypatch):
     f, z = begun(tmp_path / "run", interrupt, T + 3)
     marker = tmp_path / "run" / "MGD_STORE"
     text = marker.read_text()
@@ -211,7 +211,7 @@ def test_directories_of_other_versions(tmp_path, often, interrupt, monkeypatch):
     "what, resume",
     [(what, resume) for what in ("file", "below a file", "read-only") for resume in (False, True)] + [("theirs", True)],
 )
-def test_places_that_cannot_be_used(tmp_path, interrupt, what, resume):  # noqa: F811
+def test_places_that_cannot_be_used(tmp_path, interrupt, what, resume):
     """An error before the first step."""
     f, z = training(trace=False)
     path, text = tmp_path / "place", "directory"
@@ -256,7 +256,7 @@ def test_a_failed_backward_leaves_nothing(tmp_path, fault):
 
 
 @pytest.mark.parametrize("n", [T - 2, T + 2 * CHECKPOINT_EVERY + 1])
-def test_the_progress_bar_begins_where_the_run_continues(tmp_path, often, interrupt, monkeypatch, n):  # noqa: F811
+def test_the_progress_bar_begins_where_the_run_continues(tmp_path, often, interrupt, monkeypatch, n):
     f, z = begun(tmp_path, interrupt, n)
     ticks: list[tuple[str, int]] = []
     monkeypatch.setattr(Progress, "tick", lambda self, phase, steps=1: ticks.append((phase, steps)))

@@ -3,39 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_exact, cross_entropy, initial, mlp, supervised
-
-STEPS = 9
-
-
-class Counter:
-    """The loss, counting its calls by step."""
-
-    def __init__(self, loss=cross_entropy):
-        self.loss, self.calls = loss, []
-
-    def __call__(self, model, batch, z):
-        self.calls.append(int(batch[3]))
-        return self.loss(model, batch, z)
-
-
-def case(loss=cross_entropy, z=None, **options):
-    made = supervised(mlp(), (5,), STEPS, **{"trace": False} | options)
-    counter = Counter(loss)
-    batches = [(*batch, torch.full((6,), t)) for t, batch in enumerate(made.batches)]
-    counter_loss = lambda model, batch, z: counter((model), (*batch[:3], batch[3][0]), z)
-    return made.but(z, loss=counter_loss, batches=batches), counter
+from cases import assert_exact, initial
+from counting import STEPS, counted
 
 
 def test_a_full_log_evaluates_the_model_once_a_step():
-    made, counter = case()
+    made, counter = counted()
     report = made.but({"init": initial(made.model)}).metagradient(schedule="log").report
     assert report.counts["model steps"] == STEPS and report.counts["hvps"] == STEPS
     assert counter.calls == [*range(STEPS), *reversed(range(STEPS))]
 
 
 def test_hyperparameters_alone_need_no_second_derivative_at_step_0():
-    made, counter = case()
+    made, counter = counted()
     report = made.metagradient(schedule="log").report
     assert report.counts["hvps"] == STEPS - 1
     assert counter.calls == [*range(STEPS), *reversed(range(1, STEPS))]
@@ -43,13 +23,13 @@ def test_hyperparameters_alone_need_no_second_derivative_at_step_0():
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_microbatches_are_evaluated_once_each(count):
-    made, counter = case(microbatches=count)
+    made, counter = counted(microbatches=count)
     made.metagradient(schedule="log")
     assert len(counter.calls) == count * (STEPS + STEPS - 1)
 
 
 def test_a_training_without_gradient():
-    made, counter = case()
+    made, counter = counted()
     made.function().train(made.z)
     assert counter.calls == list(range(STEPS))
 
@@ -68,7 +48,7 @@ def late(start):
 
 @pytest.mark.parametrize("start", [1, 4, STEPS - 1])
 def test_the_sweep_ends_where_the_first_metaparameter_enters(start):
-    made, counter = case(late(start))
+    made, counter = counted(late(start))
     made.z = {"temperature": torch.tensor(1.2, dtype=torch.float64)}
     report = made.metagradient(schedule="log").report
     assert report.counts["hvps"] == STEPS - start
@@ -78,7 +58,7 @@ def test_the_sweep_ends_where_the_first_metaparameter_enters(start):
 
 def test_a_late_metaparameter_beside_a_schedule():
     """The learning rates need the whole sweep, but no second derivative at step 0, which reads nothing else."""
-    made, counter = case(late(4))
+    made, counter = counted(late(4))
     made = made.but({"temperature": torch.tensor(1.2, dtype=torch.float64)})
     assert made.metagradient(schedule="log").report.counts["hvps"] == STEPS - 1
     assert counter.calls == [*range(STEPS), *reversed(range(1, STEPS))]
@@ -91,7 +71,7 @@ def test_a_second_key_that_enters_earlier():
         shift = z["shift"] if batch[3] >= 3 else 0.0
         return F.cross_entropy(scale * model(batch[0]) + shift, batch[1])
 
-    made, _ = case(loss)
+    made, _ = counted(loss)
     made.z = {
         "temperature": torch.tensor(1.2, dtype=torch.float64),
         "shift": torch.tensor([0.1, -0.2, 0.0], dtype=torch.float64),

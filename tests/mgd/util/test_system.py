@@ -1,4 +1,4 @@
-"""What malloc does with freed memory once a metagradient was asked for, in processes of their own."""
+"""What malloc does with freed memory once a metagradient has been computed, in processes of their own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_freed_memory_is_kept_and_counted_as_free():
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_whoever_has_set_malloc_decides(name):
+def test_malloc_settings_of_the_environment_win(name):
     value = "131072" if name.startswith("MALLOC") else "glibc.malloc.trim_threshold=131072"
     kept, grown, _ = run(**{name: value})
     assert not kept and grown < 40 << 20

@@ -14,6 +14,7 @@ from mgd.recipes.attribute.images import images_task
 from mgd.recipes.attribute.recipe import Evaluation, run
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.attribute.texts import gpt_task, lora_task
+from mgd.recipes.options import train_and_test
 from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 
@@ -37,9 +38,7 @@ QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
 
 
 def images(data: Path | None, seed: int, quick: bool) -> Tasks:
-    from mgd.recipes.data import load
-
-    train, test, evaluation = load(data), load(data, train=False), Evaluation()
+    (train, test), evaluation = train_and_test(data), Evaluation()
     if quick:
         return images_task(train, test, QUICK, 6, seed), None, evaluation.quick()
     rough = images_task(train, test, ROUGH, 16, seed, rough=True)
@@ -78,5 +77,5 @@ def command(
 
     session = Session("recipe attribute", out, json, threads)
     task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
-    found = run(task, rough, evaluation, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(task, rough, evaluation, session.reporter)
+    session.finish(report.page(result), result.to_dict())

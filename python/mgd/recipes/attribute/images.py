@@ -10,6 +10,7 @@ from mgd.errors import BadArgument
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.data import Images
 from mgd.recipes.models.resnet import resnet9
+from mgd.recipes.trainings import seeded
 
 TEST = 2000
 SMOOTH = {"norm": "group", "pool": "average", "activation": nn.SiLU, "scale": 0.5}
@@ -27,8 +28,7 @@ def images_task(train: Images, test: Images, training: Training, queries: int, s
     train = train[torch.randperm(len(train), generator=generator)[: training.examples]]
     order = torch.randperm(len(test), generator=generator)
     query, rest = test[order[:queries]], test[order[queries : queries + TEST]]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         options = ROUGH if rough else SMOOTH
         channels = train.images.shape[1]
         model = resnet9(width=8, classes=len(train.classes), channels=channels, **options)  # type: ignore[arg-type]

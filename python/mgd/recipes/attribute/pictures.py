@@ -10,22 +10,22 @@ from torch import Tensor
 
 from mgd.recipes.attribute.recipe import OURS, Judged
 from mgd.recipes.attribute.task import Task
-from mgd.ui import page as plots
+from mgd.ui import charts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {OURS: plots.GOOD, "EK-FAC": plots.BAD, "TRAK": "#c08a2e", "gradient products": plots.SOFT}
+COLOURS = {OURS: charts.GOOD, "EK-FAC": charts.BAD, "TRAK": "#c08a2e", "gradient products": charts.SOFT}
 ROUGH = "metagradient, rough training"
 MOST_POINTS = 2000
 
 
 def scores_by_fraction(smooth: Judged, rough: Judged | None) -> Figure:
     """The linear datamodeling score of every method against the share of examples dropped, with its 95% interval."""
-    fig, axis = plots.figure(7.5, 4.2)
-    curves = {method: (by, COLOURS.get(method, plots.INK), "-") for method, by in smooth.scores.items()}
+    fig, axis = charts.figure(7.5, 4.2)
+    curves = {method: (by, COLOURS.get(method, charts.INK), "-") for method, by in smooth.scores.items()}
     if rough is not None:
-        curves[ROUGH] = (rough.scores[OURS], plots.GOOD, ":")
+        curves[ROUGH] = (rough.scores[OURS], charts.GOOD, ":")
     for i, (name, (by, colour, style)) in enumerate(curves.items()):
         places = [j + 0.06 * (i - (len(curves) - 1) / 2) for j in range(len(by))]
         means = [score.mean for score in by.values()]
@@ -34,10 +34,10 @@ def scores_by_fraction(smooth: Judged, rough: Judged | None) -> Figure:
         axis.errorbar(places, means, yerr=bars, color=colour, linestyle=style, marker="o", ms=4, capsize=3, label=name)
     fractions = list(smooth.true)
     axis.set_xticks(range(len(fractions)), [f"{p:.0%}" for p in fractions])
-    axis.axhline(0, color=plots.INK, linewidth=0.8)
-    axis.axhline(1, color=plots.SOFT, linewidth=0.8, linestyle=":")
-    axis.set(xlabel="training examples dropped", ylabel="linear datamodeling score")
-    axis.set_title("Do the scores predict what leaving examples out does?", loc="left", fontweight="bold", fontsize=11)
+    axis.axhline(0, color=charts.INK, linewidth=0.8)
+    axis.axhline(1, color=charts.SOFT, linewidth=0.8, linestyle=":")
+    title = "Do the scores predict what leaving examples out does?"
+    charts.label(axis, title, "training examples dropped", "linear datamodeling score")
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
@@ -46,7 +46,7 @@ def prediction_against_truth(judged: Judged, methods: list[str]) -> Figure:
     """Each point is a query and a subset: the predicted change of its loss, and the true one, at the smallest and the
     largest fraction. Methods without a scale of their own are scaled to fit best."""
     fractions = [min(judged.true), max(judged.true)]
-    fig, axes = plots.figure(4.2 * len(methods), 7.6, rows=2, columns=len(methods), squeeze=False)
+    fig, axes = charts.figure(4.2 * len(methods), 7.6, rows=2, columns=len(methods), squeeze=False)
     for row, fraction in zip(axes, fractions, strict=True):
         true = judged.true[fraction].reshape(-1)
         for axis, method in zip(row, methods, strict=True):
@@ -59,7 +59,7 @@ def prediction_against_truth(judged: Judged, methods: list[str]) -> Figure:
                 guess[points].tolist(), true[points].tolist(), s=7, alpha=0.5, linewidths=0, color=COLOURS[method]
             )
             edge = 1.05 * float(torch.cat([guess, true]).abs().max())
-            axis.plot([-edge, edge], [-edge, edge], color=plots.INK, linewidth=0.8, linestyle=":")
+            axis.plot([-edge, edge], [-edge, edge], color=charts.INK, linewidth=0.8, linestyle=":")
             axis.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
             axis.locator_params(nbins=5)
             score = judged.scores[method][fraction].mean
@@ -69,13 +69,13 @@ def prediction_against_truth(judged: Judged, methods: list[str]) -> Figure:
 
 
 def examples(task: Task, rows: list[tuple[int, Tensor, Tensor, Tensor]], count: int) -> Figure:
-    """A query a line: its picture, the most helpful training images, and the most harmful ones.
+    """One query per line: its picture, the most helpful training images, and the most harmful ones.
 
     rows: the query, its row of scores, and the two lists of training examples.
     """
     assert task.pictures is not None and task.query_pictures is not None
     columns = 2 * count + 2
-    fig, axes = plots.figure(0.95 * columns, 1.25 * len(rows) + 0.5, len(rows), columns, squeeze=False)
+    fig, axes = charts.figure(0.95 * columns, 1.25 * len(rows) + 0.5, len(rows), columns, squeeze=False)
     fig.suptitle(
         "A test image, the most helpful training images (green), the most harmful ones (red)",
         x=0.01,
@@ -86,19 +86,15 @@ def examples(task: Task, rows: list[tuple[int, Tensor, Tensor, Tensor]], count: 
     for line, (query, _, helpful, harmful) in zip(axes, rows, strict=True):
         for axis in line:
             axis.axis("off")
-        _show(line[0], task.query_pictures[query], task.query_labels[query], plots.INK)
-        for shown, first, colour in ((helpful, 1, plots.GOOD), (harmful, count + 2, plots.BAD)):
+        _show(line[0], task.query_pictures[query], task.query_labels[query], charts.INK)
+        for shown, first, colour in ((helpful, 1, charts.GOOD), (harmful, count + 2, charts.BAD)):
             for j, i in enumerate(shown[:count].tolist()):
                 _show(line[first + j], task.pictures[i], task.labels[i], colour)
     return fig
 
 
 def _show(axis, image: Tensor, title: str, colour: str) -> None:
-    pixels = image.permute(1, 2, 0).numpy()
-    if image.shape[0] == 1:
-        axis.imshow(pixels[..., 0], cmap="gray_r", vmin=0, vmax=255)
-    else:
-        axis.imshow(pixels)
+    charts.picture(axis, image, white=255)
     axis.set_title(title, fontsize=7.5, color=colour, pad=2)
 
 

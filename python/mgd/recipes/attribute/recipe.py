@@ -25,7 +25,7 @@ SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How scores are judged. fractions: of the training examples that are dropped. subsets: retrainings a fraction.
+    """How scores are judged. fractions: of the training examples that are dropped. subsets: retrainings per fraction.
     rough_subsets: the same for the roughly trained network; 0 leaves it out. baselines: names of those to compare."""
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
@@ -63,7 +63,7 @@ class Judged:
 
     @property
     def trainings_per_query(self) -> float:
-        """Seconds of the attribution a query, in units of a plain training."""
+        """Seconds of the attribution per query, in units of a plain training."""
         return self.attribution_seconds / self.task.queries / self.plain_seconds
 
     def to_dict(self) -> dict[str, Any]:

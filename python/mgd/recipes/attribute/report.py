@@ -6,8 +6,7 @@ import torch
 
 from mgd.recipes.attribute import pictures
 from mgd.recipes.attribute.recipe import OURS, Found, Judged
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui.page import Page, Section, Table
 
 GALLERY, EACH = 8, 6  # queries shown, and training examples of each kind for one of them
 WORK = {
@@ -75,9 +74,9 @@ def roughness(found: Found) -> Table:
 
 
 def cost(judged: Judged) -> Table:
-    """Where the attribution's seconds went, and what that is in plain trainings a query."""
+    """Where the attribution's seconds went, and what that is in plain trainings per query."""
     k, plain, report = judged.task.queries, judged.plain_seconds, judged.attribution.report
-    rows = [["work", "seconds", "share", "trainings a query"]]
+    rows = [["work", "seconds", "share", "trainings per query"]]
 
     def row(name: str, seconds: float) -> None:
         rows.append([name, f"{seconds:.2f}", f"{seconds / total:.0%}", f"{seconds / plain / k:.2f}"])
@@ -92,12 +91,12 @@ def cost(judged: Judged) -> Table:
     return rows
 
 
-def sections(found: Found) -> list[plots.Section]:
+def sections(found: Found) -> list[Section]:
     smooth, count = found.smooth, len(next(iter(found.smooth.true.values())))
     methods = [m for m in (OURS, "EK-FAC", "TRAK") if m in smooth.scores]
     parts = [
         *_examples(smooth),
-        plots.Section(
+        Section(
             "Do the scores predict what leaving examples out does?",
             f"For every share, {count} random subsets of the training examples got weight 0, and the training was "
             "repeated. For each test example the predicted changes of its loss are ranked against the true ones "
@@ -107,7 +106,7 @@ def sections(found: Found) -> list[plots.Section]:
             "scores",
             lds(found),
         ),
-        plots.Section(
+        Section(
             "Predicted and true changes",
             "Each point is one test example and one subset. The metagradient predicts the change itself; the other "
             "methods' predictions have no scale, and are scaled to fit best.",
@@ -122,11 +121,11 @@ def sections(found: Found) -> list[plots.Section]:
             "predicted by its derivative; the empirical metasmoothness says so beforehand, for three trainings."
         )
         if found.rough_failure:
-            text += f"\n\nThat training came to no attribution: {found.rough_failure}"
+            text += f"\n\nThat training gave no attribution: {found.rough_failure}"
         table = roughness(found) if found.rough is not None else ()
-        parts.append(plots.Section("How smooth must a training be?", text, table=table))
+        parts.append(Section("How smooth must a training be?", text, table=table))
     parts.append(
-        plots.Section(
+        Section(
             "What it cost",
             "All test examples of a chunk share a training and a reverse sweep. The rehearsal is one more training: "
             "the others must repeat it bit by bit.",
@@ -136,7 +135,7 @@ def sections(found: Found) -> list[plots.Section]:
     return parts
 
 
-def _examples(judged: Judged) -> list[plots.Section]:
+def _examples(judged: Judged) -> list[Section]:
     """The most helpful and harmful training examples of some test examples, as pictures or as texts."""
     task, a = judged.task, judged.attribution
     words = (
@@ -147,7 +146,7 @@ def _examples(judged: Judged) -> list[plots.Section]:
     if task.pictures is not None:
         rows = [(q, torch.from_numpy(a.scores[q].copy()), *a.top(q, EACH)) for q in shown]
         figure = pictures.examples(task, rows, EACH)
-        return [plots.Section("Which training images decided?", words, figure, "examples")]
+        return [Section("Which training images decided?", words, figure, "examples")]
     assert task.texts is not None and task.query_texts is not None
     parts = []
     for q in shown:
@@ -157,6 +156,6 @@ def _examples(judged: Judged) -> list[plots.Section]:
             for i in index.tolist():
                 table.append([name, f"{a.scores[q, i]:+.2e}", pictures.cut(f"[{task.labels[i]}] {task.texts[i]}")])
         text = f"[{task.query_labels[q]}] {pictures.cut(task.query_texts[q])}"
-        parts.append(plots.Section(f"Test text {q + 1}, loss {float(a.values[q]):.2f}", text, table=table))
+        parts.append(Section(f"Test text {q + 1}, loss {float(a.values[q]):.2f}", text, table=table))
     parts[0].text = f"{words}\n\n{parts[0].text}"
     return parts

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
+from mgd.recipes.trainings import epochs
 from mgd_kernels import AdamW
 
 WARM_UP = 0.25  # of the steps
@@ -80,8 +81,8 @@ class Task:
         if training.batch > n or n != training.examples:
             raise BadArgument(f"expected {training.examples} examples in batches of {training.batch}; got {n} examples")
         generator = torch.Generator().manual_seed(self.seed + 1)
-        orders = torch.cat([torch.randperm(n, generator=generator) for _ in range(training.epochs)])
-        batches = [(self.x[i], self.y[i], i) for i in orders.split(training.batch)[: training.steps]]
+        order = epochs(n, training.batch, training.steps, generator)
+        batches = [(self.x[i], self.y[i], i) for i in order]
 
         def loss(model: nn.Module, batch: Any, z: Mapping[str, Tensor]) -> Tensor:
             x, y, _ = batch

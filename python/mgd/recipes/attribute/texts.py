@@ -12,6 +12,7 @@ from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.data import text
 from mgd.recipes.models.encoder import pretrained
 from mgd.recipes.models.gpt import GPT
+from mgd.recipes.trainings import seeded
 
 CONTEXT, WIDTH, LAYERS = 48, 32, 2  # of the GPT
 PREFERRED, ALWAYS_THERE = "shakespeare", "pydoc"
@@ -24,8 +25,7 @@ def gpt_task(training: Training, queries: int, seed: int, domain: str | None = N
     domain = domain or (PREFERRED if text.installed()[PREFERRED] is None else ALWAYS_THERE)
     stretches = _stretches(domain, CONTEXT + 1, training.examples + queries + TEST, seed)
     tokens = torch.stack([text.tokens(part) for part in stretches])
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = GPT(vocabulary=128, context=CONTEXT, layers=LAYERS, width=WIDTH, heads=2)
     return _task(f"text ({domain})", domain, model, training, queries, tokens[:, :-1], tokens[:, 1:], stretches, seed)
 
@@ -37,8 +37,7 @@ def lora_task(training: Training, queries: int, seed: int) -> Task:
     labels = torch.randint(len(DOMAINS), (total,), generator=generator)
     pools = [iter(_stretches(domain, SNIPPET, total, seed)) for domain in DOMAINS]
     snippets = [next(pools[label]) for label in labels.tolist()]
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model, tokenize = pretrained(len(DOMAINS))
     tokens = torch.tensor([tokenize(part.decode(), TOKENS) for part in snippets])
     names = [DOMAINS[label] for label in labels.tolist()]

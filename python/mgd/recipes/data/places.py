@@ -1,4 +1,4 @@
-"""Where data sets lie that are no Python packages."""
+"""Where the data sets are that are not Python packages."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from mgd.errors import BadArgument
 from mgd.function import Metagradient, TrainingFunction
 from mgd.recipes.data import Images
 from mgd.recipes.ranking import auc
+from mgd.recipes.trainings import epochs, seeded, warm_up_cosine
 from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
@@ -43,10 +44,8 @@ def network(images: Images) -> nn.Module:
 
 
 def schedule(steps: int) -> Tensor:
-    """The learning rate of every step: up over the first tenth, then down a half cosine. float32 `[steps]`."""
-    t = torch.arange(steps, dtype=torch.float64)
-    up, down = (t + 1) / max(1.0, 0.1 * steps), 0.5 * (1 + torch.cos(torch.pi * t / steps))
-    return (LEARNING_RATE * torch.minimum(up, down)).float()
+    """The learning rate of every step, float32 `[steps]`."""
+    return warm_up_cosine(steps, LEARNING_RATE).float()
 
 
 @dataclass
@@ -80,12 +79,10 @@ class Problem:
         shift = torch.randint(1, classes, (n,), generator=generator)
         given = torch.where(wrong, (train.labels + shift) % classes, train.labels)
 
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = network(train)
         x, held_x, held_y = train.floats(), held_out.floats(), held_out.labels
-        epochs = -(-steps * BATCH // n)
-        visits = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)]).split(BATCH)[:steps]
+        visits = epochs(n, BATCH, steps, generator)
 
         def loss(model: nn.Module, batch: Any, z: Any) -> Tensor:
             x, y, _ = batch

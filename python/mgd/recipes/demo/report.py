@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from mgd.recipes.data import Images
+from mgd.recipes.demo import pictures
 from mgd.recipes.demo.recipe import Demo
 from mgd.recipes.ranking import auc
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui import charts
+from mgd.ui.page import Page, Section, Table
 from mgd.util.text import format_bytes
 
 _NAMES = {
@@ -105,58 +106,58 @@ def page(demo: Demo) -> Page:
     return Page("Which training images hurt?", headline(demo), tables, lambda: _sections(demo), verdict)
 
 
-def _sections(demo: Demo) -> list[plots.Section]:
+def _sections(demo: Demo) -> list[Section]:
     problem, order = demo.problem, demo.ranking
     first, last = order[:24], order.flip(0)[:24]
     in_first = f"{int(problem.wrong[first].sum())} of these {len(first)} have a wrong label"
     in_last = f"{int(problem.wrong[last].sum())} of these {len(last)} have a wrong label"
     return [
-        plots.Section(
+        Section(
             "The most harmful training images",
             f"More weight on these images raises the held-out loss the most; {in_first}. In red, in quotation "
             "marks: the wrong label that the training saw; below it what the image is. The metagradient knows nothing "
             f"of the true labels of the training images, only of the {len(problem.held_out):,} held-out ones.",
-            plots.gallery(
+            charts.gallery(
                 "Most harmful. Above, in red: the wrong label that training was given. Below: what it is.",
                 *_captions(problem.train, problem.given, first),
             ),
             "most-harmful",
         ),
-        plots.Section(
+        Section(
             "The most helpful training images",
             f"More weight on these lowers the held-out loss the most; {in_last}.",
-            plots.gallery(
+            charts.gallery(
                 "Most helpful, with the label that training was given.", *_captions(problem.train, problem.given, last)
             ),
             "most-helpful",
         ),
-        plots.Section(
+        Section(
             "Finding the wrong labels",
             "",
-            plots.separation(demo.harm, problem.wrong),
+            pictures.separation(demo.harm, problem.wrong),
             "wrong-labels",
             detection(demo),
         ),
-        plots.Section(
+        Section(
             "Training again without them",
             f"On {len(problem.test):,} test images, which had no part in the training or in the metagradient.",
             table=retraining(demo),
         ),
-        plots.Section(
+        Section(
             "The learning rate of every step",
             f"The same metagradient holds the derivative with respect to each of the {len(problem.function):,} "
             "learning rates: where the bars are green the training would have profited from larger steps.",
-            plots.schedule(problem.z["lr"], demo.result.grads["lr"]),
+            pictures.schedule(problem.z["lr"], demo.result.grads["lr"]),
             "learning-rate",
         ),
-        plots.Section(
+        Section(
             "Is it right?",
             "Each derivative was compared with central finite differences of the whole training in float64, along a "
             "random direction; the remainder of the first-order Taylor expansion must fall with the square of the step "
             "(order 2). The last column compares the float32 metagradient with the float64 one.",
             table=gradients(demo),
         ),
-        plots.Section(
+        Section(
             "What it cost",
             "In seconds, and in units of one plain training. Memory is the process's high-water mark at the end of "
             "each phase.",

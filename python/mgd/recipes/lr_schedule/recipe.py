@@ -1,6 +1,6 @@
 """Metagradient descent on a learning-rate schedule, against a grid, random search, TPE and CMA-ES.
 
-A ResNet-9-style network is trained for a few seconds' worth of steps on small real images. From a flat schedule,
+A ResNet-9-style network is trained for a few seconds on small real images. From a flat schedule,
 metagradients move knots of its logarithm; the searches without gradients get the same objective and, in trainings, the
 same budget. The objective is the loss on held-out images; test images, and trainings from other initial weights in
 other orders, judge what each of them found.
@@ -71,7 +71,7 @@ class Settings:
         if self.budget < 20 or self.budget % 20:
             raise BadArgument(f"expected a budget that is a multiple of 20, as the grid needs it; got {self.budget}")
         if self.knots > self.steps:
-            raise BadArgument(f"expected at most one knot a step, {self.steps}; got {self.knots}")
+            raise BadArgument(f"expected at most one knot per step, {self.steps}; got {self.knots}")
 
 
 @dataclass
@@ -209,7 +209,7 @@ def training(task: Task, settings: Settings, seed: int) -> TrainingFunction:
 
 
 def _opened(folder: Path, task: Task, settings: Settings, seed: int) -> Path:
-    """The directory of this run, refused where it holds another one. A run may go on for more trainings."""
+    """The directory of this run, refused where it holds another one. A run may be continued with more trainings."""
     folder.mkdir(parents=True, exist_ok=True)
     prolonged = ("meta_steps", "budget", "seeds")
     mine = {"data": task.name, "seed": seed, "torch": torch.__version__}

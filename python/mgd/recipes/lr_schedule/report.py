@@ -9,13 +9,13 @@ import numpy as np
 
 from mgd.recipes.intervals import Interval
 from mgd.recipes.lr_schedule.recipe import DESCENT, GRID, START, Found
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui import charts
+from mgd.ui.page import Page, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {DESCENT: plots.BAD, GRID: plots.INK, "random search": plots.SOFT, "TPE": "#3f6fb5", "CMA-ES": plots.GOOD}
+COLOURS = {DESCENT: charts.BAD, GRID: charts.INK, "random search": charts.SOFT, "TPE": "#3f6fb5", "CMA-ES": charts.GOOD}
 
 
 def page(found: Found) -> Page:
@@ -45,13 +45,13 @@ def verdict(found: Found) -> str:
     record, judged = found.searches[DESCENT], found.judged
     if found.early is None:
         return (
-            f"The descent did not come to the held-out loss of the grid's best, {found.searches[GRID].lowest:.4f}; "
+            f"The descent did not reach the held-out loss of the grid's best, {found.searches[GRID].lowest:.4f}; "
             f"its own best is {record.lowest:.4f}."
         )
     better, elsewhere = judged[DESCENT].loss[0] <= judged[GRID].loss[0], judged[DESCENT].elsewhere
     return (
         f"The descent was as good as the best of the grid at meta-step {found.early}, after "
-        f"{record.spent[found.early]:.0f} trainings' worth of work: {found.fraction:.0%} of the grid's. On test images "
+        f"{record.spent[found.early]:.0f} trainings of work: {found.fraction:.0%} of the grid's. On test images "
         f"its final schedule is {'better' if better else 'NOT better'}: {judged[DESCENT].loss[0]:.4f} against "
         f"{judged[GRID].loss[0]:.4f} ({_words(judged[DESCENT].here)})"
         + ("." if elsewhere is None else f"; after other trainings the difference is {_words(elsewhere)}.")
@@ -97,10 +97,10 @@ def _words(interval: Interval | None) -> str:
     return f"{mean:+.4f} ±{(high - low) / 2:.4f}"
 
 
-def _sections(found: Found) -> list[plots.Section]:
+def _sections(found: Found) -> list[Section]:
     s = found.settings
     return [
-        plots.Section(
+        Section(
             "The search",
             "The lowest held-out loss that each method has found, against the work it has spent, in trainings. A "
             f"metagradient counts as {found.ratio:.2f} trainings, as measured. All methods call the same function. "
@@ -111,8 +111,8 @@ def _sections(found: Found) -> list[plots.Section]:
             "search",
             searching(found),
         ),
-        plots.Section("The schedules", "The best schedule of each method.", rates(found), "schedules"),
-        plots.Section(
+        Section("The schedules", "The best schedule of each method.", rates(found), "schedules"),
+        Section(
             "On test images",
             f"{len(found.task.test):,} images that no search has seen. The first columns are of the training that the "
             "schedules were sought on; the last column is the mean over "
@@ -127,7 +127,7 @@ def _sections(found: Found) -> list[plots.Section]:
 
 
 def curves(found: Found) -> Figure:
-    fig, axes = plots.figure(8, 4.5)
+    fig, axes = charts.figure(8, 4.5)
     for name, record in found.searches.items():
         values = np.minimum.accumulate(record.values)
         descent = name == DESCENT
@@ -137,42 +137,42 @@ def curves(found: Found) -> Figure:
         axes.plot([record.spent[-1]], [values[-1]], "o", color=COLOURS[name], markersize=5 if descent else 3)
     start = found.searches[DESCENT].values[0]
     low = min(record.lowest for record in found.searches.values())
-    axes.axhline(start, color=plots.SOFT, linewidth=0.8, linestyle=":")
-    axes.annotate("flat, the start", (1, start), (0, 3), "data", "offset points", fontsize=8, color=plots.SOFT)
+    axes.axhline(start, color=charts.SOFT, linewidth=0.8, linestyle=":")
+    axes.annotate("flat, the start", (1, start), (0, 3), "data", "offset points", fontsize=8, color=charts.SOFT)
     axes.set(ylim=(low - 0.08 * (start - low), start + 0.35 * (start - low)), xlim=(0, None))
     axes.legend(frameon=False)
-    plots.label(axes, "Held-out loss against work", "work spent (trainings)", "lowest held-out loss so far (nats)")
+    charts.label(axes, "Held-out loss against work", "work spent (trainings)", "lowest held-out loss so far (nats)")
     return fig
 
 
 def rates(found: Found) -> Figure:
-    fig, axes = plots.figure(8, 4.5)
+    fig, axes = charts.figure(8, 4.5)
     for name, schedule in found.schedules.items():
         early = name not in COLOURS and name != START
-        style = {"color": COLOURS.get(name, plots.BAD if early else plots.SOFT), "linestyle": "-"}
+        style = {"color": COLOURS.get(name, charts.BAD if early else charts.SOFT), "linestyle": "-"}
         if name not in COLOURS:
             style["linestyle"] = "--" if early else ":"
         axes.plot(schedule.tolist(), linewidth=2.4 if name == DESCENT else 1.3, label=name, **style)
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
-    plots.label(axes, "Learning rates found", "training step", "learning rate of AdamW (logarithmic)")
+    charts.label(axes, "Learning rates found", "training step", "learning rate of AdamW (logarithmic)")
     return fig
 
 
 def tested(found: Found) -> Figure:
     """Test loss and accuracy of every schedule: of the training sought on, filled, and of the others, open."""
-    fig, axes = plots.figure(10, 0.5 * len(found.judged) + 1.6, columns=2, sharey=True)
+    fig, axes = charts.figure(10, 0.5 * len(found.judged) + 1.6, columns=2, sharey=True)
     names = list(found.judged)
     for axis, field, label in zip(axes, ("loss", "accuracy"), ("test loss (nats)", "test accuracy"), strict=True):
         for i, name in enumerate(names):
             values = getattr(found.judged[name], field)
-            colour = COLOURS.get(name, plots.BAD if name != START else plots.SOFT)
+            colour = COLOURS.get(name, charts.BAD if name != START else charts.SOFT)
             axis.plot(values[1:], [i] * (len(values) - 1), "o", mfc="none", mec=colour, alpha=0.6, markersize=5)
             axis.plot(np.mean(values[1:]), i, "|", color=colour, markersize=16, markeredgewidth=2)
             axis.plot(values[0], i, "D", color=colour, markersize=7)
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="x", color="#e3e6ec")
-        plots.label(axis, "", label, "")
+        charts.label(axis, "", label, "")
     axes[0].invert_yaxis()
     axes[0].set_title("◆ the training sought on   ○ other trainings   | their mean", loc="left", fontsize=9)
     return fig

@@ -1,4 +1,4 @@
-"""Searches for learning-rate schedules that know nothing of gradients: a grid, chance, Optuna's TPE, and CMA-ES.
+"""Searches for learning-rate schedules without gradients: a grid, random search, Optuna's TPE, and CMA-ES.
 
 All of them, and metagradient descent beside them, minimise one `Objective`. A `Record` is what a search asks for
 values, one training each, and what it leaves behind. A training that diverges is infinitely bad.
@@ -100,7 +100,7 @@ class Record:
         self.tick(f"{self.name}, best {self.lowest:.4f}")
 
     def lowest_within(self, budget: float) -> float:
-        """The lowest value after so many training-equivalents."""
+        """The lowest value within a budget of training-equivalents."""
         pairs = zip(self.spent, self.values, strict=True)
         return min((value for spent, value in pairs if spent <= budget), default=math.inf)
 
@@ -132,8 +132,8 @@ class Shape:
 
 
 def shapes(peaks: int) -> Iterator[Shape]:
-    """A grid of 20 shapes a peak: one-cycle and linear with three starts and three ends each, cosine with two ends.
-    Peaks lie evenly between the logarithms of `PEAKS`; 10 of them make the grid of 200."""
+    """A grid of 20 shapes per peak: one-cycle and linear with three starts and three ends each, cosine with two ends.
+    Peaks are evenly spaced between the logarithms of `PEAKS`; 10 of them make the grid of 200."""
     low, high = map(math.log, PEAKS)
     for i in range(peaks):
         peak = math.exp(low + (high - low) * (i + 0.5) / peaks)
@@ -152,7 +152,7 @@ def grid(record: Record, steps: int) -> None:
 
 
 def random(record: Record, steps: int, seed: int) -> None:
-    """Shapes at random, from the ranges between which the grid's lie."""
+    """Random shapes, from the same ranges as the grid's."""
     generator = torch.Generator().manual_seed(seed)
     while record.left:
         kind = KINDS[int(torch.randint(len(KINDS), (1,), generator=generator))]
@@ -183,7 +183,7 @@ def cma_es(record: Record, steps: int, start: Tensor, seed: int, width: float = 
     moves as well, and from the same place. width: standard deviation of its first generation, in log rates."""
     cma: Any = _package("cma", "searches by CMA-ES")
     record(schedules.from_knots(start, steps), "the start")
-    # Its seed 0 means the time. It warns of one generation whose values are all alike, which diverging ones are.
+    # Its seed 0 means the time. It warns of a generation whose values are all equal, as they are where all diverge.
     options = {"seed": seed + 1, "verbose": -9, "tolflatfitness": math.inf}
     strategy = cma.CMAEvolutionStrategy(start.double().tolist(), width, options)
     generation = 0

@@ -47,7 +47,7 @@ def descend(
     seeds, so that the pixels do not fit one training alone. The variables are {"pixels": [k, channels, height, width]}.
 
     Raises BadArgument for an empty range; NonFiniteState where the training on the images as they are diverges. A
-    training that diverges later is in the `notes` of the result, and the descent goes on with smaller steps.
+    training that diverges later is in the `notes` of the result, and the descent continues with smaller steps.
     """
     if not low <= high:
         raise BadArgument(f"expected a range of pixels with low <= high; got {low} and {high}")

@@ -1,7 +1,8 @@
 """The baseline of data poisoning: gradient cancelling (Lu et al. 2023, arXiv 2303.03592, section 4).
 
 Parameters that classify badly are chosen first; then the pixels of the poisoned images are fitted such that there the
-gradient of the poisoned training set vanishes. A training that came by would stay; nothing says that one comes by.
+gradient of the poisoned training set vanishes. A training that reached them would stay there, but nothing makes it
+reach them.
 """
 
 from __future__ import annotations

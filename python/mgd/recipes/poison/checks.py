@@ -21,7 +21,7 @@ def psnr(changed: Tensor, original: Tensor) -> Tensor:
 
 def harm(training: Training, images: Tensor, seeds: Sequence[int]) -> Tensor:
     """`[n]`: how the objective (a loss on clean images) of a training on `images` rises with the weight of each, the
-    mean over seeds. One metagradient a seed."""
+    mean over seeds. One metagradient per seed."""
     total = torch.zeros(len(images))
     for seed in seeds:
         total += training.at(seed).metagradient(training.z(images)).grads["data_weights"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from mgd.recipes.options import make_settings, train_and_test
 from mgd.ui.console import Session
 from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
@@ -17,12 +16,11 @@ def command(
     quick: Quick = False,
 ) -> None:
     """Measure how much a few perturbed training images cost a training, and which checks find them."""
-    from mgd.recipes.data import load
     from mgd.recipes.poison import report
     from mgd.recipes.poison.recipe import Settings, run
 
     session = Session("recipe poison", out, json, threads)
-    train, test = load(data), load(data, train=False)
-    settings = replace(Settings().quick() if quick else Settings(), seed=seed).fitting(len(train))
-    found = run(train, test, settings, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    train, test = train_and_test(data)
+    settings = make_settings(Settings, quick, seed=seed).fitting(len(train))
+    result = run(train, test, settings, session.reporter)
+    session.finish(report.page(result), result.to_dict())

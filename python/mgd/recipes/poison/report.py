@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mgd.recipes.poison.recipe import CANCELLING, MGD, Found, standard_error
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui import charts
+from mgd.ui.page import Page, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"clean": plots.INK, CANCELLING: "#d9a441", MGD: plots.BAD}
+COLOURS = {"clean": charts.INK, CANCELLING: "#d9a441", MGD: charts.BAD}
 
 
 def page(found: Found) -> Page:
@@ -78,13 +78,13 @@ def checks(found: Found) -> Table:
     return [*rows, ["at random", MGD, "0.500", f"{count / len(found.labels):.0%}", f"{chance:.1%}"]]
 
 
-def sections(found: Found) -> list[plots.Section]:
+def sections(found: Found) -> list[Section]:
     levels = found.noise_levels()
     seen = ", ".join(
         f"{torch.tensor(levels[arm]).median():.1f} dB by {arm}" for arm in ("noise", CANCELLING, MGD) if levels[arm]
     )
     return [
-        plots.Section(
+        Section(
             "The descent",
             "Every meta-step trains the network anew and moves the pixels of the poisoned images by the sign of the "
             "metagradient. The line is the test accuracy of those trainings, whose seeds the descent sees in turn; the "
@@ -92,7 +92,7 @@ def sections(found: Found) -> list[plots.Section]:
             way(found),
             "descent",
         ),
-        plots.Section(
+        Section(
             "Test accuracy of freshly trained models",
             "Bars are means over seeds (start and order of the data), dots are the seeds. Controls: the same images as "
             "uniform noise; images of other classes in their places, which is a wrong label; and the poison itself "
@@ -101,19 +101,19 @@ def sections(found: Found) -> list[plots.Section]:
             "accuracy",
             accuracies(found),
         ),
-        plots.Section(
+        Section(
             "What it costs",
             "In points of test accuracy against the clean training of the same seed: mean and standard error.",
             table=drops(found),
         ),
-        plots.Section(
+        Section(
             "What it looks like",
             f"Originals above, what was made of them below. The pixels are far from the originals: "
             f"median peak signal-to-noise ratio {seen}. Under about 30 dB a change is plain to the eye.",
             gallery(found),
             "gallery",
         ),
-        plots.Section(
+        Section(
             "Which checks find it?",
             "A defender has clean images of his own. Metagradient: how his loss rises with the weight of each training "
             "image. Training loss: of each image under the model trained on all. Distance: to the nearest image of the "
@@ -126,32 +126,31 @@ def sections(found: Found) -> list[plots.Section]:
 
 
 def way(found: Found) -> Figure:
-    fig, axis = plots.figure(8, 4)
-    axis.plot([100 * a for a in found.test_on_the_way], color=plots.BAD, linewidth=1.2, label="seeds of the descent")
+    fig, axis = charts.figure(8, 4)
+    axis.plot([100 * a for a in found.test_on_the_way], color=charts.BAD, linewidth=1.2, label="seeds of the descent")
     steps = list(found.way)
     means = [100 * sum(scores) / len(scores) for scores in found.way.values()]
-    axis.plot(steps, means, "o", color=plots.INK, markersize=4, label=f"fresh seeds, mean of {len(found.way[0])}")
+    axis.plot(steps, means, "o", color=charts.INK, markersize=4, label=f"fresh seeds, mean of {len(found.way[0])}")
     for arm in ("clean", CANCELLING):
         scores = found.accuracies["fresh seeds"][arm]
         axis.axhline(100 * sum(scores) / len(scores), color=COLOURS[arm], linestyle="--", linewidth=1, label=arm)
     axis.legend(frameon=False, fontsize=9)
-    axis.set(xlabel="meta-step", ylabel="test accuracy (%)")
-    axis.set_title("Test accuracy falls as the pixels move", loc="left", fontweight="bold", fontsize=11)
+    charts.label(axis, "Test accuracy falls as the pixels move", "meta-step", "test accuracy (%)")
     return fig
 
 
 def bars(found: Found) -> Figure:
-    fig, axes = plots.figure(10, 4.2, columns=len(found.accuracies), sharey=True, squeeze=False)
+    fig, axes = charts.figure(10, 4.2, columns=len(found.accuracies), sharey=True, squeeze=False)
     every = [100 * a for scores in found.accuracies.values() for values in scores.values() for a in values]
     for axis, (judges, scores) in zip(axes[0], found.accuracies.items(), strict=True):
         for i, (arm, values) in enumerate(scores.items()):
             points = [100 * a for a in values]
-            axis.bar(i, sum(points) / len(points), color=COLOURS.get(arm, plots.SOFT), width=0.75, alpha=0.85)
+            axis.bar(i, sum(points) / len(points), color=COLOURS.get(arm, charts.SOFT), width=0.75, alpha=0.85)
             axis.plot([i] * len(points), points, ".", color="black", markersize=3)
         clean = [100 * a for a in scores["clean"]]
-        axis.axhline(sum(clean) / len(clean), color=plots.INK, linestyle=":", linewidth=1)
+        axis.axhline(sum(clean) / len(clean), color=charts.INK, linestyle=":", linewidth=1)
         axis.set_xticks(range(len(scores)), list(scores), rotation=55, ha="right", fontsize=8)
-        axis.set_title(judges, loc="left", fontweight="bold", fontsize=11)
+        charts.label(axis, judges)
     axes[0][0].set(ylabel="test accuracy (%), axis cut", ylim=(min(every) - 2, max(every) + 1))
     return fig
 
@@ -159,11 +158,10 @@ def bars(found: Found) -> Figure:
 def gallery(found: Found, columns: int = 10) -> Figure:
     shown = found.poisoned[:columns]
     arms = ["clean", CANCELLING, MGD]
-    fig, axes = plots.figure(1.0 * len(shown) + 1, 3.9, rows=3, columns=len(shown), squeeze=False)
+    fig, axes = charts.figure(1.0 * len(shown) + 1, 3.9, rows=3, columns=len(shown), squeeze=False)
     for row, arm in zip(axes, arms, strict=True):
         for axis, index in zip(row, shown.tolist(), strict=True):
-            pixels = found.images[arm][index].permute(1, 2, 0).clamp(0, 1).numpy()
-            axis.imshow(pixels[..., 0] if pixels.shape[2] == 1 else pixels, cmap="gray_r", vmin=0, vmax=1)
+            charts.picture(axis, found.images[arm][index].clamp(0, 1), white=1)
             axis.set(xticks=[], yticks=[])
             if arm == "clean":
                 axis.set_title(found.classes[int(found.labels[index])], fontsize=8)
@@ -172,19 +170,19 @@ def gallery(found: Found, columns: int = 10) -> Figure:
 
 
 def curves(found: Found) -> Figure:
-    """How many of the poisoned images are found when so many are looked at."""
-    fig, axes = plots.figure(10, 3.8, columns=len(found.checks), sharey=True, squeeze=False)
+    """How many of the poisoned images are found, against how many images are looked at."""
+    fig, axes = charts.figure(10, 3.8, columns=len(found.checks), sharey=True, squeeze=False)
     total, n = len(found.poisoned), len(found.labels)
     mask = torch.zeros(n, dtype=torch.bool).index_fill(0, found.poisoned, True)
     for axis, (arm, results) in zip(axes[0], found.checks.items(), strict=True):
-        for check, colour in zip(results, (plots.BAD, plots.GOOD, "#d9a441"), strict=True):
+        for check, colour in zip(results, (charts.BAD, charts.GOOD, "#d9a441"), strict=True):
             order = check.suspicion.argsort(descending=True)
             hits = 100 * mask[order].cumsum(0).double() / total
             looked = 100 * torch.arange(1, n + 1) / n
             axis.plot(looked.tolist(), hits.tolist(), color=colour, label=f"{check.check} ({check.auc:.2f})")
-        axis.plot([0, 100], [0, 100], color=plots.SOFT, linestyle="--", linewidth=1, label="at random (0.50)")
+        axis.plot([0, 100], [0, 100], color=charts.SOFT, linestyle="--", linewidth=1, label="at random (0.50)")
         axis.legend(frameon=False, fontsize=9, loc="lower right")
-        axis.set(xlabel="training images looked at, the most suspicious first (%)", xlim=(0, 100), ylim=(0, 102))
-        axis.set_title(f"Poison by {arm}", loc="left", fontweight="bold", fontsize=11)
+        axis.set(xlim=(0, 100), ylim=(0, 102))
+        charts.label(axis, f"Poison by {arm}", "training images looked at, the most suspicious first (%)")
     axes[0][0].set(ylabel="poisoned images found (%)")
     return fig

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mgd.errors import BadArgument, BadData
 from mgd.function import TrainingFunction
 from mgd.recipes.models.resnet import resnet9
+from mgd.recipes.trainings import epochs, seeded
 from mgd_kernels import AdamW
 
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
@@ -68,9 +69,7 @@ class Visits(Sequence[tuple[Tensor, Tensor]]):
 
     def shuffle(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        epochs = -(-self.steps * self.batch // len(self.labels))
-        order = torch.cat([torch.randperm(len(self.labels), generator=generator) for _ in range(epochs)])
-        self.order = order[: self.steps * self.batch].view(self.steps, self.batch)
+        self.order = epochs(len(self.labels), self.batch, self.steps, generator)
 
     def __len__(self) -> int:
         return self.steps
@@ -130,8 +129,7 @@ class Training:
 
     def initial(self, seed: int) -> nn.Module:
         """The network as a seed starts it."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             channels, side = self.images.shape[1:3]
             return nn.Sequential(Standardised(*self.constants), NETWORKS[self.network](channels, side, self.classes))
 

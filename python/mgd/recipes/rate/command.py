@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
+from mgd.recipes.options import make_settings
 from mgd.ui.console import Session
-from mgd.ui.options import Json, Out, Quick, Seed, Threads
-
-Resume = Annotated[
-    Path | None,
-    typer.Option("--resume", metavar="DIR", help="Keep the learning there, and continue one that was interrupted."),
-]
+from mgd.ui.options import Json, Out, Quick, Resume, Seed, Threads
 
 
 def command(
@@ -29,6 +20,5 @@ def command(
     from mgd.recipes.rate.recipe import Settings, run
 
     session = Session("recipe rate", out, json, threads)
-    settings = Settings(seed=seed)
-    found = run(settings.quick() if quick else settings, session.reporter, resume)
-    session.finish(report.page(found), found.to_dict())
+    result = run(make_settings(Settings, quick, seed=seed), session.reporter, resume)
+    session.finish(report.page(result), result.to_dict())

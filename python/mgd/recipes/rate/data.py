@@ -84,9 +84,9 @@ class Pool:
 
     @classmethod
     def make(cls, domains: list[str], part: str, each: int, length: int, share: float, seed: int) -> Pool:
-        """`each` passages a domain, in random order, a share of which is corrupted (of noise, none)."""
+        """`each` passages per domain, in random order, a share of which is corrupted (of noise, none)."""
         if each < 1:
-            raise BadArgument(f"expected at least one passage a domain; got {each}: the pool would be empty")
+            raise BadArgument(f"expected at least one passage per domain; got {each}")
         generator = torch.Generator().manual_seed(seed)
         tokens, kinds = [], []
         for name in domains:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mgd.recipes.models.gpt import GPT
 from mgd.recipes.rate.data import VOCABULARY
+from mgd.recipes.trainings import seeded
 
 WARM_UP = 20  # steps
 LN2 = 0.6931471805599453
@@ -78,10 +79,9 @@ class InnerTraining:
         tick: Callable[[str], None] = lambda note: None,
     ) -> tuple[nn.Module, Curve]:
         """A fresh model trained on random batches of passages, at a learning rate that is constant after a warm-up; its
-        curve on `judge`, every so many steps."""
+        curve on `judge`, at every `every` steps and at the end."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = self.model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
         curve = Curve([], [])

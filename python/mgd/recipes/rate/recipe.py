@@ -20,6 +20,7 @@ from mgd.rater.data_rater import DataRater, RaterStep
 from mgd.recipes.rate.data import CORRUPTIONS, NOISE, Pool, available, passages
 from mgd.recipes.rate.models import InnerTraining, TextRater, losses
 from mgd.recipes.rate.selection import Selection, select
+from mgd.recipes.trainings import seeded
 from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
@@ -190,8 +191,7 @@ def run(settings: Settings, reporter: Reporter | None = None, directory: Path | 
 
 def make_rater(s: Settings, pool: Tensor, held_out: Tensor) -> DataRater:
     """The DataRater of these settings."""
-    with torch.random.fork_rng():
-        torch.manual_seed(s.seed)
+    with seeded(s.seed):
         network = TextRater()
     return DataRater(
         network,

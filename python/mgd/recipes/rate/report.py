@@ -8,8 +8,8 @@ from mgd.recipes.rate.data import CORRUPTIONS, readable
 from mgd.recipes.rate.models import LN2
 from mgd.recipes.rate.recipe import Found
 from mgd.recipes.rate.selection import EVERYTHING, RATER
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui import charts
+from mgd.ui.page import Page, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,9 +43,9 @@ def verdict(found: Found) -> str:
     needed = found.selection.needed_on_average(RATER)
     reached = "never" if needed is None else f"{needed:.0%} of the steps"
     return (
-        f"Ratings and transfer rank the domains alike to {found.rank_correlation:.2f} (Spearman); corrupted passages "
-        f"of {found.target} are found with an AUC of {found.auc[found.target]['all']:.2f}; a model trained on the best "
-        f"rated {share(found)} is as good as the one trained on everything after: {reached}."
+        f"The rankings of the domains by rating and by transfer correlate at {found.rank_correlation:.2f} (Spearman); "
+        f"corrupted passages of {found.target} are found with an AUC of {found.auc[found.target]['all']:.2f}; a model "
+        f"trained on the best rated {share(found)} is as good as the one trained on everything after: {reached}."
     )
 
 
@@ -90,52 +90,52 @@ def cost(found: Found) -> Table:
         for kind, seconds in sorted(found.seconds.items(), key=lambda x: -x[1])
     ]
     windows = sum(len(step.values) for step in found.history)
-    return [*rows, [f"all, {windows:,} windows", f"{total:.1f}", f"{1e3 * total / windows:.0f} ms a window"]]
+    return [*rows, [f"all, {windows:,} windows", f"{total:.1f}", f"{1e3 * total / windows:.0f} ms per window"]]
 
 
-def sections(found: Found) -> list[plots.Section]:
+def sections(found: Found) -> list[Section]:
     s = found.settings
     return [
-        plots.Section(
+        Section(
             "Ratings by domain",
             "Of passages that the rater never saw, from a part of each text that is not in the pool. The wide part of "
-            "a shape is where most passages lie; the bar is the median.",
+            "a shape is where most passages are; the bar is the median.",
             violins(found),
             "ratings",
             domains(found),
         ),
-        plots.Section(
+        Section(
             "Rating and transfer",
             "A small model was trained on each domain alone, and judged by test text of the target. Ratings rank the "
             f"domains as these losses do to {found.rank_correlation:.2f} (Spearman's rank correlation).",
             scatter(found),
             "transfer",
         ),
-        plots.Section(
+        Section(
             "How ratings were learned",
             "Mean rating of the clean passages of each domain, above; below, the held-out loss of the inner models "
             "after each window, which jumps where one is made anew.",
             course(found),
             "course",
         ),
-        plots.Section(
+        Section(
             "Corrupted passages",
             "Half of the judged passages of each text had 20 to 50% of their characters shuffled, left out or "
             "replaced. 0.5 is chance.",
             table=detection(found),
         ),
-        plots.Section(
+        Section(
             "Training on what is kept",
             f"Fresh models, {s.steps} steps each, {s.repeats} seeds, on the best {share(found)} of the "
             "pool by each measure. One perplexity filter is a model trained on the pool, the other one trained on the "
-            "target's held-out text: it is told what the rater has to find out." + _choice(found),
+            "target's held-out text: it is given what the rater has to discover." + _choice(found),
             curves(found),
             "selection",
             selection(found),
         ),
-        plots.Section("The best rated passages", "", table=extremes(found, best=True)),
-        plots.Section("The worst rated passages", "", table=extremes(found, best=False)),
-        plots.Section(
+        Section("The best rated passages", "", table=extremes(found, best=True)),
+        Section("The worst rated passages", "", table=extremes(found, best=False)),
+        Section(
             "What it cost",
             "Seconds of learning to rate. The first window traces the second derivatives; scoring is the rater, "
             "forward and backward.",
@@ -152,7 +152,7 @@ def _choice(found: Found) -> str:
 
 
 def violins(found: Found) -> Figure:
-    fig, axis = plots.figure(8, 4)
+    fig, axis = charts.figure(8, 4)
     names, data, colours = [], [], []
     for domain, colour in zip(found.domains, COLOURS, strict=False):
         for clean in (True, False):
@@ -160,41 +160,39 @@ def violins(found: Found) -> Figure:
             if bool(mask.any()):
                 names.append(domain if clean else "corrupted")
                 data.append(found.ratings[mask].tolist())
-                colours.append(colour if clean else plots.SOFT)
+                colours.append(colour if clean else charts.SOFT)
     shapes = axis.violinplot(data, showmedians=True, widths=0.85)
     for body, colour in zip(shapes["bodies"], colours, strict=True):
         body.set(facecolor=colour, alpha=0.75)
     for part in ("cmedians", "cbars", "cmins", "cmaxes"):
-        shapes[part].set(color=plots.INK, linewidth=0.8)
+        shapes[part].set(color=charts.INK, linewidth=0.8)
     axis.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right")
-    axis.set_ylabel("rating")
-    axis.set_title("Ratings of passages by domain, clean and corrupted", loc="left", fontweight="bold", fontsize=11)
+    charts.label(axis, "Ratings of passages by domain, clean and corrupted", y="rating")
     return fig
 
 
 def scatter(found: Found) -> Figure:
-    fig, axis = plots.figure(6, 4)
+    fig, axis = charts.figure(6, 4)
     for domain, colour in zip(found.domains, COLOURS, strict=False):
         ratings = found.ratings[found.evaluated.where(domain, clean=True)]
         x, y, spread = found.transfer[domain], float(ratings.mean()), float(ratings.std())
         axis.errorbar(x, y, yerr=spread, marker="o", color=colour, capsize=3, linestyle="none")
         axis.annotate(domain, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
     axis.margins(x=0.18)
-    axis.set(xlabel="test loss after training on this domain alone (bits per byte)", ylabel="rating, mean ± deviation")
-    axis.set_title("What teaches the target is rated high", loc="left", fontweight="bold", fontsize=11)
+    x_label = "test loss after training on this domain alone (bits per byte)"
+    charts.label(axis, "What teaches the target is rated high", x_label, "rating, mean ± deviation")
     return fig
 
 
 def course(found: Found) -> Figure:
-    fig, (above, below) = plots.figure(8, 6, rows=2, sharex=True, height_ratios=[1.5, 1])
+    fig, (above, below) = charts.figure(8, 6, rows=2, sharex=True, height_ratios=[1.5, 1])
     steps = list(found.course)
     for domain, colour in zip(found.domains, COLOURS, strict=False):
         above.plot(
             [0, *steps], [0.0, *(found.course[k][domain] for k in steps)], color=colour, label=domain, marker="."
         )
     above.legend(frameon=False, fontsize=9, ncols=3)
-    above.set_ylabel("mean rating")
-    above.set_title("Ratings while they are learned", loc="left", fontweight="bold", fontsize=11)
+    charts.label(above, "Ratings while they are learned", y="mean rating")
     for i in range(found.settings.population):
         values = [float("nan") if (value := s.values[i]) is None else value / LN2 for s in found.history]
         below.plot([s.step for s in found.history], values, linewidth=0.7, alpha=0.8, label=f"inner model {i + 1}")
@@ -204,23 +202,22 @@ def course(found: Found) -> Figure:
 
 
 def curves(found: Found) -> Figure:
-    fig, axis = plots.figure(8, 4.6)
+    fig, axis = charts.figure(8, 4.6)
     s = found.selection
-    colours = dict(zip(s.ways, (plots.INK, plots.SOFT, "#d08a2e", "#3d6fb6", plots.GOOD), strict=True))
+    colours = dict(zip(s.ways, (charts.INK, charts.SOFT, "#d08a2e", "#3d6fb6", charts.GOOD), strict=True))
     for name, kept in s.ways.items():
         mean = kept.mean_curve()
         axis.plot(mean.steps, mean.losses, color=colours[name], label=name, linewidth=2 if name == RATER else 1.2)
         lows, highs = ([f(c.losses[k] for c in kept.curves) for k in range(len(mean.steps))] for f in (min, max))
         axis.fill_between(mean.steps, lows, highs, color=colours[name], alpha=0.15, linewidth=0)
     goal = s.ways[EVERYTHING].final
-    axis.axhline(goal, color=plots.INK, linewidth=0.8, linestyle=":")
-    axis.axvline(GOAL * s.steps, color=plots.INK, linewidth=0.8, linestyle="--")
+    axis.axhline(goal, color=charts.INK, linewidth=0.8, linestyle=":")
+    axis.axvline(GOAL * s.steps, color=charts.INK, linewidth=0.8, linestyle="--")
     axis.set_ylim(top=min(axis.get_ylim()[1], goal + 1.5))
     where = {"transform": axis.get_xaxis_transform(), "fontsize": 9}
     axis.text(GOAL * s.steps, 0.02, f" {GOAL:.0%} of the steps", va="bottom", **where)
     axis.legend(frameon=False, fontsize=9, loc="upper right")
-    axis.set(xlabel="training step", ylabel="test loss (bits per byte)")
-    axis.set_title(f"Fresh models on {share(found)} of the pool", loc="left", fontweight="bold", fontsize=11)
+    charts.label(axis, f"Fresh models on {share(found)} of the pool", "training step", "test loss (bits per byte)")
     return fig
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mgd.recipes.options import make_settings, train_and_test
 from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ class Name(str, Enum):
 
 WHAT = "images: a classifier. emoji: a contrastive image-text model. lora: fine-tuning of a pretrained text encoder."
 Which = Annotated[Name, typer.Option("--setting", help=WHAT)]
-Budget = Annotated[int | None, typer.Option("--budget", help="Keep the sum of the counts: exchange, not up and down.")]
-Shard = Annotated[int | None, typer.Option("--shard", help="Candidates a meta-step, drawn anew; by default the pool.")]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Images: wrong labels of any class, not of a similar one.")]
-MetaSteps = Annotated[int | None, typer.Option("--meta-steps", min=1, help="Trainings with a metagradient.")]
+Budget = Annotated[int | None, typer.Option("--budget", help="Keep the sum of the counts at this: exchange examples.")]
+Shard = Annotated[int | None, typer.Option("--shard", help="Candidates per meta-step, drawn anew; default: the pool.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Images: wrong labels are of any class, not a similar one.")]
+MetaSteps = Annotated[int | None, typer.Option("--meta-steps", min=1, help="Number of trainings with a metagradient.")]
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
     shard: Shard = None,
     uniform: Uniform = False,
 ) -> None:
-    """Select training data by metagradients: wrong labels, copies and noise go."""
+    """Select training data by metagradients: drop wrong labels, copies and noise."""
     if setting is not Name.images and (data is not None or uniform):
         raise typer.BadParameter(f"--data and --uniform are for images; not for {setting.value}")
     from mgd.recipes.select import report
@@ -50,29 +50,24 @@ def command(
     from mgd.ui.console import Session
 
     session = Session("recipe select", out, json, threads)
-    given = {"seed": seed, "budget": budget, "shard": shard, "meta_steps": meta_steps}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if budget is not None:
-        changes["highest"] = 1
-    found = run(make(setting, quick, changes, data, uniform), session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    options = {"seed": seed, "budget": budget, "shard": shard, "meta_steps": meta_steps}
+    options["highest"] = None if budget is None else 1
+    result = run(make(setting, quick, options, data, uniform), session.reporter)
+    session.finish(report.page(result), result.to_dict())
 
 
-def make(name: Name, quick: bool, changes: dict[str, Any], data: Path | None = None, uniform: bool = False) -> Setting:
-    """The setting of this name, its quick form or not, with some of its `Settings` changed."""
+def make(name: Name, quick: bool, options: dict[str, Any], data: Path | None = None, uniform: bool = False) -> Setting:
+    """The setting of this name, in its quick form or not, with those of its `Settings` changed that are not None."""
     if name is Name.emoji:
         from mgd.recipes.data.emoji import load as load_emoji
         from mgd.recipes.select import emoji
 
-        s = emoji.Settings()
-        return emoji.EmojiSetting(load_emoji(), replace(s.quick() if quick else s, **changes))
+        return emoji.EmojiSetting(load_emoji(), make_settings(emoji.Settings, quick, **options))
     if name is Name.lora:
         from mgd.recipes.select import lora
 
-        t = lora.Settings()
-        return lora.LoraSetting(replace(t.quick() if quick else t, **changes))
-    from mgd.recipes.data import load
+        return lora.LoraSetting(make_settings(lora.Settings, quick, **options))
     from mgd.recipes.select import images
 
-    u = images.Settings(uniform=uniform)
-    return images.ImageSetting(load(data), load(data, train=False), replace(u.quick() if quick else u, **changes))
+    settings = make_settings(images.Settings, quick, uniform=uniform, **options)
+    return images.ImageSetting(*train_and_test(data), settings)

@@ -64,7 +64,7 @@ def select(
     counts: where to begin; by default 1 each, or with a budget 1 for as many examples drawn at random.
     share: large shares change many examples by the same information; all of a class may then come and go together.
     highest: by default no limit without a budget, and 1 with one.
-    shard: so many examples, drawn anew at every meta-step, are its candidates; by default the whole pool. A step's
+    shard: how many examples, drawn anew at every meta-step, are its candidates; by default the whole pool. A step's
         memory and time grow with it.
     patience, directory: of `MetaDescent.run`. observe: called after each training with the counts that it used.
 

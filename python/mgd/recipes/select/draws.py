@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mgd.errors import BadArgument
+from mgd.recipes.trainings import epochs
 
 
 def draw(counts: Tensor, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -18,9 +19,7 @@ def draw(counts: Tensor, steps: int, batch_size: int, generator: torch.Generator
     members = torch.arange(len(counts)).repeat_interleave(counts.round().long())
     if len(members) == 0:
         raise BadArgument("the counts leave no example to train on")
-    needed = steps * batch_size
-    epochs = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-needed // len(members)))]
-    return torch.cat(epochs)[:needed].reshape(steps, batch_size)
+    return members[epochs(len(members), batch_size, steps, generator)]
 
 
 class Draws(Sequence[Any]):

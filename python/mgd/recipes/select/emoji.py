@@ -16,7 +16,7 @@ from mgd.recipes.data.emoji import Captioned
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
 from mgd.recipes.select.setting import State
-from mgd.ui import page as plots
+from mgd.ui import charts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -180,7 +180,7 @@ class EmojiSetting(setting.Setting):
         indices = some.tolist()
         given = [_short(self.given[i]) for i in indices]
         true = ["noise" if i in self.noise else _short(self.true[i]) for i in indices]
-        return plots.gallery(title, self.images[some], given, true), []
+        return charts.gallery(title, self.images[some], given, true), []
 
 
 def _short(name: str, length: int = 17) -> str:

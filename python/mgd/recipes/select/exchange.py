@@ -1,4 +1,4 @@
-"""Counts under a budget: the worst kept examples go, the best left out come."""
+"""Counts under a budget: the worst examples in use are exchanged for the best that are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mgd.errors import BadArgument
 
 class Exchange(torch.optim.Optimizer):
     """Of the examples with a gradient, lower the counts of those with the highest and raise as many of those with the
-    lowest, pair by pair, as long as the one that goes has the higher gradient. The sum of the counts stays.
+    lowest, pair by pair, as long as the one that leaves has the higher gradient. The sum of the counts stays.
 
     share: of the examples with a gradient, at most how many are exchanged, half of them out and half in.
     highest: the largest count. memory: gradients are averaged over the steps with this factor, 0 for none; each

@@ -14,7 +14,7 @@ from mgd.recipes.data import Images
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
 from mgd.recipes.select.setting import State
-from mgd.ui import page as plots
+from mgd.ui import charts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,4 +174,4 @@ class ImageSetting(setting.Setting):
             "noise" if kind == irrelevant else classes[label]
             for kind, label in zip(pool.kind[some].tolist(), pool.truth[some].tolist(), strict=True)
         ]
-        return plots.gallery(title, pool.images.images[some], given, true), []
+        return charts.gallery(title, pool.images.images[some], given, true), []

@@ -17,6 +17,7 @@ from mgd.recipes.models import encoder
 from mgd.recipes.select import setting
 from mgd.recipes.select.problem import SelectionProblem
 from mgd.recipes.select.setting import State
+from mgd.recipes.trainings import seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,8 +98,7 @@ class LoraSetting(setting.Setting):
         given[: s.pool] = torch.where(self.kind == 1, (given[: s.pool] + 1) % len(CLASSES), given[: s.pool])
         self.labels = given
         self.texts = passages(self.source, generator)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(s.seed)
+        with seeded(s.seed):
             self.whole, tokenize = encoder.pretrained(len(CLASSES))
         tokens = torch.tensor([tokenize(text, s.tokens) for text in self.texts])
         hidden = torch.cat([self._below(part) for part in tokens.split(CHUNK)])

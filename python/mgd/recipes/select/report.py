@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mgd.recipes.select.run import ALL, RANDOM, SELECTED, Found, names
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
-from mgd.ui.page import BAD, GOOD, INK, SOFT
+from mgd.ui import charts
+from mgd.ui.charts import BAD, GOOD, INK, SOFT
+from mgd.ui.page import Page, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,13 +59,13 @@ def kept(found: Found) -> Table:
     return rows
 
 
-def _sections(found: Found) -> list[plots.Section]:
+def _sections(found: Found) -> list[Section]:
     setting, s = found.setting, found.setting.settings
     examples, measure = setting.examples, setting.measures[0]
     dropped, keeps = found.selection.counts == 0, found.selection.counts == found.selection.counts.max()
     notes = "\n\n".join(found.selection.descent.notes)
     return [
-        plots.Section(
+        Section(
             f"{measure[0].upper()}{measure[1:]} against meta-step",
             f"Each meta-step trains on the counts so far and changes a share of {s.share:.0%} of them. The selection "
             f"is that of the lowest held-out loss (dot). Lines: other choices, means of {s.repeats} trainings with "
@@ -76,14 +76,14 @@ def _sections(found: Found) -> list[plots.Section]:
             "accuracy",
             comparison(found),
         ),
-        plots.Section(
+        Section(
             "What is kept, against meta-step",
             f"Precision: the share of the kept {examples} that belong to the task and have {setting.truths}. Recall: "
             f"the share of such {examples} that are kept.",
             precision(found),
             "precision",
         ),
-        plots.Section("How often each kind is used", "", histogram(found), "counts", kept(found)),
+        Section("How often each kind is used", "", histogram(found), "counts", kept(found)),
         _gallery(found, dropped, "Dropped", "dropped", f"Drawn at random from the dropped {examples}."),
         _gallery(found, keeps, "Kept", "kept", f"Drawn at random from the {examples} with the highest count."),
     ]
@@ -91,7 +91,7 @@ def _sections(found: Found) -> list[plots.Section]:
 
 def accuracy(found: Found) -> Figure:
     """Test accuracy by meta-step, with the other choices as lines."""
-    fig, axes = plots.figure(9, 4.6)
+    fig, axes = charts.figure(9, 4.6)
     values = [100 * step["test_accuracy"] for step in found.trace]
     best, choice = found.selection.descent.best_step, found.choices[SELECTED]
     axes.plot(values, color=GOOD, linewidth=1.6, label="by metagradients, one training")
@@ -127,7 +127,7 @@ def accuracy(found: Found) -> Figure:
 
 def precision(found: Found) -> Figure:
     """Precision and recall of the kept examples, and their number, by meta-step."""
-    fig, (left, right) = plots.figure(10, 3.8, columns=2)
+    fig, (left, right) = charts.figure(10, 3.8, columns=2)
     left.plot([100 * step["precision"] for step in found.trace], color=GOOD, label="precision")
     left.plot([100 * step["recall"] for step in found.trace], color=INK, label="recall")
     left.axhline(
@@ -147,7 +147,7 @@ def histogram(found: Found) -> Figure:
     """For every kind, the share of its examples that has each count."""
     examples, counts = found.setting.examples, found.setting.by_kind(found.selection.counts)
     highest = max(len(numbers) for numbers in counts.values())
-    fig, axes = plots.figure(8, 3.8)
+    fig, axes = charts.figure(8, 3.8)
     width = 0.8 / len(counts)
     for i, (name, numbers) in enumerate(counts.items()):
         places = [times + (i - (len(counts) - 1) / 2) * width for times in range(len(numbers))]
@@ -158,14 +158,14 @@ def histogram(found: Found) -> Figure:
     return fig
 
 
-def _gallery(found: Found, mask: Tensor, title: str, name: str, text: str) -> plots.Section:
+def _gallery(found: Found, mask: Tensor, title: str, name: str, text: str) -> Section:
     """Some of the examples, and what they really are: a picture or a table, as the setting shows them."""
     some = mask.nonzero()[:, 0]
     if len(some) == 0:
-        return plots.Section(title, "None.")
+        return Section(title, "None.")
     generator = torch.Generator().manual_seed(found.setting.settings.seed)
     some = some[torch.randperm(len(some), generator=generator)[:24]]
     figure, table = found.setting.show(some, f"{title}: what the pool says, and what it is.")
-    return plots.Section(
+    return Section(
         title, f"{text} In red, in quotation marks: what is not true." if figure else text, figure, name, table
     )

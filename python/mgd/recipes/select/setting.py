@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mgd.recipes.select.problem import SelectionProblem
+from mgd.recipes.trainings import seeded, warm_up_cosine
 from mgd_kernels import AdamW
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ State = dict[str, Tensor]  # a trained model's parameters and buffers
 @dataclass(frozen=True)
 class Settings:
     """Of every setting. at: share of the steps after which candidates enter. budget, memory, shard, share, highest: of
-    `select`. repeats: trainings a figure."""
+    `select`. repeats: trainings per figure."""
 
     steps: int = 400
     batch_size: int = 100
@@ -39,10 +40,8 @@ class Settings:
     seed: int = 0
 
     def schedule(self) -> Tensor:
-        """The learning rate of every step, float64 `[steps]`: up over a tenth of them, then down with a cosine."""
-        t = torch.arange(self.steps, dtype=torch.float64)
-        rate = torch.minimum((t + 1) / max(1.0, 0.1 * self.steps), 0.5 * (1 + torch.cos(torch.pi * t / self.steps)))
-        return self.learning_rate * rate
+        """The learning rate of every step, float64 `[steps]`."""
+        return warm_up_cosine(self.steps, self.learning_rate)
 
 
 class Setting(ABC):
@@ -147,8 +146,7 @@ def initialiser(reset: Callable[[nn.Module], None]) -> Callable[[nn.Module, int]
     """`initialise` of a `SelectionProblem`: `reset` with the random numbers of a seed."""
 
     def initialise(model: nn.Module, seed: int) -> None:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             reset(model)
 
     return initialise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mgd.recipes.data import load
+from mgd.recipes.options import make_settings, train_and_test
 from mgd.ui.console import Session
 from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
 
@@ -15,6 +15,5 @@ def command(
     from mgd.recipes.smoothness.recipe import Settings, run
 
     session = Session("recipe smoothness", out, json, threads)
-    settings = Settings().quick() if quick else Settings()
-    found = run(load(data), load(data, train=False), settings, seed, session.reporter)
-    session.finish(report.page(found), found.to_dict())
+    result = run(*train_and_test(data), make_settings(Settings, quick), seed, session.reporter)
+    session.finish(report.page(result), result.to_dict())

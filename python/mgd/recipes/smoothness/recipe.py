@@ -182,7 +182,7 @@ def run(
 
 
 def measure(task: Task, choice: Choice, settings: Settings, seed: int, entry: Timings) -> None:
-    """Add what one choice with one seed comes to."""
+    """Add the measurements of one choice with one seed."""
     f, z = training(task, choice, settings, seed)
     generator = torch.Generator().manual_seed(seed)
     shape = z["data_weights"].shape

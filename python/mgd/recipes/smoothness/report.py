@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from mgd.recipes.smoothness.recipe import BASE, Found
-from mgd.ui import page as plots
-from mgd.ui.console import Page, Table
+from mgd.ui import charts
+from mgd.ui.page import Page, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +26,11 @@ def page(found: Found) -> Page:
 def lead(found: Found) -> str:
     s = found.settings
     return (
-        f"{found.data}: a ResNet-9-style network, {s.steps} steps of AdamW, one choice changed at a time (as it is: "
-        "GroupNorm before GELU, average pooling, width 8, batches of 48, eps_root 1e-8). Metaparameters are the "
+        f"{found.data}: a ResNet-9-style network, {s.steps} steps of AdamW, one choice changed at a time (as it stands:"
+        " GroupNorm before GELU, average pooling, width 8, batches of 48, eps_root 1e-8). Metaparameters are the "
         f"weights of all training examples, changed by {' and '.join(map(str, s.sizes))} along the metagradient's own "
         f"direction and {s.directions} random one{'s' * (s.directions != 1)}; everything is the mean of {s.seeds} "
-        f"seed{'s' * (s.seeds != 1)}. Smoothness is 1 where all parameters go on in the direction in which they began. "
+        f"seed{'s' * (s.seeds != 1)}. Smoothness is 1 where all parameters keep the direction in which they began. "
         "The prediction's error is how far the change of the held-out loss by one step of sign descent is from what "
         "the metagradient says, relative to it."
     )
@@ -64,10 +64,10 @@ def _key(smoothness: float) -> float:
     return math.inf if math.isnan(smoothness) else -smoothness
 
 
-def _sections(found: Found) -> list[plots.Section]:
+def _sections(found: Found) -> list[Section]:
     low, high = found.interval
     return [
-        plots.Section(
+        Section(
             "Smooth trainings can be predicted",
             "Each point is a way to train. Across: its metasmoothness. Up: by how much the metagradient was wrong "
             "about what a step along it does. Spearman's rank correlation is "
@@ -75,7 +75,7 @@ def _sections(found: Found) -> list[plots.Section]:
             scatter(found),
             "smoothness-and-error",
         ),
-        plots.Section(
+        Section(
             "What smoothness costs",
             "Accuracy on test images after the same number of steps.",
             costs(found),
@@ -86,10 +86,10 @@ def _sections(found: Found) -> list[plots.Section]:
 
 
 def scatter(found: Found) -> Figure:
-    fig, axes = plots.figure(8.5, 5.5)
+    fig, axes = charts.figure(8.5, 5.5)
     _points(axes, found, "error")
     axes.set_yscale("log")
-    plots.label(
+    charts.label(
         axes,
         f"Spearman's ρ = {found.rho:.2f} [{found.interval[0]:.2f}, {found.interval[1]:.2f}]",
         "metasmoothness",
@@ -99,9 +99,9 @@ def scatter(found: Found) -> Figure:
 
 
 def costs(found: Found) -> Figure:
-    fig, axes = plots.figure(8.5, 5.5)
+    fig, axes = charts.figure(8.5, 5.5)
     _points(axes, found, "accuracy")
-    plots.label(axes, "", "metasmoothness", "test accuracy")
+    charts.label(axes, "", "metasmoothness", "test accuracy")
     return fig
 
 
@@ -109,7 +109,7 @@ def _points(axes, found: Found, quantity: str) -> None:
     """Numbered points and, beside them, whose number is whose."""
     known = {name: m for name, m in found.measured.items() if not math.isnan(m.smoothness)}
     for number, (name, m) in enumerate(known.items(), 1):
-        colour = plots.BAD if name == BASE else plots.GOOD
+        colour = charts.BAD if name == BASE else charts.GOOD
         y = getattr(m, quantity)
         axes.plot(m.smoothness, y, "o", color=colour, markersize=6, label=f"{number}  {name}")
         axes.annotate(str(number), (m.smoothness, y), (5, 4), textcoords="offset points", fontsize=8)

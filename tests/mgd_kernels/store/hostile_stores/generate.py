@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "CorruptState",
         "sum",
     ),
-    "payload missing": (_file(lambda data: data[:PAGE]), "CorruptState", "file of 8192 bytes was expected"),
+    "payload missing": (_file(lambda data: data[:PAGE]), "CorruptState", "expected a file of 8192 bytes"),
     "one byte short": (_file(lambda data: data[:-1]), "CorruptState", "expected"),
     "one byte long": (_file(lambda data: data + b"\0"), "CorruptState", "expected"),
     "a bit of the payload": (_file(lambda data: data[:PAGE] + b"\1" + data[PAGE + 1 :]), "CorruptState", "checksum"),

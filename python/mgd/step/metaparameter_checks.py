@@ -1,0 +1,102 @@
+"""What `z` may hold: the checks of metaparameters, made once before a training."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from mgd.errors import BadMetaparameter
+from mgd.util.text import describe
+from mgd_kernels import Arena, Optimizer
+
+RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root")
+
+
+def checked_tensors(z: Any, device: torch.device) -> dict[str, Any]:
+    """`z` with its numbers as tensors. Every leaf must be a finite, real floating-point tensor."""
+    if not isinstance(z, Mapping):
+        raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
+    if wrong := [key for key in z if not isinstance(key, str)]:
+        raise BadMetaparameter(f"expected the keys of z to be names; got {wrong[0]!r}")
+    return {key: _tensors(key, value, device) for key, value in z.items()}
+
+
+def _tensors(key: str, value: Any, device: torch.device) -> Any:
+    def convert(path: Any, leaf: Any) -> Tensor:
+        name = f"z[{key!r}]{keystr(path)}"
+        if isinstance(leaf, float):
+            return torch.tensor(leaf, dtype=torch.float64)
+        if not isinstance(leaf, Tensor):
+            raise BadMetaparameter(f"expected {name} to be a tensor; got {describe(leaf)}")
+        if not leaf.is_floating_point():
+            raise BadMetaparameter(
+                f"expected {name} to be floating-point, since other tensors have no gradient; got {leaf.dtype}. "
+                "Convert it with .float(), or put it into the batches."
+            )
+        if leaf.is_meta:
+            raise BadMetaparameter(
+                f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
+            )
+        if not bool(torch.isfinite(leaf).all()):
+            raise BadMetaparameter(f"expected finite values in {name}; it holds NaN or infinity")
+        return leaf
+
+    paths, spec = tree_flatten_with_path(value)
+    return tree_unflatten([convert(path, leaf) for path, leaf in paths], spec)
+
+
+def check_reserved(z: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise BadMetaparameter if `z` has a hyperparameter that the optimizer lacks."""
+    names = optimizer.hyper_names
+    for key in z:
+        if key in RESERVED and key not in names:
+            raise BadMetaparameter(
+                f"expected hyperparameters among {list(names)}; {type(optimizer).__name__} has no {key!r}. "
+                + ("Give SGD a momentum other than 0. " if key == "momentum" else "")
+                + "Leave the key out of z, or change the optimizer."
+            )
+
+
+def schedule(name: str, value: Any, steps: int, groups: int) -> Tensor:
+    """The values of one hyperparameter, float64 `[T, G]` or broadcastable to it. name: for the error."""
+    value = torch.tensor(float(value), dtype=torch.float64) if isinstance(value, float | int) else value
+    if not isinstance(value, Tensor):
+        raise BadMetaparameter(f"expected a tensor for {name}; got {type(value).__name__}")
+    value = value.detach().to("cpu", torch.float64)
+    if value.shape in ((), (groups,), (steps, groups)) and value.shape != (steps,):
+        return value
+    if value.shape == (steps,):
+        return value[:, None]
+    raise BadMetaparameter(
+        f"expected {name} of shape [] (one value), [{steps}] (one per step)"
+        + (f", [{groups}] (one per parameter group) or [{steps}, {groups}]" if groups > 1 else "")
+        + f"; got {list(value.shape)}. The training has {steps} steps (batches) and {groups} group(s)."
+    )
+
+
+def check_init(init: Any, arena: Arena) -> None:
+    """Raise BadMetaparameter unless `init` maps trainable parameters to tensors of their shapes."""
+    if not isinstance(init, Mapping):
+        raise BadMetaparameter(f"expected z['init'] to map parameter names to tensors; got {type(init).__name__}")
+    shapes = dict(zip(arena.names, arena.shapes, strict=True))
+    for name, value in init.items():
+        if name not in shapes:
+            raise BadMetaparameter(
+                f"expected z['init'] to name trainable parameters, {list(shapes)}; "
+                f"{name!r} is not a trainable parameter{hint(name, shapes)}"
+            )
+        if not isinstance(value, Tensor) or value.shape != shapes[name]:
+            raise BadMetaparameter(
+                f"expected z['init'][{name!r}] to be a tensor of shape {list(shapes[name])}; got {describe(value)}"
+            )
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+    """The name that was probably meant, as the end of a clause; empty if none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

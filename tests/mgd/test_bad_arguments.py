@@ -1,0 +1,82 @@
+"""Arguments of the training function that do not fit are refused."""
+
+import copy
+
+import pytest
+import torch
+from cases import cross_entropy
+from refusals import CALLS, base, refused
+from torch import nn
+
+import mgd
+from mgd import errors
+from mgd_kernels import UpdateRule
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_without_trainable_parameters(call):
+    case = base()
+    case.model.requires_grad_(False)
+    refused(errors.BadArgument, "require", case=case, call=call)
+
+
+def test_a_model_without_parameters():
+    refused(errors.BadArgument, "tensor", model=nn.Sequential(nn.Tanh()))
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"model": lambda x: x}, "torch.nn.Module"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)}, "mgd_kernels"),
+        ({"batches": []}, "at least one batch"),
+        ({"microbatches": 0}, "microbatches"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"trace": "sideways"}, "'sideways'"),
+    ],
+)
+def test_arguments_of_the_constructor(changes, part):
+    with pytest.raises(errors.BadArgument) as caught:
+        base().but(**changes).function()
+    assert part in str(caught.value)
+
+
+def test_an_update_rule_that_is_not_differentiable():
+    rule = UpdateRule(lambda p, s, g, h, k: ((p - h["lr"] * g).detach(), {}), (), {"lr": 0.1})
+    refused(errors.BadArgument, "differentiable", "detached", optimizer=rule)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def test_an_operator_without_second_derivative():
+    """torch.autograd.grad leaves such a term out without a word: the metagradient would be wrong."""
+    loss = lambda m, b, z: cross_entropy(m, b, z) + Once.apply(m(b[0])).mean()
+    error = refused(errors.NotDifferentiable, "Once", loss=loss)
+    assert "Once" in error.op
+
+
+def test_a_budget_that_is_too_small():
+    error = refused(errors.BudgetTooSmall, "bytes", budget=mgd.Budget(host=100))
+    assert "100" in str(error)
+
+
+def test_every_class_is_an_error_of_the_package():
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), (errors.MetagradientError, errors.KernelError))
+
+
+def test_inputs_survive_a_deepcopy_after_a_call():
+    case = base()
+    case.metagradient()
+    copy.deepcopy(case.model)

@@ -1,0 +1,122 @@
+"""Metaparameters that do not fit are refused with what was expected and what was passed."""
+
+import pytest
+import torch
+from cases import adamw, weighted, weights
+from refusals import CALLS, STEPS, base, refused
+
+from mgd import errors
+from mgd_kernels import SGD
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_schedule_of_another_length(call):
+    z = {"lr": torch.full((STEPS + 1,), 1e-2)}
+    refused(errors.BadMetaparameter, "z['lr']", f"[{STEPS}]", f"got [{STEPS + 1}]", call=call, z=z)
+
+
+def test_a_schedule_with_too_many_groups():
+    z = {"lr": torch.full((STEPS, 2), 1e-2)}
+    refused(errors.BadMetaparameter, "z['lr']", f"got [{STEPS}, 2]", "1 group(s)", z=z)
+
+
+def test_a_schedule_lists_the_shapes_for_groups():
+    case = base(optimizer=adamw(param_groups=[{"params": "*.bias"}]))
+    z = {"lr": torch.full((3,), 1e-2)}
+    refused(errors.BadMetaparameter, "[2] (one per parameter group)", f"[{STEPS}, 2]", "got [3]", case=case, z=z)
+
+
+@pytest.mark.parametrize(
+    "value, got",
+    [
+        (torch.ones(20, dtype=torch.int64), "torch.int64"),
+        (torch.ones(20, dtype=torch.bool), "torch.bool"),
+        (torch.ones(20, dtype=torch.complex64), "torch.complex64"),
+        (3, "a int"),
+        ("high", "a str"),
+        (None, "a NoneType"),
+    ],
+)
+def test_values_that_have_no_gradient(value, got):
+    refused(errors.BadMetaparameter, "z['data_weights']", got, loss=weighted, z={"data_weights": value})
+
+
+def test_the_place_in_a_pytree_is_named():
+    z = {"nested": {"a": [torch.ones(1), torch.ones(1, dtype=torch.int32)]}}
+    refused(errors.BadMetaparameter, "z['nested']['a'][1]", "torch.int32", z=z)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value):
+    z = {"data_weights": weights().index_fill(0, torch.tensor([4]), value)}
+    refused(errors.BadMetaparameter, "finite", "z['data_weights']", loss=weighted, z=z)
+
+
+@pytest.mark.parametrize("key", ["lr", "data_weights", "init"])
+def test_values_on_another_device(key):
+    z = {"lr": torch.full((STEPS,), 1e-2, device="meta"), "data_weights": torch.ones(20, device="meta")}
+    z["init"] = {"0.weight": torch.ones(8, 5, device="meta")}
+    refused(errors.BadMetaparameter, f"z['{key}']", "cpu", "meta", loss=weighted, z={key: z[key]})
+
+
+@pytest.mark.parametrize("z", [None, [1.0], torch.ones(3)])
+@pytest.mark.parametrize("call", ["metagradient", "__call__"])
+def test_z_is_a_mapping(z, call):
+    with pytest.raises(errors.BadMetaparameter, match=f"got {type(z).__name__}"):
+        getattr(base().function(), call)(z)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("typo, meant", [("weight_dcay", "weight_decay"), ("intit", "init")])
+def test_an_unknown_key_gets_a_hint(call, typo, meant):
+    refused(errors.BadMetaparameter, repr(typo), f"did you mean {meant!r}?", call=call, z={typo: torch.ones(())})
+
+
+def test_a_key_that_is_no_name():
+    refused(errors.BadMetaparameter, "names", "got 1", z={1: torch.ones(())})
+
+
+def test_an_unknown_key_beside_one_of_the_loss():
+    z = {"data_weights": weights(), "data_weight": weights()}
+    refused(errors.BadMetaparameter, "'data_weight'", "did you mean 'data_weights'?", loss=weighted, z=z)
+
+
+def test_a_hyperparameter_that_the_optimizer_lacks():
+    case = base(optimizer=SGD(lr=0.1))
+    z = {"momentum": torch.tensor(0.9)}
+    refused(errors.BadMetaparameter, "'momentum'", "SGD has no", "momentum other than 0", case=case, z=z)
+
+
+def test_a_key_that_was_not_given():
+    error = refused(errors.BadMetaparameter, "z['data_weights']", "not given", loss=weighted, step=0)
+    assert "'lr'" in str(error)
+
+
+@pytest.mark.parametrize(
+    "init, parts",
+    [
+        ({"0.weights": torch.ones(8, 5)}, ["'0.weights'", "did you mean '0.weight'?"]),
+        ({"0.weight": torch.ones(5, 8)}, ["'0.weight'", "[8, 5]", "[5, 8]"]),
+        ({"0.weight": 1.0}, ["'0.weight'", "[8, 5]"]),
+        ({"0": {"weight": torch.ones(8, 5)}}, ["'0'"]),
+        (torch.ones(3), ["z['init']", "Tensor"]),
+    ],
+)
+def test_initial_parameters(init, parts):
+    refused(errors.BadMetaparameter, *parts, z={"init": init})
+
+
+def test_a_nested_initial_parameter():
+    refused(errors.BadMetaparameter, "[8, 5]", "a dict", z={"init": {"0.weight": {"a": torch.ones(8, 5)}}})
+
+
+def test_an_initial_value_of_a_frozen_parameter():
+    case = base()
+    case.model[0].bias.requires_grad_(False)
+    refused(errors.BadMetaparameter, "'0.bias'", "not a trainable", case=case, z={"init": {"0.bias": torch.ones(8)}})
+
+
+@pytest.mark.parametrize("index", [torch.ones(6), torch.ones(6, dtype=torch.bool), [0, 1]])
+def test_an_index_of_per_example_that_is_not_one(index):
+    case = base(per_example={"data_weights": lambda batch: index}).but({"data_weights": weights()}, loss=weighted)
+    refused(errors.BadMetaparameter, "per_example['data_weights']", "integer", step=0, case=case)

@@ -1,0 +1,44 @@
+"""A training that does not repeat itself is an error, never a wrong metagradient."""
+
+import itertools
+import random
+
+import pytest
+from cases import cross_entropy
+from refusals import STEPS, base, refused
+
+from mgd import errors
+
+
+class Augmented(list):
+    """Batches of which number 3 is another one every time it is asked for."""
+
+    asked = 0
+
+    def __getitem__(self, t):
+        x, y, i = super().__getitem__(t)
+        self.asked += t == 3
+        return (x + 0.1 * self.asked if t == 3 else x), y, i
+
+
+@pytest.mark.parametrize("schedule", ["log", "revolve"])
+def test_batches_that_differ_when_asked_again(schedule):
+    case = base(schedule=schedule)
+    refused(errors.ReplayDivergence, "batches[3] differs", step=3, case=case, batches=Augmented(case.batches))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_loss_with_state_outside_the_model(trace):
+    count = itertools.count()
+
+    def loss(m, b, z):
+        return cross_entropy(m, b, z) * (1 + 0.01 * next(count))
+
+    error = refused(errors.ReplayDivergence, "bit by bit", "state kept outside the model", loss=loss, trace=trace)
+    assert error.step == STEPS - 1
+
+
+def test_random_numbers_that_are_not_torchs():
+    stream = random.Random(0)
+    loss = lambda m, b, z: cross_entropy(m, b, z) * (1 + stream.random())
+    refused(errors.ReplayDivergence, "random numbers", step=STEPS - 1, loss=loss, trace=False)

@@ -1,0 +1,171 @@
+"""Operators with fused second derivatives under torch's machinery: layouts, traces, batches, threads, opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from operator_cases import CASES, derivatives, every_sample, random_like, tensors
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mgd_kernels import functional
+from mgd_kernels.errors import BadArgument
+
+ops = torch.ops.mgd_kernels
+
+
+@every_sample
+def test_non_contiguous_inputs(name):
+    case = CASES[name]
+    spread = [torch.stack([x, torch.zeros_like(x)], -1)[..., 0] for x in case.inputs]
+    assert not any(x.is_contiguous() for x in spread if x.numel() > 1)
+    for got, value in zip(derivatives(case.ours, spread), derivatives(case.ours, case.inputs), strict=True):
+        assert torch.equal(got, value)
+
+
+def test_non_contiguous_cotangents():
+    x = torch.randn(6, 7, requires_grad=True)
+    gy = torch.randn(7, 6).t()
+    (got,) = torch.autograd.grad(functional.gelu(x), x, gy)
+    (value,) = torch.autograd.grad(functional.gelu(x), x, gy.contiguous())
+    assert torch.equal(got, value)
+
+
+@every_sample
+def test_traced_to_one_node_a_call(name):
+    case = CASES[name]
+    graph = make_fx(lambda *inputs: derivatives(case.ours, list(inputs)))(*case.inputs).graph
+    graph.eliminate_dead_code()
+    mine = [str(node.target) for node in graph.nodes if "mgd_kernels" in str(node.target)]
+    forward = f"mgd_kernels.{case.operator}{'_with_slope' if case.operator == 'activation' else ''}.default"
+    # The last derivative goes back through the backward pass once, and through the function itself once more.
+    backward, twice = (f"mgd_kernels.{case.operator}_{kind}.default" for kind in ("backward", "double_backward"))
+    assert sorted(mine) == sorted([forward, backward, twice, backward])
+
+
+@every_sample
+def test_traced_graph_gives_the_same_bits(name):
+    case = CASES[name]
+    function = lambda *inputs: derivatives(case.ours, list(inputs))
+    for got, value in zip(make_fx(function)(*case.inputs)(*case.inputs), function(*case.inputs), strict=True):
+        assert torch.equal(got, value)
+
+
+@every_sample
+@pytest.mark.parametrize("level", [1, 2])
+def test_batched_cotangents(name, level):
+    """Several objectives at once: `is_grads_batched`, at the gradient and at the second derivative."""
+    case = CASES[name]
+    inputs = [x.detach().requires_grad_() for x in case.inputs]
+    outputs = tensors(case.ours(*inputs))
+    if level == 2:
+        gy = [x.requires_grad_() for x in random_like(outputs, 1)]
+        outputs = list(torch.autograd.grad(outputs, inputs, gy, create_graph=True))
+        inputs = [*inputs, *gy]
+    each = [random_like(outputs, seed) for seed in (5, 6, 7)]
+    stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    options = dict(retain_graph=True, allow_unused=True)
+    batched = torch.autograd.grad(outputs, inputs, stacked, is_grads_batched=True, **options)
+    for i, cotangents in enumerate(each):
+        single = torch.autograd.grad(outputs, inputs, cotangents, **options)
+        for got, value in zip(batched, single, strict=True):
+            if value is None:
+                assert got is None
+                continue
+            # torch's bmm of a batch may round otherwise than that of its parts; the operators are called one by one.
+            torch.testing.assert_close(got[i], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+
+
+def test_batched_first_derivatives_are_differentiable():
+    x = torch.linspace(-2, 2, 9, requires_grad=True)
+    gy = torch.eye(9)
+    (jacobian,) = torch.autograd.grad(functional.gelu(x), x, gy, create_graph=True, is_grads_batched=True)
+    (second,) = torch.autograd.grad(jacobian.sum(), x)
+    y = x.detach().double().requires_grad_()
+    (first,) = torch.autograd.grad(F.gelu(y).sum(), y, create_graph=True)
+    torch.testing.assert_close(second.double(), torch.autograd.grad(first.sum(), y)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_batched_inputs():
+    x = torch.randn(3, 4, 6)
+    assert torch.equal(torch.vmap(functional.gelu)(x), functional.gelu(x))
+
+
+@every_sample
+def test_bits_do_not_depend_on_threads(name):
+    shapes = {
+        "gelu-15": [(300_001,)],
+        "layer_norm-3x2x77": [(2000, 2, 77), (77,), (77,)],
+        "group_norm-4x8x5x5": [(32, 32, 17, 19), (32,), (32,)],
+        "batch_norm-4x8x5x5": [(32, 32, 17, 19), (32,), (32,)],
+        "softmax-2x7x33": [(50, 60, 133)],
+    }
+    case = CASES[name]
+    inputs = case.inputs
+    if name in shapes:
+        g = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(shape, generator=g) for shape in shapes[name]]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            found.append(derivatives(case.ours, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        if "attention" not in name:  # its matrix products are torch's
+            assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual number
+@every_sample
+def test_forward_mode_raises_and_names_the_operator(name):
+    case = CASES[name]
+    for requires_grad in (False, True):
+        with fwAD.dual_level():
+            inputs = [fwAD.make_dual(x.detach().requires_grad_(requires_grad), torch.ones_like(x)) for x in case.inputs]
+            with pytest.raises(NotImplementedError, match=f"forward AD with mgd_kernels::{case.operator}"):
+                case.ours(*inputs)
+
+
+def sample_calls() -> list[tuple]:
+    """Every operator, with arguments."""
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g).requires_grad_()
+    x, w, b, rows = r(3, 10), r(10), r(10), (r(3).detach(), r(3).detach().abs())
+    image, sets, channels = r(2, 4, 9), (r(4).detach(), r(4).detach().abs()), (r(4).detach(), r(4).detach().abs())
+    target = torch.tensor([1, -100, 3])
+    p = torch.softmax(r(2, 3, 3), -1).detach().requires_grad_()
+    statistics = torch.zeros(3, 2)
+    return [
+        (ops.activation_with_slope, (x, "gelu")),
+        (ops.activation_backward, (r(3, 10), torch.rand(3, 10), x, "silu")),
+        (ops.activation_double_backward, (r(3, 10).detach(), r(3, 10).detach(), torch.rand(3, 10), x.detach(), "gelu")),
+        (ops.layer_norm, (x, w, b, 10, 1e-5)),
+        (ops.layer_norm_backward, (r(3, 10), x, *rows, w, 10, 1e-5)),
+        (ops.group_norm, (image, r(4), None, 2, 1e-5)),
+        (ops.group_norm_backward, (r(2, 4, 9), image, *sets, r(4), 2, 1e-5)),
+        (ops.batch_norm, (image, r(4), r(4), 1e-5)),
+        (ops.batch_norm_backward, (r(2, 4, 9), r(4), None, image, *channels, r(4), 1e-5)),
+        (ops.softmax, (x, 0.5, False)),
+        (ops.softmax_backward, (r(2, 3, 3), p, 0.5, True)),
+        (ops.cross_entropy, (x, target, -100)),
+        (ops.cross_entropy_backward, (r(3), x, target, statistics, -100)),
+    ]
+
+
+@pytest.mark.parametrize("call", sample_calls(), ids=lambda call: call[0].__name__)
+def test_opcheck(call):
+    operator, arguments = call
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator.default, arguments, test_utils=utilities)
+
+
+def test_operators_check_what_they_are_given():
+    with pytest.raises(BadArgument, match="float32"):
+        ops.activation(torch.zeros(3, dtype=torch.float64), "gelu")
+    with pytest.raises(BadArgument, match=r"\[3\]"):
+        ops.activation_backward(torch.zeros(4), torch.zeros(3), torch.zeros(3), "gelu")
+    with pytest.raises(BadArgument, match="int64"):
+        ops.cross_entropy(torch.zeros(2, 3), torch.zeros(2), -100)
