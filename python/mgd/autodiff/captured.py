@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.execution import reason, same_loss
+from mgd.autodiff.execution import derivatives_of, present, reason, same_loss
 from mgd.autodiff.front import CapturedGraph, Front, NotCaptured
 from mgd.autodiff.graphs import clean
 from mgd.autodiff.joint import JointGraph
@@ -51,7 +51,7 @@ class GraphResiduals:
     def bytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in self.tensors if isinstance(x, Tensor))
 
-    def second_derivatives(
+    def secondderivatives_of(
         self,
         step: int,
         parameters: list[Tensor],
@@ -61,7 +61,7 @@ class GraphResiduals:
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
         ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
-        return _derivatives(self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways))
+        return derivatives_of(self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways))
 
 
 class CapturedEvaluator:
@@ -102,7 +102,7 @@ class CapturedEvaluator:
                 return step.evaluation
         return self.fallback.gradient(microbatch, parameters, before)
 
-    def second_derivatives(
+    def secondderivatives_of(
         self,
         microbatch: Microbatch,
         parameters: list[Tensor],
@@ -129,8 +129,8 @@ class CapturedEvaluator:
                 assert results is not None and step.loss is not None
                 if not torch.equal(step.loss.double().cpu(), expected):
                     raise microbatch.diverged(float(expected), float(step.loss))
-                return _derivatives(results)
-        return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
+                return derivatives_of(results)
+        return self.fallback.secondderivatives_of(microbatch, parameters, before, directions, cotangents, expected)
 
     def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
         """Call the loss through its graph, which `use` runs. False where there is none, from now on for all steps."""
@@ -213,7 +213,7 @@ class CapturedEvaluator:
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
             loss, grads, left, residuals = joint.forward(parameters, given)
             (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
-        if not (agree([*grads, *left, *results], expected[1:]) and same_loss(loss, expected[0], self.compile)):
+        if not (agree([*grads, *left, *results], expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
             raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
         return joint, counts[2]
 
@@ -274,13 +274,3 @@ class _Step:
         """Which metaparameters the loss reads: those that its graph does."""
         owner, first = self.microbatch.metaparameters.owner, len(self._leaves) + len(self._buffers)
         owner.note({owner.owner[place - first] for place in places if place >= first}, self.microbatch.step)
-
-
-def _derivatives(results: SecondDerivatives) -> Derivatives:
-    """From what a graph gives for each direction."""
-    return Derivatives([result[:-1] for result in results], [_present(result[-1]) for result in results])
-
-
-def _present(product: Tensor | None) -> Tensor:
-    assert product is not None  # a graph's last output
-    return product

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from mgd.step.evaluator import Derivatives
 
 # Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
 COMPILED_TOLERANCE = 1e-4
@@ -32,3 +34,14 @@ def same_loss(loss: Tensor, expected: Tensor, compiled: bool) -> bool:
 def reason(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def derivatives_of(results: Sequence[Sequence[Tensor | None]]) -> Derivatives:
+    """From what a graph gives for each direction: second derivatives, and last `<gradient, direction>`."""
+    return Derivatives([list(result[:-1]) for result in results], [present(result[-1]) for result in results])
+
+
+def present(x: Tensor | None) -> Tensor:
+    """An output that a graph always has."""
+    assert x is not None
+    return x

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.eager import EagerEvaluator, point_of
-from mgd.autodiff.execution import below_autograd, reason
+from mgd.autodiff.execution import below_autograd, derivatives_of, reason
 from mgd.autodiff.graphs import PerDirection, clean, without_mutation
 from mgd.autodiff.second_order import Point
 from mgd.step.agreement import agree
@@ -109,7 +109,7 @@ class TracedEvaluator:
                 f"that of training {float(expected)!r}"
             )
             return None
-        return Derivatives([list(result[:-1]) for result in results], [result[-1] for result in results])
+        return derivatives_of(results)
 
     def _trace(self, microbatch: Microbatch, evaluate: TensorLoss, point: Point) -> Graph:
         """The graph of the point's first direction, as a function of fixed inputs and of any number of directions."""
