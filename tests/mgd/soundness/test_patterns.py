@@ -1,0 +1,105 @@
+"""Every pattern in every mode: the right value and metagradient, or where it may be refused, an error of mgd.errors.
+
+`KNOWN` holds what fails today. It is strict: whoever makes a pattern right removes its entry.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from pattern import PURE, Pattern, Training
+from patterns import PATTERNS
+from reference import differences, reference, slope
+from torch import Tensor
+
+import mgd
+from mgd.errors import MetagradientError
+
+# A mode may serve a step in another way than the one that was asked for, and say so in a warning.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MODES = {"eager": False, "traced": True, "default": None, "joint": "joint"}
+TOLERANCE = 1e-9
+BY_DIFFERENCES = 1e-6
+
+# Traced in the ordinary suite; the others are traced where slow tests run.
+CORE = """
+plain mask_mean two_masks_broadcast mask_down_to_nothing token_into_mask experts_by_index divided_by_number_of_classes
+branch_on_batch loop_count_from_batch tolist numpy_in_loss packed_gru string_in_batch float_in_batch_to_the_backward
+cached_mask logging_by_item dropout branch_on_buffer differentiable_buffer activation_checkpoint
+once_differentiable_function attention_with_mask_if_needed reversal_of_two_phases detached_for_first_calls
+metaparameter_detached_for_first_steps tensor_hook_that_grows random_detach tensor_changed_in_place cyclic_annealing
+""".split()
+
+# The default mode may choose by the length of the training.
+LONG = ["mask_mean", "experts_by_index", "divided_by_number_of_classes", "tolist", "reversal_of_two_phases"]
+
+WRONG, RAISES, REFUSED = "another number", "a raw error", "an error, and no reason for one"
+KNOWN: dict[str, dict[str, str]] = {}
+KNOWN_LONG: dict[str, str] = {}
+
+
+def cases() -> Iterator[ParameterSet]:
+    for name, p in PATTERNS.items():
+        for mode in MODES:
+            slow = [pytest.mark.slow] if mode in ("traced", "joint") and name not in CORE else []
+            yield pytest.param(p, mode, id=f"{name}-{mode}", marks=slow + known(KNOWN.get(name, {}).get(mode)))
+
+
+def known(reason: str | None) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+
+
+@functools.cache
+def right(p: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
+    return (differences if p.differences else reference)(p.plain)
+
+
+@pytest.mark.parametrize("p, mode", cases())
+def test_right_or_refused(p: Pattern, mode: str):
+    judge(p, p.build(), MODES[mode], right(p))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=known(KNOWN_LONG.get(n))) for n in LONG])
+def test_default_of_a_long_training(name: str):
+    p = PATTERNS[name]
+    judge(p, repeated(p.build), None, reference(lambda: repeated(p.plain)))
+
+
+def repeated(build: Callable[[], Training], times: int = 5) -> Training:
+    t = build()
+    return replace(t, batches=[*t.batches] * times, z=t.z | {"lr": t.z["lr"].repeat(times)})
+
+
+def judge(p: Pattern, t: Training, trace: bool | str | None, expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    f = mgd.TrainingFunction(t.model, t.loss, t.batches, optimizer=t.optimizer, objective=t.objective, trace=trace)
+    try:
+        result = f.metagradient(t.z)
+    except MetagradientError as error:
+        if p.kind is PURE:
+            raise AssertionError(f"refused: {type(error).__name__}: {error}") from error
+        return
+    value, grads = expected
+    distances = {"value": distance(result.value, value)} | {k: distance(result.grads[k], g) for k, g in grads.items()}
+    tolerance = BY_DIFFERENCES if p.differences else TOLERANCE
+    assert all(d <= tolerance for d in distances.values()), distances
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("p", [pytest.param(p, id=name) for name, p in PATTERNS.items()])
+def test_reference(p: Pattern):
+    """No case is vacuous; and where nothing is hidden from autograd, finite differences confirm the reference."""
+    value, grads = right(p)
+    assert value.isfinite() and all(1e-5 < g.norm() < 1e3 for g in grads.values())
+    if p.honest and not p.differences:
+        for key, g in grads.items():
+            direction = {k: torch.zeros_like(v) for k, v in grads.items()} | {key: g / g.norm()}
+            assert slope(p.plain, direction) == pytest.approx(g.norm().item(), rel=BY_DIFFERENCES)
