@@ -1,6 +1,10 @@
 """All patterns, by name."""
 
-import patterns_values  # noqa: F401
+from importlib import import_module
+
 from pattern import PATTERNS, Kind, Pattern
+
+for part in ("shapes", "reads", "values", "operators", "layers", "state"):
+    import_module(f"patterns_{part}")
 
 __all__ = ["PATTERNS", "Kind", "Pattern"]

@@ -23,6 +23,8 @@ STEPS, EXAMPLES, LENGTH, WORDS = 3, 3, 6, 13
 # Norms, router probabilities and rotary embeddings are computed in float32 whatever the model's dtype.
 TOLERANCE = 1e-6
 
+# Traced in the ordinary suite; the others are traced where slow tests run.
+CORE = ("gpt2_dropout", "llama", "t5")
 KNOWN: dict[str, dict[str, str]] = {}
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -133,11 +135,19 @@ def right(name: str) -> tuple[Tensor, dict[str, Tensor]]:
     return reference(MODELS[name])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
-def test_right(name: str, mode: str, request: pytest.FixtureRequest):
-    if reason := KNOWN.get(name, {}).get(mode):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def cases() -> list:
+    cases = []
+    for name in MODELS:
+        for mode in MODES:
+            slow = [pytest.mark.slow] if mode in ("traced", "joint") and name not in CORE else []
+            reason = KNOWN.get(name, {}).get(mode)
+            marks = slow + ([pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
+            cases.append(pytest.param(name, mode, id=f"{name}-{mode}", marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize("name, mode", cases())
+def test_right(name: str, mode: str):
     value, grads = right(name)
     assert all(g.norm() > 1e-6 for g in grads.values())
     t = MODELS[name]()
