@@ -4,7 +4,7 @@ from importlib import import_module
 
 from pattern import PATTERNS, Kind, Pattern
 
-for part in ("shapes", "reads", "values", "operators", "layers", "state"):
+for part in ("shapes", "reads", "values", "operators", "layers", "state", "backward"):
     import_module(f"patterns_{part}")
 
 __all__ = ["PATTERNS", "Kind", "Pattern"]

@@ -40,8 +40,52 @@ metaparameter_detached_for_first_steps tensor_hook_that_grows random_detach tens
 LONG = ["mask_mean", "experts_by_index", "divided_by_number_of_classes", "tolist", "reversal_of_two_phases"]
 
 WRONG, RAISES, REFUSED = "another number", "a raw error", "an error, and no reason for one"
-KNOWN: dict[str, dict[str, str]] = {}
-KNOWN_LONG: dict[str, str] = {}
+KNOWN: dict[str, dict[str, str]] = {
+    "reentrant_checkpoint": dict.fromkeys(MODES, RAISES),
+    "gradient_penalty_through_layer_norm": dict.fromkeys(MODES, WRONG),
+    "gradient_penalty_through_batch_norm": dict.fromkeys(MODES, WRONG),
+    "gradient_penalty_through_instance_norm": dict.fromkeys(MODES, WRONG),
+    "once_differentiable_function": {"traced": WRONG},
+    "sparse_adjacency": {"joint": RAISES},
+    "tolist": {"joint": REFUSED},
+    "numpy_in_loss": {"joint": REFUSED},
+    "mask_mean": {"traced": WRONG, "joint": RAISES},
+    "mask_mean_of_varying_count": {"traced": RAISES, "joint": RAISES},
+    "two_masks_broadcast": {"traced": RAISES, "joint": RAISES},
+    "mask_down_to_one": {"traced": RAISES, "joint": RAISES},
+    "mask_down_to_nothing": {"traced": RAISES, "joint": RAISES},
+    "outer_product_of_masked": {"traced": RAISES, "joint": RAISES},
+    "softmax_of_masked": {"traced": RAISES, "joint": RAISES},
+    "first_of_masked": {"traced": RAISES, "joint": RAISES},
+    "layer_norm_of_masked": {"traced": RAISES, "joint": RAISES},
+    "reshaped_masked": {"traced": RAISES, "joint": RAISES},
+    "token_into_mask": {"traced": RAISES, "joint": RAISES},
+    "masked_select": {"traced": RAISES, "joint": RAISES},
+    "mask_from_parameters": {"traced": RAISES, "joint": RAISES},
+    "hard_examples_by_numpy": {"joint": REFUSED},
+    "online_triplets": {"traced": RAISES, "joint": RAISES},
+    "mean_of_each_class_by_unique": {"joint": RAISES},
+    "divided_by_number_of_classes": {"joint": WRONG},
+    "experts_by_index": {"traced": RAISES, "joint": RAISES},
+    "experts_by_sorting": {"joint": REFUSED},
+    "reversal_that_grows": dict.fromkeys(MODES, WRONG),
+    "reversal_that_grows_trained_critic": dict.fromkeys(MODES, WRONG),
+    "reversal_of_two_phases": dict.fromkeys(MODES, WRONG),
+    "reversal_every_other_call": dict.fromkeys(MODES, WRONG),
+    "detached_for_first_calls": dict.fromkeys(MODES, WRONG),
+    "detached_after_first_calls": dict.fromkeys(MODES, WRONG),
+    "metaparameter_detached_for_first_steps": dict.fromkeys(MODES, WRONG),
+    "tensor_hook_that_grows": dict.fromkeys(MODES, WRONG),
+    "tensor_hook_on_hidden_that_grows": dict.fromkeys(MODES, WRONG),
+    "parameter_hook": dict.fromkeys(MODES, WRONG),
+    "random_detach": dict.fromkeys(MODES, WRONG),
+    "stochastic_depth_by_random": {"joint": WRONG},
+    "eval_mode_after_some_calls": {"joint": WRONG},
+    "consistency_with_last_step": {"joint": WRONG},
+    "gradual_unfreezing": dict.fromkeys(MODES, RAISES),
+    "module_backward_hook_that_grows": dict.fromkeys(MODES, WRONG),
+}
+KNOWN_LONG = {"mask_mean": WRONG, "experts_by_index": RAISES, "reversal_of_two_phases": WRONG}
 
 
 def cases() -> Iterator[ParameterSet]:
