@@ -1,4 +1,4 @@
-"""By default the modes that trace run on a part of the patterns. `pytest -m "slow or not slow"` runs everything."""
+"""By default the modes that trace run on some patterns and models only. `pytest -m "slow or not slow"` runs everything."""
 
 from pathlib import Path
 

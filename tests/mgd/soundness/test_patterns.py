@@ -27,7 +27,7 @@ MODES = {"eager": False, "traced": True, "default": None, "joint": "joint"}
 TOLERANCE = 1e-9
 BY_DIFFERENCES = 1e-6
 
-# Traced in the ordinary suite; the others are traced where slow tests run.
+# In the ordinary suite the modes that trace run on these alone, and so does the test of the reference.
 CORE = """
 plain mask_mean two_masks_broadcast mask_down_to_nothing token_into_mask experts_by_index divided_by_number_of_classes
 branch_on_batch loop_count_from_batch tolist numpy_in_loss packed_gru string_in_batch float_in_batch_to_the_backward
@@ -91,8 +91,12 @@ KNOWN_LONG = {"mask_mean": WRONG, "experts_by_index": RAISES, "reversal_of_two_p
 def cases() -> Iterator[ParameterSet]:
     for name, p in PATTERNS.items():
         for mode in MODES:
-            slow = [pytest.mark.slow] if mode in ("traced", "joint") and name not in CORE else []
-            yield pytest.param(p, mode, id=f"{name}-{mode}", marks=slow + known(KNOWN.get(name, {}).get(mode)))
+            marks = slow(name) if mode in ("traced", "joint") else []
+            yield pytest.param(p, mode, id=f"{name}-{mode}", marks=marks + known(KNOWN.get(name, {}).get(mode)))
+
+
+def slow(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in CORE else [pytest.mark.slow]
 
 
 def known(reason: str | None) -> list[pytest.MarkDecorator]:
@@ -140,7 +144,7 @@ def distance(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("p", [pytest.param(p, id=name) for name, p in PATTERNS.items()])
+@pytest.mark.parametrize("p", [pytest.param(p, id=n, marks=slow(n)) for n, p in PATTERNS.items()])
 def test_reference(p: Pattern):
     """No case is vacuous; and where nothing is hidden from autograd, finite differences confirm the reference."""
     value, grads = right(p)
