@@ -51,7 +51,7 @@ class GraphResiduals:
     def bytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in self.tensors if isinstance(x, Tensor))
 
-    def secondderivatives_of(
+    def second_derivatives(
         self,
         step: int,
         parameters: list[Tensor],
@@ -102,7 +102,7 @@ class CapturedEvaluator:
                 return step.evaluation
         return self.fallback.gradient(microbatch, parameters, before)
 
-    def secondderivatives_of(
+    def second_derivatives(
         self,
         microbatch: Microbatch,
         parameters: list[Tensor],
@@ -130,7 +130,7 @@ class CapturedEvaluator:
                 if not torch.equal(step.loss.double().cpu(), expected):
                     raise microbatch.diverged(float(expected), float(step.loss))
                 return derivatives_of(results)
-        return self.fallback.secondderivatives_of(microbatch, parameters, before, directions, cotangents, expected)
+        return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
 
     def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
         """Call the loss through its graph, which `use` runs. False where there is none, from now on for all steps."""
