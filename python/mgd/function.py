@@ -54,11 +54,11 @@ class TrainingFunction:
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
-    trace: False: evaluate every step by autograd. True: replay second derivatives from a graph that is traced once
-        (`mgd.autodiff.traced`). None: as True, once so many steps of one shape were evaluated, in this call or earlier
-        ones, that they win back the time of the trace.
-        "joint": the gradients that train come from a traced graph, too, and what it computed for them is kept where
-        memory allows (`mgd.autodiff.joint`). compile: compile the joint graph with `torch.compile`.
+    trace: False: evaluate every step by autograd. True: capture the loss as a graph, from which both the gradients that
+        train and their second derivatives come; what it computed for them is kept where memory allows
+        (`mgd.autodiff.captured`). None: as False until captured steps would have saved what a capture costs (some
+        seconds), in this call or earlier ones, and as True from then on; rounding may change with it, once. "joint" is
+        another name of True. compile: compile the graph with `torch.compile`.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state
@@ -107,7 +107,7 @@ class TrainingFunction:
         self.trace, self.compile = trace, compile
         self.optimizer_state = optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
-        self._evaluator = evaluator_for(trace, compile, len(batches) * microbatches)
+        self._evaluator = evaluator_for(trace, compile)
 
     def __len__(self) -> int:
         """The number of training steps."""

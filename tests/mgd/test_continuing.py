@@ -66,7 +66,7 @@ def halves(optimizer: Optimizer, **options):
 
 
 EAGER = [{}, {"max_grad_norm": 0.5, "microbatches": 2}]
-GRAPHS = [{"trace": True}, {"trace": "joint"}]  # of the model alone: how it is updated makes no difference to them
+GRAPHS = [{"trace": True}]  # of the model alone: how it is updated makes no difference to them
 
 
 @pytest.mark.parametrize(

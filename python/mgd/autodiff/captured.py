@@ -21,13 +21,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_loss
-from mgd.autodiff.front import CapturedGraph, Front, NotCaptured
+from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured
 from mgd.autodiff.graphs import clean
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
-from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
+from mgd.step.evaluator import Derivatives, Evaluation, Evaluator, SecondDerivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
@@ -65,18 +65,27 @@ class GraphResiduals:
 
 
 class CapturedEvaluator:
-    """Both evaluations of a step by a captured graph. refused: why that was given up, if it was."""
+    """Both evaluations of a step by a captured graph.
+
+    refused: why that was given up for all steps, if it was. left_out: why it was for some, whose graphs would have been
+    too many.
+    """
 
     def __init__(self, eager: EagerEvaluator, compile: bool = False):
         self.fallback, self.compile = eager, compile
         self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
         self.refused: str | None = None
+        self.left_out: str | None = None
         self._front: Front | None = None
+
+    def current(self) -> Evaluator:
+        return self
 
     def describe(self) -> str:
         if self.refused:
             return f"eager, since capture was given up: {self.refused}"
-        return "captured, compiled" if self.compile else "captured"
+        captured = "captured, compiled" if self.compile else "captured"
+        return f"{captured}; some steps eager: {self.left_out}" if self.left_out else captured
 
     def refuse(self, reason: str) -> None:
         self.refused = reason
@@ -133,7 +142,7 @@ class CapturedEvaluator:
         return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
 
     def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
-        """Call the loss through its graph, which `use` runs. False where there is none, from now on for all steps."""
+        """Call the loss through its graph, which `use` runs. False where there is none."""
         if self._front is None:
             self._front = Front(step.microbatch.loss.function)
 
@@ -147,6 +156,8 @@ class CapturedEvaluator:
                 tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
             )
             if key not in self.graphs:
+                if len(self.graphs) >= MOST_GRAPHS:
+                    raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
                 self.graphs[key] = self._make(graph, places, step, others)
             joint, extras = self.graphs[key]
             step.note(places)
@@ -160,7 +171,11 @@ class CapturedEvaluator:
         except MetagradientError:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
-            self.refused = str(error) if isinstance(error, NotCaptured) else reason(error)
+            why = str(error) if isinstance(error, NotCaptured) else reason(error)
+            if self.graphs:  # those go on to serve their steps
+                self.left_out = why
+            else:
+                self.refused = why
             return False
         return True
 

@@ -17,7 +17,7 @@ from mgd.autodiff.second_order import (
     leaves,
 )
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
-from mgd.step.evaluator import Derivatives, Evaluation
+from mgd.step.evaluator import Derivatives, Evaluation, Evaluator
 from mgd.step.loss import Microbatch, TensorLoss
 from mgd.step.model import Buffers
 
@@ -25,10 +25,13 @@ from mgd.step.model import Buffers
 class EagerEvaluator:
     """Every evaluation by autograd; the others fall back to this one, and are checked against it."""
 
-    fallback = None
+    fallback: Evaluator | None = None
 
     def __init__(self) -> None:
         self._precision: float | None = None  # of the coarsest dtype of the graph; None: not inspected yet
+
+    def current(self) -> Evaluator:
+        return self
 
     def describe(self) -> str:
         return "eager"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -57,43 +56,6 @@ def _changes(node: fx.Node) -> bool:
     """Whether the operator may change its inputs."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-
-def without_mutation(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The same computation with every in-place operator replaced by one that returns its result.
-
-    inputs: example tensors for the trace.
-    """
-    return clean(make_fx(torch.func.functionalize(module))(*inputs))
-
-
-class PerDirection:
-    """A graph in two parts: one that depends on no direction and runs once, and the rest, which runs per direction.
-
-    module: a graph without mutation. Its first `shared` inputs depend on no direction, and its first output is the
-    loss. Of the 8 matrix products that a linear layer's Hessian-vector product costs, 2 are shared.
-    optimized: `optimized(part, exact)` makes a part faster; its first `exact` outputs (the loss) must keep their bits.
-    """
-
-    def __init__(
-        self, module: fx.GraphModule, shared: int, optimized: Callable[[fx.GraphModule, int], Callable[..., tuple]]
-    ):
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        varying = dependents(module.graph, placeholders[shared:])
-        (output,) = (node for node in module.graph.nodes if node.op == "output")
-        loss, *results = output.args[0]
-        nodes = [node for node in module.graph.nodes if node.op != "output"]
-        own = [node for node in nodes if node in varying and node.op != "placeholder"]
-        read = {x for node in own for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
-        boundary = [node for node in nodes if node in read and node not in varying]
-        once = [node for node in nodes if node not in varying and node.op != "placeholder"]
-        self.once = optimized(part(module, placeholders[:shared], once, [loss, *boundary]), 1)
-        self.each = optimized(part(module, [*boundary, *placeholders[shared:]], own, results), 0)
-
-    def __call__(self, inputs: Sequence[Tensor], directions: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[tuple]]:
-        """The loss, and the results for each direction."""
-        loss, *boundary = self.once(*inputs)
-        return loss, [self.each(*boundary, *direction) for direction in directions]
 
 
 def dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:

@@ -87,14 +87,13 @@ METHODS: dict[str, Method] = {
     "sqrt": Method("plain torch: a state every sqrt(T) steps, the rest trained again", _plain(baselines.sqrt)),
     "bergson": Method("bergson: MAGIC from checkpoints on disk, the data weights' gradient alone", _plain(magic)),
     "mgd": Method("mgd, with the options that the training function was made with", package(), ours=True),
-    "eager": Method("mgd, second derivatives by eager torch", package(trace=False), ours=True),
-    "traced": Method("mgd, second derivatives from a graph traced once", package(trace=True), ours=True),
-    "joint": Method("mgd, the training's gradients from the graph, too, and kept", package(trace="joint"), ours=True),
-    "compiled": Method("mgd, joint, compiled by torch.compile (takes a minute)", package(compile=True), ours=True),
+    "eager": Method("mgd, every step by autograd", package(trace=False), ours=True),
+    "captured": Method("mgd, steps captured as a graph", package(trace=True), ours=True),
+    "compiled": Method("mgd, captured, compiled by torch.compile (takes a minute)", package(compile=True), ours=True),
     "bounded": Method(
-        f"mgd joint, all that it keeps within {BUDGET}", package(trace="joint", budget=Budget(host=BUDGET)), ours=True
+        f"mgd captured, all that it keeps within {BUDGET}", package(trace=True, budget=Budget(host=BUDGET)), ours=True
     ),
-    "microbatches": Method("mgd traced, each batch in 2 parts", package(trace=True, microbatches=2), ours=True),
+    "microbatches": Method("mgd captured, each batch in 2 parts", package(trace=True, microbatches=2), ours=True),
     "objectives": Method(
         f"mgd, {OBJECTIVES} objectives in one sweep, ratio for one of them",
         _objectives,

@@ -8,7 +8,6 @@ joint graph. The rest is ours: states, kernels of the optimizer, log, bookkeepin
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from mgd import TrainingFunction
 from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.execution import below_autograd
-from mgd.autodiff.traced import TracedEvaluator
 from mgd.bench import shared, timing
 from mgd.ui.options import Json
 from mgd_kernels import AdamW
@@ -51,14 +49,13 @@ def smallest(steps: int, seed: int = 0) -> tuple[TrainingFunction, dict[str, Ten
 
 
 def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[str, Any]:
-    """Microseconds per step, the least of `rounds`, in JSON's types: for a traced and a joint graph, the whole, torch's
-    parts, and our own."""
+    """Microseconds per step, the least of `rounds`, in JSON's types: the whole, torch's parts, and our own."""
     with timing.pinned(core) as pinning:
         function, z = smallest(steps)
         found = {}
-        for name, run in {"traced": function, "joint": function.replaced(trace="joint")}.items():
-            run.metagradient(z)  # traces
-            parts = _joint(run, z) if name == "joint" else {"gradient": _gradient(run, z), **_graph(run, z)}
+        for name, run in {"captured": function}.items():
+            run.metagradient(z)  # captures
+            parts = _parts(run, z)
             whole = functools.partial(run.metagradient, z)
             seconds = timing.least(rounds, whole, *parts.values())
             micro = [1e6 * value / steps for value in seconds]
@@ -67,36 +64,11 @@ def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[st
         return {"steps": steps, "parameters": parameters, **pinning, "microseconds": found}
 
 
-def _gradient(function: TrainingFunction, z: dict[str, Tensor]) -> Callable[[], None]:
-    """Every step's gradient by plain torch."""
-    parameters = list(function.model.parameters())
-
-    def run() -> None:
-        for t in range(len(function)):
-            batch = function.batches[t]
-            loss = function.loss(function.model, batch, {"data_weights": z["data_weights"][batch[2]]})
-            torch.autograd.grad(loss, parameters)
-
-    return run
-
-
-def _graph(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
-    """The replays of the traced graph in a metagradient."""
-    traces = function._evaluator
-    assert isinstance(traces, TracedEvaluator)
-    (key,) = traces.graphs
-    return {
-        "second derivatives": _replays(
-            function, z, functools.partial(operator.setitem, traces.graphs, key), traces.graphs[key]
-        )
-    }
-
-
-def _joint(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
-    """The replays of each part of the joint graph in a metagradient."""
-    joints = function._evaluator
-    assert isinstance(joints, CapturedEvaluator)
-    ((joint, _),) = joints.graphs.values()
+def _parts(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+    """The runs of each part of the captured graph in a metagradient."""
+    evaluator = function._evaluator
+    assert isinstance(evaluator, CapturedEvaluator)
+    ((joint, _),) = evaluator.graphs.values()
     parts = {"loss": "_forward", "gradient": "_weights", "second derivatives": "_refresh_once"}
     return {
         name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from mgd.autodiff.traced import TracedEvaluator
+from mgd.autodiff.captured import CapturedEvaluator
 from mgd.bench import timing
 from mgd.bench.cases import Case, load
 from mgd.bench.methods import METHODS, Method, Outcome, package, training
@@ -164,7 +164,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     case = load(request["source"], request["steps"], device)
     # Libraries, thread pools and lazy imports come first, by a tiny call of the same kind.
     evaluator = case.function.replaced(**_execution(request))._evaluator
-    tracing = request["method"] == "package" and isinstance(evaluator, TracedEvaluator)
+    tracing = request["method"] == "package" and isinstance(evaluator, CapturedEvaluator)
     warm = request | {"options": {"trace": tracing, **_execution(request)}}
     _prepared(load("small", 2, device), warm)()
     with timing.pinned(request["core"]):

@@ -15,18 +15,20 @@ from mgd.bench.kernels import PRECISE, static_rows
 
 def test_throughput_writes_table_json_and_page(capsys, tmp_path):
     out, _ = run(
-        capsys, *"bench throughput --workload small --steps 8 --methods sqrt,traced --rounds 1 --no-memory".split(),
+        capsys, *"bench throughput --workload small --steps 8 --methods sqrt,captured --rounds 1 --no-memory".split(),
         "--json", tmp_path / "t.json", "--out", tmp_path / "page",
     )  # fmt: skip
     found = json.loads((tmp_path / "t.json").read_text())
     (result,) = found["results"]
     assert found["command"] == "bench throughput" and found["machine"]["versions"]["torch"] == torch.__version__
     assert result["steps"] == 8 and result["parameters"] == 26_122 and result["threads"] == 1
-    assert set(result["methods"]) == {"sqrt", "traced"}
+    assert set(result["methods"]) == {"sqrt", "captured"}
     for entry in result["methods"].values():
         assert entry["agrees"] and entry["ratio"]["median"] > 1 and max(entry["difference"].values()) < CLOSE
-    assert result["methods"]["traced"]["phases"]["hvp"] > 0 and result["methods"]["traced"]["execution"] == "traced"
-    assert "small: 8 steps, 26,122 trained parameters" in out and "traced" in out
+    assert (
+        result["methods"]["captured"]["phases"]["hvp"] > 0 and result["methods"]["captured"]["execution"] == "captured"
+    )
+    assert "small: 8 steps, 26,122 trained parameters" in out and "captured" in out
     assert {"index.html", "throughput.png", "phases.png"} <= {path.name for path in (tmp_path / "page").iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""By default the modes that trace run on some patterns and models only. `pytest -m "slow or not slow"` runs everything."""
+"""By default the modes that capture run on some patterns and models only; `pytest -m "slow or not slow"` runs all."""
 
 from pathlib import Path
 

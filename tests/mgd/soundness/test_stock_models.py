@@ -18,7 +18,7 @@ from mgd_kernels import SGD
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MODES = {"eager": False, "traced": True, "default": None, "joint": "joint"}
+MODES = {"eager": False, "captured": True, "default": None}
 STEPS, EXAMPLES, LENGTH, WORDS = 3, 3, 6, 13
 # Norms, router probabilities and rotary embeddings are computed in float32 whatever the model's dtype.
 TOLERANCE = 1e-6
@@ -139,7 +139,7 @@ def cases() -> list:
     cases = []
     for name in MODELS:
         for mode in MODES:
-            slow = [pytest.mark.slow] if mode in ("traced", "joint") and name not in CORE else []
+            slow = [pytest.mark.slow] if mode != "eager" and name not in CORE else []
             reason = KNOWN.get(name, {}).get(mode)
             marks = slow + ([pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
             cases.append(pytest.param(name, mode, id=f"{name}-{mode}", marks=marks))

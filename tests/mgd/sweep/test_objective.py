@@ -48,7 +48,7 @@ def test_three_objectives_share_one_sweep(name):
 def test_several_objectives_are_traced(name):
     case = three(VECTOR[name]())
     result = assert_exact(case, trace=True)
-    assert result.report.execution == "traced"
+    assert result.report.execution == "captured"
 
 
 def test_one_objective_in_a_vector_has_a_leading_dimension():

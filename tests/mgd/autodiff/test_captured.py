@@ -15,7 +15,7 @@ from mgd.sweep.residuals import ResidualCache
 @pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
 def test_the_metagradient_is_the_references(name):
     case = cases()[name]
-    f = case.function(trace="joint")
+    f = case.function(trace=True)
     first = f.metagradient(case.z)
     assert first.report.execution == "captured"
     assert max(errors(first, case.unrolled()).values()) < TOLERANCE[torch.float64]
@@ -25,9 +25,9 @@ def test_the_metagradient_is_the_references(name):
 @pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
 def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
     case = cases()[name].to(torch.float32)
-    kept = case.metagradient(trace="joint")
+    kept = case.metagradient(trace=True)
     monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache())
-    again = case.metagradient(trace="joint")
+    again = case.metagradient(trace=True)
     assert same(kept, again)
     assert kept.report.kept_bytes > 0 == again.report.kept_bytes
     assert "kept for them" in str(kept.report) and "kept for them" not in str(again.report)
@@ -35,10 +35,10 @@ def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
 
 def test_what_is_kept_stays_within_the_budget():
     case = cases()["gpt"].to(torch.float32)
-    whole = case.metagradient(trace="joint")
+    whole = case.metagradient(trace=True)
     stored = sum(whole.report.plan["peak"].values())
     budget = mgd.Budget(host=stored + whole.report.kept_bytes // 2)
-    part = case.function(trace="joint", budget=budget).metagradient(case.z)
+    part = case.function(trace=True, budget=budget).metagradient(case.z)
     assert same(whole, part)
     assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
 
@@ -46,12 +46,12 @@ def test_what_is_kept_stays_within_the_budget():
 def test_a_process_that_grows_keeps_no_more(monkeypatch):
     """Memory in pieces: the process takes more than what is kept in it."""
     case = cases()["mlp"].to(torch.float32)
-    whole = case.metagradient(trace="joint")
+    whole = case.metagradient(trace=True)
     each = whole.report.kept_bytes // len(case)
     sizes = itertools.count(0, 10 * each)
     monkeypatch.setattr(mgd.sweep.residuals, "resident_memory", lambda: next(sizes))
     monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(10**9, 21 * each))
-    part = case.metagradient(trace="joint")
+    part = case.metagradient(trace=True)
     assert same(whole, part)
     assert part.report.kept_bytes == 3 * each
 
@@ -59,9 +59,9 @@ def test_a_process_that_grows_keeps_no_more(monkeypatch):
 def test_a_convnet_keeps_its_products_alone(monkeypatch):
     """Elementwise results are computed again: kept, they would take most of the memory."""
     case = cases()["convnet"].to(torch.float32)
-    products = case.metagradient(trace="joint")
+    products = case.metagradient(trace=True)
     monkeypatch.setattr(mgd.autodiff.joint, "_WORTHWHILE", float("inf"))
-    everything = case.metagradient(trace="joint")
+    everything = case.metagradient(trace=True)
     assert same(products, everything)
     assert 0 < products.report.kept_bytes < everything.report.kept_bytes / 2
 
@@ -72,7 +72,7 @@ def test_frozen_parameters_are_constants_of_every_part(spare, monkeypatch):
     model = mlp()
     model[-1].weight.requires_grad_(False)
     case = supervised(model, (5,))
-    found = case.metagradient(trace="joint")
+    found = case.metagradient(trace=True)
     assert found.report.execution == "captured"
     assert max(errors(found, case.unrolled()).values()) < TOLERANCE[torch.float64]
 
@@ -82,7 +82,7 @@ def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatc
     case = cases()["mlp"]
     objectives = case.but(objective=lambda model: torch.stack([case.objective(model), 2 * case.objective(model)]))
     monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(spare))
-    both, one = objectives.metagradient(trace="joint"), case.metagradient(trace="joint")
+    both, one = objectives.metagradient(trace=True), case.metagradient(trace=True)
     for key, grad in one.grads.items():
         if isinstance(grad, torch.Tensor):
             torch.testing.assert_close(both.grads[key][0], grad, rtol=1e-12, atol=1e-15)
@@ -91,7 +91,7 @@ def test_several_objectives_share_what_depends_on_no_direction(spare, monkeypatc
 
 def test_the_training_has_the_bits_of_the_eager_one():
     case = supervised(mlp(), (5,)).to(torch.float32)
-    assert torch.equal(case.metagradient(trace="joint").value, case.metagradient(trace=False).value)
+    assert torch.equal(case.metagradient(trace=True).value, case.metagradient(trace=False).value)
 
 
 def test_python_that_changes_from_step_to_step_is_run_once_per_step():
@@ -102,7 +102,7 @@ def test_python_that_changes_from_step_to_step_is_run_once_per_step():
         loss = lambda model, batch, z: cross_entropy(model, batch, z) * (1.0 if next(count) < 3 else 2.0)
         return supervised(mlp(), (5,)).but(loss=loss)
 
-    result = case().metagradient(trace="joint")
+    result = case().metagradient(trace=True)
     assert max(errors(result, case().unrolled()).values()) < TOLERANCE[torch.float64]
 
 
@@ -110,6 +110,6 @@ def test_a_loss_that_cannot_be_traced_is_eager():
     loss = lambda model, batch, z: F.cross_entropy(model(batch[0]), batch[1]) * (2.0 if batch[0].sum() > 0 else 1.0)
     case = supervised(mlp(), (5,)).but(loss=loss, per_example={})
     case.z = {"lr": torch.full((len(case),), 0.05, dtype=torch.float64)}
-    result = case.metagradient(trace="joint")
+    result = case.metagradient(trace=True)
     assert result.report.execution.startswith("eager, since capture was given up")
     assert max(errors(result, case.unrolled()).values()) < TOLERANCE[torch.float64]
