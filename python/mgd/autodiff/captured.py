@@ -22,11 +22,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured
-from mgd.autodiff.graphs import clean
+from mgd.autodiff.graphs import changes_inputs, clean
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
+from mgd.step.batches import structure
 from mgd.step.evaluator import Derivatives, Evaluation, Evaluator, SecondDerivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
@@ -76,7 +77,7 @@ class CapturedEvaluator:
         self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
         self.refused: str | None = None
         self.left_out: str | None = None
-        self._front: Front | None = None
+        self._fronts: dict[tuple[str, str], Front] = {}
 
     def current(self) -> Evaluator:
         return self
@@ -143,13 +144,20 @@ class CapturedEvaluator:
 
     def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
         """Call the loss through its graph, which `use` runs. False where there is none."""
-        if self._front is None:
-            self._front = Front(step.microbatch.loss.function)
+        # One for each structure of batch and z: Dynamo does not guard that a key is missing.
+        kind = structure(step.microbatch.batch), step.microbatch.metaparameters.structure
+        if kind not in self._fronts:
+            if len(self._fronts) >= MOST_GRAPHS:
+                self.left_out = f"expected batches of at most {MOST_GRAPHS} structures"
+                return False
+            self._fronts[kind] = Front(step.microbatch.loss.function)
+        front = self._fronts[kind]
 
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
             others, places = step.split(arguments)
             given = [*step.floats, *step.metaparameters, *step.others, *others]
             key = (
+                kind,
                 graph.number,
                 step.microbatch.share,
                 places,
@@ -167,7 +175,7 @@ class CapturedEvaluator:
 
         try:
             with step.bound():
-                self._front(step.microbatch.loss.binding.model, step.microbatch.batch, step.z, run)
+                front(step.microbatch.loss.binding.model, step.microbatch.batch, step.z, run)
         except MetagradientError:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
@@ -216,13 +224,15 @@ class CapturedEvaluator:
             counts[:2] = len(second.gradient), len(second.buffers)
             return second.loss, *second.gradient, *second.buffers, *second.results[0], second.products[0]
 
-        step.microbatch.reseed()
-        expected = function(*inputs)
-        step.microbatch.reseed()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = clean(make_fx(function, tracing_mode="fake")(*inputs))
+            step.microbatch.reseed()
+            module = make_fx(function, tracing_mode="fake")(*inputs)
             module = clean(make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs))
+            if changes_inputs(module.graph):
+                raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
+            step.microbatch.reseed()
+            expected = function(*inputs)
             joint = JointGraph(module, fixed, (counts[0], counts[1]), self.compile)
             step.microbatch.reseed()
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
@@ -237,6 +247,10 @@ _NUMBER, _OTHER = (
     -1,
     -2,
 )  # in place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter
+
+
+def _number(value: bool | int | float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 class _Step:
@@ -281,7 +295,7 @@ class _Step:
             if place is None:
                 tensor = isinstance(argument, Tensor)
                 place = _OTHER if tensor else _NUMBER
-                others.append(argument.detach() if tensor else torch.tensor(argument))
+                others.append(argument.detach() if tensor else _number(argument))
             places.append(place)
         return others, tuple(places)
 

@@ -40,6 +40,13 @@ class EagerEvaluator:
         raise AssertionError("there is nothing to fall back to")
 
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+        binding = microbatch.loss.binding
+        known = binding.differentiates
+        evaluation = self._gradient(microbatch, parameters, before)
+        # Norms are evaluated in another way once a loss is known to differentiate the model: from its first step on.
+        return evaluation if binding.differentiates is known else self._gradient(microbatch, parameters, before)
+
+    def _gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)
         frozen, metaparameters = microbatch.loss.binding.frozen, microbatch.metaparameters.tensors
         given = [*inputs, *frozen, *metaparameters]
@@ -68,8 +75,20 @@ class EagerEvaluator:
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
             except RuntimeError as error:
                 check_unmodified()
-                if "leaf Variable" in str(error) and not isinstance(error, MetagradientError):
+                if isinstance(error, MetagradientError):
+                    raise
+                if "leaf Variable" in str(error):
                     raise ParametersModified(t) from error
+                if not all(x.requires_grad for x in inputs):
+                    raise BadLoss(
+                        f"expected the loss to leave requires_grad of the model's parameters as it is; at step {t} it "
+                        "switched some off. Freeze them before the training function is made, or train in two of them."
+                    ) from error
+                if "use_reentrant=True" in str(error):
+                    raise BadLoss(
+                        f"expected activation checkpoints with use_reentrant=False; step {t} has use_reentrant=True, "
+                        "which torch.autograd.grad does not support."
+                    ) from error
                 raise
         check_unmodified()
         return Evaluation(loss.detach(), grads, _settled(before, copies, left))

@@ -58,6 +58,14 @@ def _changes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def changes_inputs(graph: fx.Graph) -> bool:
+    """Whether a functionalised graph writes to one of its inputs: it copies what it computed to it."""
+    return any(
+        node.target is aten.copy_.default and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+        for node in graph.nodes
+    )
+
+
 def dependents(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The sources and every node that is computed from one of them."""
     nodes = set(sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -69,6 +69,15 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]
 
     rest = str(spec), tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     return [leaves[i] for i in places], rest, rebuild
+
+
+def structure(batch: Any) -> str:
+    """How a batch is built: containers, keys and types, without the values."""
+    if _is_plain(batch):
+        return f"{len(batch)} tensors"
+    leaves, spec = tree_flatten(batch)
+    kinds = [f"{type(x).__name__}{list(x) if isinstance(x, Mapping) else ''}" for x in leaves]
+    return f"{spec} {kinds}"
 
 
 def same(first: Any, second: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mgd.errors import BadArgument
 from mgd.step.overrides import FunctionOverrides
 
 Buffers = dict[str, Tensor]
@@ -21,14 +22,22 @@ class Binding:
     """A model, with all the places where its trainable parameters and its buffers occur.
 
     names: those of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
+    differentiates: whether a function that was called takes gradients of the model itself (see `FunctionOverrides`).
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.modules = model, list(model.modules())
+        self.differentiates = False
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.buffer_names = tuple(name for name, _ in model.named_buffers())
+        for name, p in trainable.items():
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                raise BadArgument(
+                    f"expected parameters without hooks; {name!r} has one. A training works on copies of parameters, "
+                    "which have none: put what the hook does into the loss, or into a hook of the module."
+                )
         self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
         self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
 
@@ -87,8 +96,11 @@ class Binding:
         with contextlib.ExitStack() as own:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
-            stack.enter_context(FunctionOverrides())
+            overrides = stack.enter_context(FunctionOverrides(self.differentiates))
+            overrides.in_loss = True
             value = function(self.model, *args)
+            overrides.in_loss = False
+            self.differentiates |= overrides.differentiates
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it
         return value, dict(zip(self.buffer_names, tensors, strict=True))

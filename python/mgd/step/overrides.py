@@ -10,23 +10,36 @@ import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from mgd.step import norms
 from mgd_kernels import functional
 
 
 class FunctionOverrides(TorchFunctionMode):
-    """Inside this mode, calls of torch's functions go to their replacements in `OVERRIDES`.
+    """Inside this mode, calls of torch's functions go to their replacements in `OVERRIDES`, and if `plain` in `PLAIN`.
 
     BatchNorm and InstanceNorm: torch updates the running mean and variance inside the normalisation kernel, where
     autograd does not see it, and it has no derivative with respect to them if it normalises by them. Here the update is
     computed outside the kernel, and normalisation by running statistics is plain arithmetic. Weight normalisation: the
     second derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails).
+
+    plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
+    third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic.
+    differentiates: whether `torch.autograd.grad` made a graph of a gradient while `in_loss`.
     """
 
+    def __init__(self, plain: bool = False):
+        super().__init__()
+        self.plain, self.in_loss, self.differentiates = plain, False, False
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.autograd.grad and not (kwargs or {}).get("is_grads_batched"):
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
+            self.differentiates |= self.in_loss and bool(kwargs.get("create_graph"))
             with self:  # an activation checkpoint calls the model again in here
-                return _grad(*args, **(kwargs or {}))
-        return OVERRIDES.get(func, func)(*args, **(kwargs or {}))
+                return _grad(*args, **kwargs)
+        if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):
+            return PLAIN[func](*args, **kwargs)
+        return OVERRIDES.get(func, func)(*args, **kwargs)
 
 
 def _grad(
@@ -56,60 +69,16 @@ def _grad(
     return grads
 
 
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if not training:
-        return _normalized(input, running_mean, running_var, weight, bias, eps)
-    if running_mean is not None:
-        dims = [d for d in range(input.ndim) if d != 1]
-        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
-        _update(running_mean, running_var, mean, variance, momentum)
-    return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _fused_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    fused = functional.batch_norm_with_statistics(input, weight, bias, eps) if training else None
-    if fused is None:
-        return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    result, mean, variance = fused
-    if running_mean is not None:
-        dtype = running_mean.dtype
-        _update(running_mean, running_var, mean.to(dtype), variance.to(dtype), momentum)
-    return result
-
-
-def _instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-):
-    if not use_input_stats:
-        return _normalized(input, running_mean, running_var, weight, bias, eps)
-    if running_mean is not None:
-        dims = list(range(2, input.ndim))
-        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
-        _update(running_mean, running_var, mean.mean(0), variance.mean(0), momentum)
-    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
-
-
-def _update(running_mean, running_var, mean, variance, momentum):
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
-
-
-def _normalized(input, mean, variance, weight, bias, eps):
-    """`input`, `[B, C, ...]`, normalised by a mean and a variance `[C]`."""
-    shape = [1, -1] + [1] * (input.ndim - 2)
-    scale = (variance + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    result = (input - mean.view(shape)) * scale.view(shape)
-    return (result if bias is None else result + bias.view(shape)).to(input.dtype)
-
-
-def _weight_norm(v, g, dim=0):
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
 OVERRIDES: dict[Any, Callable] = {
     **functional.REPLACEMENTS,
-    F.batch_norm: _fused_batch_norm,
-    F.instance_norm: _instance_norm,
-    torch._weight_norm: _weight_norm,
+    F.batch_norm: norms.fused_batch_norm,
+    F.instance_norm: norms.instance_norm,
+    torch._weight_norm: norms.weight_norm,
+}
+# For losses that differentiate the model themselves.
+PLAIN: dict[Any, Callable] = {
+    F.layer_norm: norms.plain_layer_norm,
+    F.group_norm: norms.plain_group_norm,
+    F.batch_norm: norms.plain_batch_norm,
+    F.instance_norm: norms.plain_instance_norm,
 }
