@@ -36,7 +36,7 @@ class RentOrBuy(EagerEvaluator):
     def __init__(self) -> None:
         super().__init__()
         self.spent = 0.0
-        self.captured = CapturedEvaluator(self)
+        self.captured = CapturedEvaluator(self, asked=False)
 
     def current(self) -> Evaluator:
         bought = SAVING * self.spent >= SECONDS and self.captured.refused is None

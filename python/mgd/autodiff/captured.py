@@ -69,11 +69,11 @@ class CapturedEvaluator:
     """Both evaluations of a step by a captured graph.
 
     refused: why that was given up for all steps, if it was. left_out: why it was for some, whose graphs would have been
-    too many.
+    too many. asked: the user asked for captured steps, so a warning says once if there are none.
     """
 
-    def __init__(self, eager: EagerEvaluator, compile: bool = False):
-        self.fallback, self.compile = eager, compile
+    def __init__(self, eager: EagerEvaluator, compile: bool = False, asked: bool = True):
+        self.fallback, self.compile, self._silent = eager, compile, not asked
         self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
         self.refused: str | None = None
         self.left_out: str | None = None
@@ -184,8 +184,16 @@ class CapturedEvaluator:
                 self.left_out = why
             else:
                 self.refused = why
+            self._warn(why)
             return False
         return True
+
+    def _warn(self, why: str) -> None:
+        if not self._silent:
+            self._silent = True
+            warnings.warn(
+                f"mgd evaluates steps by autograd that it cannot capture: {why}", RuntimeWarning, stacklevel=2
+            )
 
     def _make(
         self, graph: CapturedGraph, places: tuple[Any, ...], step: _Step, others: list[Tensor]

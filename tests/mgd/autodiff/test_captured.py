@@ -110,6 +110,7 @@ def test_a_loss_that_cannot_be_traced_is_eager():
     loss = lambda model, batch, z: F.cross_entropy(model(batch[0]), batch[1]) * (2.0 if batch[0].sum() > 0 else 1.0)
     case = supervised(mlp(), (5,)).but(loss=loss, per_example={})
     case.z = {"lr": torch.full((len(case),), 0.05, dtype=torch.float64)}
-    result = case.metagradient(trace=True)
+    with pytest.warns(RuntimeWarning, match="Data-dependent"):
+        result = case.metagradient(trace=True)
     assert result.report.execution.startswith("eager, since capture was given up")
     assert max(errors(result, case.unrolled()).values()) < TOLERANCE[torch.float64]
