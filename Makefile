@@ -22,8 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
 demo: $(VENV)/.installed
 	$(BIN)/mgd demo --out out/demo --json out/demo/demo.json
 
+# In two processes, a file at a time, since the tests themselves use one thread.
+JOBS ?= 2
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # What tells within a minute and a half whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
