@@ -296,7 +296,7 @@ class TrainingFunction:
             objectives=len(sweep.adjoints),
             seconds=dict(timings.seconds),
             counts=dict(timings.counts),
-            execution=self._evaluator.describe(),
+            execution=sweep.step.evaluator.describe(),
             backend=backend,
             plan=storage.plan.to_dict(),
             measured_seconds=dict(timings.phases),

@@ -36,14 +36,14 @@ class RentOrBuy(EagerEvaluator):
     def __init__(self) -> None:
         super().__init__()
         self.spent = 0.0
-        self.captured = CapturedEvaluator(self, asked=False)
+        self.captured, self._bought = CapturedEvaluator(self, asked=False), False
 
     def current(self) -> Evaluator:
-        bought = SAVING * self.spent >= SECONDS and self.captured.refused is None
-        return self.captured if bought else self
+        self._bought = SAVING * self.spent >= SECONDS
+        return self.captured if self._bought and self.captured.refused is None else self
 
     def describe(self) -> str:
-        if SAVING * self.spent >= SECONDS:
+        if self._bought:
             return self.captured.describe()
         return "eager, until a capture would have paid"
 

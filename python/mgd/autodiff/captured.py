@@ -27,7 +27,7 @@ from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
-from mgd.step.batches import structure
+from mgd.step.batches import split_tensors, structure
 from mgd.step.evaluator import Derivatives, Evaluation, Evaluator, SecondDerivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
@@ -78,6 +78,8 @@ class CapturedEvaluator:
         self.refused: str | None = None
         self.left_out: str | None = None
         self._fronts: dict[tuple[str, str], Front] = {}
+        self._served: set[Hashable] = set()  # kinds of steps that had a graph, and that had none
+        self._failed: set[Hashable] = set()
 
     def current(self) -> Evaluator:
         return self
@@ -151,7 +153,9 @@ class CapturedEvaluator:
                 self.left_out = f"expected batches of at most {MOST_GRAPHS} structures"
                 return False
             self._fronts[kind] = Front(step.microbatch.loss.function)
-        front = self._fronts[kind]
+        front, shapes = self._fronts[kind], (*kind, step.shapes)
+        if shapes in self._failed:
+            return False
 
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
             others, places = step.split(arguments)
@@ -180,12 +184,15 @@ class CapturedEvaluator:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
             why = str(error) if isinstance(error, NotCaptured) else reason(error)
+            if shapes not in self._served:
+                self._failed.add(shapes)
             if self.graphs:  # those go on to serve their steps
                 self.left_out = why
             else:
                 self.refused = why
             self._warn(why)
             return False
+        self._served.add(shapes)
         return True
 
     def _warn(self, why: str) -> None:
@@ -251,10 +258,8 @@ class CapturedEvaluator:
         return joint, counts[2]
 
 
-_NUMBER, _OTHER = (
-    -1,
-    -2,
-)  # in place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter
+# In place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter.
+_NUMBER, _OTHER = -1, -2
 
 
 def _number(value: bool | int | float) -> Tensor:
@@ -264,7 +269,7 @@ def _number(value: bool | int | float) -> Tensor:
 class _Step:
     """The tensors of one microbatch, bound to the model while its loss is called through a graph.
 
-    names: of the buffers, floating-point ones first. z: what the loss sees of it.
+    names: of the buffers, floating-point ones first. z: what the loss sees of it. shapes: of the batch's tensors.
     """
 
     def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
@@ -280,6 +285,7 @@ class _Step:
         self.z = slices.owner.rebuilt(self._slices)
         known = [*self._leaves, *self._buffers.values(), *self._slices]
         self._places = {id(x): i for i, x in enumerate(known)}
+        self.shapes = tuple([x.shape for x in split_tensors(microbatch.batch)[0]])
         self.loss: Tensor | None = None
         self.evaluation: Evaluation | None = None
 

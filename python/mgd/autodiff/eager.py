@@ -40,11 +40,10 @@ class EagerEvaluator:
         raise AssertionError("there is nothing to fall back to")
 
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        binding = microbatch.loss.binding
-        known = binding.differentiates
+        known = microbatch.loss.plain_since
         evaluation = self._gradient(microbatch, parameters, before)
-        # Norms are evaluated in another way once a loss is known to differentiate the model: from its first step on.
-        return evaluation if binding.differentiates is known else self._gradient(microbatch, parameters, before)
+        # Norms are evaluated in another way from the first step on whose loss differentiates the model.
+        return evaluation if microbatch.loss.plain_since == known else self._gradient(microbatch, parameters, before)
 
     def _gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)

@@ -20,7 +20,6 @@ from mgd.step.evaluator import SecondDerivatives
 from mgd.step.loss import Evaluate
 
 Tensors = Sequence[Tensor]
-Reseed = Callable[[], None]  # puts the random generators back to the beginning of the evaluation's stream
 
 
 @dataclass

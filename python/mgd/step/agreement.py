@@ -68,8 +68,10 @@ class Terms:
     def agree(self, other: Terms) -> bool:
         """Whether both are the same up to rounding."""
         pairs = zip(self.with_metaparameters, other.with_metaparameters, strict=True)
-        return all(map(agree, self.with_parameters, other.with_parameters)) and all(
-            all(map(agree, mine, others)) for (_, mine), (_, others) in pairs
+        return (
+            all(map(agree, self.with_parameters, other.with_parameters))
+            and all(map(agree, self.buffer_adjoints, other.buffer_adjoints))
+            and all(all(map(agree, mine, others)) for (_, mine), (_, others) in pairs)
         )
 
 
@@ -101,6 +103,10 @@ class Agreement:
             if math.isnan(difference):
                 return math.inf
         return largest
+
+    def widen(self, discrepancy: float) -> None:
+        """A discrepancy was rounding: let those of its size pass, within limits."""
+        self.tolerance = min(4 * discrepancy, math.sqrt(self._eps))
 
     def confirm(self, step: int, gradient: Tensor, directions: Sequence[Tensor], terms: Terms) -> None:
         """Raises ReplayDivergence where the evaluation has another gradient than the logged one, tensor by tensor, and

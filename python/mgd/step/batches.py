@@ -54,10 +54,10 @@ def _tuple_spec(length: int) -> Any:
     return tree_flatten((0,) * length)[1]
 
 
-def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]], Any]]:
-    """The tensors of a batch, all else in it as a hashable value, and a function that rebuilds a batch from tensors."""
+def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors of a batch, and a function that rebuilds a batch from such tensors."""
     if _is_plain(batch):
-        return list(batch), f"{len(batch)} tensors", tuple
+        return list(batch), tuple
     leaves, spec = tree_flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -67,8 +67,7 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Any, Callable[[list[Tensor]
             contents[i] = tensor
         return tree_unflatten(contents, spec)
 
-    rest = str(spec), tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-    return [leaves[i] for i in places], rest, rebuild
+    return [leaves[i] for i in places], rebuild
 
 
 def structure(batch: Any) -> str:

@@ -13,6 +13,7 @@ from mgd.errors import BadLoss, ReplayDivergence
 from mgd.step.batches import same, split_tensors
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Binding, Buffers, differentiable
+from mgd.step.overrides import FunctionOverrides
 from mgd.step.rng import seed_generators, seed_of
 
 # evaluate(parameters, buffers, metaparameters, constants) -> (loss, the buffers that the step leaves behind: those that
@@ -24,7 +25,8 @@ class BoundLoss:
     """`function(model, batch, z)` on a model whose tensors live elsewhere.
 
     autocast: the dtype of torch.autocast, or None. seed: of the random streams. steps_before: steps of an earlier
-    training whose random streams are used up.
+    training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
+    norms are plain arithmetic from there on (see `FunctionOverrides`).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class BoundLoss:
     ):
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
+        self.plain_since: int | None = None
 
     def __call__(
         self,
@@ -53,7 +56,12 @@ class BoundLoss:
         autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with autocast:
             z = microbatch.metaparameters.mapping(list(metaparameters))
-            loss, left = self.binding.call(self.function, parameters, buffers, batch, z, until=until)
+            overrides = FunctionOverrides(self.plain_since is not None and microbatch.step >= self.plain_since)
+            loss, left = self.binding.call(
+                self.function, parameters, buffers, batch, z, until=until, overrides=overrides
+            )
+        if overrides.differentiates and not overrides.plain:
+            self.plain_since = microbatch.step
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise BadLoss(
@@ -125,8 +133,7 @@ class TensorLoss:
     """A microbatch's loss as a function of tensors alone.
 
     names: of the buffers in the order of the function: first those that can carry an adjoint, `floats` in number, then
-    the others. constants: the tensors it reads beside parameters, floating-point buffers and metaparameters. given:
-    what it depends on beside tensors, as hashable values.
+    the others. constants: the tensors it reads beside parameters, floating-point buffers and metaparameters.
     """
 
     def __init__(self, microbatch: Microbatch, before: Buffers, until: contextlib.ExitStack):
@@ -134,9 +141,8 @@ class TensorLoss:
         self._others = [name for name in before if name not in floats]
         self._microbatch, self._until, self.floats = microbatch, until, len(floats)
         self.names = [*floats, *self._others]
-        tensors, rest, self._rebuild = split_tensors(microbatch.batch)
+        tensors, self._rebuild = split_tensors(microbatch.batch)
         self.constants = [before[name] for name in self._others] + tensors
-        self.given = (microbatch.share, microbatch.metaparameters.structure, rest)
 
     def __call__(
         self, parameters: list[Tensor], buffers: list[Tensor], metaparameters: list[Tensor], constants: list[Tensor]
@@ -146,11 +152,3 @@ class TensorLoss:
         batch = self._rebuild(constants[len(self._others) :])
         loss, left = self._microbatch.loss(self._microbatch, batch, parameters, values, metaparameters, self._until)
         return loss, [left[name] for name in self.names]
-
-    def key(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """All that a graph of this function at these tensors depends on, but for their values."""
-        loss = self._microbatch.loss
-        autocast = torch.is_autocast_enabled(loss.device.type)
-        modes = tuple([module.training for module in loss.binding.modules])
-        layout = tuple([(x.shape, x.stride(), x.dtype) for x in tensors])
-        return (*self.given, modes, loss.binding.names, autocast, layout)

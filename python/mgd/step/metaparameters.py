@@ -65,7 +65,6 @@ class Metaparameters:
         self.structure = str(self.spec)
         self._detached = [leaf.detach() for leaf in self.leaves]
         self.first_read: dict[str, int] = {}
-        self.last_read: dict[str, int] = {}
 
     def _check_leaves(self) -> None:
         for key, leaf in zip(self.owner, self.leaves, strict=True):
@@ -102,11 +101,6 @@ class Metaparameters:
         """Record that the loss reads these keys at this step."""
         for key in keys:
             self.first_read[key] = min(step, self.first_read.get(key, step))
-            self.last_read[key] = step
-
-    def read_at(self, step: int) -> list[str]:
-        """The keys that the loss has read at this step, which must be the last one that ran."""
-        return [key for key, last in self.last_read.items() if last == step]
 
     def unread(self) -> list[str]:
         """Keys that no evaluation of the loss has read."""

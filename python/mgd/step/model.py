@@ -22,12 +22,10 @@ class Binding:
     """A model, with all the places where its trainable parameters and its buffers occur.
 
     names: those of the trainable parameters (`requires_grad`), each once. Frozen ones stay in the model as constants.
-    differentiates: whether a function that was called takes gradients of the model itself (see `FunctionOverrides`).
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.modules = model, list(model.modules())
-        self.differentiates = False
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = tuple(trainable)
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -85,6 +83,7 @@ class Binding:
         buffers: Buffers,
         *args: Any,
         until: contextlib.ExitStack | None = None,
+        overrides: FunctionOverrides | None = None,
     ) -> tuple[Tensor, Buffers]:
         """`function(model, *args)` with these parameters and buffers, and the buffers as the model leaves them.
 
@@ -96,11 +95,10 @@ class Binding:
         with contextlib.ExitStack() as own:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
-            overrides = stack.enter_context(FunctionOverrides(self.differentiates))
+            overrides = stack.enter_context(overrides or FunctionOverrides())
             overrides.in_loss = True
             value = function(self.model, *args)
             overrides.in_loss = False
-            self.differentiates |= overrides.differentiates
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it
         return value, dict(zip(self.buffer_names, tensors, strict=True))

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from mgd.step import norms
 from mgd_kernels import functional
 
+_DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
+
 
 class FunctionOverrides(TorchFunctionMode):
     """Inside this mode, calls of torch's functions go to their replacements in `OVERRIDES`, and if `plain` in `PLAIN`.
@@ -24,7 +26,7 @@ class FunctionOverrides(TorchFunctionMode):
 
     plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
     third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic.
-    differentiates: whether `torch.autograd.grad` made a graph of a gradient while `in_loss`.
+    differentiates: whether a graph of a gradient was made while `in_loss`.
     """
 
     def __init__(self, plain: bool = False):
@@ -33,8 +35,11 @@ class FunctionOverrides(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.in_loss and func in _DIFFERENTIATE:
+            self.differentiates |= bool(
+                kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
+            )
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
-            self.differentiates |= self.in_loss and bool(kwargs.get("create_graph"))
             with self:  # an activation checkpoint calls the model again in here
                 return _grad(*args, **kwargs)
         if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):

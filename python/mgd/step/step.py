@@ -117,7 +117,7 @@ class StepFunction:
         if plain is not terms and not plain.agree(terms):
             evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
-        self._agreement.tolerance = 4 * discrepancy
+        self._agreement.widen(discrepancy)
         return terms
 
     def _differentiate(
