@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mgd.autodiff.capture import evaluator_for, repeatable
+from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
@@ -54,11 +54,11 @@ class TrainingFunction:
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
-    trace: False: evaluate every step by autograd. True: capture the loss as a graph, from which both the gradients that
-        train and their second derivatives come; what it computed for them is kept where memory allows
-        (`mgd.autodiff.captured`). None: as False until captured steps would have saved what a capture costs (some
-        seconds), in this call or earlier ones, and as True from then on; rounding may change with it, once. "joint" is
-        another name of True. compile: compile the graph with `torch.compile`.
+    trace: None or False: evaluate every step by autograd. True: capture the loss as a graph, from which both the
+        gradients that train and their second derivatives come; what it computed for them is kept where memory allows
+        (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a third of the
+        time; rounding may differ from autograd's. "joint" is another name of True. compile: compile the graph with
+        `torch.compile`.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state
@@ -211,8 +211,7 @@ class TrainingFunction:
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
-        evaluator = self._evaluator if resume is None else repeatable(self._evaluator)
-        step = StepFunction(arena, loss, self.batches, self.microbatches, evaluator)
+        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
         request = self._plan_request(arena, buffers)
         if not reversible:
             storage = no_storage(request)

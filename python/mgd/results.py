@@ -35,8 +35,8 @@ class Report:
 
     steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager or
     captured), and why a faster way was not used. backend: that of the optimizer's kernels. plan: what was stored where
-    (see `Plan.to_dict`). measured_seconds: by phase of the plan. kept_bytes: the most memory that captured steps used for
-    residuals of second derivatives, if the plan left room for them. store: bytes moved and bandwidths (see
+    (see `Plan.to_dict`). measured_seconds: by phase of the plan. kept_bytes: the most memory that captured steps used
+    for residuals of second derivatives, if the plan left room for them. store: bytes moved and bandwidths (see
     `mgd_kernels.Store.stats`); None if everything stayed in memory.
     """
 

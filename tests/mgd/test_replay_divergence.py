@@ -27,14 +27,13 @@ def test_batches_that_differ_when_asked_again(schedule):
     refused(errors.ReplayDivergence, "batches[3] differs", step=3, case=case, batches=Augmented(case.batches))
 
 
-@pytest.mark.parametrize("trace", [False, True])
-def test_a_loss_with_state_outside_the_model(trace):
+def test_a_loss_with_state_outside_the_model():
     count = itertools.count()
 
     def loss(m, b, z):
         return cross_entropy(m, b, z) * (1 + 0.01 * next(count))
 
-    error = refused(errors.ReplayDivergence, "bit by bit", "state kept outside the model", loss=loss, trace=trace)
+    error = refused(errors.ReplayDivergence, "bit by bit", "state kept outside the model", loss=loss)
     assert error.step == STEPS - 1
 
 

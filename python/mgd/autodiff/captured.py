@@ -28,7 +28,7 @@ from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
 from mgd.step.batches import split_tensors, structure
-from mgd.step.evaluator import Derivatives, Evaluation, Evaluator, SecondDerivatives
+from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
@@ -69,20 +69,17 @@ class CapturedEvaluator:
     """Both evaluations of a step by a captured graph.
 
     refused: why that was given up for all steps, if it was. left_out: why it was for some, whose graphs would have been
-    too many. asked: the user asked for captured steps, so a warning says once if there are none.
+    too many.
     """
 
-    def __init__(self, eager: EagerEvaluator, compile: bool = False, asked: bool = True):
-        self.fallback, self.compile, self._silent = eager, compile, not asked
+    def __init__(self, eager: EagerEvaluator, compile: bool = False):
+        self.fallback, self.compile, self._warned = eager, compile, False
         self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
         self.refused: str | None = None
         self.left_out: str | None = None
         self._fronts: dict[tuple[str, str], Front] = {}
         self._served: set[Hashable] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Hashable] = set()
-
-    def current(self) -> Evaluator:
-        return self
 
     def describe(self) -> str:
         if self.refused:
@@ -196,8 +193,8 @@ class CapturedEvaluator:
         return True
 
     def _warn(self, why: str) -> None:
-        if not self._silent:
-            self._silent = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"mgd evaluates steps by autograd that it cannot capture: {why}", RuntimeWarning, stacklevel=2
             )

@@ -30,9 +30,6 @@ class EagerEvaluator:
     def __init__(self) -> None:
         self._precision: float | None = None  # of the coarsest dtype of the graph; None: not inspected yet
 
-    def current(self) -> Evaluator:
-        return self
-
     def describe(self) -> str:
         return "eager"
 

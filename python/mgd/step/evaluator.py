@@ -83,10 +83,6 @@ class Evaluator(Protocol):
         """How steps were executed, for the report."""
         ...
 
-    def current(self) -> Evaluator:
-        """The evaluator of steps that are evaluated for the first time now: this one, or another that it became."""
-        ...
-
     @property
     def fallback(self) -> Evaluator | None:
         """The plain evaluation of the same steps, where this is a faster one."""

@@ -50,8 +50,6 @@ class StepFunction:
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
         self._agreement = Agreement(arena)
-        self._since: list[tuple[int, Evaluator]] = []  # first step of each evaluator, of steps visited so far
-        self._visited = 0
 
     def gradient(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
@@ -59,15 +57,16 @@ class StepFunction:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
         total: Tensor | None = None
         losses, history, residuals = [], [buffers], []
-        parameters, evaluator = self.arena.tensors(params), self._evaluator(t)
+        parameters = self.arena.tensors(params)
         for microbatch in self._evaluations(t, meta):
-            result = evaluator.gradient(microbatch, parameters, history[-1])
+            result = self.evaluator.gradient(microbatch, parameters, history[-1])
             total = self._accumulate(total, result.gradients, into)
             losses.append(result.loss.double())
             history.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
         assert total is not None  # there is at least one microbatch
+        self._agreement.scale = self._agreement.scale or float(total.float().norm())
         values = torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
         return StepResult(total, values, history, residuals=residuals if len(residuals) == len(losses) else None)
 
@@ -87,7 +86,7 @@ class StepFunction:
         ReplayDivergence where the evaluation is not that of `result`: another loss, or another gradient.
         """
         step = t, params, result, meta, directions, buffer_adjoints
-        terms = self._differentiate(self._evaluator(t), *step)
+        terms = self._differentiate(self.evaluator, *step)
         discrepancy = self._agreement.discrepancy(result.gradient, directions, terms)
         if discrepancy > self._agreement.tolerance:
             terms = self._judged(discrepancy, terms, *step)
@@ -108,14 +107,13 @@ class StepFunction:
     ) -> Terms:
         """The terms of a step whose evaluation seems to have another gradient than the one that trained: these, where
         that was rounding, or those of the plain evaluation. Raises ReplayDivergence where that has another, too."""
-        evaluator = self._evaluator(t)
-        fallback, plain = evaluator.fallback, terms
+        fallback, plain = self.evaluator.fallback, terms
         if fallback is not None:
             result.residuals = None
             plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
         self._agreement.confirm(t, result.gradient, directions, plain)
         if plain is not terms and not plain.agree(terms):
-            evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
+            self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
         self._agreement.widen(discrepancy)
         return terms
@@ -148,14 +146,6 @@ class StepFunction:
                 )
             terms.append(derivatives, len(parameters), before, metaparameters)
         return terms
-
-    def _evaluator(self, t: int) -> Evaluator:
-        """That of step `t`: the same each time, since evaluators may round differently."""
-        if t >= self._visited:
-            self._visited, evaluator = t + 1, self.evaluator.current()
-            if not self._since or self._since[-1][1] is not evaluator:
-                self._since.append((t, evaluator))
-        return next((e for start, e in reversed(self._since) if start <= t), self._since[0][1])
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:
         """The error of a replayed step whose microbatch `i` has another loss than at first."""

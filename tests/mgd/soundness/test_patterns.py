@@ -17,13 +17,12 @@ from reference import differences, reference, slope
 from torch import Tensor
 
 import mgd
-from mgd.autodiff import capture
 from mgd.errors import KernelError, MetagradientError
 
 # A mode may serve a step in another way than the one that was asked for, and say so in a warning.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MODES = {"eager": False, "captured": True, "default": None}
+MODES = {"eager": False, "captured": True}
 TOLERANCE = 1e-9
 BY_DIFFERENCES = 1e-6
 
@@ -39,7 +38,7 @@ metaparameter_detached_for_first_steps tensor_hook_that_grows random_detach tens
 WRONG, RAISES, REFUSED = "another number", "a raw error", "an error, and no reason for one"
 KNOWN: dict[str, dict[str, str]] = {
     # Evaluated twice, the metaparameter is detached at first and not later; no gradient of the parameters tells.
-    "metaparameter_detached_for_first_steps": dict.fromkeys(("eager", "default"), WRONG),
+    "metaparameter_detached_for_first_steps": {"eager": WRONG},
 }
 
 
@@ -56,12 +55,6 @@ def slow(name: str) -> list[pytest.MarkDecorator]:
 
 def known(reason: str | None) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """The default mode goes over to captured steps within the first sweep."""
-    monkeypatch.setattr(capture, "SECONDS", 1e-4)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from mgd_kernels import SGD
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MODES = {"eager": False, "captured": True, "default": None}
+MODES = {"eager": False, "captured": True}
 STEPS, EXAMPLES, LENGTH, WORDS = 3, 3, 6, 13
 # Norms, router probabilities and rotary embeddings are computed in float32 whatever the model's dtype.
 TOLERANCE = 1e-6

