@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,15 @@ class Front:
 
         # A code object of its own, so that it shares no limit of recompilations with others.
         entry.__code__ = entry.__code__.replace(co_name=f"loss_{next(_count)}")
-        self._compiled = torch.compile(entry, backend=self._backend, fullgraph=True)
+        # Dynamo keeps what it is given for as long as the process lives: it is given no more than a weak reference.
+        weak = weakref.ref(self)
+
+        def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+            front = weak()
+            assert front is not None
+            return front._backend(module, weak)
+
+        self._compiled = torch.compile(entry, backend=backend, fullgraph=True)
         self.graphs = 0
         self._run: Run | None = None
         self._loss: Any = None
@@ -67,16 +76,17 @@ class Front:
         if loss is None or value is not loss:
             raise NotCaptured("what the loss returns is not what its graph computes first")
 
-    def _backend(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+    def _backend(self, module: fx.GraphModule, weak: weakref.ref[Front]) -> Callable[..., Sequence[Any]]:
         _refuse_custom_functions(module)
         _inline_checkpoints(module)
         graph = CapturedGraph(module, self.graphs)
         self.graphs += 1
 
         def call(*arguments: Any) -> Sequence[Any]:
-            assert self._run is not None
-            outputs = self._run(graph, arguments)
-            self._loss = outputs[0]
+            front = weak()
+            assert front is not None and front._run is not None
+            outputs = front._run(graph, arguments)
+            front._loss = outputs[0]
             return outputs
 
         return call
