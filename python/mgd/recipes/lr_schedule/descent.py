@@ -18,6 +18,7 @@ from mgd.descent.constraints import Box
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.state import MetaStep
 from mgd.function import TrainingFunction
+from mgd.util.checkpoint_directory import replace_file
 
 RANGE = (1e-6, 1.0)  # rates stay in it
 PAIRS = 3  # timings of a training and a metagradient, alternating
@@ -79,6 +80,4 @@ class Knots:
     def reached(self, step: int, knots: Tensor) -> None:
         self.knots[step] = knots
         if self.file is not None:
-            temporary = self.file.with_name(f".{self.file.name}")
-            torch.save(self.knots, temporary)
-            os.replace(temporary, self.file)
+            replace_file(self.file, lambda path: torch.save(self.knots, path))
