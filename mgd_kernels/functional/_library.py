@@ -131,7 +131,8 @@ def _plain(args: Sequence[Any]) -> bool:
 def _differentiate_plain(plain: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple]:
     def backward(ctx, *cotangents):
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        # torch's own functions, whatever mode the caller is in: one that calls ours for them would come back here.
+        with torch.enable_grad(), torch._C.DisableTorchFunction():
             # Views, so that one tensor that stands in two places gets two gradients.
             inputs = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
             args = [other if x is None else x for x, other in zip(inputs, ctx.arguments, strict=True)]
