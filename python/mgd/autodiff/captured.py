@@ -290,9 +290,8 @@ class _Step:
     def bound(self):
         """The model holds the tensors. Raises NotCaptured where the loss put others in their places."""
         loss = self.microbatch.loss
-        autocast = torch.autocast(loss.device.type, loss.autocast) if loss.autocast else contextlib.nullcontext()
         buffers = [self._buffers[name] for name in loss.binding.buffer_names]
-        with loss.binding.swapped(self._leaves, buffers), autocast:
+        with loss.binding.swapped(self._leaves, buffers), loss.casting():
             yield
             if not loss.binding.holds(buffers):
                 raise NotCaptured("the loss replaces a buffer of the model")

@@ -15,6 +15,7 @@ from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Binding, Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.rng import seed_generators, seed_of
+from mgd.util.text import describe
 
 # evaluate(parameters, buffers, metaparameters, constants) -> (loss, the buffers that the step leaves behind: those that
 # are differentiated, then the others)
@@ -43,6 +44,10 @@ class BoundLoss:
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
         self.plain_since: int | None = None
 
+    def casting(self) -> contextlib.AbstractContextManager:
+        """The autocast in which the loss runs, if any."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+
     def __call__(
         self,
         microbatch: Microbatch,
@@ -53,8 +58,7 @@ class BoundLoss:
         until: contextlib.ExitStack,
     ) -> tuple[Tensor, Buffers]:
         """The loss times the microbatch's share, and the buffers as the model leaves them. See `Binding.call`."""
-        autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with autocast:
+        with self.casting():
             z = microbatch.metaparameters.mapping(list(metaparameters))
             overrides = FunctionOverrides(self.plain_since is not None and microbatch.step >= self.plain_since)
             loss, left = self.binding.call(
@@ -63,10 +67,9 @@ class BoundLoss:
         if overrides.differentiates and not overrides.plain:
             self.plain_since = microbatch.step
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
-            got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise BadLoss(
-                f"expected the loss to be a floating-point scalar (shape []); got {got} at step {microbatch.step}. "
-                "Reduce it, for instance with .mean()."
+                f"expected the loss to be a floating-point scalar (shape []); got {describe(loss)} at step "
+                f"{microbatch.step}. Reduce it, for instance with .mean()."
             )
         return (loss if microbatch.share == 1.0 else loss * microbatch.share), left
 

@@ -12,10 +12,7 @@ from mgd_kernels import functional
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training:
         return _normalized(input, running_mean, running_var, weight, bias, eps)
-    if running_mean is not None:
-        dims = [d for d in range(input.ndim) if d != 1]
-        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
-        _update(running_mean, running_var, mean, variance, momentum)
+    _track_batch(input, running_mean, running_var, momentum)
     return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
 
 
@@ -35,11 +32,24 @@ def instance_norm(
 ):
     if not use_input_stats:
         return _normalized(input, running_mean, running_var, weight, bias, eps)
+    _track_instances(input, running_mean, running_var, momentum)
+    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
+
+
+def _track_batch(input, running_mean, running_var, momentum):
+    """The running statistics of BatchNorm, if there are any."""
+    if running_mean is not None:
+        dims = [d for d in range(input.ndim) if d != 1]
+        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
+        _update(running_mean, running_var, mean, variance, momentum)
+
+
+def _track_instances(input, running_mean, running_var, momentum):
+    """The running statistics of InstanceNorm, if there are any."""
     if running_mean is not None:
         dims = list(range(2, input.ndim))
         variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
         _update(running_mean, running_var, mean.mean(0), variance.mean(0), momentum)
-    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
 
 
 def _update(running_mean, running_var, mean, variance, momentum):
@@ -75,10 +85,8 @@ def plain_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 def plain_batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training:
         return _normalized(input, running_mean, running_var, weight, bias, eps)
+    _track_batch(input, running_mean, running_var, momentum)
     dims = [d for d in range(input.ndim) if d != 1]
-    if running_mean is not None:
-        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
-        _update(running_mean, running_var, mean, variance, momentum)
     return _affine(_standardized(input, dims, eps), *_per_channel(input, weight, bias))
 
 
@@ -87,10 +95,8 @@ def plain_instance_norm(
 ):
     if not use_input_stats:
         return _normalized(input, running_mean, running_var, weight, bias, eps)
+    _track_instances(input, running_mean, running_var, momentum)
     dims = list(range(2, input.ndim))
-    if running_mean is not None:
-        variance, mean = torch.var_mean(input.to(running_mean.dtype), dims, correction=1)
-        _update(running_mean, running_var, mean.mean(0), variance.mean(0), momentum)
     return _affine(_standardized(input, dims, eps), *_per_channel(input, weight, bias))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mgd.errors import BadObjective, NonFiniteState
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd.util.text import describe
 from mgd_kernels import Arena, OptimizerState
 
 
@@ -82,8 +83,9 @@ def objective_adjoints(
 def _checked(value: Any, steps: int) -> Tensor:
     """The objective's value, if it is one."""
     if not isinstance(value, Tensor) or value.ndim > 1 or value.numel() == 0 or not value.is_floating_point():
-        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise BadObjective(f"expected the objective to be a floating-point tensor of shape [] or [k]; got {got}")
+        raise BadObjective(
+            f"expected the objective to be a floating-point tensor of shape [] or [k]; got {describe(value)}"
+        )
     if not bool(torch.isfinite(value).all()):
         raise NonFiniteState(steps, "the objective")
     if not value.requires_grad:
