@@ -1,4 +1,4 @@
-"""The operators with fused second derivatives against torch's own: each alone, and in whole Hessian-vector products.
+"""The operators with fused second derivatives against torch's own.
 
 One thread pinned to one core (`make bench`). What is timed are traced graphs (`make_fx`, dead code eliminated), run in
 alternation; ratios are of medians of processor time, which other processes disturb least.
@@ -19,11 +19,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.graphs import clean
-from mgd.autodiff.second_order import Point, leaves, reverse_over_reverse
-from mgd.bench.workloads import WORKLOADS
-from mgd.step.model import Binding, differentiable
+from mgd.autodiff.second_order import leaves
 from mgd_kernels import functional
 
 
@@ -82,49 +79,3 @@ def test_operator(benchmark, name):
     benchmark.extra_info.update(shapes=shapes, seconds=mine, torch_seconds=torchs, speedup=torchs / mine)
     benchmark.pedantic(graphs[0], args, rounds=3)
     assert torchs > mine
-
-
-def workload(name: str, fused: bool):
-    """The training gradient, and the graph of the Hessian-vector product with its inputs."""
-    torch.manual_seed(0)
-    w = WORKLOADS[name]()
-    binding, batch = Binding(w.model, fused=fused), w.batches[0]
-    parameters = [p.detach() for p in binding.parameters().values()]
-    buffers = binding.buffers()
-    names = differentiable(buffers)
-    floats, weights = [buffers[n] for n in names], torch.ones(len(batch[0]))
-
-    def evaluate(p, b, z, constants):
-        own = {n: x.clone() for n, x in buffers.items() if n not in names} | dict(zip(names, b, strict=True))
-        loss, left = binding.call(w.loss, p, own, batch, {"data_weights": z[0]})
-        return loss, [left[n] for n in names]
-
-    def train():
-        q = leaves(parameters)
-        loss, _ = evaluate(q, [x.clone() for x in floats], [weights], [])
-        return torch.autograd.grad(loss, q)
-
-    def product(p, b, z, u, a):
-        loss, (found,) = reverse_over_reverse(evaluate, Point(p, b, [z], [], [u], [a]), lambda: None)
-        return loss, *(x for x in found if x is not None)
-
-    directions, cotangents = [torch.randn_like(p) for p in parameters], [torch.randn_like(b) for b in floats]
-    inputs = (parameters, floats, weights, directions, cotangents)
-    return train, lambda: clean(make_fx(product)(*inputs)), inputs
-
-
-@pytest.mark.parametrize("name", ["mlp", "convnet-group", "convnet-batch", "gpt"])
-def test_hessian_vector_product(benchmark, name):
-    """Ratios to one eager training gradient by torch."""
-    train, trace, inputs = workload(name, fused=False)
-    _, trace_fused, _ = workload(name, fused=True)
-    plain, fused, accumulated = trace(), trace_fused(), accumulate_products(trace_fused())
-    graphs = [lambda graph=graph: graph(*inputs) for graph in (plain, fused, accumulated)]
-    base, *seconds = medians(9, train, *graphs)
-    for got, value in zip(graphs[2](), graphs[0](), strict=True):
-        torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
-    ratios = dict(zip(("torch", "fused", "fused_and_accumulated"), (x / base for x in seconds), strict=True))
-    nodes = [len(graph.graph.nodes) for graph in (plain, fused, accumulated)]
-    benchmark.extra_info.update(training_gradient_seconds=base, nodes=nodes, **ratios)
-    benchmark.pedantic(graphs[2], rounds=3)
-    assert ratios["fused_and_accumulated"] < ratios["torch"]

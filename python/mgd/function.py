@@ -107,7 +107,7 @@ class TrainingFunction:
         self.trace, self.compile = trace, compile
         self.optimizer_state = optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
-        self._evaluator = evaluator_for(trace, compile)
+        self._evaluator = evaluator_for(model, loss, trace, compile)
 
     def __len__(self) -> int:
         """The number of training steps."""
@@ -211,7 +211,7 @@ class TrainingFunction:
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
-        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
+        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator, reversible)
         request = self._plan_request(arena, buffers)
         if not reversible:
             storage = no_storage(request)

@@ -4,11 +4,15 @@ Dynamo captures the loss (`front`). Its graph, with gradient and second derivati
 joint graph, whose parts are run (`joint`). Every new joint graph is compared once with the captured one run by
 autograd: loss, gradients, second derivatives. Where anything of this fails, the step is evaluated by autograd, as all
 later ones are.
+
+A joint graph runs the operators of the eager evaluation in the same order, and so gives its bits. One that was seen to
+give other ones is used where it was asked for, and not where it was chosen for its speed (`payoff`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,10 +24,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.execution import derivatives_of, present, reason, same_loss
+from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured
 from mgd.autodiff.graphs import changes_inputs, clean
 from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
@@ -33,6 +38,9 @@ from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
+
+# The structure of the batch and of z (Dynamo does not guard that a key is missing), the microbatch's share, shapes.
+Kind = tuple[str, str, float, tuple[torch.Size, ...]]
 
 
 @dataclass(slots=True)
@@ -68,22 +76,32 @@ class GraphResiduals:
 class CapturedEvaluator:
     """Both evaluations of a step by a captured graph.
 
-    refused: why that was given up for all steps, if it was. left_out: why it was for some, whose graphs would have been
-    too many.
+    at_once: capture every step that can be; otherwise those for which it pays. refused: why that was given up for all
+    steps, if it was. left_out: why it was for some, whose graphs would have been too many.
     """
 
-    def __init__(self, eager: EagerEvaluator, compile: bool = False):
-        self.fallback, self.compile, self._warned = eager, compile, False
+    def __init__(self, eager: EagerEvaluator, at_once: bool, compile: bool = False):
+        self.fallback, self.at_once, self.compile, self._warned = eager, at_once, compile, False
+        self.payoff = Payoff()
         self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
         self.refused: str | None = None
         self.left_out: str | None = None
         self._fronts: dict[tuple[str, str], Front] = {}
-        self._served: set[Hashable] = set()  # kinds of steps that had a graph, and that had none
-        self._failed: set[Hashable] = set()
+        self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
+        self._failed: set[Kind] = set()
+
+    @property
+    def capture_seconds(self) -> float:
+        return self.payoff.captured
+
+    def begin(self, reversals: int) -> None:
+        self.payoff.begin(reversals)
 
     def describe(self) -> str:
         if self.refused:
             return f"eager, since capture was given up: {self.refused}"
+        if not self.graphs and not self.at_once:
+            return self.payoff.describe()
         captured = "captured, compiled" if self.compile else "captured"
         return f"{captured}; some steps eager: {self.left_out}" if self.left_out else captured
 
@@ -104,12 +122,25 @@ class CapturedEvaluator:
             step.evaluation = Evaluation(loss, grads, buffers, kept)
             return loss, left[count:]
 
-        if not self.refused:
+        kind = self._kind(microbatch)
+        if kind is None:
+            return self.fallback.gradient(microbatch, parameters, before)
+        if self.at_once or kind in self._served or self.payoff.pays(kind):
             step = _Step(microbatch, parameters, before)
-            if self._call(step, forward):
+            if self._call(kind, step, forward):
                 assert step.evaluation is not None
                 return step.evaluation
-        return self.fallback.gradient(microbatch, parameters, before)
+            return self.fallback.gradient(microbatch, parameters, before)
+        return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
+
+    def _kind(self, microbatch: Microbatch) -> Kind | None:
+        """What steps have in common that may share a graph; None for those that have none."""
+        if self.refused:
+            return None
+        tensors = split_tensors(microbatch.batch)[0]
+        structures = structure(microbatch.batch), microbatch.metaparameters.structure
+        kind: Kind = (*structures, microbatch.share, tuple([x.shape for x in tensors]))
+        return None if kind in self._failed else kind
 
     def second_derivatives(
         self,
@@ -132,35 +163,41 @@ class CapturedEvaluator:
             results = joint.hvp_from_residuals(parameters, given, residuals, ways)
             return loss, left[len(left) - extras :]
 
-        if not self.refused:
+        kind = self._kind(microbatch)
+        if kind is not None and (self.at_once or kind in self._served):
             step = _Step(microbatch, parameters, before)
-            if self._call(step, recompute):
+            if self._call(kind, step, recompute):
                 assert results is not None and step.loss is not None
                 if not torch.equal(step.loss.double().cpu(), expected):
                     raise microbatch.diverged(float(expected), float(step.loss))
                 return derivatives_of(results)
-        return self.fallback.second_derivatives(microbatch, parameters, before, directions, cotangents, expected)
+        arguments = microbatch, parameters, before, directions, cotangents, expected
+        return self.payoff.second(kind, lambda: self.fallback.second_derivatives(*arguments))
 
-    def _call(self, step: _Step, use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]]) -> bool:
+    def _call(
+        self,
+        kind: Kind,
+        step: _Step,
+        use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]],
+    ) -> bool:
         """Call the loss through its graph, which `use` runs. False where there is none."""
-        # One for each structure of batch and z: Dynamo does not guard that a key is missing.
-        kind = structure(step.microbatch.batch), step.microbatch.metaparameters.structure
-        if kind not in self._fronts:
+        microbatch, structures = step.microbatch, kind[:2]
+        if structures not in self._fronts:
             if len(self._fronts) >= MOST_GRAPHS:
                 self.left_out = f"expected batches of at most {MOST_GRAPHS} structures"
                 return False
-            self._fronts[kind] = Front(step.microbatch.loss.function)
-        front, shapes = self._fronts[kind], (*kind, step.shapes)
-        if shapes in self._failed:
-            return False
+            self._fronts[structures] = Front()
+        front, known = self._fronts[structures], len(self.graphs)
+        start, used = time.perf_counter(), 0.0
 
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
+            nonlocal used
             others, places = step.split(arguments)
             given = [*step.floats, *step.metaparameters, *step.others, *others]
             key = (
-                kind,
+                structures,
                 graph.number,
-                step.microbatch.share,
+                microbatch.share,
                 places,
                 tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
             )
@@ -170,26 +207,31 @@ class CapturedEvaluator:
                 self.graphs[key] = self._make(graph, places, step, others)
             joint, extras = self.graphs[key]
             step.note(places)
-            step.microbatch.reseed()
+            microbatch.reseed()
+            began = time.perf_counter()
             step.loss, rest = use(joint, given, extras)
+            used = time.perf_counter() - began
             return step.loss, *rest
 
         try:
             with step.bound():
-                front(step.microbatch.loss.binding.model, step.microbatch.batch, step.z, run)
+                front(microbatch.loss.function, microbatch.loss.binding.model, microbatch.batch, step.z, run)
         except MetagradientError:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
             why = str(error) if isinstance(error, NotCaptured) else reason(error)
-            if shapes not in self._served:
-                self._failed.add(shapes)
+            if kind not in self._served:
+                self._failed.add(kind)
+                self.payoff.captured += time.perf_counter() - start
             if self.graphs:  # those go on to serve their steps
                 self.left_out = why
             else:
                 self.refused = why
             self._warn(why)
             return False
-        self._served.add(shapes)
+        if len(self.graphs) > known:
+            self.payoff.spent(kind, time.perf_counter() - start - used)
+        self._served.add(kind)
         return True
 
     def _warn(self, why: str) -> None:
@@ -250,8 +292,11 @@ class CapturedEvaluator:
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
             loss, grads, left, residuals = joint.forward(parameters, given)
             (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
-        if not (agree([*grads, *left, *results], expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
+        found = [*grads, *left, *results]
+        if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
             raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
+        if not self.at_once and not same_bits(found, expected[1:]):
+            raise NotCaptured("its graph rounds differently, which trace=True allows")
         return joint, counts[2]
 
 
@@ -266,7 +311,7 @@ def _number(value: bool | int | float) -> Tensor:
 class _Step:
     """The tensors of one microbatch, bound to the model while its loss is called through a graph.
 
-    names: of the buffers, floating-point ones first. z: what the loss sees of it. shapes: of the batch's tensors.
+    names: of the buffers, floating-point ones first. z: what the loss sees of it.
     """
 
     def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
@@ -282,7 +327,6 @@ class _Step:
         self.z = slices.owner.rebuilt(self._slices)
         known = [*self._leaves, *self._buffers.values(), *self._slices]
         self._places = {id(x): i for i, x in enumerate(known)}
-        self.shapes = tuple([x.shape for x in split_tensors(microbatch.batch)[0]])
         self.loss: Tensor | None = None
         self.evaluation: Evaluation | None = None
 

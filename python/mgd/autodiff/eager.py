@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ from mgd.step.evaluator import Derivatives, Evaluation, Evaluator
 from mgd.step.loss import Microbatch, TensorLoss
 from mgd.step.model import Buffers
 
+Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
+
 
 class EagerEvaluator:
     """Every evaluation by autograd; the others fall back to this one, and are checked against it."""
 
     fallback: Evaluator | None = None
+    capture_seconds = 0.0
 
     def __init__(self) -> None:
         self._precision: float | None = None  # of the coarsest dtype of the graph; None: not inspected yet
@@ -36,13 +39,22 @@ class EagerEvaluator:
     def refuse(self, reason: str) -> None:
         raise AssertionError("there is nothing to fall back to")
 
-    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        known = microbatch.loss.plain_since
-        evaluation = self._gradient(microbatch, parameters, before)
-        # Norms are evaluated in another way from the first step on whose loss differentiates the model.
-        return evaluation if microbatch.loss.plain_since == known else self._gradient(microbatch, parameters, before)
+    def begin(self, reversals: int) -> None:
+        pass
 
-    def _gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+    def gradient(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None = None
+    ) -> Evaluation:
+        known = microbatch.loss.plain_since
+        evaluation = self._gradient(microbatch, parameters, before, look)
+        if microbatch.loss.plain_since == known:
+            return evaluation
+        # Norms are evaluated in another way from the first step on whose loss differentiates the model.
+        return self._gradient(microbatch, parameters, before, look)
+
+    def _gradient(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
+    ) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)
         frozen, metaparameters = microbatch.loss.binding.frozen, microbatch.metaparameters.tensors
         given = [*inputs, *frozen, *metaparameters]
@@ -68,6 +80,8 @@ class EagerEvaluator:
                 if not loss.requires_grad:
                     check_unmodified()
                     raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+                if look is not None:
+                    look(loss)
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
             except RuntimeError as error:
                 check_unmodified()

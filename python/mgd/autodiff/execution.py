@@ -31,6 +31,17 @@ def same_loss(loss: Tensor, expected: Tensor, compiled: bool) -> bool:
     return torch.allclose(loss, expected, rtol=COMPILED_TOLERANCE) if compiled else torch.equal(loss, expected)
 
 
+def same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
+    """Whether two sets of tensors are equal; None stands for zeros."""
+
+    def same(x: Tensor | None, y: Tensor | None) -> bool:
+        if x is None or y is None:
+            return all(tensor is None or not tensor.any() for tensor in (x, y))
+        return torch.equal(x, y)
+
+    return all(map(same, found, expected))
+
+
 def reason(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

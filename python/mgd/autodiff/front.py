@@ -39,8 +39,8 @@ class CapturedGraph:
 class Front:
     """One loss function, called through its graphs."""
 
-    def __init__(self, function: Callable[..., Tensor]):
-        def entry(model, batch, z):
+    def __init__(self) -> None:
+        def entry(function, model, batch, z):
             return function(model, batch, z)
 
         # A code object of its own, so that it shares no limit of recompilations with others.
@@ -58,8 +58,8 @@ class Front:
         self._run: Run | None = None
         self._loss: Any = None
 
-    def __call__(self, model: Any, batch: Any, z: Any, run: Run) -> None:
-        """Call the loss, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
+    def __call__(self, function: Callable[..., Tensor], model: Any, batch: Any, z: Any, run: Run) -> None:
+        """Call the loss `function`, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
         self._run, self._loss = run, None
         try:
             with (
@@ -69,7 +69,7 @@ class Front:
                 ),
             ):
                 warnings.simplefilter("ignore")
-                value = self._compiled(model, batch, z)
+                value = self._compiled(function, model, batch, z)
         finally:
             self._run, loss = None, self._loss
             self._loss = None

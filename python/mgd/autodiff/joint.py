@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, fx
 
-from mgd.autodiff.accumulation import accumulate_products
 from mgd.autodiff.execution import below_autograd, compiled
 from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
+from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
 
 
@@ -58,7 +58,7 @@ class JointGraph:
         again = [node for node in own if node in read]
         each = part(graph, [*placeholders, *third_reads], third, results)
         if not compile:
-            accumulate_products(each, 0)
+            add_in_place(each)
         executable = compiled if compile else operator.attrgetter("forward")
         self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *buffers, *residuals]))
         self._weights = executable(part(graph, [*fixed_placeholders, *residuals], second, grads))

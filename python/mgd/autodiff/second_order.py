@@ -9,7 +9,7 @@ cotangents share one graph. Forward over reverse needs the same matrix products 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,23 +103,29 @@ def inspected(evaluate: Evaluate, note: Callable[[float], None]) -> Evaluate:
 
     def checked(*args):
         loss, left = evaluate(*args)
-        seen, stack, precision = set(), [loss.grad_fn], 0.0
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        precision = 0.0
+        for node in graph_of(loss):
             function: Any = getattr(node, "_forward_cls", None)
             if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
                 raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
             for metadata in getattr(node, "_input_metadata", ()):
                 if metadata.dtype.is_floating_point:
                     precision = max(precision, torch.finfo(metadata.dtype).eps)
-            stack += [following for following, _ in node.next_functions]
         note(precision)
         return loss, left
 
     return checked
+
+
+def graph_of(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the autograd graph behind a tensor."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack += [following for following, _ in node.next_functions]
 
 
 # How torch says that the backward pass of an operator has no derivative.

@@ -62,6 +62,15 @@ class Evaluation:
 class Evaluator(Protocol):
     """A way to evaluate one microbatch."""
 
+    @property
+    def capture_seconds(self) -> float:
+        """Spent on graphs of steps so far."""
+        ...
+
+    def begin(self, reversals: int) -> None:
+        """A training begins, of which so many evaluations will be reversed."""
+        ...
+
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
         """Loss and gradient at `parameters`, with the buffers `before`."""
         ...

@@ -44,11 +44,20 @@ Add = Callable[[int, Sequence["Tensor | None"], list[tuple[BatchMetaparameters, 
 
 
 class StepFunction:
-    """Evaluates the steps of one training."""
+    """Evaluates the steps of one training. reversible: whether they will be reversed."""
 
-    def __init__(self, arena: Arena, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator):
+    def __init__(
+        self,
+        arena: Arena,
+        loss: BoundLoss,
+        batches: Sequence[Any],
+        microbatches: int,
+        evaluator: Evaluator,
+        reversible: bool = False,
+    ):
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
+        evaluator.begin(len(batches) * microbatches if reversible else 0)
         self._agreement = Agreement(arena)
 
     def gradient(

@@ -156,9 +156,12 @@ class Sweep:
         self.timings.counts["rebuilt steps"] += len(run)
 
     def _evaluate(self, t: int, into: Tensor | None = None) -> StepResult:
-        first = t >= self.visited
-        with self.timings.timed("training" if first else "replay"):
+        first, captured = t >= self.visited, self.step.evaluator.capture_seconds
+        work = "training" if first else "replay"
+        with self.timings.timed(work):
             result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into)
+        if captured := self.step.evaluator.capture_seconds - captured:
+            self.timings.move(captured, work, "capture")
         self.timings.counts["model steps"] += 1
         losses = result.losses
         if first:

@@ -37,8 +37,16 @@ class Timings:
         """Adds the seconds of a block to those of a phase of the plan."""
         return Timer(self.phases, name)
 
+    def move(self, seconds: float, work: str, other: str) -> None:
+        """Of what was last added to a kind of work, so many seconds belong to another one."""
+        self.seconds[work] -= seconds
+        self.seconds[other] += seconds
+        first, times = self.firsts[work]
+        if times == 1:
+            self.firsts[work] = first - seconds, 1
+
     def mean(self, work: str) -> float:
-        """Seconds each time. The first is left out: it warms up, or captures a graph."""
+        """Seconds each time. The first is left out: it warms up."""
         first, times = self.firsts.get(work, (0.0, 0))
         return (self.seconds[work] - first) / (times - 1) if times > 1 else first
 

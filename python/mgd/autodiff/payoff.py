@@ -1,0 +1,134 @@
+"""When a capture pays: at once where the training is long enough, else by rent or buy, in measured seconds.
+
+Until a step has a graph it is evaluated by autograd, and every reverse step adds what a graph would have saved to an
+account. The step is captured once the account, with what the rest of the current training promises, exceeds what a
+capture costs. So whatever number of calls follows, the total is never much more than the better of "never" and "at
+once" (ski rental; Karlin et al. 1988). Both ways give the same bits, so that clocks decide nothing but time.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from mgd.autodiff.eager import Look
+from mgd.autodiff.second_order import graph_of
+
+T = TypeVar("T")
+
+# Of the seconds of both evaluations of a step. Measured: 0.20 (convnets) to 0.35 (GPT-2) where residuals are kept.
+SAVED = 0.25
+SECOND = 2.4  # second derivatives, in gradients, as long as none was measured
+PER_NODE = 20e-3  # seconds of a capture for each node of the loss's autograd graph, as long as none was measured
+IMPORT = 2.0  # seconds to import Dynamo
+CAUTION = 1.2  # the costs, which may be underestimated, count so much
+FIRST = 2  # evaluations by autograd before anything is decided; the very first one warms up
+
+
+@dataclass
+class Account:
+    """Steps of one kind: those that would share a graph.
+
+    nodes: of the autograd graph. gradient, second: the least seconds of each evaluation. account: seconds that a graph
+    would have saved. evaluations: in this training.
+    """
+
+    nodes: int = 0
+    gradient: float = float("inf")
+    second: float = 0.0
+    account: float = 0.0
+    evaluations: int = 0
+    measured: int = 0
+
+
+class Payoff:
+    """Decides which kinds of steps to capture. captured: seconds that captures took so far."""
+
+    def __init__(self) -> None:
+        self.captured = 0.0
+        self._kinds: dict[Hashable, Account] = {}
+        self._ahead = self._seen = 0
+        self._latest: Account | None = None
+
+    def begin(self, reversals: int) -> None:
+        """A training begins, of which so many evaluations will be reversed."""
+        self._ahead, self._seen = reversals, 0
+        for kind in self._kinds.values():
+            kind.evaluations = 0
+
+    def pays(self, key: Hashable) -> bool:
+        """Whether to capture steps of this kind, which are evaluated once more now."""
+        kind = self._latest = self._kinds.setdefault(key, Account())
+        self._seen += 1
+        kind.evaluations += 1
+        if kind.measured < FIRST:
+            return False
+        return kind.account + self._promise(kind) > CAUTION * self._cost(kind)
+
+    def _promise(self, kind: Account) -> float:
+        """Seconds that a graph would save in the rest of this training."""
+        left = max(0, self._ahead - self._seen) * kind.evaluations / self._seen
+        return left * SAVED * (kind.gradient + (kind.second or SECOND * kind.gradient))
+
+    def _cost(self, kind: Account) -> float:
+        return _rate.seconds * kind.nodes + (0 if "torch._dynamo" in sys.modules else IMPORT)
+
+    def gradient(self, key: Hashable, evaluate: Callable[[Look | None], T]) -> T:
+        """A gradient by autograd, with a look at the clock, and at the first one's graph."""
+        kind = self._kinds[key]
+
+        def look(loss: Tensor) -> None:
+            kind.nodes = sum(1 for _ in graph_of(loss))
+
+        start = time.perf_counter()
+        result = evaluate(None if kind.nodes else look)
+        kind.gradient = min(kind.gradient, time.perf_counter() - start)
+        kind.measured += 1
+        return result
+
+    def second(self, key: Hashable, evaluate: Callable[[], T]) -> T:
+        """Second derivatives by autograd: what a graph would have saved goes to the account."""
+        start = time.perf_counter()
+        result = evaluate()
+        if kind := self._kinds.get(key):
+            seconds = time.perf_counter() - start
+            kind.second = min(kind.second or seconds, seconds)
+            kind.account += SAVED * (kind.gradient + kind.second)
+        return result
+
+    def spent(self, key: Hashable, seconds: float) -> None:
+        """A capture took so long."""
+        self.captured += seconds
+        if kind := self._kinds.get(key):
+            _rate.measured(seconds, kind.nodes)
+
+    def describe(self) -> str:
+        """Why nothing was captured so far."""
+        kind = self._latest
+        if kind is None or kind.measured < FIRST:
+            return "eager"
+        cost, each = self._cost(kind), SAVED * (kind.gradient + (kind.second or SECOND * kind.gradient))
+        return f"eager; a capture would take about {cost:.1f} s and save {1e3 * each:.1f} ms per step"
+
+
+@dataclass
+class _Rate:
+    """Seconds of a capture per node, in this process."""
+
+    seconds: float = PER_NODE
+    nodes: int = 0
+    total: float = 0.0
+
+    def measured(self, seconds: float, nodes: int) -> None:
+        self.total += seconds
+        self.nodes += nodes
+        if self.nodes:
+            self.seconds = self.total / self.nodes
+
+
+_rate = _Rate()
