@@ -58,6 +58,11 @@ def _changes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def mutates(graph: fx.Graph) -> bool:
+    """Whether any operator of the graph may change its inputs."""
+    return any(map(_changes, graph.nodes))
+
+
 def changes_inputs(graph: fx.Graph) -> bool:
     """Whether a functionalised graph writes to one of its inputs: it copies what it computed to it."""
     return any(
