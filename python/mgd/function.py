@@ -123,9 +123,7 @@ class TrainingFunction:
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
-            sweep = self._sweep(z or {}, tick)
-            sweep.forward()
-            return self._objective(sweep)[0]
+            return self._objective(self._sweep(z or {}, tick))[0]
 
     def metagradient(
         self,
@@ -238,7 +236,6 @@ class TrainingFunction:
         """A training run to its end, on which the reverse sweep can run once."""
         sweep = self._sweep(z, tick, reversible=True, resume=resume)
         with sweep.history.closed_after_errors():
-            sweep.forward()
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep))
         return sweep
@@ -251,11 +248,11 @@ class TrainingFunction:
         return gradients
 
     def _objective(self, sweep: Sweep):
-        seed_generators(seed_of(self.seed, sweep.state.before + len(self)), sweep.arena.device)
+        """The objective's value and adjoints at the end of the training, which runs until there."""
+        state, trained = sweep.state, sweep.forward()
+        seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
-            return objective_adjoints(
-                sweep.step.loss.binding, self.objective, sweep.arena, sweep.state, sweep.buffers, len(self)
-            )
+            return objective_adjoints(sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self))
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(

@@ -77,8 +77,9 @@ class Scripted:
         yield Save(0, "host")
         yield Advance(STEPS - 4, "host" if self.logged else None)
         yield Save(STEPS - 4, "host")
-        yield Advance(STEPS, "host")
-        for t in reversed(range(STEPS)):
+        yield Advance(STEPS - 1, "host")
+        yield Reverse(STEPS - 1)
+        for t in reversed(range(STEPS - 1)):
             yield Load(0)
             if t >= STEPS - 4:
                 yield Load(STEPS - 4)

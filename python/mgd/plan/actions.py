@@ -1,6 +1,9 @@
 """The actions of a plan: instructions for a replay loop that has one current state, snapshots and a gradient log.
 
 The current state s_t has a position t, and what an action does depends on it. All step numbers are absolute.
+
+The actions before the first `Reverse` lead to s_{T-1}. There the last step is trained beside the current state: its
+update makes s_T, at which the objective is evaluated, and its gradient waits for that `Reverse`.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ class Drop:
 class Reverse:
     """Run the adjoint step t = `step`, from the current state at that position. The state is not changed.
 
-    Takes the step's gradient from the log and frees the entry; without an entry, the model computes the gradient.
+    Takes the step's gradient from the log and frees the entry; without an entry, the model computes the gradient. The
+    last step's is there already, from the training.
     """
 
     step: int

@@ -1,14 +1,13 @@
 """The shape of a plan: the chain in logged segments, and the tier of every object.
 
-T training steps and the objective form a chain of N = T + 1 steps, which is reversed starting from the objective. The
-chain is cut into n segments of L steps (the first may be shorter), and an *outer* schedule reverses the chain of
-segments. To turn a segment, the model advances over it while its gradients are logged. The last one is not logged: its
-step is turned immediately (it is the objective, or its gradient is computed as it is reversed). Then an *inner*
-schedule, whose advances are elementwise updates, goes back over the segment. So the log holds L - 1 gradients.
-L = N is the full log: the model runs T times. L = 1 is plain checkpointing.
+The chain of N = T training steps is cut into n segments of L steps (the first may be shorter), and an *outer* schedule
+reverses the chain of segments. To turn a segment, the model advances over it while its gradients are logged. The last
+one is not logged: its step is turned immediately, and its gradient is computed for that (the training's last step is
+turned where the first sweep reaches it). Then an *inner* schedule, whose advances are elementwise updates, goes back
+over the segment. So the log holds L - 1 gradients. L = N is the full log: the model runs T times. L = 1 is plain
+checkpointing.
 
-With revolve as the outer schedule, s snapshots and r repetitions, the model advances over r N - L C(s+r, s+1) chain
-steps.
+With revolve as the outer schedule, s snapshots and r repetitions, the model advances over r N - L C(s+r, s+1) steps.
 """
 
 from __future__ import annotations
@@ -50,7 +49,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Layout:
-    """A chain of `chain` steps in segments of `length`, with its slots and log entries by tier, fastest first.
+    """A chain of `chain` steps, at least 0, in segments of `length`, with its slots and log entries by tier, fastest
+    first.
 
     All tiers are fullest at the same moment, the end of the first sweep.
     """
@@ -67,7 +67,7 @@ class Layout:
     first: int = field(init=False)
 
     def __post_init__(self) -> None:
-        segments = -(-self.chain // self.length)
+        segments = max(1, -(-self.chain // self.length))
         object.__setattr__(self, "segments", segments)
         object.__setattr__(self, "first", self.chain - (segments - 1) * self.length)
 
@@ -115,15 +115,15 @@ class Layout:
             elif kind == "advance":
                 yield Advance(start)
             else:
-                yield from self._turn(start, shift + (segment + 1) * self.length, depth, origin + self.chain - 1)
+                yield from self._turn(start, shift + (segment + 1) * self.length, depth)
 
-    def _turn(self, start: int, stop: int, depth: int, objective: int) -> Iterator[Action]:
+    def _turn(self, start: int, stop: int, depth: int) -> Iterator[Action]:
         """Turn the segment start..stop-1. `depth`: that of the outer snapshot at its start; -1 if there is none."""
         has_snapshot = depth >= 0
-        if stop - start == 1:
+        if stop - start <= 1:
             if has_snapshot:
                 yield Drop(start)
-            if start < objective:
+            if start < stop:
                 yield Reverse(start)
             return
         slots = self.inner.fastest(stop - start - 1)
@@ -148,8 +148,7 @@ class Layout:
                 logging = False
                 if level >= 0:
                     yield Drop(step)
-                if step < objective:
-                    yield Reverse(step)
+                yield Reverse(step)
 
     def _pieces(self, entries: int) -> Iterator[tuple[int, int, int]]:
         """(tier index, low, high) for a segment's log of `entries` entries. The fastest tier has the last ones."""
@@ -186,7 +185,7 @@ class Layout:
         written = read = none
         updates = 0
         for length, count in self._lengths():
-            if length == 1:
+            if length <= 1:
                 continue
             slots, log = self.inner.fastest(length - 1), self._log_of(length)
             inner = tally(length, Revolve(slots.total), slots)
@@ -205,9 +204,9 @@ class Layout:
         replayed = steps - (self.chain - self.length) + (self.chain - self.segments) - (self.length - 1)
         turned = self.segments - 1
         return (
-            Phase("first sweep", origin + self.chain - 1, 0, 0, first_written, none),
+            Phase("first sweep", origin + self.chain, 0, 0, first_written, none),
             Phase("replay", replayed, 0, 0, replay_written, _times(state, outer.loads)),
-            Phase("reverse sweep", turned, updates, self.chain - 1, written, read),
+            Phase("reverse sweep", turned, updates, self.chain, written, read),
         )
 
     def _first_saves(self) -> tuple[int, ...]:

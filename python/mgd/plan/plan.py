@@ -141,13 +141,15 @@ class Plan:
         ]
         if back == 0:
             return [*lines, "There is nothing to reverse, and nothing to store."]
-        if layout.segments == 1:
+        if back == 1:
+            lines.append("The step is reversed where the training ends, and nothing is stored.")
+        elif layout.segments == 1:
             lines.append("The log holds all gradients that are needed, so the model runs each step once.")
         elif layout.length == 1:
             lines.append(f"No gradient is logged. {_count(layout.outer.total)} of states from which to run again.")
         else:
             lines.append(
-                f"The chain of {back:,} steps and the objective is cut into {layout.segments:,} segments of"
+                f"The chain of {back:,} steps is cut into {layout.segments:,} segments of"
                 f" {layout.length:,} steps. Each in turn is logged ({layout.length - 1:,} gradients, "
                 f"{(layout.length - 1) / back:.1%} of the training) and reversed. {_count(layout.outer.total)}"
                 " of segment starts."
@@ -215,7 +217,7 @@ def plan(
     if name not in SCHEDULES or (argument and not (name == "kary" and argument.isdigit() and int(argument) > 1)):
         names = ", ".join(map(repr, SCHEDULES))
         raise ValueError(f"expected schedule {names} or 'kary:K' with K >= 2; got {schedule!r}")
-    chain = T - stop_at + 1
+    chain = T - stop_at
     limits = budget.limits(default_host_bytes)
     if not limits:  # Budget() without default_host_bytes: as much as any schedule could use
         limits = {"host": chain * (sizes.snapshot + sizes.gradient)}
@@ -228,7 +230,7 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
     chain, state = search.chain, search.sizes.snapshot
     slots = sum(room // state for room in search.limits.values())
     rule: Rule
-    if chain == 1:
+    if chain <= 1:
         rule, least = Revolve(1), 0
     elif name == "log":
         full_log = search.best_log()
@@ -246,10 +248,10 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
         else:
             rule = KAry(2 if name == "binary" else max(2, isqrt(chain - 1) + 1))
         least = stack_height(chain, rule)
-    plain = Layout.fit(search.limits, search.sizes, chain, 1, rule, stack_height(chain, rule), 0)
+    plain = Layout.fit(search.limits, search.sizes, chain, 1, rule, stack_height(max(1, chain), rule), 0)
     if plain is None:
         raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
-    if name != "auto" or chain == 1:
+    if name != "auto" or chain <= 1:
         return plain
     full_log = search.best_log()
     return search.best(plain) if full_log is None else search.best(plain, full_log)

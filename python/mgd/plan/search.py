@@ -1,7 +1,7 @@
 """The search for the fastest layout under a budget.
 
 A layout is three numbers: segments of L steps, s snapshots of segment starts, and c snapshots inside a segment. The
-number of model steps has a closed form, r N - L C(s+r, s+1), and so does the number of updates. Candidates are
+number of model steps has a closed form, T + r N - L C(s+r, s+1), and so does the number of updates. Candidates are
 therefore compared by a lower bound that costs microseconds, and only the most promising ones are counted in full, with
 the traffic of every tier.
 """
@@ -188,7 +188,7 @@ class Search:
         state, grad, costs = self.sizes.snapshot, self.sizes.gradient, self.costs
         n = -(-self.chain // length)
         first = self.chain - (n - 1) * length
-        model = self.chain - 1
+        model = self.chain
         if n > 1:
             r = repetitions(n, outer)
             model += r * self.chain - length * comb(outer + r, r - 1)
@@ -196,7 +196,7 @@ class Search:
         logged = self.chain - n
         written = state * (saves(n, outer) + (n - 1) * saves(length, inner)) + grad * logged
         read = state * (self.chain - 1) + grad * (updates + logged)
-        work = model * costs.step + updates * costs.update + (self.chain - 1) * costs.hvp
+        work = model * costs.step + updates * costs.update + self.chain * costs.hvp
         write_cost, read_cost, beside = self._traffic[used - 1]
         moving = written * write_cost + read * read_cost
         if beside == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mgd.errors import BadObjective, NonFiniteState
+from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
 from mgd.util.text import describe
 from mgd_kernels import Arena, OptimizerState
@@ -46,13 +47,17 @@ def objective_adjoints(
     binding: Binding,
     objective: Callable[..., Tensor],
     arena: Arena,
-    state: OptimizerState,
-    buffers: Buffers,
+    trained: Trained,
+    like: OptimizerState,
     steps: int,
 ) -> tuple[Tensor, list[Adjoint]]:
-    """The objective's value at a trained state (`[]` or `[k]`) and, for each component, its adjoint. steps: T."""
+    """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
+
+    like: a state of the shapes of its adjoint. steps: T.
+    """
+    buffers = trained.buffers
     names = differentiable(buffers)
-    parameters = [view.detach().requires_grad_() for view in arena.views(state.params).values()]
+    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
     floats = [buffers[name].detach().clone().requires_grad_() for name in names]
     copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
     versions = [p._version for p in parameters]
@@ -68,7 +73,7 @@ def objective_adjoints(
     for grads in gradients:
         if all(g is None for g in grads):
             raise BadObjective("a component of the objective depends on no trained parameter")
-        adjoint = state.zeros_like()
+        adjoint = like.zeros_like()
         pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])

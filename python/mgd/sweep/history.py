@@ -93,6 +93,10 @@ class History:
         """The log entry of step `t`, to be computed inside the block and committed; None: the step is not logged."""
         return Entry(self, t, tier)
 
+    def hold(self, t: int, result: StepResult) -> None:
+        """Keep what the evaluation of step `t` left behind as it is, as a log entry on no tier."""
+        self._gradients[t] = result
+
     def logged(self, t: int) -> bool:
         return t in self._gradients or ("gradient", t) in self._names
 
@@ -294,7 +298,7 @@ class Entry:
             tensors = [result.gradient, result.losses]
             history._put(("gradient", t), tensors, result.buffers, self._tier, self._reserved)
         else:
-            history._gradients[t] = result
+            history.hold(t, result)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

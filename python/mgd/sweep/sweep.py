@@ -79,24 +79,41 @@ class Sweep:
     def forward(self) -> Trained:
         """Train to the end, keeping what the plan says."""
         if self.trained is None:
-            if self.storage.plan is None:
-                self._advance(self.length, None)
             with self.timings.phase("first sweep"):
-                while self.state.step < self.length:
-                    self._perform(next(self._actions))
-                    self.index += 1
+                end = self._train_all()
             self.meta.check_all_read()
-            self.trained = self._end()
+            self.trained = self._end(*end)
+            if self.storage.checkpoint is not None:
+                self.storage.checkpoint.save_trained(_named(*end))
         return self.trained
 
-    def _end(self) -> Trained:
-        """The current state as the end of the training."""
+    def _train_all(self) -> tuple[OptimizerState, Buffers]:
+        """Train; with a plan, keeping what it says. Returns the state after the last step, and its buffers."""
+        if self.storage.plan is None:
+            self._advance(self.length, None)
+            return self.state, self.buffers
+        while self.state.step < self.length - 1:
+            self._perform(next(self._actions))
+            self.index += 1
+        # The last step is the first to be reversed. So the state before it stays the current one, and its gradient is
+        # kept. The state after it has the room that the adjoint will take: there is none yet.
+        t = self.state.step
+        result = self._evaluate(t)
+        self._keep_residuals(t, result)
+        self.history.hold(t, result)
+        end = self.state.clone()
+        self._update(end, result)
+        self._after_step()
+        return end, result.buffers[-1]
+
+    def _end(self, state: OptimizerState, buffers: Buffers) -> Trained:
+        """The end of the training, with memory of its own."""
         views = self.arena.views
-        slots = zip(self.optimizer.slots, self.state.slots, strict=True) if self.keep_slots else ()
+        slots = zip(self.optimizer.slots, state.slots, strict=True) if self.keep_slots else ()
         return Trained(
-            parameters={name: p.clone() for name, p in views(self.state.params).items()},
-            buffers={name: b.clone() for name, b in self.buffers.items()},
-            optimizer_state={"step": self.state.next_count - 1}
+            parameters={name: p.clone() for name, p in views(state.params).items()},
+            buffers={name: b.clone() for name, b in buffers.items()},
+            optimizer_state={"step": state.next_count - 1}
             | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
             losses=self.losses.sum(1),
         )
@@ -130,15 +147,25 @@ class Sweep:
         """One step by the model, logged on `tier`, if any."""
         with self.history.entry(t, tier) as entry:
             result = self._evaluate(t, entry.gradient)
-            residuals, result.residuals = result.residuals, None
             if tier is not None:
-                if residuals is not None:
-                    self.residuals.put(t, residuals)
+                self._keep_residuals(t, result)
                 with self.timings.timed("store"):
                     entry.commit(result)
-        with self.timings.timed("update"):
-            self.optimizer.step_(self.state, result.gradient, self.meta.tables[t], self._clip(result)[0])
+            else:
+                result.residuals = None
+        self._update(self.state, result)
         self.buffers = result.buffers[-1]
+
+    def _keep_residuals(self, t: int, result: StepResult) -> None:
+        """Move what step `t` computed for its second derivatives to where there may be room for it."""
+        if result.residuals is not None:
+            self.residuals.put(t, result.residuals)
+            result.residuals = None
+
+    def _update(self, state: OptimizerState, result: StepResult) -> None:
+        """Advance `state` by one step with the gradient of `result`."""
+        with self.timings.timed("update"):
+            self.optimizer.step_(state, result.gradient, self.meta.tables[state.step], self._clip(result)[0])
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates, as many in one pass as are available."""
@@ -192,13 +219,7 @@ class Sweep:
 
     def begin_reverse(self, value: Tensor, adjoints: list[Adjoint]) -> None:
         """From the objective's value and its adjoints of the final state, which become those of the first."""
-        self.value = value
-        self._begin_reverse(adjoints)
-        if self.storage.checkpoint is not None:
-            self.storage.checkpoint.save_trained(self._end_state())
-
-    def _begin_reverse(self, adjoints: list[Adjoint]) -> None:
-        self.adjoints = adjoints
+        self.value, self.adjoints = value, adjoints
         self.gradients = Gradients(self.meta, len(adjoints))
 
     def reverse(self) -> dict[str, Any]:
@@ -280,26 +301,18 @@ class Sweep:
             "trained": self.trained is not None,
             "objectives": len(self.adjoints),
             "losses": self.losses,
-            **self._training_tensors(),
+            **_named(self.state, self.buffers),
             **self._reverse_tensors(),
         }
 
-    def _end_state(self) -> dict[str, Any]:
-        """The end of the training, where the current state is it."""
-        assert self.value is not None
-        return {"value": self.value, **self._training_tensors()}
-
-    def _training_tensors(self) -> dict[str, Tensor]:
-        state = {f"state.{i}": x for i, x in enumerate(self.state.tensors())}
-        return state | {f"buffers.{name}": b for name, b in self.buffers.items()}
-
     def _reverse_tensors(self) -> dict[str, Tensor]:
-        """The tensors that the reverse sweep changes in place."""
+        """The objective's value, and the tensors that the reverse sweep changes in place."""
         if self.gradients is None:
             return {}
+        assert self.value is not None
         adjoints = [x for adjoint in self.adjoints for x in adjoint.tensors()]
         tensors = [*adjoints, self.gradients.hyper, *self.gradients.leaves]
-        return {f"reverse.{i}": x for i, x in enumerate(tensors)}
+        return {"value": self.value, **{f"reverse.{i}": x for i, x in enumerate(tensors)}}
 
     def _load(self, state: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
         """Continue from `state_dict()` of an earlier process, and from `end`, that of the training if it was reached.
@@ -314,22 +327,27 @@ class Sweep:
         self.meta.first_read.update(state["first_read"])
         self.losses.copy_(state["losses"])
         if end is not None:
-            self.value = end["value"].to(self.arena.device)
             self._load_training(end, self.length)
-            self.trained = self._end()
+            self.trained = self._end(self.state, self.buffers)
             self.tick("reverse", self.reversed)
         self._load_training(state, state["step"])
         if end is not None:
             zeros = [Adjoint.zeros(self.state, self.buffers) for _ in range(state["objectives"])]
-            self._begin_reverse(zeros)
+            self.begin_reverse(state["value"].to(self.arena.device), zeros)
             for name, tensor in self._reverse_tensors().items():
                 tensor.copy_(state[name])
         else:
             self.history.discard_after(state["step"])
 
     def _load_training(self, state: dict[str, Any], step: int) -> None:
-        for name, tensor in self._training_tensors().items():
+        for name, tensor in _named(self.state, self.buffers).items():
             if name.startswith("state."):
                 tensor.copy_(state[name])
         self.state.step = step
         self.buffers = {name: state[f"buffers.{name}"].to(self.arena.device) for name in self.buffers}
+
+
+def _named(state: OptimizerState, buffers: Buffers) -> dict[str, Tensor]:
+    """The tensors of a training state, by the names that a checkpoint gives them."""
+    tensors = {f"state.{i}": x for i, x in enumerate(state.tensors())}
+    return tensors | {f"buffers.{name}": b for name, b in buffers.items()}

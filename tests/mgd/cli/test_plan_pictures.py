@@ -29,4 +29,4 @@ def test_comparison_table():
     lines = compare(1000, 300).splitlines()
     assert lines[0] == "1,000 steps, room for 300 gradients (100 snapshots)"
     revolve = next(line for line in lines if line.startswith("revolve")).split()
-    assert revolve[1:5] == ["100", "0", "1,900", "2,900"]  # t(1001, 100) = 2 * 1001 - C(102, 101), and 1000
+    assert revolve[1:5] == ["100", "0", "1,898", "2,898"]  # t(1000, 100) = 2 * 1000 - C(102, 101), and 1000

@@ -26,7 +26,7 @@ class Machine:
 
     def __init__(self, T, sizes, limits, stop_at=0):
         self.T, self.sizes, self.limits, self.stop_at = T, sizes, limits, stop_at
-        self.position, self.next, self.swept = 0, T - 1, T == 0
+        self.position, self.next, self.swept = 0, T - 1, stop_at == T
         self.snapshots, self.log = {}, {}
         self.model_steps = self.update_steps = self.adjoints = 0
         self.held, self.peak = Counter(), Counter()
@@ -51,7 +51,7 @@ class Machine:
         for action in actions:
             match action:
                 case Advance(stop, tier):
-                    assert self.position < stop <= self.T
+                    assert self.position < stop <= min(self.T, max(self.T - 1, self.stop_at))
                     while self.position < stop:
                         if self.gradient(self.position):
                             self.update_steps += 1
@@ -59,9 +59,6 @@ class Machine:
                             self.log[self.position] = tier
                             self.hold(tier, self.sizes.gradient)
                         self.position += 1
-                    if self.position == self.T and not self.swept:
-                        self.swept = True
-                        self.first_sweep = self.model_steps, self.update_steps, dict(self.written), dict(self.read)
                 case Save(step, tier):
                     assert step == self.position and step not in self.snapshots
                     self.snapshots[step] = tier
@@ -73,14 +70,18 @@ class Machine:
                 case Drop(step):
                     self.held[self.snapshots.pop(step)] -= self.sizes.snapshot
                 case Reverse(step):
-                    assert self.swept and step == self.position == self.next
+                    assert step == self.position == self.next
                     self.adjoints += 1
                     if self.gradient(step):
                         self.held[self.log.pop(step)] -= self.sizes.gradient
+                    if not self.swept:  # the last step was trained just now
+                        self.swept = True
+                        self.first_sweep = self.model_steps, self.update_steps, dict(self.written), dict(self.read)
                     self.next -= 1
                 case _:
                     raise AssertionError(action)
         assert self.swept and self.next == self.stop_at - 1
+        assert self.stop_at < self.T or self.position == self.T, "nothing to reverse, but all is trained"
         assert not self.snapshots and not self.log and not +self.held, "left over"
         return self
 
@@ -193,11 +194,11 @@ def best_of_family(T: int, room: int, costs: Costs) -> float:
     from mgd.plan.reversal import Revolve
 
     least = math.inf
-    for length in range(1, T + 2):
-        segments = -(-(T + 1) // length)
+    for length in range(1, T + 1):
+        segments = -(-T // length)
         for outer in range(segments > 1, segments):
             for inner in range(length > 1, length):
-                layout = Layout.fit({"host": room}, SIZES, T + 1, length, Revolve(max(1, outer)), outer, inner)
+                layout = Layout.fit({"host": room}, SIZES, T, length, Revolve(max(1, outer)), outer, inner)
                 if layout is None:
                     break
                 least = min(least, sum(phase.seconds(layout.tiers, costs) for phase in layout.phases(0)))
@@ -220,7 +221,7 @@ def exhaustive(T: int, room: int, update: float) -> float:
     import heapq
 
     snapshot, gradient = SIZES.snapshot, SIZES.gradient
-    start = (0, T + 1, 0, 0)  # position, steps yet to reverse (one more until the objective), snapshots, log
+    start = (0, T, 0, 0)  # position, steps yet to reverse, snapshots, log
     heap, done = [(0.0, start)], set()
     while heap:
         cost, state = heapq.heappop(heap)
@@ -232,14 +233,12 @@ def exhaustive(T: int, room: int, update: float) -> float:
             return cost
         used = snapshot * snapshots.bit_count() + gradient * log.bit_count()
         moves = []
-        if position < T:
+        if position < T - 1:
             known = log >> position & 1
             moves.append((update if known else 1.0, (position + 1, left, snapshots, log)))
             if not known and used + gradient <= room:
                 moves.append((1.0, (position + 1, left, snapshots, log | 1 << position)))
-        if left == T + 1 and position == T:
-            moves.append((0.0, (position, T, snapshots, log)))
-        if left <= T and position == left - 1:
+        if position == left - 1:
             moves.append((0.0 if log >> position & 1 else 1.0, (position, left - 1, snapshots, log & ~(1 << position))))
         if not snapshots >> position & 1 and used + snapshot <= room:
             moves.append((0.0, (position, left, snapshots | 1 << position, log)))
@@ -270,25 +269,26 @@ def test_no_plan_of_any_shape_is_better_with_less_memory():
 
 
 def test_revolve_runs_the_binomial_number_of_steps():
-    """T steps and the objective are a chain of T + 1; every reversed step computes its gradient once more."""
+    """Every step's gradient is computed as it is reversed, that of the last step in the training itself."""
     from mgd.plan.revolve import advances
 
     for T in (1, 2, 9, 99, 999, 250):
         for s in (1, 2, 3, 10, 44):
             made = plan(T, SIZES, Budget(host=12 * s + 11), schedule="revolve")
-            assert made.model_steps == advances(T + 1, s) + T
-    assert plan(999, SIZES, Budget(host=120), schedule="revolve").model_steps == 3636 + 999
-    assert plan(999, SIZES, Budget(host=12 * 44), schedule="revolve").model_steps == 1954 + 999
+            assert made.model_steps == advances(T, s) + T
+    assert plan(1000, SIZES, Budget(host=120), schedule="revolve").model_steps == 3636 + 1000
+    assert plan(1000, SIZES, Budget(host=12 * 44), schedule="revolve").model_steps == 1954 + 1000
 
 
 def test_a_full_log_runs_the_model_once_per_step():
-    for T in (1, 2, 50, 1000):
-        made = plan(T, SIZES, Budget(host=4 * T + 12), schedule="log")
+    for T in (2, 3, 50, 1000):
+        least = 4 * (T - 1) + 12
+        made = plan(T, SIZES, Budget(host=least), schedule="log")
         assert validate(made).model_steps == T
-        assert plan(T, SIZES, Budget(host=4 * T + 12 * 30)).model_steps == T  # auto finds it, too
+        assert plan(T, SIZES, Budget(host=least + 12 * 30)).model_steps == T  # auto finds it, too
         with pytest.raises(BudgetTooSmall, match="least budget") as error:
-            plan(T, SIZES, Budget(host=4 * T + 11), schedule="log")
-        assert error.value.needs == 4 * T + 12 and error.value.has == {"host": 4 * T + 11}
+            plan(T, SIZES, Budget(host=least - 1), schedule="log")
+        assert error.value.needs == least and error.value.has == {"host": least - 1}
 
 
 def test_more_memory_is_never_slower():
@@ -375,7 +375,7 @@ def test_model_steps_have_a_closed_form(T, room):
     """docs/planning.md: T + r N - L C(s+r, s+1)."""
     made = plan(T, SIZES, Budget(host=room))
     layout = made.layout
-    N, L, s = T + 1, layout.length, layout.outer.total
+    N, L, s = T, layout.length, layout.outer.total
     assert 1 < L < N
     r = next(r for r in itertools.count(1) if math.ceil(N / L) <= math.comb(s + r, s))
     assert made.model_steps == T + r * N - L * math.comb(s + r, s + 1) == validate(made).model_steps
