@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from cases import adamw, errors, initial, mlp, relative_error, supervised, weighted, weights
+from same_bits import same
 from torch import nn
 
 from mgd_kernels import SGD, Arena
@@ -57,6 +58,14 @@ def test_small_steps_are_not_lost_on_bf16_parameters():
     for name, p in expected.parameters.items():
         # Both round the same float32 master, which differs by summation order alone: at most one bf16 unit.
         assert torch.allclose(trained.parameters[name].float(), p, rtol=2**-7, atol=2**-10)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_captured_steps_cast_as_eager_ones_do(microbatches):
+    cast = case(autocast=torch.bfloat16, microbatches=microbatches)
+    eager, captured = cast.metagradient(trace=False), cast.metagradient(trace=True)
+    assert captured.report.execution == "captured"
+    assert same(eager, captured)
 
 
 def test_running_statistics_are_kept_in_full_precision_under_autocast():

@@ -125,13 +125,19 @@ class CapturedEvaluator:
         kind = self._kind(microbatch)
         if kind is None:
             return self.fallback.gradient(microbatch, parameters, before)
-        if self.at_once or kind in self._served or self.payoff.pays(kind):
-            step = _Step(microbatch, parameters, before)
-            if self._call(kind, step, forward):
-                assert step.evaluation is not None
-                return step.evaluation
-            return self.fallback.gradient(microbatch, parameters, before)
-        return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
+        known = self.at_once or kind in self._served
+        if not known and not self.payoff.pays(kind):
+            return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
+        plain = None if known else self.fallback.gradient(microbatch, parameters, before)
+        step = _Step(microbatch, parameters, before)
+        if not self._call(kind, step, forward):
+            return plain or self.fallback.gradient(microbatch, parameters, before)
+        assert step.evaluation is not None
+        if plain is not None and not _same(step.evaluation, plain):
+            self._served.discard(kind)
+            self._give_up(kind, "it rounds differently in a graph, which trace=True allows")
+            return plain
+        return step.evaluation
 
     def _kind(self, microbatch: Microbatch) -> Kind | None:
         """What steps have in common that may share a graph; None for those that have none."""
@@ -192,26 +198,27 @@ class CapturedEvaluator:
 
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
             nonlocal used
-            others, places = step.split(arguments)
-            given = [*step.floats, *step.metaparameters, *step.others, *others]
-            key = (
-                structures,
-                graph.number,
-                microbatch.share,
-                places,
-                tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
-            )
-            if key not in self.graphs:
-                if len(self.graphs) >= MOST_GRAPHS:
-                    raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                self.graphs[key] = self._make(graph, places, step, others)
-            joint, extras = self.graphs[key]
-            step.note(places)
-            microbatch.reseed()
-            began = time.perf_counter()
-            step.loss, rest = use(joint, given, extras)
-            used = time.perf_counter() - began
-            return step.loss, *rest
+            with microbatch.loss.uncast():
+                others, places = step.split(arguments)
+                given = [*step.floats, *step.metaparameters, *step.others, *others]
+                key = (
+                    structures,
+                    graph.number,
+                    microbatch.share,
+                    places,
+                    tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
+                )
+                if key not in self.graphs:
+                    if len(self.graphs) >= MOST_GRAPHS:
+                        raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
+                    self.graphs[key] = self._make(graph, places, step, others)
+                joint, extras = self.graphs[key]
+                step.note(places)
+                microbatch.reseed()
+                began = time.perf_counter()
+                step.loss, rest = use(joint, given, extras)
+                used = time.perf_counter() - began
+                return step.loss, *rest
 
         try:
             with step.bound():
@@ -219,22 +226,22 @@ class CapturedEvaluator:
         except MetagradientError:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
-            why = str(error) if isinstance(error, NotCaptured) else reason(error)
-            if kind not in self._served:
-                self._failed.add(kind)
-                self.payoff.captured += time.perf_counter() - start
-            if self.graphs:  # those go on to serve their steps
-                self.left_out = why
-            else:
-                self.refused = why
-            self._warn(why)
+            self.payoff.captured += time.perf_counter() - start
+            self._give_up(kind, str(error) if isinstance(error, NotCaptured) else reason(error))
             return False
         if len(self.graphs) > known:
             self.payoff.spent(kind, time.perf_counter() - start - used)
         self._served.add(kind)
         return True
 
-    def _warn(self, why: str) -> None:
+    def _give_up(self, kind: Kind, why: str) -> None:
+        """Steps of this kind get no graph, unless they had one before; no steps do if none had."""
+        if kind not in self._served:
+            self._failed.add(kind)
+        if self._served:  # those go on
+            self.left_out = why
+        else:
+            self.refused = why
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -267,7 +274,7 @@ class CapturedEvaluator:
                 known[place] if place >= 0 else next(rest).item() if place == _NUMBER else next(rest)
                 for place in places
             ]
-            with FunctionOverrides():
+            with step.microbatch.loss.casting(), FunctionOverrides():
                 loss, *extra = graph.module(*arguments)
             counts[2] = len(extra)
             return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
@@ -298,8 +305,14 @@ class CapturedEvaluator:
         if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
             raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
         if not self.at_once and not same_bits(found, expected[1:]):
-            raise NotCaptured("its graph rounds differently, which trace=True allows")
+            raise NotCaptured("it rounds differently in a graph, which trace=True allows")
         return joint, counts[2]
+
+
+def _same(x: Evaluation, y: Evaluation) -> bool:
+    """Whether two evaluations are equal, bit by bit."""
+    buffers = [(x.buffers[name], y.buffers[name]) for name in x.buffers]
+    return torch.equal(x.loss, y.loss) and same_bits(x.gradients, y.gradients) and all(a.equal(b) for a, b in buffers)
 
 
 # In place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter.

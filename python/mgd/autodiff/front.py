@@ -65,7 +65,10 @@ class Front:
             with (
                 warnings.catch_warnings(),
                 torch._dynamo.config.patch(
-                    recompile_limit=MOST_GRAPHS, capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+                    recompile_limit=MOST_GRAPHS,
+                    allow_rnn=True,
+                    capture_scalar_outputs=True,
+                    capture_dynamic_output_shape_ops=True,
                 ),
             ):
                 warnings.simplefilter("ignore")

@@ -48,6 +48,10 @@ class BoundLoss:
         """The autocast in which the loss runs, if any."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
+    def uncast(self) -> contextlib.AbstractContextManager:
+        """Out of `casting` again, as a backward pass is."""
+        return torch.autocast(self.device.type, enabled=False) if self.autocast else contextlib.nullcontext()
+
     def __call__(
         self,
         microbatch: Microbatch,
