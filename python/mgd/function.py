@@ -219,7 +219,7 @@ class TrainingFunction:
             storage = open_storage(request)
         else:
             storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
-        with storage.history.closed_after_errors():
+        with storage.closed_after_errors():
             return Sweep(
                 step,
                 self.optimizer,
@@ -237,7 +237,7 @@ class TrainingFunction:
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
         sweep = self._sweep(z, tick, reversible=True, resume=resume)
-        with sweep.history.closed_after_errors():
+        with sweep.storage.closed_after_errors():
             sweep.forward()
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep))
@@ -245,7 +245,7 @@ class TrainingFunction:
 
     def _reversed(self, sweep: Sweep) -> dict[str, Any]:
         """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then."""
-        with sweep.history.closed_after_errors():
+        with sweep.storage.closed_after_errors():
             gradients = sweep.reverse()
         sweep.storage.finish()
         return gradients
