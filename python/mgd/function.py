@@ -32,7 +32,6 @@ from mgd.sweep.sweep import Sweep
 from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
-from mgd.util.system import keep_freed_memory
 from mgd_kernels import Arena, Optimizer, OptimizerState
 from mgd_kernels.optimizer import FusedOptimizer
 
@@ -183,7 +182,6 @@ class TrainingFunction:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
         mode. Yields the progress bar's tick."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        keep_freed_memory()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -84,8 +84,9 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to 2 GiB of the memory that this process frees, for its next allocations.
 
     A step frees what the next one allocates. If glibc returns that memory to the system in between, every page is
-    faulted in and cleared again, which took a fifth of a convnet's training step. Environment variables that
-    configure malloc take precedence, and other C libraries are left alone. Returns whether glibc keeps the memory.
+    faulted in and cleared again. This holds for the whole process and cannot be undone, so nothing in this package does
+    it but its command line. Environment variables that configure malloc take precedence, and other C libraries are left
+    alone. Returns whether glibc keeps the memory.
     """
     if platform.libc_ver()[0] != "glibc" or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
