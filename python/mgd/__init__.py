@@ -16,6 +16,7 @@ from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
 from mgd.results import Metagradient, Report, Trained
+from mgd.util.system import keep_freed_memory
 
 __all__ = [
     "Attribution",
@@ -35,5 +36,6 @@ __all__ = [
     "attribute",
     "check",
     "errors",
+    "keep_freed_memory",
     "metasmoothness",
 ]

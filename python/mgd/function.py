@@ -32,7 +32,6 @@ from mgd.sweep.sweep import Sweep
 from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
-from mgd.util.system import keep_freed_memory
 from mgd_kernels import Arena, Optimizer, OptimizerState
 from mgd_kernels.optimizer import FusedOptimizer
 
@@ -181,7 +180,6 @@ class TrainingFunction:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
         mode. Yields the progress bar's tick."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        keep_freed_memory()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -217,7 +215,7 @@ class TrainingFunction:
             storage = open_storage(request)
         else:
             storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
-        with storage.history.closed_after_errors():
+        with storage.closed_after_errors():
             return Sweep(
                 step,
                 self.optimizer,
@@ -235,14 +233,14 @@ class TrainingFunction:
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
         sweep = self._sweep(z, tick, reversible=True, resume=resume)
-        with sweep.history.closed_after_errors():
+        with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep))
         return sweep
 
     def _reversed(self, sweep: Sweep) -> dict[str, Any]:
         """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then."""
-        with sweep.history.closed_after_errors():
+        with sweep.storage.closed_after_errors():
             gradients = sweep.reverse()
         sweep.storage.finish()
         return gradients

@@ -2,6 +2,7 @@
 
 memory_probe.py budgets STEPS '[{"host": 1000}, ...]' OPTIONS   above where it stood, by budget, and in training
 memory_probe.py convnet STEPS '"METHOD"' BUDGET                 with a convnet of 10^6 parameters and its activations
+memory_probe.py lora STEPS '[BUDGET, ...]'                      with adapters of a frozen transformer, captured
 """
 
 from __future__ import annotations
@@ -86,8 +87,53 @@ def convnet(steps: int, method: str, budget: dict) -> dict:
     return {"rise": rise(call(steps, 24))}
 
 
+class Adapted(nn.Module):
+    """A frozen linear layer and a trained product of two thin ones."""
+
+    def __init__(self, width: int, rank: int = 4):
+        super().__init__()
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.frozen(x) + self.up(self.down(x))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query, self.value = Adapted(width), Adapted(width)
+        self.out, self.wide, self.narrow = (
+            nn.Linear(a, b).requires_grad_(False) for a, b in ((width, width), (width, 4 * width), (4 * width, width))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, v = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.query, self.value))
+        x = x + self.out(F.scaled_dot_product_attention(q, q, v).transpose(1, 2).flatten(2))
+        return x + self.narrow(F.gelu(self.wide(x)))
+
+
+def lora(steps: int, given: list[dict]) -> list[dict]:
+    """Rise and bytes kept by budget."""
+
+    def function(length: int, size: int) -> mgd.TrainingFunction:
+        model = nn.Sequential(*(Block(128) for _ in range(3)), nn.Flatten(), nn.Linear(64 * 128, 4))
+        return mgd.TrainingFunction(
+            **parts(model, (64, 128), length, size), optimizer=AdamW(lr=1e-3, eps_root=1e-8), trace=True
+        )
+
+    function(2, 2).metagradient({"lr": torch.full((2,), 1e-3)})  # libraries: torch's tracing alone takes 120 MB
+    f, z, measured = function(steps, 16), {"lr": torch.full((steps,), 1e-3)}, []
+    for budget in given:
+        g = f.replaced(budget=mgd.Budget(**budget))
+        reports: list[mgd.Report] = []
+        peak = rise(lambda g=g, reports=reports: reports.append(g.metagradient(z).report))
+        measured.append({"rise": peak, "kept": reports[0].kept_bytes, "plan": reports[0].plan["peak"]["host"]})
+    return measured
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     what, *arguments = sys.argv[1:]
-    print(json.dumps({"budgets": budgets, "convnet": convnet}[what](*map(json.loads, arguments))))
+    print(json.dumps({"budgets": budgets, "convnet": convnet, "lora": lora}[what](*map(json.loads, arguments))))

@@ -48,6 +48,7 @@ class GraphResiduals:
     """What a joint graph computed for the second derivatives of one microbatch.
 
     given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
+    tensors: what the graph reads beside them; whoever keeps it may put copies in their place.
     """
 
     graph: JointGraph
@@ -55,10 +56,6 @@ class GraphResiduals:
     tensors: Sequence[Any]
     versions: list[int]
     metaparameters: BatchMetaparameters
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in self.tensors if isinstance(x, Tensor))
 
     def second_derivatives(
         self,

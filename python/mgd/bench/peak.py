@@ -27,7 +27,7 @@ from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
 from mgd.ui.result import finite
 from mgd.util.fingerprint import digest
-from mgd.util.system import free_memory
+from mgd.util.system import free_memory, keep_freed_memory
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead
 PROBES = (4, 8)  # steps of the short trainings from which the memory of a long one is extrapolated
@@ -189,4 +189,5 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     print(json.dumps(finite(_answer(json.loads(sys.argv[1])))))

@@ -155,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    from mgd.util.system import keep_freed_memory
+
+    keep_freed_memory()  # the process is the command's own
     try:
         app(arguments, prog_name="mgd")
     except Exception as error:

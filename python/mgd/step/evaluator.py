@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,12 +31,15 @@ class Derivatives:
 
 
 class Residuals(Protocol):
-    """What the evaluation of a microbatch computed for its second derivatives and kept."""
+    """What the evaluation of a microbatch computed for its second derivatives and kept.
+
+    given: inputs that it holds on to as they are. tensors: what it computed, tensors and numbers; copies may take their
+    places, with the same strides, and as far from the beginning of a cache line.
+    """
 
     metaparameters: BatchMetaparameters
-
-    @property
-    def bytes(self) -> int: ...
+    given: list[Tensor]
+    tensors: Sequence[Any]
 
     def second_derivatives(
         self,

@@ -2,47 +2,99 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import Tensor
+
 from mgd.step.evaluator import Residuals
-from mgd.util.system import resident_memory
+from mgd.sweep.slabs import Layout, Slab, Slabs
+
+FRAGMENTED = 2  # a heap in pieces took 1.8 times the size of what was kept (fine-tuning by LoRA)
+_Reference = tuple[int, int]  # the address of a tensor that is held where it is, and its bytes
+
+
+@dataclass
+class _Kept:
+    residuals: list[Residuals]
+    places: list[tuple[Slab, int]]
+    references: list[_Reference]
+    bytes: int
 
 
 class ResidualCache:
-    """Holds residuals of logged steps, in bytes that the plan has left.
+    """Holds residuals of logged steps, as many as there is room for.
 
-    room: bytes that it may take. limit: bytes by which the process may grow after the first step that is kept: in a
-    fragmented heap, of which malloc can use only a part, residuals take more room than their size (1.8 times as much in
-    fine-tuning by LoRA). None: not watched. peak: the most bytes it held.
+    Where the room is ample, they stay where they are, and may take up to twice their size in a heap that they leave in
+    pieces. Otherwise they are copied into slabs, and the originals let go. A step's inputs, and residuals on a GPU,
+    always stay, and count once, however many steps hold them. Inputs count although the caller may hold them as well,
+    since batches may be made anew at each access; a view counts its own bytes.
+
+    room: bytes that all of this may take. steps: how many may come. peak: the most bytes it held.
     """
 
-    def __init__(self, room: int = 0, limit: int | None = None):
-        self.room, self.limit = room, limit
-        self.held = self.peak = 0
-        self._steps: dict[int, list[Residuals]] = {}
-        self._start: int | None = None
+    def __init__(self, room: int = 0, steps: int = 0):
+        self.room, self.steps = room, steps
+        self._ample: bool | None = None
+        self.kept = self.peak = 0
+        self._steps: dict[int, _Kept] = {}
+        self._slabs = Slabs()
+        self._beside = 0  # bytes that stay where they are
+        self._references: Counter[_Reference] = Counter()
 
     def put(self, t: int, residuals: list[Residuals]) -> None:
         """Keep the residuals of step `t`, if there is room."""
-        size = _bytes(residuals)
-        if self.held + size > self.room or (self.limit is not None and self._growth() + size > self.limit):
+        if not self.room:
             return
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        self._steps[t] = residuals
+        tensors = [x for part in residuals for x in part.tensors]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if _is_tensor(x)}
+        if self._ample is None:
+            self._ample = 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
+        layout = Layout([] if self._ample else tensors)
+        references = _references([*layout.apart, *(x for part in residuals for x in part.given)])
+        if self._ample:
+            references = list({**dict(references), **storages}.items())
+        beside = sum(size for address, size in references if (address, size) not in self._references)
+        room = self.room - self._slabs.size - self._beside - beside
+        places = self._slabs.hold(layout.pieces, room) if room >= 0 else None
+        if places is None:
+            return
+        if not self._ample:
+            copies = iter(layout.copied(places))
+            for part in residuals:
+                part.tensors = list(itertools.islice(copies, len(part.tensors)))
+        self._references.update(references)
+        self._beside += beside
+        self._steps[t] = _Kept(residuals, places, references, sum(layout.pieces))
+        self.kept += sum(layout.pieces)
+        self.peak = max(self.peak, self.kept + self._beside)
 
     def take(self, t: int) -> list[Residuals] | None:
         """The residuals of step `t`, which are no longer held here."""
-        residuals = self._steps.pop(t, None)
-        if residuals is not None:
-            self.held -= _bytes(residuals)
-        return residuals
+        kept = self._steps.pop(t, None)
+        if kept is None:
+            return None
+        self._slabs.release(kept.places)
+        self.kept -= kept.bytes
+        for reference in kept.references:
+            self._references[reference] -= 1
+            if not self._references[reference]:
+                del self._references[reference]
+                self._beside -= reference[1]
+        return kept.residuals
 
-    def _growth(self) -> int:
-        now = resident_memory()
-        if now is None:
-            return 0
-        self._start = now if self._start is None else self._start
-        return now - self._start
+    def clear(self) -> None:
+        """Let go of everything."""
+        for t in list(self._steps):
+            self.take(t)
 
 
-def _bytes(residuals: list[Residuals]) -> int:
-    return sum(part.bytes for part in residuals)
+def _is_tensor(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor)
+
+
+def _references(tensors: Iterable[Tensor]) -> list[_Reference]:
+    return list(dict.fromkeys((x.data_ptr(), x.nbytes) for x in tensors))

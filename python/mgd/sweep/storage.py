@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,18 @@ class Storage:
             if self.checkpoint is not None:
                 self.checkpoint.finish()
             self.stats = self.history.stats()
+        self.residuals.clear()
         self.history.close()
+
+    @contextlib.contextmanager
+    def closed_after_errors(self) -> Iterator[None]:
+        """Lets go of everything when the block fails."""
+        try:
+            with self.history.closed_after_errors():
+                yield
+        except BaseException:
+            self.residuals.clear()
+            raise
 
 
 @dataclass(frozen=True)
@@ -90,8 +102,7 @@ def _fresh(request: PlanRequest, plan: Plan) -> Storage:
 def residual_cache(plan: Plan, on_device: bool) -> ResidualCache:
     """For residuals in the training's own memory, as far as the plan leaves it free."""
     tier = "device" if on_device else "host"
-    limit = plan.limits.get(tier, 0)
-    return ResidualCache(max(0, limit - plan.peak.get(tier, 0)), None if on_device else limit)
+    return ResidualCache(max(0, plan.limits.get(tier, 0) - plan.peak.get(tier, 0)), plan.T)
 
 
 def _disk_limit(directory: str, limits: Mapping[str, int]) -> int:

@@ -26,8 +26,7 @@ def free_memory() -> int:
 def resident_memory() -> int | None:
     """Bytes of physical memory that this process occupies; None without `/proc`."""
     try:
-        with open("/proc/self/statm", "rb") as file:  # called at every step of a joint graph; faster than a Path
-            pages = file.read().split()[1]
+        pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
         return None
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -85,8 +84,9 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to 2 GiB of the memory that this process frees, for its next allocations.
 
     A step frees what the next one allocates. If glibc returns that memory to the system in between, every page is
-    faulted in and cleared again, which took a fifth of a convnet's training step. Environment variables that
-    configure malloc take precedence, and other C libraries are left alone. Returns whether glibc keeps the memory.
+    faulted in and cleared again. This holds for the whole process and cannot be undone, so nothing in this package does
+    it but its command line. Environment variables that configure malloc take precedence, and other C libraries are left
+    alone. Returns whether glibc keeps the memory.
     """
     if platform.libc_ver()[0] != "glibc" or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

@@ -24,13 +24,26 @@ print(resident_memory() - before, free - free_memory())
 """
 
 
-def run(**environment: str) -> tuple[bool, int, int]:
+def run(program: str = PROGRAM, **environment: str) -> tuple[bool, int, int]:
     """Whether freed memory is kept; bytes that 160 MiB leave behind when freed, and by how much less is free."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=True)
     kept, grown, less = done.stdout.split()
     return kept == "True", int(grown), int(less)
+
+
+def test_a_metagradient_leaves_malloc_as_it_is():
+    metagradient = """
+import mgd, mgd_kernels
+model, x = torch.nn.Linear(2, 1), torch.ones(3, 2)
+loss = lambda model, batch, z: model(batch).square().mean()
+mgd.TrainingFunction(model, loss, [x, x], optimizer=mgd_kernels.SGD(lr=0.1), objective=lambda model: model(x).sum()
+).metagradient({"lr": torch.tensor([0.1, 0.1])})
+print(True)
+"""
+    _, grown, _ = run(PROGRAM.replace("print(keep_freed_memory())", metagradient))
+    assert grown < 40 << 20
 
 
 def test_freed_memory_is_kept_and_counted_as_free():
