@@ -27,6 +27,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from mgd_kernels.functional.grouped import grouped_mm
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import group_norm, layer_norm
 
@@ -43,6 +44,7 @@ __all__ = [
     "cross_entropy",
     "gelu",
     "group_norm",
+    "grouped_mm",
     "layer_norm",
     "scaled_dot_product_attention",
     "sigmoid",
