@@ -5,7 +5,8 @@ the function, its gradient and the gradient of that are one operator each (`torc
 node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
 torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
-threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype.
+threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype. Grouped matrix
+products are made of torch's, have derivatives of any order, and serve any floating-point dtype on the CPU.
 
 Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
 (to load the extension) and `errors`.
