@@ -5,7 +5,8 @@ the function, its gradient and the gradient of that are one operator each (`torc
 node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
 torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
-threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype.
+threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype. Grouped matrix
+products are made of torch's, have derivatives of any order, and serve any floating-point dtype on the CPU.
 
 Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
 (to load the extension) and `errors`.
@@ -27,6 +28,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from mgd_kernels.functional.grouped import grouped_mm
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import group_norm, layer_norm
 
@@ -43,6 +45,7 @@ __all__ = [
     "cross_entropy",
     "gelu",
     "group_norm",
+    "grouped_mm",
     "layer_norm",
     "scaled_dot_product_attention",
     "sigmoid",

@@ -1,12 +1,16 @@
 """`mgd bench throughput`: metagradients by every method, in units of plain eager training of the same steps.
 
 One thread on one core. In each round a method runs between two plain trainings, and its ratio is to their mean; every
-method runs once before anything is timed, and these first results must agree. Peak memory comes from a fresh process
-for each method (`mgd.bench.peak`).
+method runs once before anything is timed, and these first results must agree. How long that first call takes, captures
+and compilation included, is told apart. Peak memory comes from a fresh process for each method (`mgd.bench.peak`).
+
+Workloads of the package are timed by the time that the process computes: none but bergson waits for a disk, and what
+else runs on the machine counts less. A GPU, and a training of the user's, are timed by the clock on the wall.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -41,12 +45,14 @@ def measure(
     """Times, ratios, phases, memory and differences of the methods on one case, in JSON's types."""
     with timing.pinned(core) as pinning:
         case = load(source, steps, device)
+        clock = time.process_time if source in WORKLOADS and device == "cpu" else time.perf_counter
         measured: dict[str, Any] = {
             "case": source,
             "note": case.note,
             "steps": len(case),
             "parameters": sum(p.numel() for p in case.function.model.parameters() if p.requires_grad),
             "device": device,
+            "clock": clock.__name__,
             **pinning,
             "methods": {},
         }
@@ -63,20 +69,28 @@ def measure(
                 tick(f"{source}, {name}: first call")
                 try:
                     run = METHODS[name].prepare(part)
+                    start = time.perf_counter()
                     outcome = run()
+                    first = time.perf_counter() - start
                 except Unsupported as reason:
                     measured["methods"][name] = {"what": METHODS[name].what, "unsupported": str(reason)}
                     continue
                 runs[name] = _noting(run, name, reports)
-                measured["methods"].setdefault(name, {}).update(_described(name, outcome, reference, length))
-            trainings, samples = timing.alternate(rounds, train, runs, device, lambda what: tick(f"{source}, {what}"))
+                measured["methods"].setdefault(name, {}).update(
+                    _described(name, outcome, reference, length) | {"first_seconds": first}
+                )
+            trainings, samples = timing.alternate(
+                rounds, train, runs, device, lambda what: tick(f"{source}, {what}"), clock
+            )
             if length == len(case):
                 measured["training"] = {"seconds": timing.quantiles(trainings)}
             for name, sample in samples.items():
                 _timed(measured["methods"][name], sample, METHODS[name].objectives, reports.get(name))
         if "training" not in measured:  # every method was shortened
             whole = training(case)[0]
-            measured["training"] = {"seconds": timing.quantiles([timing.seconds_of(whole, device) for _ in range(2)])}
+            measured["training"] = {
+                "seconds": timing.quantiles([timing.seconds_of(whole, device, clock) for _ in range(2)])
+            }
     if memory:
         tick(f"{source}, memory: training")
         measured["training"]["peak_bytes"] = peak.measure(source, "training", steps, device)["bytes"]
@@ -147,11 +161,12 @@ def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, repor
 def rows(measured: dict[str, Any]) -> Table:
     alone = measured["training"]
     seconds = alone["seconds"]["median"]
-    lines = [["method", "seconds", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
+    lines = [["method", "seconds", "first call", "trainings (20% - 80%)", "steps/s", "peak memory", "difference"]]
     lines.append(
         [
             "plain training",
             f"{seconds:.2f}",
+            "",
             "1",
             f"{measured['steps'] / seconds:.1f}",
             shared.memory(alone.get("peak_bytes")),
@@ -160,13 +175,14 @@ def rows(measured: dict[str, Any]) -> Table:
     )
     for name, entry in measured["methods"].items():
         if "unsupported" in entry:
-            lines.append([name, "-", "-", "-", "-", "-"])
+            lines.append([name, *6 * ["-"]])
             continue
         short = entry["timed_steps"] < measured["steps"]
         lines.append(
             [
                 name + (f" ({entry['timed_steps']} steps)" if short else ""),
                 f"{entry['seconds']['median']:.2f}",
+                f"{entry['first_seconds']:.2f}",
                 shared.ratio(entry["ratio"]),
                 f"{entry['steps_per_second']:.1f}",
                 shared.memory(entry.get("peak_bytes"), "peak_extrapolated_from" in entry),
@@ -189,8 +205,9 @@ def phase_rows(measured: dict[str, Any]) -> Table:
 
 CAPTION = (
     "trainings: time over that of plain eager training of the same steps (torch.optim, backward), measured beside it; "
-    "the metagradient includes its own training. peak memory: growth of a fresh process, ~ where extrapolated from "
-    "short trainings because it would not fit. difference: from mgd eager, the largest of all metaparameters."
+    "the metagradient includes its own training. first call: its seconds on the wall, which are in no median. "
+    "peak memory: growth of a fresh process, ~ where extrapolated from short trainings because it would not fit. "
+    "difference: from mgd eager, the largest of all metaparameters."
 )
 
 

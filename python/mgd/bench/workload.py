@@ -17,32 +17,34 @@ from mgd_kernels import Optimizer
 
 @dataclass
 class Workload:
-    """A training to differentiate. examples: length n of the data weights, which `batch[2]` indexes. held_out: inputs
-    and targets of the objective. note: what a reader of the results should know."""
+    """A training to differentiate.
+
+    losses: of a model and a batch, the loss of each example, `[B]`. indices: of a batch, its examples' places in the
+    data weights, `[B]`. examples: length n of the data weights. held_out: the batch of the objective. note: what a
+    reader of the results should know.
+    """
 
     name: str
     model: nn.Module
     batches: list[Any]
-    loss: Callable[..., Tensor]
-    held_out: tuple[Tensor, Tensor]
+    losses: Callable[[nn.Module, Any], Tensor]
+    indices: Callable[[Any], Tensor]
+    held_out: Any
     optimizer: Optimizer
     examples: int
     note: str = ""
 
+    def loss(self, model: nn.Module, batch: Any, z: Any) -> Tensor:
+        """The mean of the weighted losses of a batch."""
+        return (z["data_weights"] * self.losses(model, batch)).mean()
+
     def objective(self, model: nn.Module) -> Tensor:
-        """The loss on the held-out examples."""
-        inputs, targets = self.held_out
-        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        """The loss on the held-out examples, of a model that is in training mode as before."""
+        return self.losses(model, self.held_out).mean()
 
     def objectives(self, k: int) -> Callable[[nn.Module], Tensor]:
         """The losses `[k]` on k equal parts of the held-out examples; their mean is `objective`."""
-        inputs, targets = self.held_out
-
-        def losses(model: nn.Module) -> Tensor:
-            each = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="none")
-            return each.view(k, -1).mean(1)
-
-        return losses
+        return lambda model: self.losses(model, self.held_out).view(k, -1).mean(1)
 
     def to(self, device: str | torch.device) -> Workload:
         """The workload with its model (moved in place) and its data on a device."""
@@ -56,12 +58,12 @@ class Workload:
             self.batches,
             optimizer=self.optimizer,
             objective=self.objective,
-            per_example={"data_weights": lambda batch: batch[2]},
+            per_example={"data_weights": self.indices},
             **options,
         )
 
     def z(self) -> dict[str, Tensor]:
-        device = self.held_out[0].device
+        device = next(self.model.parameters()).device
         return {
             "lr": torch.full((len(self.batches),), self.optimizer.defaults["lr"], device=device),
             "weight_decay": torch.tensor(self.optimizer.defaults["weight_decay"], device=device),
@@ -69,16 +71,16 @@ class Workload:
         }
 
 
-def _weighted(model: nn.Module, batch: Any, z: Any) -> Tensor:
-    """The mean of the weighted per-example losses; tokens of one example are averaged."""
+def _losses(model: nn.Module, batch: Any) -> Tensor:
+    """The losses `[B]`; tokens of one example are averaged."""
     x, y, _ = batch
     losses = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="none")
-    return (z["data_weights"] * losses.view(len(x), -1).mean(1)).mean()
+    return losses.view(len(x), -1).mean(1)
 
 
-def _batches(inputs: Tensor, targets: Tensor, size: int, steps: int, generator: torch.Generator) -> list[Any]:
-    index = [torch.randint(len(inputs), (size,), generator=generator) for _ in range(steps)]
-    return [(inputs[i], targets[i], i) for i in index]
+def choices(examples: int, size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """For every step, `size` random examples."""
+    return [torch.randint(examples, (size,), generator=generator) for _ in range(steps)]
 
 
 def build(
@@ -92,5 +94,6 @@ def build(
     generator: torch.Generator,
 ) -> Workload:
     """A workload of random batches of `size` examples; the first `size` examples stand for the held-out ones."""
-    batches = _batches(inputs, targets, size, steps, generator)
-    return Workload(name, model, batches, _weighted, (inputs[:size], targets[:size]), optimizer, len(inputs))
+    chosen = [torch.arange(size), *choices(len(inputs), size, steps, generator)]
+    held_out, *batches = [(inputs[i], targets[i], i) for i in chosen]
+    return Workload(name, model, batches, _losses, lambda batch: batch[2], held_out, optimizer, len(inputs))

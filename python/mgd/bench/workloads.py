@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mgd.bench import workloads_stock
 from mgd.bench.workload import Workload, build
 from mgd.recipes.models.gpt import GPT
 from mgd.recipes.models.resnet import resnet9
@@ -70,4 +71,5 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "gpt": gpt,
     "lora": lora,
     "small": small,
+    **workloads_stock.NAMES,
 }

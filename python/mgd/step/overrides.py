@@ -14,6 +14,7 @@ from mgd.step import norms
 from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 class FunctionOverrides(TorchFunctionMode):
@@ -22,7 +23,9 @@ class FunctionOverrides(TorchFunctionMode):
     BatchNorm and InstanceNorm: torch updates the running mean and variance inside the normalisation kernel, where
     autograd does not see it, and it has no derivative with respect to them if it normalises by them. Here the update is
     computed outside the kernel, and normalisation by running statistics is plain arithmetic. Weight normalisation: the
-    second derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails).
+    second derivative of torch's fused kernel treats the norm as a constant (torch 2.13; `gradgradcheck` fails). Grouped
+    matrix products: what transformers takes in place of torch's, in a capture among others, is only once
+    differentiable.
 
     plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
     third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic.
@@ -44,6 +47,8 @@ class FunctionOverrides(TorchFunctionMode):
                 return _grad(*args, **kwargs)
         if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):
             return PLAIN[func](*args, **kwargs)
+        if isinstance(func, _OPERATORS):
+            func = OPERATORS.get(str(func).removesuffix(".default"), func)
         return OVERRIDES.get(func, func)(*args, **kwargs)
 
 
@@ -80,6 +85,15 @@ OVERRIDES: dict[Any, Callable] = {
     F.instance_norm: norms.instance_norm,
     torch._weight_norm: norms.weight_norm,
 }
+
+
+def _grouped_mm(input, weight, offs):
+    own = functional.grouped_mm if input.device.type == "cpu" else torch.ops.transformers.grouped_mm_fallback
+    return own(input, weight, offs)
+
+
+# Operators of libraries that need not be installed, by name.
+OPERATORS: dict[str, Callable] = {"transformers.grouped_mm_fallback": _grouped_mm}
 # For losses that differentiate the model themselves.
 PLAIN: dict[Any, Callable] = {
     F.layer_norm: norms.plain_layer_norm,

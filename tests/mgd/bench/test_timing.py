@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from mgd.errors import BadArgument
 def test_ratios_are_to_the_trainings_just_before_and_after(monkeypatch):
     clock = iter([1.0, 6.0, 2.0, 9.0, 1.0, 8.0, 3.0, 2.0, 1.0])  # training, a, training, b, training; b, ...
     called = []
-    monkeypatch.setattr(timing, "seconds_of", lambda work, device: called.append(work()) or next(clock))
+    monkeypatch.setattr(timing, "seconds_of", lambda work, device, clock_: called.append(work()) or next(clock))
     trainings, found = timing.alternate(2, lambda: "train", {"a": lambda: "a", "b": lambda: "b"})
     assert called == ["train", "a", "train", "b", "train", "b", "train", "a", "train"]
     assert found["a"].ratios == [4.0, 1.0] and found["b"].ratios == [6.0, 4.0]
     assert trainings == [1.0, 2.0, 1.0, 3.0, 1.0]
     assert timing.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx({"median": 3.5, "q20": 2.0, "q80": 5.0})
+
+
+def test_process_time_does_not_count_what_waits():
+    nap = lambda: time.sleep(0.2)
+    assert timing.seconds_of(nap) >= 0.2 and timing.seconds_of(nap, clock=time.process_time) < 0.1
 
 
 def test_pinning_ends_with_the_block():
