@@ -53,11 +53,12 @@ class TrainingFunction:
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
     autocast: run `loss` under torch.autocast in this dtype.
     budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
-    trace: None or False: evaluate every step by autograd. True: capture the loss as a graph, from which both the
-        gradients that train and their second derivatives come; what it computed for them is kept where memory allows
-        (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a third of the
-        time; rounding may differ from autograd's. "joint" is another name of True. compile: compile the graph with
-        `torch.compile`.
+    trace: None: evaluate steps by autograd until a capture pays: the loss as a graph, from which both the gradients
+        that train and their second derivatives come; what it computed for them is kept where memory allows
+        (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a quarter to a
+        third of the time. A graph is used only where it has the bits of the eager step. True: capture at once, also
+        what rounds differently. "joint" is another name of True. False: autograd alone. compile: capture at once, and
+        compile the graph with `torch.compile`. Graphs are shared by the trainings of one model and loss.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state
@@ -273,7 +274,7 @@ class TrainingFunction:
                 "the seed": (self.seed,),
                 "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
                 "the schedule": (self.schedule,),
-                "the execution (trace, compile)": (type(self._evaluator).__name__, self.compile),
+                "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
                 "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
                 "the version of mgd": (version("mgd-kernels"),),
             }.items()
