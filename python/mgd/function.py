@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -35,9 +36,15 @@ from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer, OptimizerState
 from mgd_kernels.optimizer import FusedOptimizer
 
+# A call changes torch's default generators, and the model's tensors, which other functions may share.
+_one_at_a_time = threading.RLock()
+
 
 class TrainingFunction:
     """Training as a function of its metaparameters `z`, with exact metagradients (arXiv 2503.13751).
+
+    Calls from several threads, also of several training functions, run one after the other: they share torch's default
+    generators, and perhaps a model.
 
     model: its parameters are the initial ones; those with `requires_grad` are trained. No call changes it.
     loss: `loss(model, batch, z) -> scalar`; reads parameters and metaparameters, changes nothing but buffers.
@@ -179,9 +186,10 @@ class TrainingFunction:
     @contextlib.contextmanager
     def _guarded(self, progress: bool = False) -> Iterator[Callable[..., None]]:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
-        mode. Yields the progress bar's tick."""
+        mode. Calls from other threads wait. Yields the progress bar's tick."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with (
+            _one_at_a_time,
             torch.inference_mode(False),
             torch.enable_grad(),
             # The fused attention kernels have no second derivatives.

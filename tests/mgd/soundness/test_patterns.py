@@ -58,15 +58,20 @@ def known(reason: str | None) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
 
 
+@pytest.fixture(autouse=True)
+def at_the_first_chance(monkeypatch: pytest.MonkeyPatch):
+    """The default captures as soon as it may, however short the training is."""
+    monkeypatch.setattr(mgd.autodiff.payoff, "CAUTION", 0.0)
+
+
 @functools.cache
 def right(p: Pattern) -> tuple[Tensor, dict[str, Tensor]]:
     return (differences if p.differences else reference)(p.plain)
 
 
 @pytest.mark.parametrize("p, mode", list(cases()))
-def test_right_or_refused(p: Pattern, mode: str, monkeypatch: pytest.MonkeyPatch):
+def test_right_or_refused(p: Pattern, mode: str):
     expected = right(p)
-    monkeypatch.setattr(mgd.autodiff.payoff, "CAUTION", 0.0)
     judge(p, p.build(), MODES[mode], expected)  # built last: a builder may seed a global generator
 
 
