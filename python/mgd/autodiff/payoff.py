@@ -71,8 +71,8 @@ class Payoff:
         return kind.account + self._promise(kind) > CAUTION * self._cost(kind)
 
     def _promise(self, kind: Account) -> float:
-        """Seconds that a graph would save in the rest of this training."""
-        left = max(0, self._ahead - self._seen) * kind.evaluations / self._seen
+        """Seconds that a graph would save from this evaluation on in this training."""
+        left = max(0, self._ahead - self._seen + 1) * kind.evaluations / self._seen
         return left * SAVED * (kind.gradient + (kind.second or SECOND * kind.gradient))
 
     def _cost(self, kind: Account) -> float:
