@@ -79,12 +79,12 @@ def _grad(
     return grads
 
 
-def _torch_grouped_mm(mat_a, mat_b, *, offs=None, bias=None, out_dtype=None):
+def _torch_grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
     """As in a capture, to the same bits."""
     plain = offs is not None and bias is None and out_dtype is None and mat_a.dtype == mat_b.dtype
     if plain and mat_a.device.type == "cpu" and (mat_a.ndim, mat_b.ndim) == (2, 3):
         return functional.grouped_mm(mat_a, mat_b, offs)
-    return F.grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+    return torch._grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
 
 
 OVERRIDES: dict[Any, Callable] = {
@@ -92,7 +92,7 @@ OVERRIDES: dict[Any, Callable] = {
     F.batch_norm: norms.fused_batch_norm,
     F.instance_norm: norms.instance_norm,
     torch._weight_norm: norms.weight_norm,
-    **({F.grouped_mm: _torch_grouped_mm} if hasattr(F, "grouped_mm") else {}),
+    **({torch._grouped_mm: _torch_grouped_mm} if hasattr(torch, "_grouped_mm") else {}),
 }
 
 
