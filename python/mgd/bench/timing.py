@@ -37,14 +37,19 @@ def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
             os.sched_setaffinity(0, allowed)
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Wall time of one call, with everything that it started on the device. A method `reset` runs before it."""
+Clock = Callable[[], float]
+
+
+def seconds_of(
+    work: Callable[[], Any], device: torch.device | str = "cpu", clock: Clock = time.perf_counter
+) -> float:
+    """Time of one call, with everything that it started on the device. A method `reset` runs before it."""
     getattr(work, "reset", lambda: None)()
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     work()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(device: torch.device | str) -> None:
@@ -77,19 +82,20 @@ def alternate(
     methods: Mapping[str, Callable[[], Any]],
     device: torch.device | str = "cpu",
     tick: Callable[[str], None] = lambda _: None,
+    clock: Clock = time.perf_counter,
 ) -> tuple[list[float], dict[str, Samples]]:
     """Seconds of the baseline, and samples of every method, all in turn: a ratio is to the mean of the baseline run
     just before and the one just after. Everything has run once before."""
     found = {name: Samples() for name in methods}
     names = list(methods)
-    baselines = [seconds_of(baseline, device)]
+    baselines = [seconds_of(baseline, device, clock)]
     for round_ in range(rounds):
         shift = round_ % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             tick(f"round {round_ + 1} of {rounds}: {name}")
             gc.collect()
-            seconds = seconds_of(methods[name], device)
-            baselines.append(seconds_of(baseline, device))
+            seconds = seconds_of(methods[name], device, clock)
+            baselines.append(seconds_of(baseline, device, clock))
             found[name].seconds.append(seconds)
             found[name].ratios.append(2 * seconds / (baselines[-2] + baselines[-1]))
     return baselines, found
