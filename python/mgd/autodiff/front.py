@@ -54,6 +54,9 @@ class Front:
             return front._backend(module, weak)
 
         self._compiled = torch.compile(entry, backend=backend, fullgraph=True)
+        self._config = torch._dynamo.config.patch(  # makes a class: it is made once, not at each call
+            recompile_limit=MOST_GRAPHS, capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+        )
         self.graphs = 0
         self._run: Run | None = None
         self._loss: Any = None
@@ -62,12 +65,7 @@ class Front:
         """Call the loss `function`, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
         self._run, self._loss = run, None
         try:
-            with (
-                warnings.catch_warnings(),
-                torch._dynamo.config.patch(
-                    recompile_limit=MOST_GRAPHS, capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
-                ),
-            ):
+            with warnings.catch_warnings(), self._config:
                 warnings.simplefilter("ignore")
                 value = self._compiled(function, model, batch, z)
         finally:

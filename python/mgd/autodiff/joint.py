@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, fx
 
-from mgd.autodiff.execution import below_autograd, compiled
+from mgd.autodiff.execution import below_autograd, compiled, direct
 from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
@@ -59,7 +59,7 @@ class JointGraph:
         each = part(graph, [*placeholders, *third_reads], third, results)
         if not compile:
             add_in_place(each)
-        executable = compiled if compile else operator.attrgetter("forward")
+        executable = compiled if compile else direct
         self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *buffers, *residuals]))
         self._weights = executable(part(graph, [*fixed_placeholders, *residuals], second, grads))
         # The third part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
+from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
 
@@ -42,7 +43,7 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
             raise BadMetaparameter(
                 f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
             )
-        if not bool(torch.isfinite(leaf).all()):
+        if not all_finite(leaf):
             raise BadMetaparameter(f"expected finite values in {name}; it holds NaN or infinity")
         return leaf
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mgd.errors import BadObjective, NonFiniteState
 from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, OptimizerState
 
@@ -91,7 +92,7 @@ def _checked(value: Any, steps: int) -> Tensor:
         raise BadObjective(
             f"expected the objective to be a floating-point tensor of shape [] or [k]; got {describe(value)}"
         )
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise NonFiniteState(steps, "the objective")
     if not value.requires_grad:
         raise BadObjective(

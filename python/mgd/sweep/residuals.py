@@ -19,11 +19,12 @@ class ResidualCache:
         self.held = self.peak = 0
         self._steps: dict[int, list[Residuals]] = {}
         self._start: int | None = None
+        self._grown = self._unread = 0  # bytes: by how much the process had grown, and what was put since that was read
 
     def put(self, t: int, residuals: list[Residuals]) -> None:
         """Keep the residuals of step `t`, if there is room."""
         size = _bytes(residuals)
-        if self.held + size > self.room or (self.limit is not None and self._growth() + size > self.limit):
+        if self.held + size > self.room or (self.limit is not None and self._growth(size) + size > self.limit):
             return
         self.held += size
         self.peak = max(self.peak, self.held)
@@ -36,12 +37,15 @@ class ResidualCache:
             self.held -= _bytes(residuals)
         return residuals
 
-    def _growth(self) -> int:
-        now = resident_memory()
-        if now is None:
-            return 0
-        self._start = now if self._start is None else self._start
-        return now - self._start
+    def _growth(self, size: int) -> int:
+        """Bytes by which the process has grown. It takes time to ask, so small residuals do not each time."""
+        self._unread += size
+        assert self.limit is not None
+        if self._start is None or self._unread > self.limit // 1024:
+            now, self._unread = resident_memory() or 0, 0
+            self._start = now if self._start is None else self._start
+            self._grown = now - self._start
+        return self._grown
 
 
 def _bytes(residuals: list[Residuals]) -> int:
