@@ -201,7 +201,7 @@ class Gradients:
             return math.isfinite(float(cotangents.sum()))
         values = cotangents.numpy()
         self._hyper[objective, step] = values[:, :-1]
-        return math.isfinite(values.sum())
+        return math.isfinite(sum(cotangents.view(-1).tolist()))
 
     def add(self, objective: int, slices: BatchMetaparameters, tangents: list[Tensor | None]) -> None:
         """Add the cotangents of one evaluation's metaparameters."""
