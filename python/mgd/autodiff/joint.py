@@ -52,7 +52,7 @@ class JointGraph:
             add_in_place(each)
         executable = compiled if compile else direct
         self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *grads, *buffers, *sources]))
-        # The third part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
+        # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
         self._each = executable(each)
         self._recompute = executable(part(graph, fixed_placeholders, again, [outputs[0], *second_reads]))

@@ -17,24 +17,23 @@ class ResidualCache:
     def __init__(self, room: int = 0, limit: int | None = None):
         self.room, self.limit = room, limit
         self.held = self.peak = 0
-        self._steps: dict[int, list[Residuals]] = {}
+        self._steps: dict[int, tuple[int, list[Residuals]]] = {}  # with their bytes
         self._start: int | None = None
         self._grown = self._unread = 0  # bytes: by how much the process had grown, and what was put since that was read
 
     def put(self, t: int, residuals: list[Residuals]) -> None:
         """Keep the residuals of step `t`, if there is room."""
-        size = _bytes(residuals)
+        size = sum(part.bytes for part in residuals)
         if self.held + size > self.room or (self.limit is not None and self._growth(size) + size > self.limit):
             return
         self.held += size
         self.peak = max(self.peak, self.held)
-        self._steps[t] = residuals
+        self._steps[t] = size, residuals
 
     def take(self, t: int) -> list[Residuals] | None:
         """The residuals of step `t`, which are no longer held here."""
-        residuals = self._steps.pop(t, None)
-        if residuals is not None:
-            self.held -= _bytes(residuals)
+        size, residuals = self._steps.pop(t, (0, None))
+        self.held -= size
         return residuals
 
     def _growth(self, size: int) -> int:
@@ -46,7 +45,3 @@ class ResidualCache:
             self._start = now if self._start is None else self._start
             self._grown = now - self._start
         return self._grown
-
-
-def _bytes(residuals: list[Residuals]) -> int:
-    return sum(part.bytes for part in residuals)
