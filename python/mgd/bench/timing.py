@@ -40,9 +40,7 @@ def pinned(core: int | None, threads: int = 1) -> Iterator[dict[str, Any]]:
 Clock = Callable[[], float]
 
 
-def seconds_of(
-    work: Callable[[], Any], device: torch.device | str = "cpu", clock: Clock = time.perf_counter
-) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu", clock: Clock = time.perf_counter) -> float:
     """Time of one call, with everything that it started on the device. A method `reset` runs before it."""
     getattr(work, "reset", lambda: None)()
     _wait(device)
