@@ -88,8 +88,10 @@ class Front:
 def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """As `torch.compile(entry, backend=backend, fullgraph=True)`, with settings of Dynamo while it captures. To set
     them at every call takes as long as the call."""
-    context = torch._dynamo.optimize(backend=backend, nopython=True)
-    capture = context.callback
+    context: Any = torch._dynamo.optimize(backend=backend, nopython=True)
+    capture = getattr(context, "callback", None)
+    if capture is None:  # Dynamo is switched off in this process
+        return context(entry)
 
     def callback(*arguments: Any) -> Any:
         with (
