@@ -81,6 +81,7 @@ class Arena:
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
         self._uniform = len(set(self.dtypes)) == 1
         self._gaps = [b - a - s.numel() for a, b, s in zip(offsets, [*offsets[1:], end], self.shapes, strict=True)]
+        self._strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         self._slices: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
 
     @classmethod
@@ -161,10 +162,17 @@ class Arena:
         # Views refer to what they are views of: those kept here must not keep `flat` itself, or it would live forever.
         whole = flat if flat.requires_grad else flat.detach()
         with torch.enable_grad():  # torch refuses to change a view in place in another grad mode than it was made in
-            views = [
-                whole[offset : offset + shape.numel()].view(shape)
-                for offset, shape in zip(self.offsets, self.shapes, strict=True)
-            ]
+            if flat.requires_grad or not flat.is_contiguous():
+                views = [
+                    whole[offset : offset + shape.numel()].view(shape)
+                    for offset, shape in zip(self.offsets, self.shapes, strict=True)
+                ]
+            else:  # one call for each, in place of two
+                start = whole.storage_offset()
+                views = [
+                    whole.as_strided(shape, strides, start + offset)
+                    for offset, shape, strides in zip(self.offsets, self.shapes, self._strides, strict=True)
+                ]
         if flat.requires_grad:
             return views
         key = id(flat)

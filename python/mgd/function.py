@@ -208,7 +208,8 @@ class TrainingFunction:
         resume: str | os.PathLike[str] | None = None,
     ) -> Sweep:
         """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
-        arena, binding = Arena.of(self.model), Binding(self.model)
+        binding = Binding(self.model)
+        arena = Arena(binding.parameters())
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
         initial = binding.parameters() | dict(meta.z.get("init", {}))
         state = starting_state(self.optimizer, arena, initial, self.optimizer_state)

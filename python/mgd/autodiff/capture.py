@@ -33,7 +33,8 @@ def evaluator_for(
         reference: weakref.ref[Any] = (
             weakref.WeakMethod(loss) if inspect.ismethod(loss) else weakref.ref(loss)
         )  # equal to another one of the same living object
-    except TypeError:  # it has no weak references
+        hash(reference)
+    except TypeError:  # it has no weak references, or no hash, as a method of a data class
         return evaluator
     dtypes = frozenset(parameter.dtype for parameter in model.parameters())
     shared = _shared.setdefault(model, {})

@@ -53,7 +53,7 @@ class Front:
             assert front is not None
             return front._backend(module, weak)
 
-        self._compiled = torch.compile(entry, backend=backend, fullgraph=True)
+        self._compiled = _compiled(entry, backend)
         self.graphs = 0
         self._run: Run | None = None
         self._loss: Any = None
@@ -62,17 +62,7 @@ class Front:
         """Call the loss `function`, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
         self._run, self._loss = run, None
         try:
-            with (
-                warnings.catch_warnings(),
-                torch._dynamo.config.patch(
-                    recompile_limit=MOST_GRAPHS,
-                    allow_rnn=True,
-                    capture_scalar_outputs=True,
-                    capture_dynamic_output_shape_ops=True,
-                ),
-            ):
-                warnings.simplefilter("ignore")
-                value = self._compiled(function, model, batch, z)
+            value = self._compiled(function, model, batch, z)
         finally:
             self._run, loss = None, self._loss
             self._loss = None
@@ -93,6 +83,32 @@ class Front:
             return outputs
 
         return call
+
+
+def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """As `torch.compile(entry, backend=backend, fullgraph=True)`, with settings of Dynamo while it captures. To set
+    them at every call takes as long as the call."""
+    context: Any = torch._dynamo.optimize(backend=backend, nopython=True)
+    capture = getattr(context, "callback", None)
+    if capture is None:  # Dynamo is switched off in this process
+        return context(entry)
+
+    def callback(*arguments: Any) -> Any:
+        with (
+            warnings.catch_warnings(),
+            torch._dynamo.config.patch(
+                recompile_limit=MOST_GRAPHS,
+                allow_rnn=True,
+                capture_scalar_outputs=True,
+                capture_dynamic_output_shape_ops=True,
+            ),
+        ):
+            warnings.simplefilter("ignore")
+            return capture(*arguments)
+
+    callback._torchdynamo_orig_backend = capture  # type: ignore[attr-defined]  # Dynamo looks through it
+    context.callback = callback
+    return context(entry)
 
 
 def _modules(module: fx.GraphModule) -> list[fx.GraphModule]:

@@ -1,10 +1,9 @@
 """One graph of a whole step, cut where the direction enters, so that the reverse sweep can reuse the training's work.
 
 The second derivatives of a step begin with the step's own forward and backward pass (2 of the 8 matrix products of a
-linear layer). Here the gradient that trains comes from the same graph as the second derivatives. The graph has three
-parts: the loss, with everything that the other parts read; the gradients of the weights; and the second derivatives in
-a direction. The results of the first part are kept for the third if memory allows. If not, they are recomputed, to the
-same bits.
+linear layer). Here the gradient that trains comes from the same graph as the second derivatives. The graph has two
+parts: loss and gradient, with everything that the other part reads; and the second derivatives in a direction. The
+results of the first part are kept for the second if memory allows. If not, they are recomputed, to the same bits.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, fx
 
-from mgd.autodiff.execution import below_autograd, compiled
+from mgd.autodiff.execution import below_autograd, compiled, direct
 from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
 
 
 class JointGraph:
-    """A step's graph in three parts.
+    """A step's graph in two parts.
 
     graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, the gradient of
     each parameter, the buffers as the step leaves them, the second derivatives, and last `<gradient, direction>`.
@@ -37,38 +36,29 @@ class JointGraph:
         grads = outputs[1 : 1 + counts[0]]
         buffers, results = outputs[1 + counts[0] : 1 + sum(counts)], outputs[1 + sum(counts) :]
         varying = dependents(graph.graph, placeholders[fixed:])
-        third = [node for node in own if node in varying]
-        read = {x for node in third for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
-        shared = ancestors([outputs[0], *buffers, *(x for x in read if x not in varying)])
-        for_grads = ancestors(grads)
-        # An operator with several results belongs to one part, with all of them.
-        shared |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in shared}
-        second = [node for node in own if node in for_grads and node not in shared]
+        second = [node for node in own if node in varying]
+        read = {x for node in second for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
+        shared = ancestors([outputs[0], *grads, *buffers, *(x for x in read if x not in varying)])
         first = [node for node in own if node in shared]
-        second, second_reads = _with_sources(own, second, grads, is_view)
-        third, third_reads = _with_sources(own, third, results, is_view)
-        refresh, sources = _with_sources(own, [], third_reads, _is_cheap)
-        if _bytes(third_reads) < _WORTHWHILE * _bytes(sources):
-            refresh, sources = [], third_reads
-        residuals = list(dict.fromkeys([*second_reads, *sources]))
+        second, second_reads = _with_sources(own, second, results, is_view)
+        refresh, sources = _with_sources(own, [], second_reads, _is_cheap)
+        if _bytes(second_reads) < _WORTHWHILE * _bytes(sources):
+            refresh, sources = [], second_reads
         self.counts, self.compile = counts, compile
-        # The third part does not need residuals that only the gradients of the weights read.
-        self._sources = [residuals.index(node) for node in sources]
-        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *third_reads])
+        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *second_reads])
         again = [node for node in own if node in read]
-        each = part(graph, [*placeholders, *third_reads], third, results)
+        each = part(graph, [*placeholders, *second_reads], second, results)
         if not compile:
             add_in_place(each)
-        executable = compiled if compile else operator.attrgetter("forward")
-        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *buffers, *residuals]))
-        self._weights = executable(part(graph, [*fixed_placeholders, *residuals], second, grads))
-        # The third part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
+        executable = compiled if compile else direct
+        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *grads, *buffers, *sources]))
+        # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
         self._each = executable(each)
-        self._recompute = executable(part(graph, fixed_placeholders, again, [outputs[0], *third_reads]))
-        self._recompute_once = executable(chained(graph, placeholders, again, outputs[:1], third_reads, each))
-        self._refresh = executable(part(graph, [*fixed_placeholders, *sources], refresh, third_reads))
-        self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], third_reads, each))
+        self._recompute = executable(part(graph, fixed_placeholders, again, [outputs[0], *second_reads]))
+        self._recompute_once = executable(chained(graph, placeholders, again, outputs[:1], second_reads, each))
+        self._refresh = executable(part(graph, [*fixed_placeholders, *sources], refresh, second_reads))
+        self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], second_reads, each))
 
     def forward(
         self, parameters: list[Tensor], inputs: list[Tensor]
@@ -79,9 +69,8 @@ class JointGraph:
         """
         with below_autograd(not self.compile):
             loss, *rest = self._forward(*parameters, *inputs)
-            buffers, residuals = rest[: self.counts[1]], rest[self.counts[1] :]
-            grads = self._weights(*parameters, *inputs, *residuals)
-        return loss, grads, buffers, [residuals[i] for i in self._sources]
+        buffers = self.counts[0] + self.counts[1]
+        return loss, rest[: self.counts[0]], rest[self.counts[0] : buffers], rest[buffers:]
 
     def recompute_hvp(
         self, parameters: list[Tensor], inputs: list[Tensor], directions: Sequence[Sequence[Tensor]]

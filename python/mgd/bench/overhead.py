@@ -69,7 +69,7 @@ def _parts(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callab
     evaluator = function._evaluator
     assert isinstance(evaluator, CapturedEvaluator)
     ((joint, _),) = evaluator.graphs.values()
-    parts = {"loss": "_forward", "gradient": "_weights", "second derivatives": "_refresh_once"}
+    parts = {"gradient": "_forward", "second derivatives": "_refresh_once"}
     return {
         name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))
         for name, part in parts.items()
@@ -115,8 +115,7 @@ def command(
     rows = [["µs per step", *columns]]
     names = {
         "whole": "metagradient",
-        "loss": "of it, the graph of the loss",
-        "gradient": "of it, the gradient",
+        "gradient": "of it, the graph of loss and gradient",
         "second derivatives": "of it, the graph of the second derivatives",
         "own": "of it, this package's own",
     }

@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, str] = {
     "throughput": "mgd.bench.throughput",
     "memory": "mgd.bench.memory",
     "overhead": "mgd.bench.overhead",
+    "short": "mgd.bench.short",
     "offload": "mgd.bench.offload",
     "kernels": "mgd.bench.kernels",
 }

@@ -12,6 +12,7 @@ With revolve as the outer schedule, s snapshots and r repetitions, the model adv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -173,6 +174,7 @@ class Layout:
             return ((self.length, self.segments),)
         return (self.length, self.segments - 1), (self.first, 1)
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019  # layouts are small; short trainings count the same ones often
     def phases(self, origin: int) -> tuple[Phase, Phase, Phase]:
         """The first sweep; the replays of the model after it; the reverse sweep proper."""
         state, grad = self.sizes.snapshot, self.sizes.gradient

@@ -254,7 +254,9 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
     if name != "auto" or chain <= 1:
         return plain
     full_log = search.best_log()
-    return search.best(plain) if full_log is None else search.best(plain, full_log)
+    if full_log is None:
+        return search.best(plain)
+    return full_log if search.unrivalled(full_log) else search.best(plain, full_log)
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:

@@ -69,6 +69,15 @@ class Search:
         limit = THRIFT * min(timed)[0] if timed else 0
         return min(((p, t, i, layout) for t, p, i, layout in timed if t <= limit), default=(None,))[-1]
 
+    def unrivalled(self, full_log: Layout) -> bool:
+        """Whether every layout that is not a full log is too slow to be chosen beside this one, the best full log.
+
+        All others compute at least one gradient more. It spares short trainings the search.
+        """
+        costs = self.costs
+        others = (self.chain + 1) * costs.step + self.chain * costs.hvp
+        return THRIFT * self.seconds(full_log) < others
+
     def seconds(self, layout: Layout) -> float:
         return sum(phase.seconds(layout.tiers, self.costs) for phase in layout.phases(self.stop_at))
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
+from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
 
@@ -28,9 +29,11 @@ def checked_tensors(z: Any, device: torch.device) -> dict[str, Any]:
 
 def _tensors(key: str, value: Any, device: torch.device) -> Any:
     def convert(path: Any, leaf: Any) -> Tensor:
-        name = f"z[{key!r}]{keystr(path)}"
         if isinstance(leaf, float):
             return torch.tensor(leaf, dtype=torch.float64)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta and all_finite(leaf):
+            return leaf
+        name = f"z[{key!r}]{keystr(path)}"
         if not isinstance(leaf, Tensor):
             raise BadMetaparameter(f"expected {name} to be a tensor; got {describe(leaf)}")
         if not leaf.is_floating_point():
@@ -42,10 +45,12 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
             raise BadMetaparameter(
                 f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
             )
-        if not bool(torch.isfinite(leaf).all()):
-            raise BadMetaparameter(f"expected finite values in {name}; it holds NaN or infinity")
-        return leaf
+        raise BadMetaparameter(f"expected finite values in {name}; it holds NaN or infinity")
 
+    if isinstance(value, Tensor):  # the common cases, without torch's slow recursion
+        return convert((), value)
+    if type(value) is dict and all(isinstance(leaf, Tensor) for leaf in value.values()):
+        return {name: convert((MappingKey(name),), leaf) for name, leaf in value.items()}
     paths, spec = tree_flatten_with_path(value)
     return tree_unflatten([convert(path, leaf) for path, leaf in paths], spec)
 

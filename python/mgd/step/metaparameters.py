@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.errors import BadMetaparameter
 from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule
+from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
 
@@ -200,7 +201,7 @@ class Gradients:
             return math.isfinite(float(cotangents.sum()))
         values = cotangents.numpy()
         self._hyper[objective, step] = values[:, :-1]
-        return math.isfinite(values.sum())
+        return math.isfinite(sum(cotangents.view(-1).tolist()))
 
     def add(self, objective: int, slices: BatchMetaparameters, tangents: list[Tensor | None]) -> None:
         """Add the cotangents of one evaluation's metaparameters."""
@@ -216,7 +217,7 @@ class Gradients:
     def finite(self, initial_adjoints: list[Tensor]) -> bool:
         """Whether everything that `collect` would return is finite."""
         tensors = [self.hyper, *self.leaves, *(initial_adjoints if "init" in self.meta.z else ())]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return all(map(all_finite, tensors))
 
     def collect(self, initial_adjoints: list[Tensor]) -> dict[str, Any]:
         """Gradients with the keys of `z`, and its shapes with a first dimension `[k]` added.

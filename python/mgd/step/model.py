@@ -26,37 +26,36 @@ class Binding:
 
     def __init__(self, model: nn.Module):
         self.model, self.modules = model, list(model.modules())
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = tuple(trainable)
-        self.frozen = [p for p in model.parameters() if not p.requires_grad]
-        self.buffer_names = tuple(name for name, _ in model.named_buffers())
-        for name, p in trainable.items():
+        parameters, self._buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.names, self.buffer_names = tuple(self._trainable), tuple(self._buffers)
+        self.frozen = [p for p in parameters.values() if not p.requires_grad]
+        for name, p in self._trainable.items():
             if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise BadArgument(
                     f"expected parameters without hooks; {name!r} has one. A training works on copies of parameters, "
                     "which have none: put what the hook does into the loss, or into a hook of the module."
                 )
-        self._parameter_places = self._places(model, list(trainable.values()), "_parameters")
-        self._buffer_places = self._places(model, [b for _, b in model.named_buffers()], "_buffers")
+        self._parameter_places = self._places(list(self._trainable.values()), "_parameters")
+        self._buffer_places = self._places(list(self._buffers.values()), "_buffers")
 
-    @staticmethod
-    def _places(model: nn.Module, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
+    def _places(self, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
         """`(the module's dict, key, index into tensors)` for every place where one of the tensors occurs."""
         index = {id(tensor): i for i, tensor in enumerate(tensors)}
         return [
             (getattr(module, attribute), key, index[id(tensor)])
-            for module in model.modules()
+            for module in self.modules
             for key, tensor in getattr(module, attribute).items()
             if tensor is not None and id(tensor) in index
         ]
 
     def parameters(self) -> dict[str, Tensor]:
         """The model's own trainable parameters, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self._trainable)
 
     def buffers(self) -> Buffers:
         """Copies of the model's buffers, by name."""
-        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        return {name: b.detach().clone() for name, b in self._buffers.items()}
 
     @contextlib.contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:

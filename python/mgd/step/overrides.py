@@ -43,8 +43,7 @@ class FunctionOverrides(TorchFunctionMode):
                 kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
             )
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
-            with self:  # an activation checkpoint calls the model again in here
-                return _grad(*args, **kwargs)
+            return _grad(self, *args, **kwargs)
         if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):
             return PLAIN[func](*args, **kwargs)
         if isinstance(func, _OPERATORS):
@@ -53,6 +52,7 @@ class FunctionOverrides(TorchFunctionMode):
 
 
 def _grad(
+    mode,
     outputs,
     inputs,
     grad_outputs=None,
@@ -63,14 +63,15 @@ def _grad(
     is_grads_batched=False,
     materialize_grads=False,
 ):
-    """`torch.autograd.grad` for tuples, past the dispatch to modes that would switch the overrides off inside."""
+    """`torch.autograd.grad` for tuples, past the dispatch to modes, which would switch `mode` off inside."""
     allow_unused = materialize_grads if allow_unused is None else allow_unused
     retain_graph = create_graph if retain_graph is None else retain_graph
     seeds = (grad_outputs,) if isinstance(grad_outputs, torch.Tensor) else grad_outputs or (None,) * len(outputs)
     seeds = torch.autograd._make_grads(outputs, tuple(seeds), is_grads_batched=False)
-    grads = _engine_run_backward(
-        outputs, seeds, retain_graph, create_graph, inputs, allow_unused, accumulate_grad=False
-    )
+    with mode:  # an activation checkpoint calls the model again in here
+        grads = _engine_run_backward(
+            outputs, seeds, retain_graph, create_graph, inputs, allow_unused, accumulate_grad=False
+        )
     if materialize_grads:
         return tuple(
             torch.zeros_like(x, requires_grad=create_graph) if g is None else g

@@ -13,6 +13,7 @@ from torch import Tensor
 from mgd.errors import BadObjective, NonFiniteState
 from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, OptimizerState
 
@@ -62,12 +63,14 @@ def objective_adjoints(
     copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
     versions = [p._version for p in parameters]
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value = _checked(binding.call(objective, parameters, copies, until=stack)[0], steps)
-        if [p._version for p in parameters] != versions:
-            raise BadObjective("the objective changed parameters in place; expected it to only read them")
+        value = binding.call(objective, parameters, copies, until=stack)[0]
+        with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
+            components = _checked(value, steps).reshape(-1).unbind()
+            if [p._version for p in parameters] != versions:
+                raise BadObjective("the objective changed parameters in place; expected it to only read them")
         gradients = [
             torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
-            for component in value.reshape(-1)
+            for component in components
         ]
     adjoints = []
     for grads in gradients:
@@ -91,7 +94,7 @@ def _checked(value: Any, steps: int) -> Tensor:
         raise BadObjective(
             f"expected the objective to be a floating-point tensor of shape [] or [k]; got {describe(value)}"
         )
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise NonFiniteState(steps, "the objective")
     if not value.requires_grad:
         raise BadObjective(
