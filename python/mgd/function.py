@@ -217,7 +217,7 @@ class TrainingFunction:
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
-        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator, reversible)
+        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
         request = self._plan_request(arena, buffers)
         if not reversible:
             storage = no_storage(request)

@@ -91,8 +91,8 @@ class CapturedEvaluator:
     def capture_seconds(self) -> float:
         return self.payoff.captured
 
-    def begin(self, reversals: int) -> None:
-        self.payoff.begin(reversals)
+    def begin(self, reversals: int, room: int) -> None:
+        self.payoff.begin(reversals, room)
 
     def describe(self) -> str:
         if self.refused:

@@ -39,7 +39,7 @@ class EagerEvaluator:
     def refuse(self, reason: str) -> None:
         raise AssertionError("there is nothing to fall back to")
 
-    def begin(self, reversals: int) -> None:
+    def begin(self, reversals: int, room: int) -> None:
         pass
 
     def gradient(

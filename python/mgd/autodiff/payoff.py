@@ -8,11 +8,12 @@ once" (ski rental; Karlin et al. 1988). Both ways give the same bits, so that cl
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from mgd.autodiff.second_order import graph_of
 
 T = TypeVar("T")
 
-# Of the seconds of both evaluations of a step. Measured: 0.20 (convnets) to 0.35 (GPT-2) where residuals are kept.
-SAVED = 0.25
+# Of the seconds of both evaluations of a step. Measured: 0.20 (convnets) to 0.35 (GPT-2) where residuals are kept, and
+# 0 (GPT-2) to 0.25 (ViT) where they are computed again.
+SAVED, SAVED_AT_LEAST = 0.25, 0.05
 SECOND = 2.4  # second derivatives, in gradients, as long as none was measured
 PER_NODE = 20e-3  # seconds of a capture for each node of the loss's autograd graph, as long as none was measured
 IMPORT = 2.0  # seconds to import Dynamo
@@ -34,11 +36,12 @@ FIRST = 2  # evaluations by autograd before anything is decided; the very first 
 class Account:
     """Steps of one kind: those that would share a graph.
 
-    nodes: of the autograd graph. gradient, second: the least seconds of each evaluation. account: seconds that a graph
-    would have saved. evaluations: in this training.
+    nodes, bytes: of the autograd graph, whose tensors are about the residuals. gradient, second: the least seconds of
+    each evaluation. account: seconds that a graph would have saved. evaluations: in this training.
     """
 
     nodes: int = 0
+    bytes: int = 0
     gradient: float = float("inf")
     second: float = 0.0
     account: float = 0.0
@@ -52,12 +55,12 @@ class Payoff:
     def __init__(self) -> None:
         self.captured = 0.0
         self._kinds: dict[Hashable, Account] = {}
-        self._ahead = self._seen = 0
+        self._ahead = self._seen = self._room = 0
         self._latest: Account | None = None
 
-    def begin(self, reversals: int) -> None:
-        """A training begins, of which so many evaluations will be reversed."""
-        self._ahead, self._seen = reversals, 0
+    def begin(self, reversals: int, room: int) -> None:
+        """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
+        self._ahead, self._seen, self._room = reversals, 0, room
         for kind in self._kinds.values():
             kind.evaluations = 0
 
@@ -73,7 +76,13 @@ class Payoff:
     def _promise(self, kind: Account) -> float:
         """Seconds that a graph would save from this evaluation on in this training."""
         left = max(0, self._ahead - self._seen + 1) * kind.evaluations / self._seen
-        return left * SAVED * (kind.gradient + (kind.second or SECOND * kind.gradient))
+        return left * self._saved(kind)
+
+    def _saved(self, kind: Account) -> float:
+        """Seconds that a graph saves per step, as far as there is room for residuals."""
+        kept = min(1.0, self._room / (kind.bytes * self._ahead)) if kind.bytes and self._ahead else 1.0
+        share = SAVED_AT_LEAST + (SAVED - SAVED_AT_LEAST) * kept
+        return share * (kind.gradient + (kind.second or SECOND * kind.gradient))
 
     def _cost(self, kind: Account) -> float:
         return _rate.seconds * kind.nodes + (0 if "torch._dynamo" in sys.modules else IMPORT)
@@ -83,7 +92,8 @@ class Payoff:
         kind = self._kinds[key]
 
         def look(loss: Tensor) -> None:
-            kind.nodes = sum(1 for _ in graph_of(loss))
+            nodes = list(graph_of(loss))
+            kind.nodes, kind.bytes = len(nodes), sum(map(_bytes, nodes))
 
         start = time.perf_counter()
         result = evaluate(None if kind.nodes else look)
@@ -98,7 +108,7 @@ class Payoff:
         if kind := self._kinds.get(key):
             seconds = time.perf_counter() - start
             kind.second = min(kind.second or seconds, seconds)
-            kind.account += SAVED * (kind.gradient + kind.second)
+            kind.account += self._saved(kind)
         return result
 
     def spent(self, key: Hashable, seconds: float) -> None:
@@ -112,8 +122,14 @@ class Payoff:
         kind = self._latest
         if kind is None or kind.measured < FIRST:
             return "eager"
-        cost, each = self._cost(kind), SAVED * (kind.gradient + (kind.second or SECOND * kind.gradient))
+        cost, each = self._cost(kind), self._saved(kind)
         return f"eager; a capture would take about {cost:.1f} s and save {1e3 * each:.1f} ms per step"
+
+
+def _bytes(node: Any) -> int:
+    """Of the results that an autograd node stands for."""
+    metadata = getattr(node, "_input_metadata", ())
+    return sum([x.dtype.itemsize * math.prod(map(int, x.shape)) for x in metadata if not x.is_nested_tensor])
 
 
 @dataclass

@@ -70,8 +70,8 @@ class Evaluator(Protocol):
         """Spent on graphs of steps so far."""
         ...
 
-    def begin(self, reversals: int) -> None:
-        """A training begins, of which so many evaluations will be reversed."""
+    def begin(self, reversals: int, room: int) -> None:
+        """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
         ...
 
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:

@@ -44,20 +44,11 @@ Add = Callable[[int, Sequence["Tensor | None"], list[tuple[BatchMetaparameters, 
 
 
 class StepFunction:
-    """Evaluates the steps of one training. reversible: whether they will be reversed."""
+    """Evaluates the steps of one training."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        loss: BoundLoss,
-        batches: Sequence[Any],
-        microbatches: int,
-        evaluator: Evaluator,
-        reversible: bool = False,
-    ):
+    def __init__(self, arena: Arena, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator):
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
-        evaluator.begin(len(batches) * microbatches if reversible else 0)
         self._agreement = Agreement(arena)
 
     def gradient(

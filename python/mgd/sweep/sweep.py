@@ -72,6 +72,7 @@ class Sweep:
         if storage.checkpoint is not None:
             self._load(*storage.checkpoint.load())
         plan = storage.plan
+        step.evaluator.begin(0 if plan is None else self.length * step.microbatches, storage.residuals.room)
         self._actions = iter(()) if plan is None else itertools.islice(plan.actions(), self.index, None)
 
     # --- forward -----------------------------------------------------------------------------------------------

@@ -27,10 +27,13 @@ class Clock:
         monkeypatch.setattr(payoff.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
         monkeypatch.setattr(payoff, "graph_of", lambda loss: range(nodes))
+        monkeypatch.setattr(payoff, "_bytes", lambda node: 0)
 
-    def train(self, chosen: Payoff, steps: int, gradient: float = 1.0, second: float = 2.0, kinds: int = 1) -> int:
+    def train(
+        self, chosen: Payoff, steps: int, gradient: float = 1.0, second: float = 2.0, kinds: int = 1, room: int = 0
+    ) -> int:
         """One metagradient; steps cycle through `kinds` shapes. Returns the number of steps that were captured."""
-        chosen.begin(steps)
+        chosen.begin(steps, room)
         captured = [t for t in range(steps) if self._captured(chosen, t % kinds, gradient)]
         for t in set(range(steps)) - set(captured):
             chosen.second(t % kinds, lambda: self._pass(second))
@@ -62,9 +65,17 @@ def test_a_short_one_is_captured_when_it_would_have_paid(monkeypatch):
     assert 1.0 < paid / (payoff.CAUTION * 100) < 1.2
 
 
+def test_without_room_for_residuals_a_graph_saves_less(monkeypatch):
+    clock, chosen = Clock(monkeypatch, nodes=100, per_node=1.0), Payoff()
+    monkeypatch.setattr(payoff, "_bytes", lambda node: 10)
+    steps = round(2 * payoff.CAUTION * 100 / (SAVED * 3.0))
+    assert not clock.train(chosen, steps, room=0)
+    assert clock.train(Payoff(), steps, room=1000 * steps)
+
+
 def test_trainings_without_a_way_back_promise_nothing(monkeypatch):
     clock, chosen = Clock(monkeypatch, nodes=1, per_node=0.1), Payoff()
-    chosen.begin(0)
+    chosen.begin(0, 0)
     assert not any(clock._captured(chosen, 0, 1.0) for _ in range(1000))
 
 
