@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured
-from mgd.autodiff.graphs import changes_inputs, clean, mutates
+from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
@@ -286,7 +286,7 @@ class CapturedEvaluator:
             warnings.simplefilter("ignore")
             step.microbatch.reseed()
             module = make_fx(function, tracing_mode="fake")(*inputs)
-            if mutates(module.graph):
+            if not without_mutation(module.graph):
                 module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
             clean(module)
             if changes_inputs(module.graph):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -58,9 +60,51 @@ def _changes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def mutates(graph: fx.Graph) -> bool:
-    """Whether any operator of the graph may change its inputs."""
-    return any(map(_changes, graph.nodes))
+def without_mutation(graph: fx.Graph) -> bool:
+    """Replace operators that change a tensor in place, as dropout does with a new mask, by those that return another.
+
+    Only where the tensor is a result of the graph without views, and all tensors have one dtype. Returns whether all
+    could be replaced; what could not needs a second trace.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in [node for node in graph.nodes if _changes(node)]:
+        base, other = node.args[0], _out_of_place(node.target)
+        if other is None or base.op != "call_function":
+            return False
+        if is_view(base) or any(map(is_view, base.users.keys() - {node})):
+            return False
+        if len({x.meta["val"].dtype for x in node.all_input_nodes}) > 1:  # the result might have another one
+            return False
+        with graph.inserting_before(node):
+            result = graph.call_function(other, _all_arguments(node), node.kwargs)
+        result.meta = dict(node.meta)
+        base.replace_all_uses_with(result, lambda user, since=order[node]: order.get(user, -1) > since)
+        node.replace_all_uses_with(result)
+        order[result] = order[node]
+        graph.erase_node(node)
+    return True
+
+
+def _all_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of an operator, with those that are left to their defaults."""
+    arguments = node.target._schema.arguments[len(node.args) :]  # type: ignore[union-attr]
+    missing = itertools.takewhile(lambda x: not x.kwarg_only and x.name not in node.kwargs, arguments)
+    return (*node.args, *(argument.default_value for argument in missing))
+
+
+def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """`aten::mul` of `aten::mul_`, if both take the same arguments."""
+    name = target._schema.name
+    packet = getattr(aten, name.removeprefix("aten::")[:-1], None) if name.endswith("_") else None
+
+    def arguments(operator: torch._ops.OpOverload) -> list[tuple[str, str]]:
+        return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
+
+    for overload in packet.overloads() if packet else ():
+        other = getattr(packet, overload)
+        if not other._schema.is_mutable and arguments(other) == arguments(target):
+            return other
+    return None
 
 
 def changes_inputs(graph: fx.Graph) -> bool:

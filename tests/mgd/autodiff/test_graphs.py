@@ -1,0 +1,56 @@
+"""Graphs without mutation: the same values, or a second trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mgd.autodiff.graphs import _changes, without_mutation
+
+
+def dropped(x, y):
+    return F.dropout(x, 0.5) * y
+
+
+def scaled(x, y):
+    a = x * y
+    before = a + 1
+    a.mul_(3.0)
+    a.add_(y)
+    return before, a + before
+
+
+def through_a_view(x, y):
+    a = x * y
+    b = a.view(-1)
+    a.mul_(2.0)
+    return b + 1
+
+
+def of_an_input(x, y):
+    return x.mul_(2.0) + y
+
+
+def of_another_dtype(x, y):
+    return (x.float() * 2).add_(y)
+
+
+@pytest.mark.parametrize("function, replaced", [
+    (dropped, True), (scaled, True), (through_a_view, False), (of_an_input, False), (of_another_dtype, False),
+])  # fmt: skip
+def test_a_mutation_becomes_a_result_of_its_own(function, replaced):
+    x, y = torch.linspace(1, 2, 6, dtype=torch.float64).view(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    module = make_fx(function, tracing_mode="fake")(x, y)
+    assert any(map(_changes, module.graph.nodes))
+    assert without_mutation(module.graph) == replaced
+    module.graph.lint()
+    module.recompile()
+    results = []
+    for f in (module, function):
+        torch.manual_seed(0)
+        results.append(f(x.clone(), y))
+    for got, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+        assert torch.equal(got, expected)
+    assert any(map(_changes, module.graph.nodes)) != replaced
