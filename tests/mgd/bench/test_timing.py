@@ -12,9 +12,9 @@ from mgd.errors import BadArgument
 
 
 def test_ratios_are_to_the_trainings_just_before_and_after(monkeypatch):
-    clock = iter([1.0, 6.0, 2.0, 9.0, 1.0, 8.0, 3.0, 2.0, 1.0])  # training, a, training, b, training; b, ...
+    seconds = iter([1.0, 6.0, 2.0, 9.0, 1.0, 8.0, 3.0, 2.0, 1.0])  # training, a, training, b, training; b, ...
     called = []
-    monkeypatch.setattr(timing, "seconds_of", lambda work, device: called.append(work()) or next(clock))
+    monkeypatch.setattr(timing, "seconds_of", lambda work, *rest: called.append(work()) or next(seconds))
     trainings, found = timing.alternate(2, lambda: "train", {"a": lambda: "a", "b": lambda: "b"})
     assert called == ["train", "a", "train", "b", "train", "b", "train", "a", "train"]
     assert found["a"].ratios == [4.0, 1.0] and found["b"].ratios == [6.0, 4.0]
