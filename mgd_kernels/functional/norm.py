@@ -200,8 +200,10 @@ _group_norm = define(
 
 
 def by_channel(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the channel kernels serve. They run along the inner dimensions: no faster than torch where those are short,
-    but with one gradient, where torch's group norm has another one, to other bits, under `create_graph`."""
+    """Whether the channel kernels serve. They run along the inner dimensions.
+
+    Where those are short they are no faster than torch's, whose gradient has other bits under `create_graph`.
+    """
     return (
         served(x, *parameters)
         and x.ndim >= 3
