@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mgd.autodiff.execution import below_autograd, compiled
-from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
+from mgd.autodiff.graphs import ancestors, chained, dependents, draws, is_symbolic, is_view, part
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
 
@@ -39,7 +39,8 @@ class JointGraph:
         varying = dependents(graph.graph, placeholders[fixed:])
         third = [node for node in own if node in varying]
         read = {x for node in third for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
-        shared = ancestors([outputs[0], *buffers, *(x for x in read if x not in varying)])
+        random = [node for node in own if draws(node) and node not in varying]
+        shared = ancestors([outputs[0], *buffers, *random, *(x for x in read if x not in varying)])
         for_grads = ancestors(grads)
         # An operator with several results belongs to one part, with all of them.
         shared |= {n for n in for_grads if n.target is operator.getitem and n.args[0] in shared}
@@ -54,7 +55,7 @@ class JointGraph:
         self.counts, self.compile = counts, compile
         # The third part does not need residuals that only the gradients of the weights read.
         self._sources = [residuals.index(node) for node in sources]
-        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *third_reads])
+        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *random, *third_reads])
         again = [node for node in own if node in read]
         each = part(graph, [*placeholders, *third_reads], third, results)
         if not compile:
