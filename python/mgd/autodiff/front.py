@@ -21,6 +21,11 @@ from torch import Tensor, fx
 Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
 
 MOST_GRAPHS = 16  # of one loss
+# Dynamo takes note of hooks of a module, but not of those of all modules.
+GLOBAL_HOOKS = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 _HIGHER_ORDER = torch.ops.higher_order
 _count = itertools.count()
 
@@ -66,6 +71,7 @@ class Front:
                 warnings.catch_warnings(),
                 torch._dynamo.config.patch(
                     recompile_limit=MOST_GRAPHS,
+                    skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
                     allow_rnn=True,
                     capture_scalar_outputs=True,
                     capture_dynamic_output_shape_ops=True,
