@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, same_loss
-from mgd.autodiff.front import GLOBAL_HOOKS, MOST_GRAPHS, CapturedGraph, Front, NotCaptured
+from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, mutates
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.payoff import Payoff
@@ -144,8 +144,8 @@ class CapturedEvaluator:
         """What steps have in common that may share a graph; None for those that have none."""
         if self.refused:
             return None
-        if any(GLOBAL_HOOKS):
-            self.left_out = "there were hooks of all modules"
+        if why := unheard():
+            self.left_out = why
             return None
         tensors = split_tensors(microbatch.batch)[0]
         structures = structure(microbatch.batch), microbatch.metaparameters.structure

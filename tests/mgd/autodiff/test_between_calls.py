@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import mlp, supervised
 from same_bits import same
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mgd.autodiff import payoff
 from mgd.autodiff.captured import MOST_FAILURES
@@ -53,6 +54,24 @@ def test_hooks_come_and_go(kind, at_once):
     finally:
         handle.remove()
     assert same(f.metagradient(case.z), without)
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 0.5 * result if function is torch.tanh else result
+
+
+def test_a_mode_of_torch_functions_is_heard():
+    case = supervised(mlp(), (5,))
+    f = case.function(trace=True)
+    without = f.metagradient(case.z)
+    with torch.device("cpu"):
+        assert same(f.metagradient(case.z), without)
+    assert f.metagradient(case.z).report.execution == "captured"
+    with Halved():
+        halved = case.metagradient(trace=False)
+        assert same(f.metagradient(case.z), halved) and not same(halved, without)
 
 
 @pytest.mark.parametrize("first", [None, torch.bfloat16])
