@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -72,6 +74,23 @@ def test_a_mode_of_torch_functions_is_heard():
     with Halved():
         halved = case.metagradient(trace=False)
         assert same(f.metagradient(case.z), halved) and not same(halved, without)
+
+
+def norm(model: nn.Module) -> torch.Tensor:
+    return model[0].weight.square().sum()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_a_copy_of_a_captured_training_is_captured_for_itself(copied):
+    case = supervised(mlp(), (5,)).but(objective=norm)
+    f = case.function(trace=True)
+    result = f.metagradient(case.z)
+    other = copied(f)
+    assert same(other.metagradient(case.z), result)
+    with torch.no_grad():
+        other.model[0].weight.mul_(2)
+    assert other.metagradient(case.z).report.execution == "captured"
+    assert same(f.metagradient(case.z), result) and not same(other.metagradient(case.z), result)
 
 
 @pytest.mark.parametrize("first", [None, torch.bfloat16])
