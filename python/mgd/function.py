@@ -178,10 +178,17 @@ class TrainingFunction:
 
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
-        arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        return type(self)(**(arguments | changes))
+        return _made(type(self), self._arguments() | changes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also one by pickle, is made anew: it has no graphs yet."""
+        return _made, (type(self), self._arguments())
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> dict[str, Any]:
+        """Those of the constructor."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @contextlib.contextmanager
     def _guarded(self, progress: bool = False) -> Iterator[Callable[..., None]]:
@@ -307,6 +314,10 @@ class TrainingFunction:
             store=storage.stats,
             kept_bytes=storage.residuals.peak,
         )
+
+
+def _made(kind: type[TrainingFunction], arguments: dict[str, Any]) -> TrainingFunction:
+    return kind(**arguments)
 
 
 class _Differentiable(torch.autograd.Function):

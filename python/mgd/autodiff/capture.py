@@ -13,8 +13,10 @@ from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.step.evaluator import Evaluator
 
-# By model, since that is what the trainings of one loss have in common. Nothing here keeps a model or a loss alive.
-_shared: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, CapturedEvaluator]] = weakref.WeakKeyDictionary()
+# By model, since that is what the trainings of one loss have in common; then by the identity of the loss, which need
+# not be hashable. Nothing here keeps a model or a loss alive.
+_Shared = dict[Hashable, tuple[weakref.ref[Any], CapturedEvaluator]]
+_shared: weakref.WeakKeyDictionary[nn.Module, _Shared] = weakref.WeakKeyDictionary()
 
 
 def evaluator_for(
@@ -29,15 +31,13 @@ def evaluator_for(
         return EagerEvaluator()
     at_once = bool(trace or compile)
     evaluator = CapturedEvaluator(EagerEvaluator(), at_once, compile)
+    owner, method = (loss.__self__, id(loss.__func__)) if inspect.ismethod(loss) else (loss, None)
     try:
-        reference: weakref.ref[Any] = (
-            weakref.WeakMethod(loss) if inspect.ismethod(loss) else weakref.ref(loss)
-        )  # equal to another one of the same living object
-        hash(reference)
-    except TypeError:  # it has no weak references, or no hash, as a method of a data class
+        reference = weakref.ref(owner)
+    except TypeError:  # it has no weak references
         return evaluator
     dtypes = frozenset(parameter.dtype for parameter in model.parameters())
     shared = _shared.setdefault(model, {})
-    for dead in [key for key in shared if key[0]() is None]:  # type: ignore[index]
+    for dead in [key for key, (living, _) in shared.items() if living() is None]:
         del shared[dead]
-    return shared.setdefault((reference, at_once, compile, dtypes), evaluator)
+    return shared.setdefault((id(owner), method, at_once, compile, dtypes), (reference, evaluator))[1]

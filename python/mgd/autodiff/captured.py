@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, same_loss
-from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured
+from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.payoff import Payoff
@@ -38,6 +39,8 @@ from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
+
+MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long as a capture
 
 # The structure of the batch and of z (Dynamo does not guard that a key is missing), the microbatch's share, shapes.
 Kind = tuple[str, str, float, tuple[torch.Size, ...]]
@@ -86,6 +89,7 @@ class CapturedEvaluator:
         self._fronts: dict[tuple[str, str], Front] = {}
         self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Kind] = set()
+        self._failures: Counter[Kind] = Counter()
 
     @property
     def capture_seconds(self) -> float:
@@ -139,6 +143,9 @@ class CapturedEvaluator:
     def _kind(self, microbatch: Microbatch) -> Kind | None:
         """What steps have in common that may share a graph; None for those that have none."""
         if self.refused:
+            return None
+        if why := unheard():
+            self.left_out = why
             return None
         tensors = split_tensors(microbatch.batch)[0]
         structures = structure(microbatch.batch), microbatch.metaparameters.structure
@@ -232,8 +239,12 @@ class CapturedEvaluator:
         return True
 
     def _give_up(self, kind: Kind, why: str) -> None:
-        """Steps of this kind get no graph, unless they had one before; no steps do if none had."""
-        if kind not in self._served:
+        """Steps of this kind get no graph, unless they had one before; no steps do if none had.
+
+        By default, where autograd has the bits of the graphs, those that had one do without it after some failures.
+        """
+        self._failures[kind] += 1
+        if kind not in self._served or (not self.at_once and self._failures[kind] >= MOST_FAILURES):
             self._failed.add(kind)
         if self._served:  # those go on
             self.left_out = why

@@ -30,9 +30,6 @@ class EagerEvaluator:
     fallback: Evaluator | None = None
     capture_seconds = 0.0
 
-    def __init__(self) -> None:
-        self._precision: float | None = None  # of the coarsest dtype of the graph; None: not inspected yet
-
     def describe(self) -> str:
         return "eager"
 
@@ -120,20 +117,20 @@ class EagerEvaluator:
     def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:
         """The second derivatives at a point; the loss there must be `expected`."""
         microbatch.reseed()
-        second = self.evaluate(function, point)
+        second = self.evaluate(microbatch, function, point)
         if not torch.equal(second.loss.double().cpu(), expected):
             raise microbatch.diverged(float(expected), float(second.loss))
-        return Derivatives(second.results, second.products, second.gradient, self._precision or 0.0)
+        return Derivatives(second.results, second.products, second.gradient, microbatch.loss.precision or 0.0)
 
-    def evaluate(self, function: TensorLoss, point: Point) -> SecondOrder:
+    def evaluate(self, microbatch: Microbatch, function: TensorLoss, point: Point) -> SecondOrder:
         """As `first_and_second`. Raises NotDifferentiable, naming the operator that has no second derivative."""
         try:
-            if self._precision is not None:
+            if microbatch.loss.precision is not None:
                 return first_and_second(function, point)
 
             # Walking the graph takes time, so the first evaluation of a training stands for all.
             def note(precision: float) -> None:
-                self._precision = precision
+                microbatch.loss.precision = precision
 
             return first_and_second(inspected(function, note), point)
         except RuntimeError as error:

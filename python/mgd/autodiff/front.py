@@ -16,13 +16,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._device import DeviceContext
+
+from mgd.step.overrides import FunctionOverrides
 
 # run(graph, its arguments) -> its outputs, real values: the first is the loss
 Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
 
 MOST_GRAPHS = 16  # of one loss
+_GLOBAL_HOOKS = [
+    getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 _HIGHER_ORDER = torch.ops.higher_order
 _count = itertools.count()
+
+
+def unheard() -> str | None:
+    """What is active that changes a loss, and that neither Dynamo nor its graphs hear of."""
+    if any(_GLOBAL_HOOKS):  # it takes note of hooks of a module, but not of those of all modules
+        return "there were hooks of all modules"
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, (DeviceContext, FunctionOverrides))
+        for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "there was a TorchFunctionMode"
+    return None
 
 
 class NotCaptured(Exception):
@@ -98,6 +117,7 @@ def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
             warnings.catch_warnings(),
             torch._dynamo.config.patch(
                 recompile_limit=MOST_GRAPHS,
+                skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
                 allow_rnn=True,
                 capture_scalar_outputs=True,
                 capture_dynamic_output_shape_ops=True,

@@ -149,6 +149,11 @@ def is_view(node: fx.Node) -> bool:
     return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether the node takes random numbers, so that those of later nodes depend on it, whether or not it is read."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def part(
     module: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node | None]
 ) -> fx.GraphModule:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mgd.autodiff.execution import below_autograd, compiled, direct
-from mgd.autodiff.graphs import ancestors, chained, dependents, is_symbolic, is_view, part
+from mgd.autodiff.graphs import ancestors, chained, dependents, draws, is_symbolic, is_view, part
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
 
@@ -38,14 +38,15 @@ class JointGraph:
         varying = dependents(graph.graph, placeholders[fixed:])
         second = [node for node in own if node in varying]
         read = {x for node in second for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
-        shared = ancestors([outputs[0], *grads, *buffers, *(x for x in read if x not in varying)])
+        random = [node for node in own if draws(node) and node not in varying]
+        shared = ancestors([outputs[0], *grads, *buffers, *random, *(x for x in read if x not in varying)])
         first = [node for node in own if node in shared]
         second, second_reads = _with_sources(own, second, results, is_view)
         refresh, sources = _with_sources(own, [], second_reads, _is_cheap)
         if _bytes(second_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], second_reads
         self.counts, self.compile = counts, compile
-        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *second_reads])
+        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *random, *second_reads])
         again = [node for node in own if node in read]
         each = part(graph, [*placeholders, *second_reads], second, results)
         if not compile:

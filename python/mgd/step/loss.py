@@ -27,7 +27,8 @@ class BoundLoss:
 
     autocast: the dtype of torch.autocast, or None. seed: of the random streams. steps_before: steps of an earlier
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
-    norms are plain arithmetic from there on (see `FunctionOverrides`).
+    norms are plain arithmetic from there on (see `FunctionOverrides`). precision: the machine epsilon of the coarsest
+    dtype of the loss's autograd graph, once that was inspected.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BoundLoss:
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
         self.plain_since: int | None = None
+        self.precision: float | None = None
 
     def casting(self) -> contextlib.AbstractContextManager:
         """The autocast in which the loss runs, if any."""

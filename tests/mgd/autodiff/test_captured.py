@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import TOLERANCE, cross_entropy, errors, mlp, supervised
 from same_bits import cases, same
+from torch import nn
 
 import mgd
 from mgd.sweep.residuals import ResidualCache
@@ -31,6 +32,29 @@ def test_what_is_not_kept_is_computed_again_to_the_same_bits(name, monkeypatch):
     assert same(kept, again)
     assert kept.report.kept_bytes > 0 == again.report.kept_bytes
     assert "kept for them" in str(kept.report) and "kept for them" not in str(again.report)
+
+
+class Noisy(nn.Module):
+    """Draws numbers that the loss does not read, before those that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(0.3)
+        self.register_buffer("noise", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x):
+        torch.rand(3)
+        self.noise.mul_(0.9).add_(torch.randn(5, dtype=x.dtype))
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_random_numbers_that_the_loss_does_not_read_are_drawn_again(room, monkeypatch):
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda *_: ResidualCache(room))
+    case = supervised(Noisy(), (5,))
+    captured = case.metagradient(trace=True)
+    assert captured.report.execution == "captured"
+    assert same(captured, case.metagradient(trace=False))
 
 
 def test_what_is_kept_stays_within_the_budget():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_sharing_keeps_nothing_alive():
     assert model() is None and loss() is None
 
 
-def test_methods_and_objects_without_weak_references_are_losses():
+def test_methods_and_objects_without_weak_references_or_hashes_are_losses():
     class Trainer:
         def loss(self, model, batch, z):
             return model(batch).sum()
@@ -152,6 +153,19 @@ def test_methods_and_objects_without_weak_references_are_losses():
         def __call__(self, model, batch, z):
             return model(batch).sum()
 
-    model, trainer = torch.nn.Linear(2, 1), Trainer()
+    @dataclass
+    class Settings:  # comparable by value, and so not hashable
+        scale: float = 1.0
+
+        def __call__(self, model, batch, z):
+            return self.scale * model(batch).sum()
+
+        loss = __call__
+
+    model, trainer, settings = torch.nn.Linear(2, 1), Trainer(), Settings()
     assert evaluator_for(model, trainer.loss, None) is evaluator_for(model, trainer.loss, None)
     assert evaluator_for(model, Slotted(), None) is not evaluator_for(model, Slotted(), None)
+    assert evaluator_for(model, settings, None) is evaluator_for(model, settings, None)
+    assert evaluator_for(model, settings.loss, None) is evaluator_for(model, settings.loss, None)
+    other = Settings()
+    assert evaluator_for(model, settings, None) is not evaluator_for(model, other, None)

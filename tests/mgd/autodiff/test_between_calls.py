@@ -1,0 +1,127 @@
+"""What changes between calls of one model and loss, which share their graphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import mlp, supervised
+from same_bits import same
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mgd.autodiff import payoff
+from mgd.autodiff.captured import MOST_FAILURES
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """The default captures as soon as it may."""
+    monkeypatch.setattr(payoff, "CAUTION", 0.0)
+
+
+def halved(module: nn.Module, *seen):
+    return 0.5 * seen[-1] if isinstance(module, nn.Tanh) else None
+
+
+def halved_gradient(module: nn.Module, *seen):
+    return (0.5 * seen[0][0],) if isinstance(module, nn.Tanh) else None
+
+
+everywhere = torch.nn.modules.module
+HOOKS: dict[str, Callable[[nn.Module], torch.utils.hooks.RemovableHandle]] = {
+    "forward": lambda module: module.register_forward_hook(halved),
+    "before": lambda module: module.register_forward_pre_hook(lambda module, inputs: (0.5 * inputs[0],)),
+    "backward": lambda module: module.register_full_backward_hook(halved_gradient),
+    "of all modules": lambda module: everywhere.register_module_forward_hook(halved),
+    "backward of all modules": lambda module: everywhere.register_module_full_backward_hook(halved_gradient),
+}
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd", "ignore:Full backward hook")
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_come_and_go(kind, at_once):
+    case = supervised(mlp(), (5,))
+    f = case.function()
+    without = case.metagradient(trace=False)
+    assert same(f.metagradient(case.z), without) and f.metagradient(case.z).report.execution == "captured"
+    handle = HOOKS[kind](case.model[1])
+    try:
+        hooked = case.metagradient(trace=False)
+        assert same(f.metagradient(case.z), hooked) and not same(hooked, without)
+    finally:
+        handle.remove()
+    assert same(f.metagradient(case.z), without)
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 0.5 * result if function is torch.tanh else result
+
+
+def test_a_mode_of_torch_functions_is_heard():
+    case = supervised(mlp(), (5,))
+    f = case.function(trace=True)
+    without = f.metagradient(case.z)
+    with torch.device("cpu"):
+        assert same(f.metagradient(case.z), without)
+    assert f.metagradient(case.z).report.execution == "captured"
+    with Halved():
+        halved = case.metagradient(trace=False)
+        assert same(f.metagradient(case.z), halved) and not same(halved, without)
+
+
+def norm(model: nn.Module) -> torch.Tensor:
+    return model[0].weight.square().sum()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_a_copy_of_a_captured_training_is_captured_for_itself(copied):
+    case = supervised(mlp(), (5,)).but(objective=norm)
+    f = case.function(trace=True)
+    result = f.metagradient(case.z)
+    other = copied(f)
+    assert same(other.metagradient(case.z), result)
+    with torch.no_grad():
+        other.model[0].weight.mul_(2)
+    assert other.metagradient(case.z).report.execution == "captured"
+    assert same(f.metagradient(case.z), result) and not same(other.metagradient(case.z), result)
+
+
+@pytest.mark.parametrize("first", [None, torch.bfloat16])
+def test_the_precision_of_one_training_is_not_that_of_another(first):
+    """Gradients of autocast are compared within the rounding of its dtype."""
+    case = supervised(mlp(), (5,)).to(torch.float32)
+    other = torch.bfloat16 if first is None else None
+    case.metagradient(autocast=first)
+    assert same(case.metagradient(autocast=other), case.metagradient(autocast=other, trace=False))
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
+def test_what_can_no_longer_be_captured_is_tried_a_few_times(at_once, monkeypatch):
+    case = supervised(mlp(), (5,))
+    draws = False
+
+    def loss(model, batch, z):
+        if draws:
+            torch.Generator().manual_seed(0)  # which Dynamo refuses
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    f = case.but(loss=loss).function()
+    assert f.metagradient(case.z).report.execution == "captured"
+    draws, tries = True, 0
+    call = f._evaluator._call
+
+    def counted(*args):
+        nonlocal tries
+        tries += 1
+        return call(*args)
+
+    monkeypatch.setattr(f._evaluator, "_call", counted)
+    assert same(f.metagradient(case.z), f.replaced(trace=False).metagradient(case.z))
+    assert tries == MOST_FAILURES
