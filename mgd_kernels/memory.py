@@ -74,3 +74,8 @@ def check_apart(written: list[Span], read: list[Span]) -> None:
                 "expected what a kernel writes apart from all its other tensors; got two that share memory: clone one"
             )
         end, end_written = max(end, stop), max(end_written, stop if writes else 0)
+
+
+def wrote(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that a kernel has written these: a graph that has saved one of them then refuses to use it."""
+    torch.autograd.graph.increment_version(tensors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from types import ModuleType
 
 import torch
@@ -29,7 +30,7 @@ from mgd_kernels.backends.addresses import (
 )
 from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BackendUnavailable, BadArgument
-from mgd_kernels.memory import address, gate
+from mgd_kernels.memory import address, gate, wrote
 from mgd_kernels.rules import Rule
 
 OUT_OF_PLACE = True  # `step_`, `replay_` and `vjp_` take `out`
@@ -140,6 +141,7 @@ def replay_(
         to,
         torch.get_num_threads(),
     )
+    wrote(new)
 
 
 def vjp_(
@@ -190,6 +192,7 @@ def vjp_(
         address(cotangents) if hyper_wanted else 0,
         torch.get_num_threads(),
     )
+    wrote(written)
     return cotangents if hyper_wanted else None
 
 
@@ -231,6 +234,7 @@ def update(
         to,
         torch.get_num_threads(),
     )
+    wrote([leaf for leaf in chain(*out) if leaf is not None])
 
 
 def update_vjp(
@@ -278,6 +282,7 @@ def update_vjp(
         address(cotangents) if hyper_wanted else 0,
         torch.get_num_threads(),
     )
+    wrote([leaf for leaf in chain(*out, u) if leaf is not None])
     return cotangents if hyper_wanted else None
 
 

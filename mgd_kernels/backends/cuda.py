@@ -23,7 +23,7 @@ from mgd_kernels.arena import Segments
 from mgd_kernels.backends import addresses
 from mgd_kernels.backends.addresses import DTYPES, check, check_dot, check_scales, check_slots, check_table, code
 from mgd_kernels.errors import BackendUnavailable, BadArgument, KernelError
-from mgd_kernels.memory import address, gate
+from mgd_kernels.memory import address, gate, wrote
 from mgd_kernels.rules import Rule
 
 _MAX_STEPS = 32  # kMaxSteps
@@ -269,6 +269,7 @@ def replay_(
             grad_dtype=DTYPES[grads[0].dtype],
         )
         _call(library.mgd_cuda_replay, launch, device)
+    wrote(state)
 
 
 def vjp_(
@@ -319,6 +320,7 @@ def vjp_(
         grad_dtype=DTYPES[grad.dtype],
     )
     _call(library.mgd_cuda_vjp, launch, device)
+    wrote([*adjoint, u])
     return out
 
 

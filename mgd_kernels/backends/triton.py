@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.memory import check_extents_apart
+from mgd_kernels.memory import check_extents_apart, wrote
 from mgd_kernels.rules import Rule
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -287,6 +287,7 @@ def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -
                 steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=aligned,
                 OFFSETS_ALIGNED=aligned and offsets_aligned, BLOCK=block, **_options(block),
             )  # fmt: skip
+    wrote(written)
 
 
 def vjp_(
@@ -321,6 +322,7 @@ def vjp_(
                 where, params.numel(), tiles.count, RULE=_variant(rule), ALIGNED=aligned, TILE=size, BLOCK=block,
                 **_options(block, _variant(rule)),
             )  # fmt: skip
+        wrote(written)
         return _sum(partials, tiles.ranges, segments.groups)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
-from mgd_kernels.memory import address
+from mgd_kernels.memory import address, wrote
 from mgd_kernels.store.format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, encode_key
 from mgd_kernels.store.gpu_copy import DeviceCopies
 from mgd_kernels.store.tensors import Tensors, matching_targets, storable
@@ -202,6 +202,7 @@ class Store:
             self._copies.get(name, targets)
         else:
             core.get(name, [address(t) for t in targets], again)
+            wrote(targets)
         if out is not None:
             return out if isinstance(out, torch.Tensor) else list(out)
         return targets if sequence else targets[0]
