@@ -1,4 +1,4 @@
-"""Memory as the system reports it (`/proc` and the control group), and how malloc is told to treat it."""
+"""Memory as the system reports it, and how malloc is told to treat it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import os
 import platform
 from pathlib import Path
 
+from mgd.util import limits
 
-def free_memory() -> int:
-    """Bytes that this process may still allocate: free in the system, and within its control group's limit."""
-    sizes = []
-    meminfo = fields(Path("/proc/meminfo"))
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still allocate: free in the system, and within the limits of its control groups and
+    of `ulimit`. root: where `/proc` and `/sys` are found."""
+    sizes = limits.rooms(root)
+    meminfo = fields(root / "proc/meminfo")
     if "MemAvailable" in meminfo:
         sizes.append(int(meminfo["MemAvailable"].split()[0]) * 1024)
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        sizes.append(max(0, limit - used))
-    if not sizes:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        sizes.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(sizes) + _unused_heap()
 
 
@@ -65,13 +65,6 @@ def fields(path: Path) -> dict[str, str]:
         if colon:
             values.setdefault(name.strip(), value.strip())
     return values
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 _TRIM_THRESHOLD = 2**31 - 1  # bytes, the largest number that mallopt takes
