@@ -5,9 +5,9 @@ overlap with what is written. Dtypes, shapes and contiguity are the callers' to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import sub
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +61,12 @@ def _extent(tensor: Tensor) -> Span:
     return start, start + (last + 1) * tensor.itemsize
 
 
-def check_apart(written: list[Span], read: list[Span]) -> None:
-    """BadArgument where memory that is written overlaps with any other; what is only read may overlap."""
-    edges = list(chain.from_iterable(sorted(written + read)))
-    if edges == sorted(edges):  # no two overlap
+def check_apart(written: Sequence[Span] | np.ndarray, read: Sequence[Span] | np.ndarray) -> None:
+    """BadArgument where memory that is written overlaps with any other; what is only read may overlap. Both are spans,
+    also as int64 `[m, 2]`."""
+    every = np.concatenate([np.asarray(each, dtype=np.int64).reshape(-1, 2) for each in (written, read)])
+    every = every[every[:, 0].argsort(kind="stable")]
+    if (every[1:, 0] >= every[:-1, 1]).all():  # no two overlap
         return
     # Where all memory ends that begins no later than a span, and where that of it which is written.
     end = end_written = 0

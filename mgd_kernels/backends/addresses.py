@@ -5,9 +5,9 @@ that is not checked here could read or write memory that is not ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,15 +59,15 @@ def check_leaves_apart(
     """BadArgument where leaves that are written, `u` among them, share memory with any other. All are addresses as of
     `by_leaf`; `inputs`, of as many rows as `written`, may be written in their own place. sizes: in elements."""
 
-    def memory(addresses: Sequence[int], dtype: torch.dtype = dtype) -> list[tuple[int, int]]:
-        rows = len(addresses) // max(1, len(sizes))
-        ends = chain.from_iterable(repeat(size * dtype.itemsize, rows) for size in sizes)
-        return [(start, start + size) for start, size in zip(addresses, ends, strict=True) if start]
+    def memory(addresses: Sequence[int] | np.ndarray, dtype: torch.dtype = dtype) -> np.ndarray:
+        starts = np.asarray(addresses, dtype=np.int64)
+        rows = len(starts) // max(1, len(sizes))
+        spans = np.stack([starts, starts + np.repeat(np.asarray(sizes, dtype=np.int64) * dtype.itemsize, rows)], axis=1)
+        return spans[starts > 0]
 
-    read = memory([0 if a == b else a for a, b in zip(inputs, written, strict=True)])
-    for other, addresses in others:
-        read += memory(addresses, other)
-    check_apart(memory(written) + memory(u), read)
+    to, source = np.asarray(written, dtype=np.int64), np.asarray(inputs, dtype=np.int64)
+    read = [memory(source * (source != to)), *(memory(addresses, other) for other, addresses in others)]
+    check_apart(np.concatenate([memory(to), memory(u)]), np.concatenate(read))
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
