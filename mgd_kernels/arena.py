@@ -108,7 +108,7 @@ class Arena:
 
     @torch.no_grad()
     def copy_(self, flat: Tensor, source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> None:
-        """Copy the tensors of `source` into `flat`; padding is left alone."""
+        """Copy the tensors of `source`, of exactly the arena's shapes, into `flat`; padding is left alone."""
         if isinstance(source, nn.Module):
             source = dict(source.named_parameters())
         if isinstance(source, Mapping):
@@ -116,7 +116,20 @@ class Arena:
             if missing:
                 raise BadArgument(f"expected tensors for {list(self.names)}; missing {missing}")
             source = [source[name] for name in self.names]
+        self._check_shapes(source)
         torch._foreach_copy_(self.slices(flat), [tensor.detach() for tensor in source])
+
+    def _check_flat(self, flat: Tensor) -> None:
+        if flat.shape != (self.numel,):
+            raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
+
+    def _check_shapes(self, tensors: Sequence[Tensor]) -> None:
+        shapes = tuple([tensor.shape for tensor in tensors])
+        if shapes != self.shapes:
+            raise BadArgument(
+                f"expected tensors {dict(zip(self.names, map(list, self.shapes), strict=True))}; got "
+                f"{[list(shape) for shape in shapes]}"
+            )
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors, by name: views of `flat` where dtypes agree, else copies in the tensor's own dtype."""
@@ -134,6 +147,9 @@ class Arena:
     def joined(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
         """A flat buffer `[numel]` of `gradient_dtype`, `into` or a new one, with the values of these tensors; padding
         is zero."""
+        self._check_shapes(tensors)
+        if into is not None:
+            self._check_flat(into)
         parts: list[Tensor] = []
         for tensor, gap in zip(tensors, self._gaps, strict=True):
             parts.append(tensor.reshape(-1))
@@ -157,8 +173,7 @@ class Arena:
         known = self._slices.get(id(flat))
         if known is not None and known[0]() is flat and not flat.requires_grad:
             return known[1]
-        if flat.shape != (self.numel,):
-            raise BadArgument(f"expected a flat buffer of shape [{self.numel}]; got {list(flat.shape)}")
+        self._check_flat(flat)
         # Views refer to what they are views of: those kept here must not keep `flat` itself, or it would live forever.
         whole = flat if flat.requires_grad else flat.detach()
         with torch.enable_grad():  # torch refuses to change a view in place in another grad mode than it was made in

@@ -7,6 +7,7 @@ that a user writes in torch. All four methods of `Optimizer` work in place on th
 from __future__ import annotations
 
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from mgd_kernels import dispatch
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.rules import ADAM, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
+from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
 
 Hyper = Mapping[str, Any] | Tensor | None
 
@@ -75,10 +76,14 @@ class Optimizer(ABC):
     def __init__(self, defaults: Mapping[str, float], param_groups: Sequence[Mapping[str, Any]] = ()):
         self.defaults = {name: float(value) for name, value in defaults.items()}
         self.param_groups = [dict(group) for group in param_groups]
-        for group in self.param_groups:
+        for name, value in self.defaults.items():
+            self.check_range(name, value)
+        for i, group in enumerate(self.param_groups, 1):
             if "params" not in group:
                 raise BadArgument(f"expected the key 'params' (name patterns) in every parameter group; got {group}")
             self._check_names(set(group) - {"params"})
+            for name in set(group) - {"params"}:
+                self.check_range(name, float(group[name]), f"{name} of parameter group {i}")
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
@@ -121,6 +126,11 @@ class Optimizer(ABC):
                 raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(values.shape)}")
             table[:, self.column(name)] = values
         return table
+
+    def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
+        """BadArgument unless the hyperparameter may have these values. called: its name in the error."""
+        if torch.as_tensor(values).isnan().any():
+            raise BadArgument(f"expected a number for {called or name}; got nan")
 
     def _check_names(self, names: set[str]) -> None:
         unknown = sorted(names - set(self.defaults))
@@ -283,6 +293,15 @@ class FusedOptimizer(Optimizer):
     def column(self, name: str) -> int:
         return self._columns[name]
 
+    def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
+        """BadArgument unless the values are finite, betas in [0, 1), `eps` and `eps_root` at least 0."""
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        values = torch.as_tensor(values, dtype=torch.float64).flatten()
+        wrong = values[~((values >= low) & (values < high) & values.isfinite())]
+        if wrong.numel():
+            wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
+            raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
+
     def backend(self, params: Tensor, grad: Tensor):
         """The module that will run this optimizer's kernels on these tensors."""
         return dispatch.choose(self.rule, params, grad)
@@ -353,8 +372,6 @@ class Adam(FusedOptimizer):
         param_groups: Sequence[Mapping[str, Any]] = (),
     ):
         beta1, beta2 = betas
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise BadArgument(f"expected betas in [0, 1); got {betas}")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,

@@ -7,7 +7,11 @@ language: `backends/reference.py` (torch, the specification), `csrc/optim/*.h` (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+# Hyperparameters that the rules take from [low, high) only; all others may be any finite number.
+RANGES = {"beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "eps": (0.0, math.inf), "eps_root": (0.0, math.inf)}
 
 
 @dataclass(frozen=True)

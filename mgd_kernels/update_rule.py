@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import check_extents_apart
 from mgd_kernels.optimizer import Optimizer, OptimizerState
 
 Update = Callable[[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
@@ -68,12 +69,14 @@ class UpdateRule(Optimizer):
         return [new, *(new_slots[name] for name in self.slots)]
 
     def _step_(self, state, grad, table, grad_scale):
+        check_extents_apart(state.tensors(), [grad, table])
         scaled = grad.to(state.params.dtype) * grad_scale
         for group, (g, *views) in self._pieces(state, scaled, *state.tensors()):
             new = self._call(views[0], views[1:], g, table[group].unbind(), state.next_count)
             _assign(views, new)
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
+        check_extents_apart([*adjoint.tensors(), u], [*state.tensors(), grad, table])
         out = torch.zeros(table.shape[0], self.width + 1, dtype=torch.float64, device=state.params.device)
         raw = grad.to(state.params.dtype)
         buffers = (raw, u, *state.tensors(), *adjoint.tensors())

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import address, check_apart
 from mgd_kernels.rules import Rule
 
 # The codes of csrc/optim/codes.h. Without the extension module there are none, and no kernels that would take them.
@@ -41,26 +43,46 @@ def code(rule: Rule) -> int | None:
     return _RULES.get((rule.name, len(rule.slots), rule.nesterov))
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
 def by_leaf(rows: Sequence[Leaves]) -> list[int]:
     """The addresses of all rows' first leaves, of their second ones, and so on; 0 for a leaf that is not there."""
-    return [0 if leaf is None else leaf.data_ptr() for leaves in zip(*rows, strict=True) for leaf in leaves]
+    return [0 if leaf is None else address(leaf) for leaves in zip(*rows, strict=True) for leaf in leaves]
+
+
+def check_leaves_apart(
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    written: Sequence[int],
+    inputs: Sequence[int],
+    *others: tuple[torch.dtype, Sequence[int]],
+    u: Sequence[int] = (),
+) -> None:
+    """BadArgument where leaves that are written, `u` among them, share memory with any other. All are addresses as of
+    `by_leaf`; `inputs`, of as many rows as `written`, may be written in their own place. sizes: in elements."""
+
+    def memory(addresses: Sequence[int] | np.ndarray, dtype: torch.dtype = dtype) -> np.ndarray:
+        starts = np.asarray(addresses, dtype=np.int64)
+        rows = len(starts) // max(1, len(sizes))
+        spans = np.stack([starts, starts + np.repeat(np.asarray(sizes, dtype=np.int64) * dtype.itemsize, rows)], axis=1)
+        return spans[starts > 0]
+
+    to, source = np.asarray(written, dtype=np.int64), np.asarray(inputs, dtype=np.int64)
+    read = [memory(source * (source != to)), *(memory(addresses, other) for other, addresses in others)]
+    check_apart(np.concatenate([memory(to), memory(u)]), np.concatenate(read))
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     """None where such tensors are served, on whatever device, otherwise the reason: contiguous, float32 or float64;
     gradients of that dtype or a 16-bit one."""
     served = (params.dtype, grad.dtype) in _PAIRS and params.layout is grad.layout is torch.strided
-    if served and params.is_contiguous() and grad.is_contiguous() and code(rule) is not None:
+    if served and params.is_contiguous() and grad.is_contiguous() and not grad.is_neg() and code(rule) is not None:
         return None
     if code(rule) is None:
         return f"no kernel for the rule {rule.name!r} with the slots {rule.slots}"
     for name, tensor in (("params", params), ("grad", grad)):
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             return f"expected {name} contiguous; got strides {tensor.stride()}: call .contiguous()"
+        if tensor.is_neg():
+            return f"expected {name} with its values in memory; got a negated view: call .resolve_neg()"
     if params.dtype not in (torch.float32, torch.float64):
         return f"expected float32 or float64 params; got {params.dtype}"
     return f"expected a gradient in {params.dtype}, torch.bfloat16 or torch.float16; got {grad.dtype}"
@@ -140,7 +162,8 @@ def check_table(segments: Segments) -> Tensor:
 
 
 def check_dot(x: Tensor, y: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """Both contiguous; BadArgument where they are not flat, of one length and of known dtypes, on one such device."""
+    """Both contiguous, with their values in memory; BadArgument where they are not flat, of one length and of known
+    dtypes, on one such device."""
     for name, tensor in (("x", x), ("y", y)):
         if tensor.device.type != device or tensor.dtype not in DTYPES or tensor.ndim != 1:
             raise BadArgument(
@@ -151,4 +174,4 @@ def check_dot(x: Tensor, y: Tensor, device: str) -> tuple[Tensor, Tensor]:
         raise BadArgument(
             f"expected x and y of one length on one device; got {x.numel()} on {x.device} and {y.numel()} on {y.device}"
         )
-    return x.contiguous(), y.contiguous()
+    return x.resolve_neg().contiguous(), y.resolve_neg().contiguous()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from types import ModuleType
 
 import torch
@@ -21,6 +22,7 @@ from mgd_kernels.backends.addresses import (
     check,
     check_dot,
     check_leaves,
+    check_leaves_apart,
     check_scales,
     check_slots,
     check_table,
@@ -28,6 +30,7 @@ from mgd_kernels.backends.addresses import (
 )
 from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BackendUnavailable, BadArgument
+from mgd_kernels.memory import address, gate, wrote
 from mgd_kernels.rules import Rule
 
 OUT_OF_PLACE = True  # `step_`, `replay_` and `vjp_` take `out`
@@ -76,7 +79,11 @@ def _table(rule: Rule, hyper: Tensor, *leading: int) -> Tensor:
     shape = (*leading, len(rule.hyper))
     if hyper.dtype != torch.float64 or hyper.shape != shape:
         raise BadArgument(f"expected hyperparameters as float64 {list(shape)}; got {hyper.dtype} {list(hyper.shape)}")
-    return hyper if hyper.is_cpu and hyper.is_contiguous() else hyper.cpu().contiguous()
+    if hyper.is_meta:
+        raise BadArgument("expected hyperparameters with values; got a meta tensor")
+    if hyper.is_cpu and hyper.is_contiguous() and not hyper.is_neg():
+        return hyper
+    return hyper.cpu().resolve_neg().contiguous()
 
 
 def step_(
@@ -112,26 +119,29 @@ def replay_(
         return
     state = [params, *check_slots(rule, slots, "slots")]
     new = state if out is None else [out[0], *check_slots(rule, out[1:], "new slots")]
-    check(unsupported, rule, [*state, *new], grads)
+    check(unsupported, rule, state if out is None else [*state, *new], grads)
     _check_step(k)
     hypers = _table(rule, hypers, len(grads), segments.groups)
     table = check_table(segments)
+    to, source = gate(new, [*(() if out is None else state), *grads, hypers])
+    *gradients, hyper = source if out is None else source[len(state) :]
     core.optim_replay(
         code(rule),
         DTYPES[params.dtype],
         DTYPES[grads[0].dtype],
         params.numel(),
-        addresses.addresses(state),
-        addresses.addresses(grads),
+        to if out is None else source[: len(state)],
+        gradients,
         [float(scale) for scale in grad_scales],
-        hypers.data_ptr(),
+        hyper,
         segments.groups,
         k,
-        table.data_ptr(),
+        address(table),
         table.shape[0],
-        addresses.addresses(new),
+        to,
         torch.get_num_threads(),
     )
+    wrote(new)
 
 
 def vjp_(
@@ -155,30 +165,34 @@ def vjp_(
     state = [params, *check_slots(rule, slots, "slots")]
     adjoint = [adjoint_params, *check_slots(rule, adjoint_slots, "adjoints of slots")]
     new = adjoint if out is None else [out[0], *check_slots(rule, out[1:], "new adjoints of slots")]
-    check(unsupported, rule, [*state, *adjoint, *new, u], [grad])
+    written = [*new, u]
+    check(unsupported, rule, [*state, *written, *(() if out is None else adjoint)], [grad])
     _check_step(k)
     hyper = _table(rule, hyper, segments.groups)
     table = check_table(segments)
     cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
+    count = len(state)
+    to, source = gate(written, [*state, *(() if out is None else adjoint), grad, hyper])
     core.optim_vjp(
         code(rule),
         DTYPES[params.dtype],
         DTYPES[grad.dtype],
         params.numel(),
-        addresses.addresses(state),
-        grad.data_ptr(),
+        source[:count],
+        source[-2],
         float(grad_scale),
-        hyper.data_ptr(),
+        source[-1],
         segments.groups,
         k,
-        table.data_ptr(),
+        address(table),
         table.shape[0],
-        addresses.addresses(adjoint),
-        addresses.addresses(new),
-        u.data_ptr(),
-        cotangents.data_ptr() if hyper_wanted else 0,
+        to[:count] if out is None else source[count:-2],
+        to[:count],
+        to[count],
+        address(cotangents) if hyper_wanted else 0,
         torch.get_num_threads(),
     )
+    wrote(written)
     return cotangents if hyper_wanted else None
 
 
@@ -203,6 +217,8 @@ def update(
     _check_step(k)
     dtype, grad_dtype, sizes = check_leaves(updates, grads, [*state, *out], groups)
     hyper = _table(rule, hyper, hyper.shape[0])
+    to, source, gradients = by_leaf(out), by_leaf(state), by_leaf([grads])
+    check_leaves_apart(sizes, dtype, to, source, (grad_dtype, gradients))
     core.optim_update(
         code(rule),
         DTYPES[dtype],
@@ -210,14 +226,15 @@ def update(
         sizes,
         list(groups),
         len(state),
-        by_leaf(state),
-        by_leaf([grads]),
-        hyper.data_ptr(),
+        source,
+        gradients,
+        address(hyper),
         hyper.shape[0],
         k,
-        by_leaf(out),
+        to,
         torch.get_num_threads(),
     )
+    wrote([leaf for leaf in chain(*out) if leaf is not None])
 
 
 def update_vjp(
@@ -244,6 +261,9 @@ def update_vjp(
     dtype, grad_dtype, sizes = check_leaves(u, grads, [*state, *adjoint, *out], groups)
     hyper = _table(rule, hyper, hyper.shape[0])
     cotangents = torch.empty(hyper.shape[0], len(rule.hyper) + 1, dtype=torch.float64)
+    source, gradients, adjoints = by_leaf(state), by_leaf([grads]), by_leaf(adjoint)
+    to, to_u = by_leaf(out), by_leaf([u])
+    check_leaves_apart(sizes, dtype, to, adjoints, (dtype, source), (grad_dtype, gradients), u=to_u)
     core.optim_update_vjp(
         code(rule),
         DTYPES[dtype],
@@ -251,24 +271,23 @@ def update_vjp(
         sizes,
         list(groups),
         len(state),
-        by_leaf(state),
-        by_leaf([grads]),
-        hyper.data_ptr(),
+        source,
+        gradients,
+        address(hyper),
         hyper.shape[0],
         k,
-        by_leaf(adjoint),
-        by_leaf(out),
-        by_leaf([u]),
-        cotangents.data_ptr() if hyper_wanted else 0,
+        adjoints,
+        to,
+        to_u,
+        address(cotangents) if hyper_wanted else 0,
         torch.get_num_threads(),
     )
+    wrote([leaf for leaf in chain(*out, u) if leaf is not None])
     return cotangents if hyper_wanted else None
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Serves any two of float32, float64, bfloat16 and float16."""
     x, y = check_dot(x, y, "cpu")
-    value = _core().dot(
-        DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), x.data_ptr(), y.data_ptr(), torch.get_num_threads()
-    )
+    value = _core().dot(DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), address(x), address(y), torch.get_num_threads())
     return torch.tensor(value, dtype=torch.float64)

@@ -23,6 +23,7 @@ from mgd_kernels.arena import Segments
 from mgd_kernels.backends import addresses
 from mgd_kernels.backends.addresses import DTYPES, check, check_dot, check_scales, check_slots, check_table, code
 from mgd_kernels.errors import BackendUnavailable, BadArgument, KernelError
+from mgd_kernels.memory import address, gate, wrote
 from mgd_kernels.rules import Rule
 
 _MAX_STEPS = 32  # kMaxSteps
@@ -186,7 +187,7 @@ def _on(device: torch.device, values: Any, dtype: torch.dtype, shape: tuple[int,
     tensor = torch.as_tensor(values, dtype=dtype)
     if tensor.shape != shape:
         raise BadArgument(f"expected {what} as {dtype} {list(shape)}; got {tensor.dtype} {list(tensor.shape)}")
-    return tensor.to(device, non_blocking=True).contiguous()
+    return tensor.to(device, non_blocking=True).resolve_neg().contiguous()
 
 
 @contextmanager
@@ -244,13 +245,14 @@ def replay_(
     hypers = _on(device, hypers, torch.float64, (len(grads), groups, len(rule.hyper)), "hyperparameters")
     scales = _on(device, grad_scales, torch.float64, (len(grads),), "grad_scales")
     first = _on(device, k, torch.int64, (), "the step number")
+    to, (*sources, hyper) = gate(state, [*grads, hypers])
     size = library.mgd_cuda_workspace(min(len(grads), _MAX_STEPS), groups, 0)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     for at in range(0, len(grads), _MAX_STEPS):
-        part = grads[at : at + _MAX_STEPS]
+        part = sources[at : at + _MAX_STEPS]
         launch = _Launch(
-            state=(ctypes.c_void_p * 3)(*addresses.addresses(state)),
-            grads=(ctypes.c_void_p * _MAX_STEPS)(*addresses.addresses(part)),
+            state=(ctypes.c_void_p * 3)(*to),
+            grads=(ctypes.c_void_p * _MAX_STEPS)(*part),
             segments=tiles.table.data_ptr(),
             first_tile=tiles.first.data_ptr(),
             rows=tiles.rows,
@@ -259,14 +261,15 @@ def replay_(
             steps=len(part),
             step_offset=at,
             k=first.data_ptr(),
-            hyper=hypers[at:].data_ptr(),
+            hyper=hyper + at * hypers.stride(0) * hypers.itemsize,
             grad_scale=scales[at:].data_ptr(),
             workspace=workspace.data_ptr(),
             rule=code(rule),
             dtype=DTYPES[params.dtype],
-            grad_dtype=DTYPES[part[0].dtype],
+            grad_dtype=DTYPES[grads[0].dtype],
         )
         _call(library.mgd_cuda_replay, launch, device)
+    wrote(state)
 
 
 def vjp_(
@@ -294,11 +297,12 @@ def vjp_(
     first = _on(device, k, torch.int64, (), "the step number")
     workspace = torch.empty(library.mgd_cuda_workspace(1, groups, tiles.count), dtype=torch.uint8, device=device)
     out = torch.empty(groups, len(rule.hyper) + 1, dtype=torch.float64, device=device)
+    (*to, to_u), (*sources, source, table) = gate([*adjoint, u], [*state, grad, hyper])
     launch = _Launch(
-        state=(ctypes.c_void_p * 3)(*addresses.addresses(state)),
-        adjoint=(ctypes.c_void_p * 3)(*addresses.addresses(adjoint)),
-        u=u.data_ptr(),
-        grads=(ctypes.c_void_p * _MAX_STEPS)(grad.data_ptr()),
+        state=(ctypes.c_void_p * 3)(*sources),
+        adjoint=(ctypes.c_void_p * 3)(*to),
+        u=to_u,
+        grads=(ctypes.c_void_p * _MAX_STEPS)(source),
         segments=tiles.table.data_ptr(),
         first_tile=tiles.first.data_ptr(),
         rows=tiles.rows,
@@ -307,7 +311,7 @@ def vjp_(
         steps=1,
         step_offset=0,
         k=first.data_ptr(),
-        hyper=hyper.data_ptr(),
+        hyper=table,
         grad_scale=scale.data_ptr(),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),
@@ -316,6 +320,7 @@ def vjp_(
         grad_dtype=DTYPES[grad.dtype],
     )
     _call(library.mgd_cuda_vjp, launch, device)
+    wrote([*adjoint, u])
     return out
 
 
@@ -327,8 +332,8 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     workspace = torch.empty(max(tiles, 1), dtype=torch.float64, device=x.device)
     out = torch.empty((), dtype=torch.float64, device=x.device)
     launch = _DotLaunch(
-        x=x.data_ptr(),
-        y=y.data_ptr(),
+        x=address(x),
+        y=address(y),
         n=x.numel(),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.arena import Segments
+from mgd_kernels.memory import check_extents_apart
 from mgd_kernels.rules import Rule
 
 Hyper = Sequence[Any]  # floats, or 0-d tensors where autograd is to reach the hyperparameters
@@ -151,6 +152,7 @@ def step_(
     segments: Segments,
     grad_scale: float | Tensor = 1.0,
 ) -> None:
+    check_extents_apart([params, *slots], [grad, hyper])
     for start, stop, group in segments.rows():
         state = [tensor[start:stop] for tensor in (params, *slots)]
         g = grad[start:stop].to(params.dtype) * grad_scale
@@ -171,6 +173,7 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
 ) -> Tensor:
+    check_extents_apart([adjoint_params, *adjoint_slots, u], [params, *slots, grad, hyper])
     out = torch.zeros(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device=params.device)
     for start, stop, group in segments.rows():
         state = [tensor[start:stop] for tensor in (params, *slots)]

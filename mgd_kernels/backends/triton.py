@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import check_extents_apart, wrote
 from mgd_kernels.rules import Rule
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,9 +156,14 @@ def _reducing_tile(n: int) -> int:
 
 def _check(n: int, *tensors: Tensor) -> None:
     for tensor in tensors:
-        if tensor.shape != (n,) or not tensor.is_contiguous():
+        if tensor.shape != (n,) or not tensor.is_contiguous() or tensor.device != tensors[0].device:
             raise BadArgument(
-                f"expected contiguous tensors of shape [{n}]; got {list(tensor.shape)} with strides {tensor.stride()}"
+                f"expected contiguous tensors of shape [{n}] on {tensors[0].device}; got {list(tensor.shape)} with "
+                f"strides {tensor.stride()} on {tensor.device}"
+            )
+        if tensor.is_neg():
+            raise BadArgument(
+                "expected tensors whose memory holds their values; got a negated view: call .resolve_neg()"
             )
 
 
@@ -182,7 +188,7 @@ def _coefficients(
             f"{', '.join(rule.hyper)}); got {list(hypers.shape)}"
         )
     steps, groups, width = hypers.shape
-    hypers = hypers.to(device, torch.float64, non_blocking=True).contiguous()
+    hypers = hypers.to(device, torch.float64, non_blocking=True).resolve_neg().contiguous()
     scale, scales = 1.0, None
     if any(isinstance(value, Tensor) for value in grad_scales):
         scales = torch.stack(
@@ -265,7 +271,9 @@ def replay_(
 
 def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -> None:
     kernels = _kernels()
-    _check(params.numel(), params, *slots, *grads, *([] if low is None else [low]))
+    written = [params, *slots, *([] if low is None else [low])]
+    _check(params.numel(), *written, *grads)
+    check_extents_apart(written, grads)
     device, steps = params.device, len(grads)
     with _on(device):
         tiles = tiles_of(segments, kernels.BLOCK, device)
@@ -279,6 +287,7 @@ def _replay(rule, params, slots, grads, hypers, k, segments, grad_scales, low) -
                 steps, RULE=_variant(rule), SINGLE=steps == 1, ALIGNED=aligned,
                 OFFSETS_ALIGNED=aligned and offsets_aligned, BLOCK=block, **_options(block),
             )  # fmt: skip
+    wrote(written)
 
 
 def vjp_(
@@ -296,7 +305,9 @@ def vjp_(
 ) -> Tensor:
     """k as in `step_`. `u` may be 16-bit."""
     kernels = _kernels()
-    _check(params.numel(), params, *slots, grad, adjoint_params, *adjoint_slots, u)
+    written = [adjoint_params, *adjoint_slots, u]
+    _check(params.numel(), params, *slots, grad, *written)
+    check_extents_apart(written, [params, *slots, grad])
     device, columns = params.device, len(rule.hyper) + 1
     with _on(device):
         tiles = tiles_of(segments, _reducing_tile(params.numel()), device)
@@ -311,11 +322,13 @@ def vjp_(
                 where, params.numel(), tiles.count, RULE=_variant(rule), ALIGNED=aligned, TILE=size, BLOCK=block,
                 **_options(block, _variant(rule)),
             )  # fmt: skip
+        wrote(written)
         return _sum(partials, tiles.ranges, segments.groups)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     kernels = _kernels()
+    x, y = x.resolve_neg(), y.resolve_neg()
     _check(x.numel(), x, y)
     with _on(x.device):
         size, block = _reducing_tile(x.numel()), kernels.VJP_BLOCK

@@ -10,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from mgd_kernels import memory
 from mgd_kernels.backends import cpu
 from mgd_kernels.errors import BadArgument
 
@@ -215,13 +216,13 @@ def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Any]:
                     f"expected a float32 tensor {list(shape)}; got {tensor.dtype} {list(tensor.shape)}: the operators "
                     "mgd_kernels:: take what their functions in mgd_kernels.functional pass to them"
                 )
-            tensor = tensor.contiguous()
+            tensor = tensor.resolve_neg().contiguous()
         ready.append(tensor)
     return ready
 
 
 def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return 0 if tensor is None else memory.address(tensor)
 
 
 def like(x: Tensor, *shape: int) -> Tensor:

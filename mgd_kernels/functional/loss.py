@@ -27,7 +27,7 @@ from mgd_kernels.functional._library import (
 def _call(pass_, x, target, ignore_index, gl=None, c=None, losses=None, statistics=None, gx=None, ggl=None) -> None:
     if target.dtype is not torch.int64 or target.shape != x.shape[:1]:
         raise BadArgument(f"expected target int64 {list(x.shape[:1])}; got {target.dtype} {list(target.shape)}")
-    target = target.contiguous()
+    target = target.resolve_neg().contiguous()
     tensors = (x, gl, c, target, losses, statistics, gx, ggl)
     _core().nn_cross_entropy(pass_, *x.shape, ignore_index, *map(address, tensors), torch.get_num_threads())
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mgd_kernels import buffers
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends.interface import Backend, Leaves
+from mgd_kernels.memory import wrote
 from mgd_kernels.rules import Rule
 
 
@@ -74,6 +75,8 @@ def update(
     for leaves, flat, copied in ((updates, update, apart), *zip(new_slots, *zip(*flats, strict=True), strict=True)):
         if copied:
             torch._foreach_copy_(list(leaves), views(flat, [leaf.shape for leaf in leaves]))
+        else:
+            wrote(leaves)
 
 
 def update_vjp(
@@ -114,6 +117,7 @@ def update_vjp(
     cotangents = backend.vjp_(
         rule, old[0], old[1:], _joined(grads, u), hyper, k, segments, adjoints[0], adjoints[1:], cotangent
     )
+    wrote([leaf for leaf in itertools.chain(*new_adjoint_slots, u) if leaf is not None])
     for row, flat in apart:
         for leaf, piece in zip(row, views(flat, shapes), strict=True):
             if leaf is not None:

@@ -162,10 +162,8 @@ def _update(call: Call, hyper: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     out: list[Tensor] = list(itertools.chain(*new))
     if call.inplace:
         for leaf, stepped in zip(itertools.chain(*old), out, strict=True):
-            if leaf.data_ptr() != stepped.data_ptr():
+            if leaf is not stepped:
                 leaf.copy_(stepped)
-            else:  # the kernel writes past autograd: a graph that saved the leaf must hear of it
-                torch.autograd.graph.increment_version(leaf)
         out = list(itertools.chain(*old))
     if call.dtype != tensors[0].dtype:
         updates = [update.to(tensors[0].dtype) for update in updates]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
+from mgd_kernels.memory import address, wrote
 from mgd_kernels.store.format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, encode_key
 from mgd_kernels.store.gpu_copy import DeviceCopies
 from mgd_kernels.store.tensors import Tensors, matching_targets, storable
@@ -150,7 +151,7 @@ class Store:
         for candidate in [tier] if tier else self._tiers:
             try:
                 if all(t.device.type == "cpu" for t in items):
-                    core.put(name, sequence, layout, [t.data_ptr() for t in items], candidate)
+                    core.put(name, sequence, layout, [address(t) for t in items], candidate)
                     self._devices.pop(name, None)
                 else:
                     self._copies.put(name, sequence, items, layout, candidate)
@@ -200,7 +201,8 @@ class Store:
         if any(t.device.type != "cpu" for t in targets):
             self._copies.get(name, targets)
         else:
-            core.get(name, [t.data_ptr() for t in targets], again)
+            core.get(name, [address(t) for t in targets], again)
+            wrote(targets)
         if out is not None:
             return out if isinstance(out, torch.Tensor) else list(out)
         return targets if sequence else targets[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mgd_kernels import memory
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.store.format import DTYPE_OF, DTYPES, Key
 
@@ -37,4 +38,5 @@ def matching_targets(key: Key, sequence: bool, layout: list[tuple[int, Any]], ou
                 f"expected contiguous {DTYPE_OF[code]} of shape {tuple(shape)} as out[{i}] for {key!r}; "
                 f"got {t.dtype} {tuple(t.shape)} of strides {t.stride()}"
             )
+    memory.check_apart(memory.spans(targets), [])
     return [t.detach() for t in targets]

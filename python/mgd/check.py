@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from mgd.errors import BadArgument
+from mgd.errors import BadArgument, BadMetaparameter
 from mgd.step.batches import to_dtype
 from mgd.util.progress import Progress
 from mgd.util.text import table
@@ -150,7 +150,10 @@ def check(
 
     def value(moved: Any) -> float:
         bar.tick("check")
-        return float((double.value({**z64, **moved}).double() * mix).sum())
+        try:
+            return float((double.value({**z64, **moved}).double() * mix).sum())
+        except BadMetaparameter:  # too far: beyond the range of a hyperparameter, say beta2 = 1
+            return math.nan
 
     def examine(name: str) -> KeyCheck:
         direction = tree_map(lambda leaf: _direction(leaf, generator), z64[name])
@@ -257,6 +260,8 @@ def _inner(x: Any, y: Any) -> float:
 
 
 def _relative(x: float, reference: float) -> float:
+    if math.isnan(x):
+        return math.inf
     difference = abs(x - reference)
     return difference / max(abs(x), abs(reference)) if difference else 0.0
 

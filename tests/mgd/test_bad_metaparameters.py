@@ -52,6 +52,19 @@ def test_values_that_are_not_finite(value):
     refused(errors.BadMetaparameter, "finite", "z['data_weights']", loss=weighted, z=z)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("key, value", [("beta1", 1.5), ("beta2", -0.1), ("eps", -1.0), ("eps_root", -1e-9)])
+def test_hyperparameters_out_of_range(call, key, value):
+    z = {key: torch.tensor([0.5] * (STEPS - 1) + [value], dtype=torch.float64)}
+    refused(errors.BadMetaparameter, f"z['{key}']", f"got {value}", call=call, case=base(optimizer=adamw()), z=z)
+
+
+@pytest.mark.parametrize("key, value", [("lr", float("nan")), ("weight_decay", float("inf")), ("beta1", 1.0)])
+def test_fixed_hyperparameters_out_of_range(key, value):
+    case = base(optimizer=adamw(), fixed={key: value})
+    refused(errors.BadMetaparameter, f"fixed['{key}']", f"got {value}", case=case, z={"lr": torch.tensor(0.1)})
+
+
 @pytest.mark.parametrize("key", ["lr", "data_weights", "init"])
 def test_values_on_another_device(key):
     z = {"lr": torch.full((STEPS,), 1e-2, device="meta"), "data_weights": torch.ones(20, device="meta")}

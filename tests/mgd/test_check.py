@@ -178,3 +178,9 @@ def test_the_result_is_json_and_an_aligned_table():
     head, rule, *rows = str(result).splitlines()[:4]
     assert len({row.rindex("holds") for row in rows}) == 1 and set(rule) == {"-", " "}
     assert head.split() == ["analytic", "finite", "difference", "rel.", "error", "order", "float32", "error"]
+
+
+def test_step_sizes_that_leave_the_range_of_a_hyperparameter_do_not_count():
+    f, z = training()
+    result = check(f, {**z, "beta2": torch.tensor(0.9999)}, keys=["beta2"], steps=(1.0, 1e-5))
+    assert result.keys["beta2"].errors[0] == float("inf") and result.keys["beta2"].h == 1e-5

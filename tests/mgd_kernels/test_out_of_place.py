@@ -191,6 +191,40 @@ def test_bad_leaves_are_refused(change, word):
     assert all(x.isnan().all() for row in new for x in row)
 
 
+def test_leaves_that_are_written_lie_apart():
+    leaves = Leaves(ADAM)
+    new = [apart(row) for row in leaves.state]
+    u = apart(leaves.state[0])
+
+    def update(updates, slots):
+        cpu.update(
+            ADAM, leaves.params, leaves.state[1:], leaves.grads, leaves.problem.hyper, leaves.problem.k, leaves.groups,
+            updates, slots,
+        )  # fmt: skip
+
+    def vjp(u, new):
+        cpu.update_vjp(
+            ADAM, leaves.params, leaves.state[1:], leaves.grads, leaves.problem.hyper, leaves.problem.k, leaves.groups,
+            leaves.adjoint[0], leaves.adjoint[1:], new[0], new[1:], u,
+        )  # fmt: skip
+
+    for attempt in (
+        lambda: update(leaves.grads, new[1:]),
+        lambda: update(new[1], new[1:]),
+        lambda: update(new[0], [leaves.state[2], new[2]]),  # in the place of the other slot
+        lambda: vjp(new[1], new),
+        lambda: vjp(leaves.adjoint[0], new),
+        lambda: vjp(u, [leaves.state[0], *new[1:]]),
+    ):
+        with pytest.raises(BadArgument, match="apart"):
+            attempt()
+    before = [x._version for row in (*new, u) for x in row]
+    update(new[0], new[1:])
+    vjp(u, new)
+    after = [x._version for row in (*new, u) for x in row]
+    assert all(a < b for a, b in zip(before, after, strict=True))
+
+
 # --- The operators ------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from mgd.errors import BadMetaparameter
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
+from mgd_kernels.errors import BadArgument
 
 RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root")
 
@@ -67,12 +68,20 @@ def check_reserved(z: Mapping[str, Any], optimizer: Optimizer) -> None:
             )
 
 
-def schedule(name: str, value: Any, steps: int, groups: int) -> Tensor:
-    """The values of one hyperparameter, float64 `[T, G]` or broadcastable to it. name: for the error."""
+def schedule(optimizer: Optimizer, key: str, name: str, value: Any, steps: int) -> Tensor:
+    """The values of the hyperparameter `key`, float64 `[T, G]` or broadcastable to it, in its range. name: for the
+    error."""
+    groups = optimizer.groups
     value = torch.tensor(float(value), dtype=torch.float64) if isinstance(value, float | int) else value
     if not isinstance(value, Tensor):
         raise BadMetaparameter(f"expected a tensor for {name}; got {type(value).__name__}")
+    if value.is_meta:
+        raise BadMetaparameter(f"expected {name} with values; got a meta tensor")
     value = value.detach().to("cpu", torch.float64)
+    try:
+        optimizer.check_range(key, value, name)
+    except BadArgument as error:
+        raise BadMetaparameter(str(error)) from None
     if value.shape in ((), (groups,), (steps, groups)) and value.shape != (steps,):
         return value
     if value.shape == (steps,):

@@ -53,9 +53,9 @@ class Metaparameters:
                     f"expected fixed hyperparameters of {type(optimizer).__name__}, {list(optimizer.hyper_names)}; "
                     f"got {key!r}"
                 )
-            self.hypers[:, :, optimizer.column(key)] = schedule(f"fixed[{key!r}]", value, steps, optimizer.groups)
+            self.hypers[:, :, optimizer.column(key)] = schedule(optimizer, key, f"fixed[{key!r}]", value, steps)
         for key in self.hyper_keys:
-            values = schedule(f"z[{key!r}]", self.z[key], steps, optimizer.groups)
+            values = schedule(optimizer, key, f"z[{key!r}]", self.z[key], steps)
             self.hypers[:, :, optimizer.column(key)] = values
         self.tables = self.hypers.unbind()
         if "init" in self.z:

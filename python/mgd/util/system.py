@@ -1,4 +1,4 @@
-"""Memory as the system reports it (`/proc` and the control group), and how malloc is told to treat it."""
+"""Memory as the system reports it, and how malloc is told to treat it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+from mgd.util import limits
 
-def free_memory() -> int:
-    """Bytes that this process may still allocate: free in the system, and within its control group's limit."""
-    sizes = []
-    if (available := _available()) is not None:
-        sizes.append(available)
-    limit, used = (_number(f"/sys/fs/cgroup/{name}") for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        sizes.append(max(0, limit - used))
-    if not sizes:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(sizes) + _unused_heap()
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still allocate: free in the system, and within the limits of its control groups and
+    of `ulimit`. root: where `/proc` and `/sys` are found."""
+    available = _available(root)
+    if available is None:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([available, *limits.rooms(root)]) + _unused_heap()
 
 
 def resident_memory() -> int | None:
@@ -73,22 +71,14 @@ def fields(path: Path) -> dict[str, str]:
     return values
 
 
-def _available() -> int | None:
+def _available(root: Path) -> int | None:
     """Bytes that the system says are available. It is asked at every metagradient, and so faster than `fields`."""
     try:
-        with open("/proc/meminfo", "rb") as file:
+        with open(root / "proc/meminfo", "rb") as file:
             _, found, rest = file.read().partition(b"MemAvailable:")
     except OSError:
         return None
     return int(rest.split(maxsplit=1)[0]) * 1024 if found else None
-
-
-def _number(path: str) -> int | None:
-    try:
-        with open(path, "rb") as file:
-            return int(file.read())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 _TRIM_THRESHOLD = 2**31 - 1  # bytes, the largest number that mallopt takes

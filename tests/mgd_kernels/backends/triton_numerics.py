@@ -344,6 +344,17 @@ def test_what_is_not_supported_is_said():
     with pytest.raises(BadArgument, match="contiguous"):
         triton.dot(x[::2], x[::2])
     with pytest.raises(BadArgument, match=r"\[1, 1, 5\] \(steps, groups, lr,.*got \[1, 2, 5\]"):
-        triton.step_(SGD_PLAIN, x, [], x, torch.zeros(2, 5, dtype=torch.float64), 1, Segments.single(4))
+        triton.step_(SGD_PLAIN, x, [], x.clone(), torch.zeros(2, 5, dtype=torch.float64), 1, Segments.single(4))
     with pytest.raises(BadArgument, match=r"shape \[4\]"):
         triton.step_(SGD_PLAIN, x, [], x[:3], torch.zeros(1, 5, dtype=torch.float64), 1, Segments.single(4))
+    for grad, word in ((x, "apart"), (torch._neg_view(x.clone()), "negated")):
+        with pytest.raises(BadArgument, match=word):
+            triton.step_(SGD_PLAIN, x, [], grad, torch.zeros(1, 5, dtype=torch.float64), 1, Segments.single(4))
+
+
+def test_autograd_hears_of_what_is_written():
+    params, slot, ap, aslot, u, grad = (torch.ones(4, device=DEVICE) for _ in range(6))
+    table, segments = torch.zeros(1, 5, dtype=torch.float64), Segments.single(4)
+    triton.step_(SGD_MOMENTUM, params, [slot], grad, table, 1, segments)
+    triton.vjp_(SGD_MOMENTUM, params, [slot], grad, table, 1, segments, ap, [aslot], u)
+    assert [x._version for x in (params, slot, ap, aslot, u, grad)] == [1, 1, 1, 1, 1, 0]
