@@ -67,6 +67,7 @@ def test_log_and_snapshots_on_disk(name, tmp_path):
 class Scripted:
     """A plan that no planner would make: it loads, replays and rebuilds the same stretches again and again."""
 
+    T = STEPS
     peak: ClassVar = {}
     limits: ClassVar = {}
 
