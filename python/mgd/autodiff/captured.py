@@ -33,7 +33,7 @@ from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
-from mgd.step.batches import split_tensors, structure
+from mgd.step.batches import described
 from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
@@ -147,9 +147,9 @@ class CapturedEvaluator:
         if why := unheard():
             self.left_out = why
             return None
-        tensors = split_tensors(microbatch.batch)[0]
-        structures = structure(microbatch.batch), microbatch.metaparameters.structure
-        kind: Kind = (*structures, microbatch.share, tuple([x.shape for x in tensors]))
+        tensors, structure = described(microbatch.batch)
+        shapes = tuple([x.shape for x in tensors])
+        kind: Kind = structure, microbatch.metaparameters.structure, microbatch.share, shapes
         return None if kind in self._failed else kind
 
     def second_derivatives(

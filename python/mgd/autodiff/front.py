@@ -112,17 +112,17 @@ def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     if capture is None:  # Dynamo is switched off in this process
         return context(entry)
 
+    settings = {
+        "recompile_limit": MOST_GRAPHS,
+        "skip_nnmodule_hook_guards": False,  # hooks may come and go between calls
+        "allow_rnn": True,
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+    }
+    known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
+
     def callback(*arguments: Any) -> Any:
-        with (
-            warnings.catch_warnings(),
-            torch._dynamo.config.patch(
-                recompile_limit=MOST_GRAPHS,
-                skip_nnmodule_hook_guards=False,  # hooks may come and go between calls
-                allow_rnn=True,
-                capture_scalar_outputs=True,
-                capture_dynamic_output_shape_ops=True,
-            ),
-        ):
+        with warnings.catch_warnings(), torch._dynamo.config.patch(known):
             warnings.simplefilter("ignore")
             return capture(*arguments)
 

@@ -70,13 +70,13 @@ def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], An
     return [leaves[i] for i in places], rebuild
 
 
-def structure(batch: Any) -> str:
-    """How a batch is built: containers, keys and types, without the values."""
+def described(batch: Any) -> tuple[list[Tensor], str]:
+    """The tensors of a batch, and how it is built: containers, keys and types, without the values."""
     if _is_plain(batch):
-        return f"{len(batch)} tensors"
+        return list(batch), f"{len(batch)} tensors"
     leaves, spec = tree_flatten(batch)
     kinds = [f"{type(x).__name__}{list(x) if isinstance(x, Mapping) else ''}" for x in leaves]
-    return f"{spec} {kinds}"
+    return [x for x in leaves if isinstance(x, Tensor)], f"{spec} {kinds}"
 
 
 def same(first: Any, second: Any) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeGuard
 
 from torch import Tensor
 
@@ -21,7 +19,7 @@ _Reference = tuple[int, int]  # the address of a tensor that is held where it is
 class _Kept:
     residuals: list[Residuals]
     places: list[tuple[Slab, int]]
-    references: list[_Reference]
+    references: set[_Reference]
     bytes: int
 
 
@@ -49,27 +47,33 @@ class ResidualCache:
         """Keep the residuals of step `t`, if there is room."""
         if not self.room:
             return
-        tensors = [x for part in residuals for x in part.tensors]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if _is_tensor(x)}
+        tensors = [x for part in residuals for x in part.tensors if isinstance(x, Tensor)]
+        given = [x for part in residuals for x in part.given]
+        whole = [x.untyped_storage() for x in tensors] if self._ample is not False else []
+        storages = {x.data_ptr(): x.nbytes() for x in whole}
         if self._ample is None:
             self._ample = 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
-        layout = Layout([] if self._ample else tensors)
-        references = _references([*layout.apart, *(x for part in residuals for x in part.given)])
-        if self._ample:
-            references = list({**dict(references), **storages}.items())
-        beside = sum(size for address, size in references if (address, size) not in self._references)
+        layout = None if self._ample else Layout(x for part in residuals for x in part.tensors)
+        references = {(x.data_ptr(), x.nbytes) for x in (given if layout is None else [*layout.apart, *given])}
+        if layout is None:
+            references |= storages.items()
+        beside = sum([size for address, size in references if (address, size) not in self._references])
         room = self.room - self._slabs.size - self._beside - beside
-        places = self._slabs.hold(layout.pieces, room) if room >= 0 else None
-        if places is None:
+        if room < 0:
             return
-        if not self._ample:
+        places, copied = [], 0
+        if layout is not None:
+            held = self._slabs.hold(layout.pieces, room)
+            if held is None:
+                return
+            places, copied = held, sum(layout.pieces)
             copies = iter(layout.copied(places))
             for part in residuals:
                 part.tensors = list(itertools.islice(copies, len(part.tensors)))
         self._references.update(references)
         self._beside += beside
-        self._steps[t] = _Kept(residuals, places, references, sum(layout.pieces))
-        self.kept += sum(layout.pieces)
+        self._steps[t] = _Kept(residuals, places, references, copied)
+        self.kept += copied
         self.peak = max(self.peak, self.kept + self._beside)
 
     def take(self, t: int) -> list[Residuals] | None:
@@ -90,11 +94,3 @@ class ResidualCache:
         """Let go of everything."""
         for t in list(self._steps):
             self.take(t)
-
-
-def _is_tensor(x: object) -> TypeGuard[Tensor]:
-    return isinstance(x, Tensor)
-
-
-def _references(tensors: Iterable[Tensor]) -> list[_Reference]:
-    return list(dict.fromkeys((x.data_ptr(), x.nbytes) for x in tensors))
