@@ -21,15 +21,6 @@ def free_memory(root: Path = Path("/")) -> int:
     return min([available, *limits.rooms(root)]) + _unused_heap()
 
 
-def resident_memory() -> int | None:
-    """Bytes of physical memory that this process occupies; None without `/proc`."""
-    try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
 class _Mallinfo(ctypes.Structure):
     """The result of glibc's mallinfo2. `fordblks`: bytes that malloc holds and that are not in use."""
 

@@ -13,8 +13,10 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 PROGRAM = """
 import torch
-from mgd.util.system import free_memory
-from mgd.util.system import keep_freed_memory, resident_memory
+from mgd.util.system import free_memory, keep_freed_memory
+
+def resident_memory():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 print(keep_freed_memory())
 before, free = resident_memory(), free_memory()
