@@ -27,7 +27,7 @@ JOBS ?= 2
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# What tells within a minute and a half whether anything is broken: all but the tests that tests/durations.txt lists.
+# What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --fast -q $(ARGS)
 
