@@ -51,10 +51,11 @@ def spans(tensors: Sequence[Tensor]) -> list[Span]:
 
 def check_extents_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     """As `check_apart`, for kernels that take tensors: these may have any strides, or no memory."""
-    check_apart([_extent(tensor) for tensor in written], [_extent(tensor) for tensor in read])
+    check_apart([extent(tensor) for tensor in written], [extent(tensor) for tensor in read])
 
 
-def _extent(tensor: Tensor) -> Span:
+def extent(tensor: Tensor) -> Span:
+    """The memory between a tensor's first and last element, whatever its strides; (0, 0) where there is none."""
     if not torch._C._has_storage(tensor) or not tensor.numel() or not (start := tensor.data_ptr()):
         return 0, 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

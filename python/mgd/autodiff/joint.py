@@ -117,7 +117,7 @@ def _is_cheap(node: fx.Node) -> bool:
     """Whether the node's result is better recomputed than kept, judged by its operator alone."""
     if node.target is operator.getitem:
         return _is_cheap(node.args[0])  # type: ignore[arg-type]
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not isinstance(node.target, torch._ops.OpOverload) or draws(node):
         return is_view(node)
     name = node.target._schema.name
     return (

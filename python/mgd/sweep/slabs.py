@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd_kernels.memory import extent
+
 SLAB = 16 << 20  # bytes; glibc maps blocks from 32 MiB on one by one
 _LINE = 64  # bytes: tensors keep their places within a cache line, by which kernels choose the order of their sums
 
@@ -92,7 +94,7 @@ class Layout:
         self._values = list(values)
         tensors = {i: x for i, x in enumerate(self._values) if isinstance(x, Tensor)}
         self.apart = [x for x in tensors.values() if not _movable(x)]
-        spans = {i: _span(x) for i, x in tensors.items() if _movable(x)}
+        spans = {i: extent(x) for i, x in tensors.items() if _movable(x)}
         self._runs: list[tuple[int, int]] = []  # first and last address
         self._run_of: dict[int, tuple[int, int]] = {}  # of a tensor: its run, and its distance from the beginning
         for i, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
@@ -125,15 +127,6 @@ def _movable(x: Tensor) -> bool:
         and not (x.is_conj() or x.is_neg() or x.is_quantized)
         and x.data_ptr() % x.element_size() == 0
     )
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses at which the elements begin and end."""
-    start = x.data_ptr()
-    if not x.numel():
-        return start, start
-    elements = 1 + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
-    return start, start + elements * x.element_size()
 
 
 def _up(number: int) -> int:
