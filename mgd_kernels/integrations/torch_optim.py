@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mgd_kernels.arena import Arena
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.optimizer import SGD, Adam, AdamW, Optimizer, OptimizerState
+from mgd_kernels.fused import SGD, Adam, AdamW
+from mgd_kernels.optimizer import Optimizer, OptimizerState
 
 __all__ = ["export_state", "import_state", "matching_optimizer"]
 

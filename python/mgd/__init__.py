@@ -12,6 +12,7 @@ from mgd.descent.constraints import Box, Simplex
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.sign_descent import SignDescent
 from mgd.function import TrainingFunction
+from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
@@ -28,12 +29,14 @@ __all__ = [
     "MetaDescent",
     "Metagradient",
     "Plan",
+    "RecordedBatches",
     "Report",
     "SignDescent",
     "Simplex",
     "Trained",
     "TrainingFunction",
     "attribute",
+    "batches",
     "check",
     "errors",
     "keep_freed_memory",

@@ -46,7 +46,7 @@ class Metaparameters:
         check_reserved(self.z, optimizer)
         self.hyper_keys = [key for key in self.z if key in optimizer.hyper_names]
         self.loss_keys = [key for key in self.z if key not in self.hyper_keys and key != "init"]
-        self.hypers = optimizer.table().expand(steps, -1, -1).clone()
+        self.hypers = optimizer.tables(steps)
         for key, value in (fixed or {}).items():
             if key not in optimizer.hyper_names:
                 raise BadMetaparameter(

@@ -51,10 +51,11 @@ def objective_adjoints(
     trained: Trained,
     like: OptimizerState,
     steps: int,
+    mode: str,
 ) -> tuple[Tensor, list[Adjoint]]:
     """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
 
-    like: a state of the shapes of its adjoint. steps: T.
+    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training.
     """
     buffers = trained.buffers
     names = differentiable(buffers)
@@ -63,6 +64,8 @@ def objective_adjoints(
     copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
     versions = [p._version for p in parameters]
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        if mode == "eval":
+            binding.model.eval()
         value = binding.call(objective, parameters, copies, until=stack)[0]
         with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
             components = _checked(value, steps).reshape(-1).unbind()
