@@ -27,6 +27,7 @@ _UNSUPPORTED = {
     "amsgrad": "its maximum of second moments is no part of the rule",
     "maximize": "negate the loss instead",
     "capturable": "its step count lives on the device; construct the optimizer with capturable=False",
+    "differentiable": "a metagradient needs no graph of torch; construct the optimizer with differentiable=False",
 }
 
 

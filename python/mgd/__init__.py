@@ -4,7 +4,7 @@ Import from here what `__all__` lists: it is the public interface. docs/architec
 for, and which one looks into which.
 """
 
-from mgd import errors
+from mgd import errors, schedules
 from mgd.attribution.attribute import attribute
 from mgd.attribution.result import Attribution
 from mgd.check import CheckResult, check, metasmoothness
@@ -41,4 +41,5 @@ __all__ = [
     "errors",
     "keep_freed_memory",
     "metasmoothness",
+    "schedules",
 ]

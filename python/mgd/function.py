@@ -282,8 +282,6 @@ class TrainingFunction:
             return objective_adjoints(
                 sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self), self.objective_mode
             )
-                sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self), self.objective_mode
-            )
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(

@@ -29,8 +29,6 @@ def test_a_model_without_parameters():
     "changes, part",
     [
         ({"model": lambda x: x}, "torch.nn.Module"),
-        ({"model": torch.compile(nn.Linear(4, 3))}, "_orig_mod"),
-        ({"model": torch.jit.script(nn.Linear(4, 3))}, "torch.jit"),
         ({"model": nn.Sequential(nn.Embedding(4, 3, sparse=True))}, "sparse"),
         ({"optimizer": "adam"}, "mgd_kernels"),
         ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)}, "every trainable parameter"),
@@ -56,6 +54,16 @@ def test_arguments_of_the_constructor(changes, part):
     with pytest.raises(errors.BadArgument) as caught:
         base().but(**changes).function()
     assert part in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_are_not_python_any_more():
+    for model, part in (
+        (torch.compile(nn.Linear(4, 3)), "_orig_mod"),
+        (torch.jit.script(nn.Linear(4, 3)), "torch.jit"),
+    ):
+        with pytest.raises(errors.BadArgument, match=part):
+            base().but(model=model).function()
 
 
 def test_an_update_rule_that_is_not_differentiable():

@@ -22,7 +22,7 @@ def check_model(model: Any) -> None:
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise BadArgument(f"expected plain modules; {where} is a {kind.__name__} of torch.jit, without Python code")
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if kind.__name__ == "OptimizedModule":  # its class is in a package that takes a second to load
             raise BadArgument(
                 f"expected plain modules; {where} is wrapped by torch.compile: give the module inside (._orig_mod). "
                 "Steps are captured where that pays, and compiled with compile=True"
