@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
@@ -30,6 +31,7 @@ def batches(
     source: DataLoader | Dataset | Sequence[Any],
     *,
     epochs: int = 1,
+    steps: int | None = None,
     batch_size: int | None = None,
     shuffle: bool = True,
     drop_last: bool = False,
@@ -44,13 +46,13 @@ def batches(
     torch, numpy or Python draws the same at each reading: from a stream of (`seed`, epoch, example).
 
     source: a `DataLoader`, whose sampler, batches, workers and `collate_fn` are used and which is left as it is; or
-    what has `len()` and `[i]`, such as a `datasets.Dataset`, with the following four arguments.
-    epochs: passes over the source. batch_size: examples per step. shuffle: in a new order for each epoch.
-    drop_last: leave out a last batch that is smaller. collate: makes a batch of a list of examples,
-    `torch.utils.data.default_collate` by default.
+    what has `len()` and `[i]`, such as a `datasets.Dataset`, with the four arguments after `steps`.
+    epochs: passes over the source. steps: this many batches instead, of as many passes as they take.
+    batch_size: examples per step. shuffle: in a new order for each epoch. drop_last: leave out a last batch that is
+    smaller. collate: makes a batch of a list of examples, `torch.utils.data.default_collate` by default.
     indices: add the examples' indices in the source to each batch, int64 `[batch]`: under the key `"index"` if the
-    batch is a mapping, at the end if it is a tuple, a list or a tensor. `per_example={"weights": data.index}` reads
-    them, where `data` is what this returns.
+    batch is a mapping, at the end if it is a tuple, a list or a tensor. `per_example={"weights": data.indices_of}`
+    reads them, where `data` is what this returns.
 
     Raises BadArgument for a stream (an `IterableDataset`, a generator), whose order cannot be repeated.
     """
@@ -72,7 +74,9 @@ def batches(
     _check_indexable(loader.dataset)
     if epochs < 1:
         raise BadArgument(f"expected at least one epoch; got {epochs}")
-    return RecordedBatches(loader, _order(loader, epochs, seed), seed, indices)
+    if steps is not None and (steps < 1 or epochs > 1):
+        raise BadArgument(f"expected either epochs, or at least one step; got steps={steps} and epochs={epochs}")
+    return RecordedBatches(loader, _order(loader, epochs, steps, seed), seed, indices)
 
 
 class RecordedBatches(Sequence):
@@ -196,7 +200,7 @@ def _seed(seed: int, *place: int) -> None:
     random.seed(number)
 
 
-def _order(loader: DataLoader, epochs: int, seed: int) -> list[tuple[int, list[int]]]:
+def _order(loader: DataLoader, epochs: int, steps: int | None, seed: int) -> list[tuple[int, list[int]]]:
     """Of each step, its epoch and the indices of its examples. The loader's own generators are left as they were."""
     numbers: DataLoader = DataLoader(
         cast(Any, range(len(cast(Sized, loader.dataset)))),
@@ -208,16 +212,18 @@ def _order(loader: DataLoader, epochs: int, seed: int) -> list[tuple[int, list[i
     states = [(generator, generator.get_state()) for generator in own.values()]
     order: list[tuple[int, list[int]]] = []
     with _generators_kept():
-        for epoch in range(epochs):
+        for epoch in itertools.count() if steps else range(epochs):
             _seed(seed, epoch, 0)
             if hasattr(loader.sampler, "set_epoch"):
                 loader.sampler.set_epoch(epoch)
             order += [(epoch, step) for step in numbers]
+            if not order or (steps and len(order) >= steps):
+                break
     for generator, state in states:
         generator.set_state(state)
     if not order:
         raise BadArgument("expected at least one batch; got a source without examples (or with drop_last)")
-    return order
+    return order[:steps]
 
 
 def _sampling(loader: DataLoader) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_a_dataset_is_visited_once_per_epoch_in_an_order_that_is_drawn_once():
     again = mgd.batches(TensorDataset(X, Y), batch_size=3, epochs=2, seed=1)
     assert again.order == data.order != mgd.batches(TensorDataset(X, Y), batch_size=3, epochs=2, seed=2).order
     assert [len(i) for *_, i in mgd.batches(TensorDataset(X, Y), batch_size=3, drop_last=True)] == [3, 3, 3]
+    assert mgd.batches(TensorDataset(X, Y), batch_size=3, steps=6, seed=1).order == data.order[:6]
     unshuffled = mgd.batches(TensorDataset(X, Y), batch_size=5, shuffle=False)
     assert unshuffled.order == [(0, [0, 1, 2, 3, 4]), (0, [5, 6, 7, 8, 9])]
 
@@ -135,6 +136,7 @@ class Pair:
         (lambda: ((x for x in X), {"batch_size": 2}), "a stream"),
         (lambda: (list(X), {}), "expected batch_size"),
         (lambda: (list(X), {"batch_size": 2, "epochs": 0}), "at least one epoch"),
+        (lambda: (list(X), {"batch_size": 2, "epochs": 2, "steps": 3}), "either epochs"),
         (lambda: (list(X), {"batch_size": 20, "drop_last": True}), "at least one batch"),
         (lambda: (DataLoader(list(X)), {"batch_size": 2}), "batch_size as the DataLoader has it"),
     ],
