@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: If two first losses differ by more than this (relative), the trainings differ, not just their precision.
 SAME_TRAINING = 1e-3
 
+#: The least order at which remainders converge. Below, that some difference agrees is luck: f is not smooth there.
+CONVERGING = 0.9
+
 #: The relative rounding error of a float64 training's value: 1e-16, grown over a few hundred well-conditioned steps.
 ROUNDING = 1e-14
 
@@ -57,9 +60,10 @@ class CheckResult:
     """The result of `check`. `print` shows it as a table.
 
     keys: the result for each key of z. value: f(z) in float64. steps: the step sizes. trainings: how many trainings ran
-    in float64, including the metagradient's. seconds: of the whole check. `passed`: every relative error is within
-    `tolerance` and every float32 error within `float32_tolerance`. The orders do not count: kinks (ReLU) lower them
-    even if the gradient is right.
+    in float64, including the metagradient's. seconds: of the whole check. `passed`: every key holds, that is, its
+    relative error is within `tolerance`, its float32 error within `float32_tolerance`, and its remainders converge, or
+    are lost in rounding. Where they do not, the verdict is "unclear": f is not smooth at these step sizes. Kinks (ReLU)
+    lower the order somewhat even if the gradient is right.
     """
 
     keys: dict[str, KeyCheck]
@@ -73,13 +77,16 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        return all(self._holds(key) for key in self.keys.values())
+        return all(self.verdict(name) == "holds" for name in self.keys)
 
-    def _holds(self, key: KeyCheck) -> bool:
+    def verdict(self, name: str) -> str:
+        """ "holds", "FAILS" or "unclear", for a key of z."""
+        key = self.keys[name]
         # The comparisons are written so that NaN fails them.
-        return key.relative_error <= self.tolerance and (
-            key.float32_error is None or key.float32_error <= self.float32_tolerance
-        )
+        exact = key.float32_error is None or key.float32_error <= self.float32_tolerance
+        if not (key.relative_error <= self.tolerance and exact):
+            return "FAILS"
+        return "holds" if key.order is None or key.order >= CONVERGING else "unclear"
 
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}
@@ -94,12 +101,15 @@ class CheckResult:
                 f"{key.relative_error:.1e}",
                 "-" if key.order is None else f"{key.order:.2f}",
                 "-" if key.float32_error is None else f"{key.float32_error:.1e}",
-                "holds" if self._holds(key) else "FAILS",
+                self.verdict(name),
             ]
             for name, key in self.keys.items()
         ]
         footer = f"{self.trainings} trainings in float64, {self.seconds:.1f} s"
-        return "\n".join([*table(head, rows), footer, *self.notes])
+        notes = list(self.notes)
+        if any(self.verdict(name) == "unclear" for name in self.keys):
+            notes.append("unclear: the remainders do not fall with the step size, so f is not smooth there (order 2 is)")
+        return "\n".join([*table(head, rows), footer, *notes])
 
 
 def check(

@@ -112,6 +112,15 @@ def test_nan_does_not_pass():
     assert not dataclasses.replace(result, keys={"lr": key}).passed
 
 
+def test_a_difference_that_agrees_by_luck_does_not_pass():
+    f, z = training()
+    result = check(f, z, keys=["lr"])
+    key = dataclasses.replace(result.keys["lr"], order=-0.31)
+    lucky = dataclasses.replace(result, keys={"lr": key})
+    assert not lucky.passed and "unclear" in str(lucky) and lucky.verdict("lr") == "unclear"
+    assert dataclasses.replace(result, keys={"lr": dataclasses.replace(key, order=None)}).passed
+
+
 def test_keys_and_step_sizes_can_be_chosen_and_are_checked():
     f, z = training()
     result = check(f, z, keys=["lr"], steps=(1e-3, 1e-4))
