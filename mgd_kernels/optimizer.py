@@ -25,7 +25,7 @@ Value = (
 )  # of a hyperparameter: fixed, one per step `[T]`, a function of the step
 
 
-@dataclass
+@dataclass(repr=False)
 class OptimizerState:
     """The training state that the optimizer owns, after `step` steps.
 
@@ -39,6 +39,10 @@ class OptimizerState:
     segments: Segments
     arena: Arena | None = None
     before: int = 0
+
+    def __repr__(self) -> str:
+        slots = f"{len(self.slots)} slots of as many" if self.slots else "no slots"
+        return f"OptimizerState({self.params.numel():,} parameters in {self.params.dtype}, {slots}, step {self.step})"
 
     @property
     def next_count(self) -> int:
@@ -88,6 +92,16 @@ class Optimizer(ABC):
             self._check_names(set(group) - {"params"})
             for name in set(group) - {"params"}:
                 self._checked(name, group[name], f"{name} of parameter group {i}")
+
+    def __repr__(self) -> str:
+        def shown(value: Any) -> str:
+            if isinstance(value, Tensor) and value.ndim:
+                return f"<{len(value)} values>"
+            return "<a function of the step>" if callable(value) else f"{float(value):g}"
+
+        values = [f"{name}={shown(value)}" for name, value in self._values.items()]
+        groups = [f"{len(self.param_groups)} parameter groups"] if self.param_groups else []
+        return f"{type(self).__name__}({', '.join(values + groups)})"
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 

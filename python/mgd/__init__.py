@@ -16,7 +16,7 @@ from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
-from mgd.results import Metagradient, Report, Trained
+from mgd.results import Metagradient, Report, Trained, load
 from mgd.util.system import keep_freed_memory
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "check",
     "errors",
     "keep_freed_memory",
+    "load",
     "metasmoothness",
     "schedules",
 ]

@@ -108,7 +108,7 @@ class CheckResult:
         footer = f"{self.trainings} trainings in float64, {self.seconds:.1f} s"
         notes = list(self.notes)
         if any(self.verdict(name) == "unclear" for name in self.keys):
-            notes.append("unclear: the remainders do not fall with the step size, so f is not smooth there (order 2 is)")
+            notes.append("unclear: the remainders do not fall with the step size: f is not smooth there (order 2 is)")
         return "\n".join([*table(head, rows), footer, *notes])
 
 

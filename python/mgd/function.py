@@ -132,6 +132,11 @@ class TrainingFunction:
         """The number of training steps."""
         return len(self.batches)
 
+    def __repr__(self) -> str:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        model = f"{type(self.model).__name__} with {trained:,} trained parameters"
+        return f"TrainingFunction({model}, {len(self):,} steps, {self.optimizer!r})"
+
     # --- public ------------------------------------------------------------------------------------------------
 
     def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
