@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from cases import mlp, supervised, weights
+from cases import mlp, supervised
 from torch.utils._pytree import tree_leaves
 
 import mgd

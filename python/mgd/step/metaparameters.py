@@ -88,7 +88,14 @@ class Metaparameters:
                         f"expected per_example[{key!r}] to return an integer index tensor; got {describe(index)} "
                         f"at step {step}"
                     )
-            slices.append(leaf if index is None else leaf[index])
+            try:
+                slices.append(leaf if index is None else leaf[index])
+            except IndexError:
+                assert index is not None
+                raise BadMetaparameter(
+                    f"expected per_example[{key!r}] to return indices of z[{key!r}], with {len(leaf)} entries; got "
+                    f"up to {int(index.max())} at step {step}. Give an entry to every example of the data"
+                ) from None
             indices.append(index)
         return BatchMetaparameters(self, slices, indices, step)
 
