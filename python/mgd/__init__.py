@@ -18,6 +18,7 @@ from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
 from mgd.results import Metagradient, Report, Trained, load
 from mgd.util.system import keep_freed_memory
+from mgd_kernels import __version__
 
 __all__ = [
     "Attribution",
@@ -35,6 +36,7 @@ __all__ = [
     "Simplex",
     "Trained",
     "TrainingFunction",
+    "__version__",
     "attribute",
     "batches",
     "check",

@@ -270,6 +270,7 @@ class TrainingFunction:
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep))
+            arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.state)
         return sweep
 
     def _reversed(self, sweep: Sweep) -> dict[str, Any]:

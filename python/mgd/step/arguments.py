@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mgd.errors import BadArgument
 from mgd.plan.budget import Budget, Sizes
 from mgd.plan.plan import plan
-from mgd_kernels import Optimizer
+from mgd_kernels import Adam, Optimizer, OptimizerState
 
 
 def check_model(model: Any) -> None:
@@ -106,3 +107,25 @@ def check_schedule(schedule: Any) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise BadArgument(f"expected {name} among {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def warn_of_noise(optimizer: Optimizer, hypers: Tensor, state: OptimizerState) -> None:
+    """Warn where the derivative of a training may be noise. hypers: of all steps. state: near the end of it."""
+    assert state.arena is not None
+    if halves := {str(dtype) for dtype in state.arena.dtypes if dtype.itemsize < 4}:
+        warnings.warn(
+            f"the model computes in {', '.join(sorted(halves))}; its rounding reaches the metagradient enlarged. Keep the "
+            "parameters in float32 and give autocast=, or look at mgd.check",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if isinstance(optimizer, Adam) and not hypers[:, :, optimizer.column("eps_root")].any():
+        second = state.slots[optimizer.slots.index("exp_avg_sq")]
+        still = sum(int((v == 0).sum()) for v in state.arena.slices(second))
+        if still and state.step:
+            warnings.warn(
+                f"{still:,} parameters had gradients of exactly 0 under Adam without eps_root, where its update has no "
+                "derivative; theirs counts as 0. A small eps_root, such as 1e-8, makes it smooth",
+                RuntimeWarning,
+                stacklevel=2,
+            )

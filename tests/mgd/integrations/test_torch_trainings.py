@@ -107,3 +107,26 @@ def test_the_objective_finds_the_model_in_eval_mode():
 def test_a_size_is_a_budget_and_a_name_a_dtype():
     f = function(network(), AdamW(), budget="1MB", autocast="bfloat16")
     assert f.budget == mgd.Budget(host="1MB") and f.autocast is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "model, optimizer, part",
+    [
+        (network().bfloat16(), AdamW(eps_root=1e-8), "torch.bfloat16"),
+        (nn.Sequential(network(), nn.ReLU(), nn.Linear(3, 3).double()), AdamW(), "eps_root"),
+    ],
+)
+def test_what_makes_noise_is_said(model, optimizer, part):
+    if part == "eps_root":
+        with torch.no_grad():
+            model[0][2].bias.fill_(-100.0)  # no unit of the ReLU ever fires
+    dtype = next(model.parameters()).dtype
+    f = mgd.TrainingFunction(
+        model,
+        lambda model, batch, z: loss(model, (batch[0].to(dtype), batch[1]), z).float() * z["scale"],
+        list(zip(X, Y, strict=True)),
+        optimizer=optimizer,
+        objective=lambda model: F.cross_entropy(model(X[0].to(dtype)).float(), Y[0]),
+    )
+    with pytest.warns(RuntimeWarning, match=part):
+        f.metagradient({"scale": torch.tensor(1.0)})
