@@ -114,7 +114,7 @@ def warn_of_noise(optimizer: Optimizer, hypers: Tensor, state: OptimizerState) -
     assert state.arena is not None
     if halves := {str(dtype) for dtype in state.arena.dtypes if dtype.itemsize < 4}:
         warnings.warn(
-            f"the model computes in {', '.join(sorted(halves))}; its rounding reaches the metagradient enlarged. Keep the "
+            f"the model computes in {', '.join(sorted(halves))}, whose rounding the metagradient enlarges. Keep the "
             "parameters in float32 and give autocast=, or look at mgd.check",
             RuntimeWarning,
             stacklevel=2,
