@@ -93,7 +93,10 @@ class MissingPackage(MetagradientError, ImportError):
     """The call needs an optional package that is not installed."""
 
     def __init__(self, purpose: str, package: str, extra: str):
-        super().__init__(f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]'")
+        super().__init__(
+            f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]', or in a checkout "
+            f"pip install '.[{extra}]'"
+        )
 
 
 class NonFiniteState(MetagradientError, ArithmeticError):
