@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgd_kernels import dispatch
+from mgd_kernels.backends.reference import jvp_
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.optimizer import Optimizer, Value
 from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
@@ -70,6 +71,20 @@ class FusedOptimizer(Optimizer):
             adjoint.params,
             adjoint.slots,
             u,
+            grad_scale,
+        )
+
+    def _jvp_(self, state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale):
+        jvp_(
+            self.rule,
+            state.tensors(),
+            grad,
+            table,
+            state.next_count,
+            state.segments,
+            tangent.tensors(),
+            grad_tangent,
+            hyper_tangent,
             grad_scale,
         )
 

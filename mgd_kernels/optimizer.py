@@ -286,6 +286,31 @@ class Optimizer(ABC):
         self._replay_(state, grads, tables, [1.0] * len(grads) if grad_scales is None else grad_scales)
         state.step += len(grads)
 
+    @torch.no_grad()
+    def step_jvp_(
+        self,
+        state: OptimizerState,
+        grad: Tensor,
+        hyper: Hyper,
+        tangent: OptimizerState,
+        grad_tangent: Tensor,
+        hyper_tangent: Tensor | None = None,
+        grad_scale: float | Tensor = 1.0,
+    ) -> None:
+        """The JVP of `step_`: the tangent of `state` becomes that of the state after the step, in place.
+
+        `state` is the state before the step and stays as it is. grad_tangent: of the scaled gradient
+        `grad_scale * grad`, `[n]`. hyper_tangent: float64 `[G, H]`, in the columns of `table`; None stands for zeros.
+        """
+        self._check(state, grad)
+        self._check(tangent, grad_tangent)
+        table = self.table(hyper, state.step)
+        if hyper_tangent is None:
+            hyper_tangent = torch.zeros_like(table)
+        if hyper_tangent.shape != table.shape:
+            raise BadArgument(f"expected hyper_tangent {list(table.shape)}; got {list(hyper_tangent.shape)}")
+        self._jvp_(state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale)
+
     def _check(self, state: OptimizerState, grad: Tensor) -> None:
         if grad.shape != state.params.shape or grad.device != state.params.device:
             raise BadArgument(
@@ -319,6 +344,18 @@ class Optimizer(ABC):
         u: Tensor,
         grad_scale: float | Tensor,
     ) -> Tensor: ...
+
+    @abstractmethod
+    def _jvp_(
+        self,
+        state: OptimizerState,
+        grad: Tensor,
+        table: Tensor,
+        tangent: OptimizerState,
+        grad_tangent: Tensor,
+        hyper_tangent: Tensor,
+        grad_scale: float | Tensor,
+    ) -> None: ...
 
     def _replay_(
         self,

@@ -16,7 +16,7 @@ from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
-from mgd.results import Metagradient, Report, Trained, load
+from mgd.results import Jvp, Metagradient, Report, Trained, load
 from mgd.util.system import keep_freed_memory
 from mgd_kernels import __version__
 
@@ -27,6 +27,7 @@ __all__ = [
     "CheckResult",
     "DataRater",
     "Descent",
+    "Jvp",
     "MetaDescent",
     "Metagradient",
     "Plan",

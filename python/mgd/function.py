@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import threading
@@ -20,7 +21,7 @@ from mgd.errors import BadArgument, BadMetaparameter
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
-from mgd.results import Metagradient, Report, Trained
+from mgd.results import Jvp, Metagradient, Report, Trained
 from mgd.step import arguments
 from mgd.step.batches import flatten
 from mgd.step.initial_state import starting_state
@@ -29,7 +30,8 @@ from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers, model_kept
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
-from mgd.sweep.adjoint import objective_adjoints, weighted_sum
+from mgd.sweep.adjoint import objective_adjoints, objective_tangents, weighted_sum
+from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import Sweep
 from mgd.util.fingerprint import digest, leaf_digests
@@ -176,6 +178,28 @@ class TrainingFunction:
             state = trained.optimizer_state if sweep.keep_slots else None
             return Metagradient(sweep.value, grads, trained.model_state, trained.losses, self._report(sweep), state)
 
+    def jvp(
+        self, z: Mapping[str, Any], dz: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, progress: bool = False
+    ) -> Jvp:
+        """The objective after training with `z`, and its derivative along `dz`, by one sweep forward.
+
+        Memory does not grow with the number of steps, and an objective may have any number of outputs. Where every
+        output's derivative with respect to few numbers is wanted, this is the way; where one output's with respect to
+        many, `metagradient`.
+
+        dz: tensors for some keys of z, of their shapes; or a list of m such directions, which gives the tangents a
+            first dimension `[m]`. A further direction costs about a training and a half.
+        """
+        directions = [dz] if isinstance(dz, Mapping) else list(dz)
+        with self._guarded(progress) as tick:
+            sweep = self._sweep(z, tick, directions=directions)
+            value, tangents = self._objective(sweep)
+            models, trained = sweep.model_tangents(), sweep.forward()
+            tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
+            if isinstance(dz, Mapping):
+                tangent, model = tangent[0], {name: x[0] for name, x in model.items()}
+            return Jvp(value, tangent, model, trained, self._report(sweep))
+
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
         """The objective as a node of the autograd graph: `backward` fills the gradients of the tensors in `z`."""
         if not isinstance(z, Mapping):
@@ -230,8 +254,10 @@ class TrainingFunction:
         tick: Callable[..., None],
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
-    ) -> Sweep:
-        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
+        directions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Any:
+        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs.
+        directions: those along which tangents are carried."""
         binding = Binding(self.model)
         arena = Arena(binding.parameters())
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
@@ -250,7 +276,8 @@ class TrainingFunction:
         else:
             storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
         with storage.closed_after_errors():
-            return Sweep(
+            make = Sweep if directions is None else functools.partial(ForwardSweep, directions=directions)
+            return make(
                 step,
                 self.optimizer,
                 meta,
@@ -281,13 +308,15 @@ class TrainingFunction:
         return gradients
 
     def _objective(self, sweep: Sweep):
-        """The objective's value and adjoints at the end of the training, which runs until there."""
+        """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
+        carries tangents, its derivatives along them."""
         state, trained = sweep.state, sweep.forward()
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
-            return objective_adjoints(
-                sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self), self.objective_mode
-            )
+            task = sweep.step.loss.binding, self.objective, sweep.arena, trained
+            if isinstance(sweep, ForwardSweep):
+                return objective_tangents(*task, sweep.tangents, len(self), self.objective_mode)
+            return objective_adjoints(*task, state, len(self), self.objective_mode)
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(
@@ -322,7 +351,6 @@ class TrainingFunction:
         backend = "torch"
         if isinstance(optimizer, FusedOptimizer):
             backend = optimizer.backend(sweep.state.params, sweep.state.params).__name__.rpartition(".")[2]
-        assert storage.plan is not None
         return Report(
             steps=len(self),
             objectives=len(sweep.adjoints),
@@ -330,7 +358,7 @@ class TrainingFunction:
             counts=dict(timings.counts),
             execution=sweep.step.evaluator.describe(),
             backend=backend,
-            plan=storage.plan.to_dict(),
+            plan=storage.plan.to_dict() if storage.plan else {},
             measured_seconds=dict(timings.phases),
             store=storage.stats,
             kept_bytes=storage.residuals.peak,

@@ -129,9 +129,8 @@ class Metagradient(_Saved):
     optimizer_state: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{value:.6g}" for value in self.value.reshape(-1)[:4].tolist())
-        more = ", ..." if self.value.numel() > 4 else ""
-        return f"Metagradient(value {values}{more}, of {', '.join(map(repr, self.grads))}; {_losses(self.losses)})"
+        keys = ", ".join(map(repr, self.grads))
+        return f"Metagradient(value {_numbers(self.value)}, of {keys}; {_losses(self.losses)})"
 
     def __str__(self) -> str:
         """A table with a row for every tensor of the gradient."""
@@ -144,8 +143,26 @@ class Metagradient(_Saved):
         return "\n".join([repr(self), "", *table(head, [row + [""] * (len(head) - len(row)) for row in rows])])
 
 
-def load(path: str | os.PathLike[str]) -> Metagradient | Trained:
-    """What `Metagradient.save` or `Trained.save` wrote.
+@dataclass(repr=False)
+class Jvp(_Saved):
+    """The value of the objectives, and their derivative along a direction of z.
+
+    value: `[]`, or `[k]` for k objectives. tangent: of the value's shape. model_tangent: of the trained parameters, by
+    name. With m directions, both have a first dimension `[m]`. trained: the trained model.
+    """
+
+    value: Tensor
+    tangent: Tensor
+    model_tangent: dict[str, Tensor]
+    trained: Trained
+    report: Report
+
+    def __repr__(self) -> str:
+        return f"Jvp(value {_numbers(self.value)}, tangent {_numbers(self.tangent)}; {_losses(self.trained.losses)})"
+
+
+def load(path: str | os.PathLike[str]) -> Metagradient | Trained | Jvp:
+    """What the `save` of a result wrote.
 
     Raises BadData for any other file.
     """
@@ -154,11 +171,18 @@ def load(path: str | os.PathLike[str]) -> Metagradient | Trained:
     try:
         if kind == "Trained":
             return Trained(**values)
+        if kind == "Jvp":
+            return Jvp(**values | {"report": Report(**values["report"]), "trained": Trained(**values["trained"])})
         if kind == "Metagradient":
             return Metagradient(**values | {"report": Report(**values["report"])})
     except TypeError as error:
         raise BadData(f"expected a result of this version of mgd in {os.fspath(path)}: {error}") from None
     raise BadData(f"expected a file that a result's save() wrote; got {os.fspath(path)}, which holds no result")
+
+
+def _numbers(tensor: Tensor) -> str:
+    shown = ", ".join(f"{value:.6g}" for value in tensor.reshape(-1)[:4].tolist())
+    return shown + (", ..." if tensor.numel() > 4 else "")
 
 
 def _count(tensors: dict[str, Tensor]) -> str:
@@ -170,4 +194,4 @@ def _losses(losses: Tensor) -> str:
     return f"{steps:,} steps, loss {float(losses[0]):.4g} to {float(losses[-1]):.4g}" if steps else "no steps"
 
 
-torch.serialization.add_safe_globals([Metagradient, Report, Trained])  # torch.load takes them without pickle's risks
+torch.serialization.add_safe_globals([Jvp, Metagradient, Report, Trained])  # torch.load: no code is run

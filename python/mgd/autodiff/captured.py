@@ -34,7 +34,7 @@ from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
 from mgd.step.batches import described
-from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
+from mgd.step.evaluator import Derivatives, Direction, Evaluation, SecondDerivatives, Tangents
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
@@ -183,6 +183,21 @@ class CapturedEvaluator:
                 return derivatives_of(results)
         arguments = microbatch, parameters, before, directions, cotangents, expected
         return self.payoff.second(kind, lambda: self.fallback.second_derivatives(*arguments))
+
+    def tangents(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
+    ) -> Tangents:
+        """By the graph where only parameters move: it has their second derivatives, which are symmetric."""
+        kind = self._kind(microbatch)
+        moved = differentiable(before) or any(x is not None for d in directions for x in d.metaparameters)
+        if kind is not None and not moved and (self.at_once or kind in self._served):
+            evaluation = self.gradient(microbatch, parameters, before)
+            if evaluation.residuals is not None:
+                along, none = [d.parameters for d in directions], [()] * len(directions)
+                found = evaluation.residuals.second_derivatives(microbatch.step, parameters, along, none)
+                gradients = [each[: len(parameters)] for each in found.results]
+                return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
+        return self.fallback.tangents(microbatch, parameters, before, directions)
 
     def _call(
         self,
