@@ -36,7 +36,7 @@ def problem(optimizer, step):
     tangent, adjoint = state.clone(), state.clone()
     for x in (*tangent.tensors(), *adjoint.tensors()):
         x.copy_(drawn(arena))
-    hyper_tangent = 1e-2 * torch.randn(optimizer.groups, optimizer.width, dtype=torch.float64)
+    hyper_tangent = optimizer.table() * torch.randn(optimizer.groups, optimizer.width, dtype=torch.float64)
     return arena, state, tangent, adjoint, drawn(arena), drawn(arena), hyper_tangent
 
 
