@@ -253,10 +253,7 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
         raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
     if name != "auto" or chain <= 1:
         return plain
-    full_log = search.best_log()
-    if full_log is None:
-        return search.best(plain)
-    return full_log if search.unrivalled(full_log) else search.best(plain, full_log)
+    return search.best(plain)
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:
