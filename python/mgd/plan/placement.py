@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +23,11 @@ from mgd.plan.tally import Counts, Profile, profile
 
 Seconds = NDArray[np.float64]
 
-#: So many counts of a kind on one tier are tried; where a kind has no more objects, all of them.
-LEVELS = 16
+#: Up to so many objects of a kind, all ways to split them over the tiers are tried; of more, some.
+SNAPSHOTS, GRADIENTS = 10, 24
+
+#: The most combinations of which all are tried. Of more, those whose snapshots are best where the log fills the tiers.
+COMBINATIONS = 8_000
 
 _FIRST, _REPLAY, _REVERSE = range(3)  # the phases
 
@@ -106,22 +109,29 @@ class Placements:
     def best(self) -> tuple[float, Placement] | None:
         """The fastest placement and its seconds; of equally fast ones, that with the least on the slowest tiers."""
         shape, state, grad = self.shape, self.sizes.snapshot, self.sizes.gradient
-        room = np.array(list(self.limits.values()))
-        outers, inners, logs = (
-            _splits(count, room // size)
-            for count, size in ((shape.outer, state), (shape.inner, state), (shape.length - 1, grad))
-        )
+        entries, room = shape.length - 1, np.array(list(self.limits.values()))
+        outers = _splits(shape.outer, room // state, SNAPSHOTS if entries else 4 * SNAPSHOTS)
+        inners = _splits(shape.inner, room // state, SNAPSHOTS)
         held = state * (outers[:, None] + inners)
         a, b = np.nonzero((held <= room).all(-1))
-        entries = (room - held[a, b]) // grad
-        filled = _filled(shape.length - 1, entries)
-        enough = filled.sum(1) == shape.length - 1
-        a, b, entries, filled = a[enough], b[enough], entries[enough], filled[enough]
+        free = (room - held[a, b]) // grad
+        logs = _filled(entries, free)
+        enough = logs.sum(1) == entries
+        a, b, free, logs = a[enough], b[enough], free[enough], logs[enough]
         if not len(a):
             return None
-        some, split = np.nonzero((logs <= entries[:, None]).all(-1))
-        logs, c = np.unique(np.concatenate([filled, logs[split]]), axis=0, return_inverse=True)
-        a, b, c = np.concatenate([a, a[some]]), np.concatenate([b, b[some]]), c.reshape(-1)
+        if entries:
+            splits = _splits(entries, room // grad, GRADIENTS)
+            if len(a) * len(splits) > COMBINATIONS:
+                seconds = self._seconds(outers, inners, logs, a, b, np.arange(len(a)))
+                some = np.argsort(seconds, kind="stable")[: 1 + COMBINATIONS // len(splits)]
+                a, b, free, logs = a[some], b[some], free[some], logs[some]
+            pair, split = np.nonzero((splits <= free[:, None]).all(-1))
+            a, b = np.concatenate([a, a[pair]]), np.concatenate([b, b[pair]])
+            c = np.concatenate([np.arange(len(logs)), len(logs) + split])
+            logs = np.concatenate([logs, splits])
+        else:
+            c = np.arange(len(a))
         seconds = self._seconds(outers, inners, logs, a, b, c)
         ties = np.flatnonzero(seconds <= seconds.min() * (1 + 1e-12))
         held = state * (outers[a[ties]] + inners[b[ties]]) + grad * logs[c[ties]]
@@ -221,20 +231,20 @@ def _steps(up_to: Counts) -> Counts:
     return np.diff(up_to, axis=-1, prepend=0)
 
 
-def _splits(count: int, most: Counts) -> Counts:
+def _splits(count: int, most: Counts, all_up_to: int) -> Counts:
     """Ways to split `count` objects over the tiers, of which each can hold so many."""
-    tiers = len(most)
-    bounds = itertools.combinations_with_replacement(_levels(count), tiers - 1)
-    up_to = np.array([(*bound, count) for bound in bounds], dtype=np.int64)
-    counts = _steps(up_to)
+    bounds = itertools.combinations_with_replacement(_levels(count, all_up_to), len(most) - 1)
+    counts = _steps(np.array([(*bound, count) for bound in bounds], dtype=np.int64))
     return counts[(counts <= most).all(1)]
 
 
-def _levels(count: int) -> list[int]:
-    """Counts from 0 to `count`: all of them if they are few, else closer together towards both ends."""
-    if count <= LEVELS:
+@lru_cache(maxsize=1024)
+def _levels(count: int, all_up_to: int) -> list[int]:
+    """Numbers from 0 to `count`: if they are many, closer together towards both ends."""
+    if count <= all_up_to:
         return list(range(count + 1))
-    half = {round((count / 2) ** (i / (LEVELS // 2))) for i in range(LEVELS // 2 + 1)}
+    steps = all_up_to // 3
+    half = {round((count / 2) ** (i / steps)) for i in range(steps + 1)}
     return sorted({0, count, *half, *(count - x for x in half)})
 
 

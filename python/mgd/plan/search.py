@@ -6,7 +6,7 @@ faster tier makes none of them slower. So neither makes the plan slower.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -16,11 +16,17 @@ from mgd.plan.budget import Costs, Sizes
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, full_logs, open_shapes
+from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near, thrifty
 from mgd.plan.tally import Slots
 
-#: So many open shapes are refined at a time.
-BATCH = 64
+#: More inner snapshots than `thrifty` must make a plan faster by this factor to be worth their memory.
+THRIFT = 1.01
+
+#: The finer search looks for plans that take less than this share of the time of the best so far.
+ENOUGH = 0.999
+
+#: The most shapes that are placed in one search on one tier; on more, there are more ways to place each of them.
+MOST = 900
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,13 @@ class Search:
 
     def best(self, plain: Layout) -> Layout:
         """The fastest layout of all shapes; never slower than `plain`."""
-        return self._best(open_shapes(self.chain), self.seconds(plain)) or plain
+        chosen = self._best(coarse(self.chain), self.seconds(plain)) or plain
+        better: Layout | None = chosen
+        while better is not None:
+            chosen = better
+            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
+            better = self._best(shapes, ENOUGH * self.seconds(chosen))
+        return chosen
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
@@ -46,37 +58,27 @@ class Search:
 
     def _best(self, shapes: Shapes, best: float) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds."""
+        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
         chosen = None
-        for bounds, some in self._in_order(shapes, BATCH):
-            if bounds[0] > best:
+        for i in np.argsort(bounds, kind="stable")[: MOST // len(self.limits) ** 2]:
+            if bounds[i] >= best:
                 break
-            for bound, one in self._in_order(some[np.flatnonzero(bounds <= best)].refined(self.costs), 1):
-                if bound[0] > best:
-                    break
-                found = self._placed(one)
-                if found is not None and found[0] < best:
-                    best, chosen = found
+            found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
+            if found is not None and found[0] < best:
+                best, chosen = found
         return chosen
 
     def seconds(self, layout: Layout) -> float:
         return sum(phase.seconds(layout.tiers, self.costs) for phase in layout.phases(self.stop_at))
 
-    def _in_order(self, shapes: Shapes, batch: int) -> Iterator[tuple[np.ndarray, Shapes]]:
-        """Batches of shapes with their bounds, the most promising first, as far as they fit."""
-        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
-        order = np.argsort(bounds, kind="stable")[: np.isfinite(bounds).sum()]
-        for start in range(0, len(order), batch):
-            some = order[start : start + batch]
-            yield bounds[some], shapes[some]
-
-    def _placed(self, one: Shapes) -> tuple[float, Layout] | None:
+    def _placed(self, length: int, outer: int, inner: int) -> tuple[float, Layout] | None:
         """The fastest placement of a shape."""
-        assert one.inner is not None
-        length, outer, inner = (int(x[0]) for x in (one.length, one.outer, one.inner))
         shape = Shape(self.chain, length, outer, inner)
         found = Placements(shape, self.sizes, self.limits, self.costs, self.stop_at).best()
         if found is None:
             return None
         seconds, (o, i, log) = found
         rule, tiers = Revolve(max(1, outer)), tuple(self.limits)
+        if inner > thrifty(length):
+            seconds *= THRIFT
         return seconds, Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)

@@ -6,7 +6,8 @@ Which shapes there are depends on the chain and on the computation, and neither 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, isqrt
@@ -15,74 +16,99 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgd.plan.budget import Costs, Sizes
+from mgd.plan.revolve import reach
 
 Numbers = NDArray[np.float64]
 
-#: All numbers up to `DENSE` are considered, and from there on each is larger than the one before by this factor.
-DENSE, GROWTH, INNER_GROWTH = 48, 1.05, 1.3
+@dataclass(frozen=True)
+class Grid:
+    """Which numbers are tried: all up to `dense`, then each larger than the one before by a factor."""
 
-#: Inner snapshots that save updates for less than this share of the computation are not worth their memory.
-WORTH = 0.005
+    dense: int
+    growth: float
 
+    def __call__(self, most: int) -> list[int]:
+        """Numbers from 1 to `most`, with both ends."""
+        numbers = list(range(1, min(most, self.dense) + 1))
+        while numbers and (following := max(numbers[-1] + 1, int(numbers[-1] * self.growth))) <= most:
+            numbers.append(following)
+        return numbers if not numbers or numbers[-1] == most else [*numbers, most]
+
+
+#: For lengths of segments and for outer snapshots, and for inner ones: a first search, then one near the best it found.
+COARSE, COARSE_INNER = Grid(40, 1.2), Grid(4, 1.4)
+FINE, FINE_INNER = Grid(40, 1.03), Grid(12, 1.1)
+NEAR = 1.25
 
 @dataclass(frozen=True)
 class Shapes:
-    """Lengths of segments, and numbers of outer and of inner snapshots: an array of each. inner: None if it is open."""
+    """Lengths of segments, and numbers of outer and of inner snapshots: an array of each."""
 
     length: Numbers
     outer: Numbers
-    inner: Numbers | None = None
+    inner: Numbers
 
-    def __getitem__(self, some: NDArray[np.int64]) -> Shapes:
-        return Shapes(self.length[some], self.outer[some], None if self.inner is None else self.inner[some])
+    def __getitem__(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> Shapes:
+        return Shapes(self.length[some], self.outer[some], self.inner[some])
 
-    def refined(self, costs: Costs) -> Shapes:
-        """All shapes of these lengths and outer snapshots."""
-        inner = [inners(int(length), costs) for length in self.length]
-        times = [len(some) for some in inner]
-        return Shapes(np.repeat(self.length, times), np.repeat(self.outer, times), np.concatenate(inner))
+    @classmethod
+    def of(cls, chain: int, lengths: Iterable[int], outer: Grid, inner: Grid) -> Shapes:
+        """Segments of these lengths, with all numbers of outer and inner snapshots of the grids."""
+        rows = []
+        for length in lengths:
+            segments = -(-chain // length)
+            outers = sorted({*outer(segments - 1), *fewest_saves(segments)}) or [0]
+            inners = sorted({*inner(length - 1), *fewest_saves(length), thrifty(length)})
+            pair = np.meshgrid(outers, inners, indexing="ij")
+            rows.append(np.stack([np.full(pair[0].shape, length), *pair]).reshape(3, -1))
+        return cls(*np.concatenate(rows, axis=1).astype(float))
 
 
 @lru_cache(maxsize=8)
-def open_shapes(chain: int) -> Shapes:
-    """Every segment length with every number of outer snapshots."""
-    few = {-(-chain // n) for n in range(1, DENSE + 1)}
-    lengths = sorted({*few, *_numbers(chain, GROWTH), *(chain - x for x in _numbers(chain - 1, GROWTH))})
-    outer = [_outers(-(-chain // length)) for length in lengths]
-    return Shapes(np.repeat(np.array(lengths, float), [len(some) for some in outer]), np.concatenate(outer))
+def coarse(chain: int) -> Shapes:
+    """Shapes of every kind."""
+    numbers = COARSE(chain)
+    equal = (-(-chain // n) for n in numbers)
+    lengths = sorted({*numbers, *equal, *(chain - x for x in numbers[:-1])})
+    return Shapes.of(chain, lengths, COARSE, COARSE_INNER)
+
+
+def near(chain: int, length: int, outer: int, inner: int) -> Shapes:
+    """Finer steps around these numbers."""
+    lengths = {*_around(length, chain), *(-(-chain // n) for n in _around(-(-chain // length), chain))}
+    shapes = Shapes.of(chain, sorted(lengths), FINE, FINE_INNER)
+    every = shapes.outer == np.ceil(chain / shapes.length) - 1
+    return shapes[(every | _close(shapes.outer, outer)) & _close(shapes.inner, inner)]
+
+
+def _close(numbers: Numbers, number: int) -> NDArray[np.bool_]:
+    return (numbers * NEAR + 1 >= number) & (numbers <= number * NEAR + 1)
 
 
 def full_logs(chain: int) -> Shapes:
     """One segment, which is the whole chain."""
-    return Shapes(np.array([float(chain)]), np.zeros(1))
+    return Shapes.of(chain, [chain], FINE, FINE_INNER)
 
 
-def _outers(segments: int) -> Numbers:
-    """Numbers of outer snapshots. With one for each segment but the last, none is replayed twice."""
-    if segments == 1:
-        return np.zeros(1)
-    return np.array(sorted({*_numbers(segments - 1, GROWTH), segments - 1}), float)
+def _around(number: int, most: int) -> list[int]:
+    return [x for x in FINE(min(most, ceil(number * NEAR))) if x * NEAR >= number]
 
 
-def inners(length: int, costs: Costs) -> Numbers:
-    """Numbers of inner snapshots: up to those with which each step is updated at most once.
-
-    More of them save one update each. They are considered as far as updates take a share of the computation.
-    """
-    if length == 1:
-        return np.zeros(1)
-    most = ceil((isqrt(8 * length + 1) - 3) / 2)  # the least c with (c + 1) (c + 2) / 2 >= length
-    if costs.update > 0:
-        most = max(most, ceil(length - 1 - WORTH * (costs.step + costs.hvp) / costs.update * length))
-    most = max(1, min(most, length - 1))
-    return np.array(sorted({*_numbers(most, INNER_GROWTH), most}), float)
+def thrifty(length: int) -> int:
+    """The inner snapshots with which no step of a segment is updated twice. Each further one saves one update."""
+    return min(length - 1, least_slots(length, lambda s: reach(s, 2)))
 
 
-def _numbers(most: int, growth: float) -> list[int]:
-    numbers = list(range(1, min(most, DENSE if growth == GROWTH else 4) + 1))
-    while numbers and (following := max(numbers[-1] + 1, int(numbers[-1] * growth))) <= most:
-        numbers.append(following)
-    return numbers
+@lru_cache(maxsize=1 << 14)
+def fewest_saves(n: int) -> list[int]:
+    """The numbers of snapshots with which n steps take the fewest saves: the ends of γ in `mgd.plan.revolve.split`."""
+    numbers = (least_slots(n, lambda s, r=r: reach(s, r) + reach(s - 1, r)) for r in (1, 2, 3))  # type: ignore[misc]
+    return [x for s in numbers for x in (s - 1, s) if 1 <= x < n]
+
+
+def least_slots(n: int, longest: Callable[[int], int]) -> int:
+    """The fewest snapshots, at least one, whose longest chain is n steps or more."""
+    return 1 + bisect_left(range(1, max(2, n)), n, key=longest)
 
 
 @dataclass(frozen=True)
@@ -101,17 +127,14 @@ class Bound:
         length, outer = shapes.length, shapes.outer
         n = np.ceil(N / length)
         first = N - (n - 1) * length
-        turns, part = _Revolve(n, outer), _Revolve(first, first - 1)
+        inner, turns = shapes.inner, _Revolve(n, outer)
+        part, whole = _Revolve(first, np.minimum(inner, first - 1)), _Revolve(length, inner)
         replayed = np.where(n > 1, length * turns.advances - (length - first) * turns.r + 1 - n, 0.0)
-        inner = np.minimum(1, length - 1) if shapes.inner is None else shapes.inner
         held = state * (outer + inner) + grad * (length - 1)
-        updates = passing = rising = 0.0
-        if shapes.inner is not None:
-            part, whole = _Revolve(first, np.minimum(inner, first - 1)), _Revolve(length, inner)
-            updates = (n - 1) * whole.updates + part.updates
-            # Of the snapshots of a pass that logs, that of the start may be an outer one.
-            passing = np.maximum(0, n - 2) * np.maximum(0, inner - 1)
-            rising = (n - 1) * whole.saved_again
+        updates = (n - 1) * whole.updates + part.updates
+        # Of the snapshots of a pass that logs, that of the start may be an outer one.
+        passing = np.maximum(0, n - 2) * np.maximum(0, inner - 1)
+        rising = (n - 1) * whole.saved_again
         logged, loads = N - n, N - n
         seconds = self._phase(costs.step * (self.stop_at + N), 1, held)
         seconds = seconds + self._phase(
