@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mgd.plan.budget import Costs, Sizes
 from mgd.plan.reversal import Revolve
-from mgd.plan.revolve import advances, passes, repetitions
+from mgd.plan.revolve import advances, advances_from, repetitions
 from mgd.plan.tally import Counts, Profile, profile
 
 Seconds = NDArray[np.float64]
@@ -188,10 +188,8 @@ class Placements:
         ways.written[:, _FIRST] = grad * counts
         for length, count, logging in self._logged_parts():
             up_to = np.minimum(counts.cumsum(1), length - 1)
-            # A logged gradient is read where its step is reversed, and in all passes over it but the one that logs.
-            reads = np.cumsum(passes(length, self.shape.slots(length))[length - 2 :: -1])
             ways.written[:, _REPLAY] += grad * logging * _steps(up_to)
-            ways.read[:, _REVERSE] += grad * count * _steps(np.concatenate([[0], reads])[up_to])
+            ways.read[:, _REVERSE] += grad * count * _steps(_reads(length, self.shape.slots(length), up_to))
         return ways
 
     def _reused(self, outers: Counts, inners: Counts) -> Ways:
@@ -225,6 +223,16 @@ def _by_tier(done: Profile, slots: int, up_to: Counts) -> tuple[Counts, Counts, 
     whole = done.below(np.array(slots))
     saves, loads, turns = (_steps(every - below) for every, below in zip(whole, done.below(slots - up_to), strict=True))
     return saves, loads, turns
+
+
+def _reads(length: int, slots: int, last: Counts) -> Counts:
+    """How often the last entries of a segment's log are read.
+
+    Each is read where its step is reversed, and in all passes over it but the one that logs.
+    """
+    counts, where = np.unique(last, return_inverse=True)
+    reads = np.array([advances_from(length, slots, length - 1 - x) for x in counts.tolist()], dtype=np.int64)
+    return reads[where].reshape(last.shape)
 
 
 def _steps(up_to: Counts) -> Counts:

@@ -8,11 +8,7 @@ length contains only O(s r) different blocks: schedules of millions of steps are
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import comb, isqrt
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 def reach(s: int, r: int) -> int:
@@ -90,31 +86,3 @@ def advances_from(n: int, s: int, position: int) -> int:
             total += m - position + advances(n - m, s - 1)
             n = m
     return total
-
-
-@lru_cache(maxsize=64)
-def passes(n: int, s: int) -> NDArray[np.int64]:
-    """How many of the t(n, s) advances of the revolve schedule are over each of the n steps."""
-    counts = np.zeros(n, dtype=np.int64)
-    _pass(counts, s)
-    counts.setflags(write=False)
-    return counts
-
-
-def _pass(counts: NDArray[np.int64], s: int) -> None:
-    """Add the passes over a chain, its right parts one after the other."""
-    while (n := len(counts)) > 1:
-        if n <= s + 1:
-            counts[:-1] += 1
-            return
-        if s == 1:
-            counts += np.arange(n - 1, -1, -1)
-            return
-        if n <= 2 * s + 1:  # two steps at a time until the rest fits
-            counts[:-1] += 1
-            counts[: 2 * (n - s - 1) : 2] += 1
-            return
-        m = split(n, s)
-        counts[:m] += 1
-        _pass(counts[:m], s)
-        counts, s = counts[m:], s - 1

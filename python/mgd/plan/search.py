@@ -16,17 +16,17 @@ from mgd.plan.budget import Costs, Sizes
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near, thrifty
+from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near
 from mgd.plan.tally import Slots
 
-#: More inner snapshots than `thrifty` must make a plan faster by this factor to be worth their memory.
+#: Ample inner snapshots must make a plan faster by this factor to be worth their memory.
 THRIFT = 1.01
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
 #: The most shapes that are placed in one search on one tier; on more, there are more ways to place each of them.
-MOST = 900
+MOST = 1200
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ class Search:
     def _best(self, shapes: Shapes, best: float) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds."""
         bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
+        bounds = np.where(shapes.ample, THRIFT * bounds, bounds)
         chosen = None
         for i in np.argsort(bounds, kind="stable")[: MOST // len(self.limits) ** 2]:
             if bounds[i] >= best:
                 break
             found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
-            if found is not None and found[0] < best:
-                best, chosen = found
+            if found is not None and (seconds := found[0] * (THRIFT if shapes.ample[i] else 1)) < best:
+                best, chosen = seconds, found[1]
         return chosen
 
     def seconds(self, layout: Layout) -> float:
@@ -79,6 +80,4 @@ class Search:
             return None
         seconds, (o, i, log) = found
         rule, tiers = Revolve(max(1, outer)), tuple(self.limits)
-        if inner > thrifty(length):
-            seconds *= THRIFT
         return seconds, Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)

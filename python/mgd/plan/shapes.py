@@ -9,7 +9,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil, isqrt
 
 import numpy as np
@@ -50,6 +50,11 @@ class Shapes:
 
     def __getitem__(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> Shapes:
         return Shapes(self.length[some], self.outer[some], self.inner[some])
+
+    @cached_property
+    def ample(self) -> NDArray[np.bool_]:
+        """Whether there are more inner snapshots than `thrifty`."""
+        return self.inner * (self.inner + 1) / 2 >= np.maximum(2, self.length)
 
     @classmethod
     def of(cls, chain: int, lengths: Iterable[int], outer: Grid, inner: Grid) -> Shapes:
