@@ -123,7 +123,7 @@ class Placements:
         if entries:
             splits = _splits(entries, room // grad, GRADIENTS)
             if len(a) * len(splits) > COMBINATIONS:
-                seconds = self._seconds(outers, inners, logs, a, b, np.arange(len(a)))
+                seconds = self.seconds(outers, inners, logs, a, b, np.arange(len(a)))
                 some = np.argsort(seconds, kind="stable")[: 1 + COMBINATIONS // len(splits)]
                 a, b, free, logs = a[some], b[some], free[some], logs[some]
             pair, split = np.nonzero((splits <= free[:, None]).all(-1))
@@ -132,13 +132,13 @@ class Placements:
             logs = np.concatenate([logs, splits])
         else:
             c = np.arange(len(a))
-        seconds = self._seconds(outers, inners, logs, a, b, c)
+        seconds = self.seconds(outers, inners, logs, a, b, c)
         ties = np.flatnonzero(seconds <= seconds.min() * (1 + 1e-12))
         held = state * (outers[a[ties]] + inners[b[ties]]) + grad * logs[c[ties]]
         k = ties[np.lexsort(held.T)[0]]
         return float(seconds[k]), Placement(*(tuple(x.tolist()) for x in (outers[a[k]], inners[b[k]], logs[c[k]])))
 
-    def _seconds(self, outers: Counts, inners: Counts, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
+    def seconds(self, outers: Counts, inners: Counts, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
         """Predicted seconds of combinations, one way for each kind."""
         shape, costs = self.shape, self.costs
         outer, inner, log = self._outer(outers), self._inner(inners), self._log(logs)

@@ -20,7 +20,7 @@ from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near
 from mgd.plan.tally import Slots
 
 #: Ample inner snapshots must make a plan faster by this factor to be worth their memory.
-THRIFT = 1.01
+THRIFT = 1.006
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999

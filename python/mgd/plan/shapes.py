@@ -36,7 +36,7 @@ class Grid:
 
 
 #: For lengths of segments and for outer snapshots, and for inner ones: a first search, then one near the best it found.
-COARSE, COARSE_INNER = Grid(40, 1.2), Grid(4, 1.4)
+COARSE, COARSE_INNER = Grid(40, 1.2), Grid(12, 1.3)
 FINE, FINE_INNER = Grid(40, 1.03), Grid(12, 1.1)
 NEAR = 1.25
 
