@@ -197,7 +197,9 @@ class Placements:
         shape = self.shape
         _, _, turns = self._turns(outers)
         tiers = np.arange(outers.shape[1])
-        lowest = tiers == (outers.cumsum(1) < shape.outer).sum(1)[:, None]  # the first segment always starts at this one
+        lowest = (
+            tiers == (outers.cumsum(1) < shape.outer).sum(1)[:, None]
+        )  # the first segment always starts at this one
         written = np.zeros((len(inners), len(outers), 3, len(tiers)), np.int64)
         for length, _, _ in self._logged_parts():
             base = tiers == (inners.cumsum(1) < shape.slots(length)).sum(1)[:, None]

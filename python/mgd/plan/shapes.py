@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil, isqrt
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from mgd.plan.budget import Costs, Sizes
 from mgd.plan.revolve import reach
 
 Numbers = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -39,6 +40,7 @@ class Grid:
 COARSE, COARSE_INNER = Grid(40, 1.2), Grid(12, 1.3)
 FINE, FINE_INNER = Grid(40, 1.03), Grid(12, 1.1)
 NEAR = 1.25
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -153,16 +155,29 @@ class Bound:
         seconds = seconds + self._phase(work, n, grad * logged, state * rising, state * loads + grad * updates, "read")
         work = work + costs.step * (self.stop_at + N + replayed)
         saved = passing + inner + rising + outer + turns.saved_again
-        seconds = np.maximum(seconds, self._copies(work, n, grad * logged, grad * updates, state * saved, state * (loads + turns.loads)))
+        seconds = np.maximum(
+            seconds, self._copies(work, n, grad * logged, grad * updates, state * saved, state * (loads + turns.loads))
+        )
         return np.where(held <= sum(self.limits.values()), seconds * (1 - 1e-9), np.inf)
 
-    def _copies(self, work: Numbers, times: Numbers, log: Numbers, updates: Numbers, saved: Numbers, loaded: Numbers) -> Numbers:
+    def _copies(
+        self,
+        work: Numbers | float,
+        times: Numbers | int,
+        log: Numbers,
+        updates: Numbers,
+        saved: Numbers,
+        loaded: Numbers,
+    ) -> Numbers:
         """At least the seconds of all phases' work and copies.
 
         What is written to a tier is read from it, at least once. Of the log, a tier takes its room so many times.
         """
         costs = self.costs
-        write, read = ({t: 1 / (costs.copy if t in costs.overlap else of[t]) for t in self.limits} for of in (costs.write, costs.read))
+        write, read = (
+            {t: 1 / (costs.copy if t in costs.overlap else of[t]) for t in self.limits}
+            for of in (costs.write, costs.read)
+        )
         both = {tier: write[tier] + read[tier] for tier in self.limits}
         busy = work + saved * min(both.values()) + (np.maximum(0, loaded - saved) + updates) * min(read.values())
         for tier in sorted(both, key=both.__getitem__):
@@ -171,7 +186,13 @@ class Bound:
         return busy
 
     def _phase(
-        self, work: Numbers, times: Numbers, log: Numbers, write: Numbers = 0.0, read: Numbers = 0.0, way: str = "write"
+        self,
+        work: Numbers | float,
+        times: Numbers | int,
+        log: Numbers,
+        write: Numbers | float = 0.0,
+        read: Numbers | float = 0.0,
+        way: str = "write",
     ) -> Numbers:
         """At least the seconds of the work, and of moving the log and these bytes.
 
