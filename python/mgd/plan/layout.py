@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.plan.budget import Costs, Sizes
 from mgd.plan.reversal import Revolve, Rule, reversal
-from mgd.plan.revolve import advances, advances_from, repetitions
+from mgd.plan.revolve import advances_from, repetitions
 from mgd.plan.tally import Slots, Tally, tally
 
 
@@ -263,11 +263,6 @@ class Layout:
         for i, low, high in self._pieces(length - 1):
             reads[i] = advances_from(length, slots, low) - advances_from(length, slots, high)
         return tuple(reads)
-
-
-def rebuilt(length: int, slots: int) -> int:
-    """The updates that go back over one segment: the inner advances without those of the pass that logs."""
-    return advances(length, slots) - (length - 1) if length > 1 else 0
 
 
 def _sum(*vectors: Sequence[int]) -> tuple[int, ...]:
