@@ -54,15 +54,16 @@ def plan_for(
 
 
 def page(plan: Plan) -> Page:
-    """The plan as text, and a picture of its schedule over time."""
+    """The plan as text, and a picture of its schedule over time where it is short enough to draw."""
 
     def sections() -> list[Section]:
-        from mgd.cli.plan_plot import picture
+        from mgd.cli.plan_plot import MOST_ACTIONS, drawable, picture
 
-        return [
-            Section("Position and memory over time", "", picture(plan), "plan"),
-            Section("The plan", listing=plan.explain()),
-        ]
+        text = Section("The plan", listing=plan.explain())
+        if not drawable(plan):
+            note = f"This plan has more than {MOST_ACTIONS:,} actions, too many to draw."
+            return [Section("Position and memory over time", note), text]
+        return [Section("Position and memory over time", "", picture(plan), "plan"), text]
 
     lead = f"{plan.T:,} training steps by the schedule {plan.schedule!r}."
     return Page("Plan of a metagradient", lead, sections=sections)

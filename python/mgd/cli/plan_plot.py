@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ _TIER_COLOURS = {"device": "#7d3c98", "host": "#ca6f1e", "disk": "#566573"}
 
 #: More actions than this are too many to draw.
 MOST_ACTIONS = 200_000
+
+
+def drawable(plan: Plan) -> bool:
+    """Whether the plan has few enough actions for a picture."""
+    return next(itertools.islice(plan.actions(), MOST_ACTIONS, None), None) is None
 
 
 def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tuple[float, dict[str, int]]]]:
@@ -45,11 +51,9 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
             strokes.append((kind, now, now + seconds, position, to))
         now, position = now + seconds, to
 
-    for number, action in enumerate(plan.actions()):
-        if number >= MOST_ACTIONS:
-            raise BadArgument(
-                f"expected a plan of at most {MOST_ACTIONS:,} actions to draw; got more: plan fewer steps"
-            )
+    if not drawable(plan):
+        raise BadArgument(f"expected a plan of at most {MOST_ACTIONS:,} actions to draw; got more: plan fewer steps")
+    for action in plan.actions():
         if isinstance(action, Advance):
             for step in range(position, action.stop):
                 if step in log:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.plan.budget import Costs, Sizes
 from mgd.plan.reversal import Revolve, Rule, reversal
-from mgd.plan.revolve import advances, advances_from, repetitions
+from mgd.plan.revolve import advances_from, repetitions
 from mgd.plan.tally import Slots, Tally, tally
 
 
@@ -36,16 +36,30 @@ class Phase:
 
     def seconds(self, tiers: Sequence[str], costs: Costs) -> float:
         """The time of the computation and of its own copies, or of the slowest parallel transfer if that is longer."""
-        busy = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
-        beside = 0.0
+        computing, copies, beside = self._parts(tiers, costs)
+        return max(computing + sum(copies.values()), *beside.values(), 0.0)
+
+    def limit(self, tiers: Sequence[str], costs: Costs) -> str:
+        """What takes the time: "computing", or moving data, such as "reading from disk"."""
+        computing, copies, beside = self._parts(tiers, costs)
+        if computing + sum(copies.values()) >= max(beside.values(), default=0.0):
+            return max(copies, key=copies.__getitem__) if sum(copies.values()) > computing else "computing"
+        slowest = max(beside, key=beside.__getitem__)
+        i = tiers.index(slowest)
+        writing = self.written[i] / costs.write[slowest] > self.read[i] / costs.read[slowest]
+        return f"writing to {slowest}" if writing else f"reading from {slowest}"
+
+    def _parts(self, tiers: Sequence[str], costs: Costs) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Seconds of the work, of the copies that add to it, and of the transfers beside it by tier."""
+        work = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
+        copies, beside = {}, {}
         for tier, written, read in zip(tiers, self.written, self.read, strict=True):
-            transfer = written / costs.write[tier] + read / costs.read[tier]
-            if tier in costs.overlap:
-                beside = max(beside, transfer)
-                busy += (written + read) / costs.copy
-            else:
-                busy += transfer
-        return max(busy, beside)
+            parallel = tier in costs.overlap
+            if parallel:
+                beside[tier] = written / costs.write[tier] + read / costs.read[tier]
+            copies[f"writing to {tier}"] = written / (costs.copy if parallel else costs.write[tier])
+            copies[f"reading from {tier}"] = read / (costs.copy if parallel else costs.read[tier])
+        return work, copies, beside
 
 
 @dataclass(frozen=True)
@@ -249,11 +263,6 @@ class Layout:
         for i, low, high in self._pieces(length - 1):
             reads[i] = advances_from(length, slots, low) - advances_from(length, slots, high)
         return tuple(reads)
-
-
-def rebuilt(length: int, slots: int) -> int:
-    """The updates that go back over one segment: the inner advances without those of the pass that logs."""
-    return advances(length, slots) - (length - 1) if length > 1 else 0
 
 
 def _sum(*vectors: Sequence[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mgd.errors import BudgetTooSmall
 from mgd.plan.actions import Action
+from mgd.plan.advice import NOTHING, what_helps
 from mgd.plan.budget import Budget, Costs, Sizes
 from mgd.plan.layout import Layout, Phase
 from mgd.plan.reversal import KAry, Revolve, Rule, kary, stack_height
@@ -122,6 +123,7 @@ class Plan:
                     "written": by_tier(phase.written),
                     "read": by_tier(phase.read),
                     "seconds": phase.seconds(tiers, self.costs),
+                    "limited_by": phase.limit(tiers, self.costs),
                 }
                 for phase in self.phases
             ],
@@ -129,7 +131,15 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in words and tables."""
-        return "\n".join([*self._words(), "", *self._work_table(), *self._memory_table()])
+        return "\n".join([*self._words(), "", *self._work_table(), *self._memory_table(), *self._advice()])
+
+    def _advice(self) -> list[str]:
+        """What would make it faster, where it is slow because of its budget."""
+        ideal = self.T * self.costs.step + (self.T - self.stop_at) * self.costs.hvp
+        if self.schedule != "auto" or self.predicted_seconds <= (1 + NOTHING) * ideal:
+            return []
+        search = Search(self.T - self.stop_at, self.sizes, self.limits, self.costs, self.stop_at)
+        return ["", what_helps(search, self.predicted_seconds, lambda changed: _layout("auto", None, changed))]
 
     def _words(self) -> list[str]:
         layout, back = self.layout, self.T - self.stop_at
@@ -169,12 +179,14 @@ class Plan:
     def _work_table(self) -> list[str]:
         tiers = self.layout.tiers
         head = ["phase", "model steps", "updates", "adjoints"]
-        head += [f"{tier} {way}" for tier in tiers for way in ("written", "read")] + ["predicted"]
+        head += [f"{tier} {way}" for tier in tiers for way in ("written", "read")] + ["predicted", "limited by"]
         rows = []
         for phase in self.phases:
             traffic = [format_bytes(x) for pair in zip(phase.written, phase.read, strict=True) for x in pair]
             counts = [f"{x:,}" for x in (phase.model, phase.update, phase.adjoint)]
-            rows.append([phase.name, *counts, *traffic, format_seconds(phase.seconds(tiers, self.costs))])
+            seconds = phase.seconds(tiers, self.costs)
+            limit = phase.limit(tiers, self.costs) if seconds else ""
+            rows.append([phase.name, *counts, *traffic, format_seconds(seconds), limit])
         return table(head, rows)
 
     def _memory_table(self) -> list[str]:
@@ -253,10 +265,7 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
         raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
     if name != "auto" or chain <= 1:
         return plain
-    full_log = search.best_log()
-    if full_log is None:
-        return search.best(plain)
-    return full_log if search.unrivalled(full_log) else search.best(plain, full_log)
+    return search.best(plain)
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:

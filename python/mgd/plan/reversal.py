@@ -8,14 +8,14 @@ left part. The rules differ in m, and in how many slots they pass on to each par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from mgd.plan.revolve import split
 
 
-class Rule(Protocol):
+class Rule(Hashable, Protocol):
     """How to split a chain of n steps. A label is the state that the rule passes from one split to the next."""
 
     @property

@@ -1,11 +1,17 @@
-"""Counts of what a reversal does, by tier, without making its moves."""
+"""Counts of what a reversal does, by the depth of the snapshots and by tier, without making its moves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mgd.plan.reversal import Revolve, Rule
+
+Counts: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,62 +60,83 @@ class Tally:
     held: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What a reversal does: its advances, and what it does with the snapshots of each depth.
+
+    depths: those where anything changes, from 0 on. sums: for each of them, how often the snapshots of all lower depths
+    are saved, loaded, and turned at (`held`); in between these sums are linear.
+    """
+
+    advances: int
+    depths: Counts
+    sums: Counts
+
+    def below(self, depths: Counts) -> tuple[Counts, Counts, Counts]:
+        """The saves, loads and turns of all snapshots below these depths."""
+        saves, loads, held = (np.rint(np.interp(depths, self.depths, row)).astype(np.int64) for row in self.sums)
+        return saves, loads, held
+
+
+@lru_cache(maxsize=4096)
+def profile(n: int, rule: Rule) -> Profile:
+    """Count the moves of `reversal(n, rule)` without making them: each different block of a depth is counted once."""
+    advances = 0
+    changes: dict[int, list[int]] = {0: [0, 0, 0]}
+
+    def add(low: int, high: int, saves: int, loads: int, held: int) -> None:
+        """So many of each at every depth of low..high-1."""
+        if low < high:
+            for depth, sign in ((low, 1), (high, -1)):
+                change = changes.setdefault(depth, [0, 0, 0])
+                change[0] += sign * saves
+                change[1] += sign * loads
+                change[2] += sign * held
+
+    level, depth = ({(n, rule.root): 1} if n > 1 else {}), 0
+    if n > 1:
+        add(0, 1, 1, 0, 0)
+    while level:
+        deeper: dict[tuple[int, int], int] = {}
+        while level:
+            length, label = block = max(level)
+            times = level.pop(block)
+            if rule.keeps_all(length, label):
+                advances += times * (length - 1)
+                add(depth + 1, depth + length - 1, times, 0, 0)
+                add(depth, depth + length - 1, 0, times, times)
+            elif isinstance(rule, Revolve) and label == 1:  # one snapshot: start over for every step
+                advances += times * (length * (length - 1) // 2)
+                add(depth, depth + 1, 0, times * (length - 1), times)
+            elif isinstance(rule, Revolve) and length <= 2 * label + 1:  # two steps at a time until the rest fits
+                pairs = length - label - 1
+                rest, top = length - 2 * pairs, depth + pairs
+                advances += times * (3 * pairs + rest - 1)
+                add(depth + 1, top + (rest > 1), times, 0, 0)
+                add(depth, top, 0, 2 * times, times)
+                add(top + 1, top + rest - 1, times, 0, 0)
+                add(top, top + rest - 1, 0, times, times)
+            else:
+                m, left, right = rule.divide(length, label)
+                advances += times * m
+                add(depth, depth + 1, 0, times, times * (m == 1))
+                if m > 1:
+                    level[m, left] = level.get((m, left), 0) + times
+                if length - m > 1:
+                    add(depth + 1, depth + 2, times, 0, 0)
+                    deeper[length - m, right] = deeper.get((length - m, right), 0) + times
+        level, depth = deeper, depth + 1
+
+    depths = np.array(sorted(changes), dtype=np.int64)
+    rates = np.cumsum([changes[d] for d in depths.tolist()], axis=0)
+    sums = np.zeros((3, len(depths)), dtype=np.int64)
+    sums[:, 1:] = np.cumsum(rates[:-1] * np.diff(depths)[:, None], axis=0).T
+    return Profile(advances, depths, sums)
+
+
 def tally(n: int, rule: Rule, slots: Slots) -> Tally:
-    """Count the moves of `reversal(n, rule)` without making them: each different block is counted once."""
-    tiers = len(slots.counts)
-    if n == 1:
-        return Tally(0, (0,) * tiers, (0,) * tiers, (0,) * tiers)
-    # Per node: its advances, then its saves, loads and held turns by tier, without the save of its own start.
-    nodes: dict[tuple[int, int, int], list[int]] = {}
-    root = (n, rule.root, 0)
-    pending = [root]
-    while pending:
-        node = length, label, depth = pending[-1]
-        if node in nodes:
-            pending.pop()
-            continue
-        if rule.keeps_all(length, label):
-            nodes[node] = _all_saved(length, depth, slots)
-            continue
-        if isinstance(rule, Revolve) and (label == 1 or length <= 2 * label + 1):
-            nodes[node] = _single(length, depth, slots) if label == 1 else _paired(length, label, depth, slots)
-            continue
-        m, left, right = rule.divide(length, label)
-        parts = [(m, left, depth)] * (m > 1) + [(length - m, right, depth + 1)] * (length - m > 1)
-        if missing := [part for part in parts if part not in nodes]:
-            pending.extend(missing)
-            continue
-        total = [sum(column) for column in zip(*(nodes[part] for part in parts), strict=True)] or [0] * (1 + 3 * tiers)
-        total[0] += m
-        if length - m > 1:
-            total[1 + slots.tier(depth + 1)] += 1
-        total[1 + tiers + slots.tier(depth)] += 1
-        if m == 1:
-            total[1 + 2 * tiers + slots.tier(depth)] += 1
-        nodes[node] = total
-    counts = nodes[root]
-    counts[1 + slots.tier(0)] += 1
-    by_tier = [tuple(counts[1 + i * tiers : 1 + (i + 1) * tiers]) for i in range(3)]
-    return Tally(counts[0], *by_tier)
-
-
-def _all_saved(length: int, depth: int, slots: Slots) -> list[int]:
-    """A chain that saves every state."""
-    visited = slots.between(depth, depth + length - 1)
-    return [length - 1, *slots.between(depth + 1, depth + length - 1), *visited, *visited]
-
-
-def _single(length: int, depth: int, slots: Slots) -> list[int]:
-    """A chain with one snapshot, which starts over for every step."""
-    here = slots.between(depth, depth + 1)
-    return [length * (length - 1) // 2, *(0 for _ in here), *(x * (length - 1) for x in here), *here]
-
-
-def _paired(length: int, s: int, depth: int, slots: Slots) -> list[int]:
-    """A chain of s + 1 < length <= 2 s + 1: `split` takes two steps at a time until all states of the rest fit."""
-    pairs = length - s - 1
-    rest, top = length - 2 * pairs, depth + pairs
-    tail = _all_saved(rest, top, slots)
-    saves = slots.between(depth + 1, top + (rest > 1))
-    turns = slots.between(depth, top)
-    return [x + y for x, y in zip([3 * pairs, *saves, *(2 * x for x in turns), *turns], tail, strict=True)]
+    """Count the moves of `reversal(n, rule)` by tier."""
+    done = profile(n, rule)
+    top = slots.total - np.cumsum((0, *slots.counts))
+    by_tier = (tuple((row[:-1] - row[1:]).tolist()) for row in done.below(top))
+    return Tally(done.advances, *by_tier)

@@ -160,6 +160,12 @@ def test_plan_draws_its_schedule(capsys, tmp_path):
     assert "30 training steps" in (tmp_path / "p" / "index.html").read_text()
 
 
+def test_a_plan_too_long_to_draw_still_gets_its_page(capsys, tmp_path):
+    run(capsys, "plan", "--steps", 1_000_000, "--parameters", "1k", "--budget", "host=200MB", "--out", tmp_path / "p")
+    assert "too many to draw" in (tmp_path / "p" / "index.html").read_text()
+    assert not (tmp_path / "p" / "plan.png").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

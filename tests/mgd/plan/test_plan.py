@@ -334,6 +334,20 @@ def test_explain_says_what_will_happen():
     assert len({len(row) for row in rows}) == 1, "not aligned"
 
 
+def test_explain_says_what_limits_each_phase_and_what_would_help():
+    sizes, room = Sizes(14_400_000_000, 4_800_000_000), "200GB"
+    text = plan(5000, sizes, Budget(host=room), Costs(step=0.9)).explain()
+    assert "100 GB more host memory: 9.4 h to 8.3 h" in text
+    slow = plan(500, sizes, Budget(disk=("x", "9TB")), Costs(step=0.9, write={"disk": 1e9}, read={"disk": 1e9}))
+    assert [phase.limit(slow.layout.tiers, slow.costs) for phase in slow.phases][::2] == [
+        "writing to disk",
+        "reading from disk",
+    ]
+    assert "disk transfers twice as fast: " in slow.explain()
+    ample = plan(500, sizes, Budget(host="9TB"), Costs(step=0.9)).explain()
+    assert "What would help" not in ample, "it takes as long as the work alone"
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("1GB", 10**9), ("512MiB", 512 << 20), ("0", 0), ("1.5 kB", 1500), ("2k", 2000), (7, 7), (".5GiB", 1 << 29)],
