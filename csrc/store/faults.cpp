@@ -13,7 +13,7 @@ std::atomic<long> first{0}, last{0}, seen{0};
 
 }  // namespace
 
-void arm(const std::string& kind, long nth, long times) {
+long arm(const std::string& kind, long nth, long times) {
     static const std::map<std::string, Kind> kinds = {
         {"none", Kind::none},
         {"short_read", Kind::short_read},
@@ -27,14 +27,18 @@ void arm(const std::string& kind, long nth, long times) {
         {"refuse_direct", Kind::refuse_direct},
         {"sync_error", Kind::sync_error},
         {"rename_error", Kind::rename_error},
+        {"list_error", Kind::list_error},
+        {"thread_error", Kind::thread_error},
+        {"killed", Kind::killed},
     };
     const auto known = kinds.find(kind);
     if (known == kinds.end()) throw BadStoreArgument("expected a kind of fault; got '" + kind + "'");
     armed = Kind::none;
     first = nth;
     last = nth + times;
-    seen = 0;
+    const long before = seen.exchange(0);
     armed = known->second;
+    return before;
 }
 
 bool hit(Kind kind) {

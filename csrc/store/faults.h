@@ -2,6 +2,7 @@
 // CMake option MGD_FAULT_INJECTION has them; in any other, hit() is a constant and the compiler drops the faults.
 #pragma once
 
+#include <csignal>
 #include <string>
 
 namespace mgd::faults {
@@ -19,13 +20,16 @@ enum class Kind {
     refuse_direct,   // EINVAL to a transfer through O_DIRECT
     sync_error,      // EIO from fsync
     rename_error,    // EIO
+    list_error,      // EIO from reading a directory
+    thread_error,    // EAGAIN from making a thread
+    killed,          // SIGKILL before a call that changes the disk
 };
 
 #ifdef MGD_FAULT_INJECTION
 
 // Arms one fault: calls nth, nth + 1, ... nth + times - 1 of that kind are hit (nth counts from 1).
-// "none" disarms. Throws BadStoreArgument on an unknown name.
-void arm(const std::string& kind, long nth, long times);
+// "none" disarms. Returns how many calls of the kind armed before were seen. Throws BadStoreArgument on an unknown name.
+long arm(const std::string& kind, long nth, long times);
 
 // Whether this call is to fail. Costs one relaxed load when nothing is armed.
 bool hit(Kind kind);
@@ -35,5 +39,10 @@ bool hit(Kind kind);
 constexpr bool hit(Kind) { return false; }
 
 #endif
+
+// To be called before every system call that changes the disk.
+inline void change() {
+    if (hit(Kind::killed)) std::raise(SIGKILL);
+}
 
 }  // namespace mgd::faults
