@@ -144,6 +144,8 @@ class Store:
         """
         core, name = self._live(), encode_key(key)
         sequence = not isinstance(tensors, torch.Tensor)
+        if sequence and not isinstance(tensors, Iterable):
+            raise BadArgument(f"expected a tensor or a list of tensors; got {type(tensors).__name__}")
         items = [storable(t, i) for i, t in enumerate(tensors if sequence else [tensors])]
         layout = [(DTYPES[t.dtype], tuple(t.shape)) for t in items]
         if tier not in (None, "host", "disk"):

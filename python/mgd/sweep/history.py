@@ -19,7 +19,7 @@ from torch import Tensor
 from mgd.errors import CorruptState, StoreIOError
 from mgd.step.model import Buffers
 from mgd.step.step import StepResult
-from mgd.sweep.damage import ADVICE, Key, naming_the_step
+from mgd.sweep.damage import ADVICE, Key, check_layout, layout_of, naming_the_step
 from mgd_kernels import Arena, OptimizerState
 
 if TYPE_CHECKING:
@@ -130,8 +130,13 @@ class History:
             return None
         with naming_the_step(key):
             viewed = self._entries.view(key, self._reads_again(key))
-        if viewed is None:
-            return None
+            if viewed is None:
+                return None
+            buffers = [self.constants[name] for changed in self._names[key] for name in changed]
+            assert self._arena is not None
+            gradient = (self._arena.gradient_dtype, (self._arena.numel,))
+            losses = (torch.float64, (self.microbatches,))
+            check_layout(key, layout_of(viewed), [gradient, losses, *layout_of(buffers)])
         if self.listener is not None:
             self.listener.got(key)
         rest = (b.clone() for b in viewed[2:])  # buffers outlive the step
@@ -197,6 +202,7 @@ class History:
         ]
         rest = [b[name] for b, changed in zip(histories, self._names[key], strict=True) for name in changed]
         with naming_the_step(key):
+            check_layout(key, self._entries.layout(key), layout_of([*out, *rest]))
             self._entries.get(key, out=[*out, *rest], again=self._reads_again(key))
         if self.listener is not None:
             self.listener.got(key)
