@@ -1,0 +1,54 @@
+"""Whenever the process of a resumable metagradient dies, the same call afterwards gives the right number."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+
+import pytest
+
+QUICK = 24  # moments
+
+
+def right(answer: dict) -> bool:
+    return answer["outcome"] == "right"
+
+
+@pytest.mark.parametrize("schedule", ["auto", "revolve"])
+def test_killed_before_each_call_that_changes_the_disk(tmp_path, victim, full, schedule):
+    """From the first directory that is made to the last file of the finished run that is removed."""
+    whole = victim.run(tmp_path / "whole", schedule=schedule)
+    assert right(whole) and whole["changes"] > 100
+    moments = list(range(1, whole["changes"] + 1))
+    if not full:  # from all over the run, and more of its end
+        moments = sorted({*random.Random(schedule).sample(moments, QUICK // 2), *moments[-QUICK // 2 :: 2]})
+    died = 0
+    for n in moments:
+        directory = tmp_path / str(n)
+        died += victim.run(directory, schedule=schedule, kill=n)["signal"] == signal.SIGKILL
+        if full:  # and once more where it continues
+            victim.run(directory, schedule=schedule, kill=random.Random(n).randrange(1, 60))
+        assert right(answer := victim.run(directory, schedule=schedule)), (n, answer)
+        assert sorted(p.name for p in directory.iterdir()) == ["LOCK", "MGD_STORE"], n
+        shutil.rmtree(directory)
+    assert died >= 0.9 * len(moments), "threads shift the last calls by a few; most must have been met"
+
+
+def test_killed_again_and_again(tmp_path, victim, full):
+    rng = random.Random(0)
+    for i in range(40 if full else 2):
+        kills = 0
+        while not right(answer := victim.run(tmp_path / str(i), kill=rng.randrange(1, 150))):
+            assert answer["signal"] == signal.SIGKILL, answer
+            kills += 1
+        assert kills > 0 or full
+
+
+def test_killed_while_it_removes_the_files_of_a_finished_run(tmp_path, victim, full):
+    """Leaves a directory that begins again, whichever files are gone: the marker says that they are of no run."""
+    whole = victim.run(tmp_path / "whole")["changes"]
+    for n in range(whole - 24, whole, 1 if full else 4):
+        directory = tmp_path / str(n)
+        victim.run(directory, kill=n)
+        assert right(victim.run(directory, kill=1 << 40))
