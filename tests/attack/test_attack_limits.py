@@ -45,7 +45,9 @@ def test_small_files_only(tmp_path, victim, full, begun, new):
     assert outcomes[0] == "StoreIOError"
 
 
-@pytest.mark.parametrize("kind", ["list_error", "thread_error", "no_space", "write_error", "sync_error", "rename_error"])
+@pytest.mark.parametrize(
+    "kind", ["list_error", "thread_error", "no_space", "write_error", "sync_error", "rename_error"]
+)
 def test_one_call_that_fails(tmp_path, victim, full, begun, kind):
     """Nothing of the run is lost: what cannot be listed or opened is not taken for empty."""
     outcomes = []

@@ -57,6 +57,7 @@ def memory_peak() -> int:
 def metagradient(request: dict[str, Any], reference: Any) -> dict[str, Any]:
     """In the fork: one metagradient, and what came of it."""
     from interruptions import outcome, training
+
     from mgd.errors import KernelError, MetagradientError
     from mgd.plan import training as planning
     from mgd.step.step import StepFunction

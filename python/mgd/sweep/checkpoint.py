@@ -57,7 +57,8 @@ class RunCheckpoint:
     def begin(self) -> None:
         """Make the directory that of this run, unless it is already."""
         if not self._began:
-            self.store.clear()
+            if self.store.keys():  # else it is new, or the run before has cleared it
+                self.store.clear()
             self.store.put("run", _encode({"identity": self._identity, "settings": self.settings}), "disk")
             self.store.flush()
             self._began = True

@@ -195,7 +195,8 @@ class History:
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
         if key not in self._names:
-            raise CorruptState(key, None, f"{self._entries.stats()['disk']['directory']} holds it no longer", ADVICE)
+            place = self._entries.stats()["disk"]["directory"]
+            raise CorruptState(key, None, f"expected it in {place}; got no such file", ADVICE)
         histories = [
             self.constants | {name: torch.empty_like(self.constants[name]) for name in changed}
             for changed in self._names[key]
