@@ -17,7 +17,8 @@ def begun(tmp_path_factory, victim):
     return directory
 
 
-def starved(victim, directory, error: str | None = "StoreIOError", **request) -> str:
+def starved(victim, directory, **request) -> str:
+    """What comes of the run under limits; without them it then comes to its end."""
     answer = victim.run(directory, **request)
     assert answer["signal"] == 0 and answer["outcome"] in ("right", "StoreIOError"), answer
     if answer["outcome"] != "right":

@@ -155,8 +155,6 @@ def test_scratch_directories_of_a_crash_are_removed(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == set(theirs)
     kept = {name: sorted(p.name for p in (tmp_path / name).iterdir()) for name in theirs}
     assert kept == {name: sorted(files) for name, files in theirs.items()}
-        n: sorted(f) for n, f in theirs.items()
-    }
 
 
 def test_stores_that_begin_at_once_leave_each_other_alone(tmp_path):
