@@ -18,8 +18,8 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-// Deletes without the interpreter's lock. In a fork it does not: the files are the parent's, and a lock may be held by a
-// thread that does not exist there, so that what is part of a store is leaked on purpose.
+// Deletes without the interpreter's lock. In a fork it does not: the files are the parent's, and a lock may be held by
+// a thread that does not exist there, so that what is part of a store is leaked on purpose.
 struct OwnersDelete {
     pid_t owner = getpid();
     template <class T>
@@ -359,7 +359,9 @@ void bind_store(py::module_& m) {
 
 #ifdef MGD_FAULT_INJECTION
     m.def("store_inject", &faults::arm, py::arg("kind"), py::arg("nth") = 1, py::arg("times") = 1,
-          "Arms a fault in the store's I/O, for tests: calls nth .. nth + times - 1 of that kind fail. Returns how many calls of the kind before were seen.");
+          "Arms a fault in the store's I/O, for tests: calls nth .. nth + times - 1 of that kind fail. Returns how "
+          "many calls of the kind before were seen.");
+    m.def("store_record", &faults::record, "What was recorded of calls that change the disk, while that was armed.");
 #endif
     m.def("store_sweep", &sweep_scratch, Unlocked(),
           "Removes the scratch directories under a directory that a crash left; returns how many.");

@@ -35,13 +35,13 @@ ssize_t pread_or_fault(int fd, char* data, size_t bytes, uint64_t offset, bool d
     return done;
 }
 
-ssize_t pwrite_or_fault(int fd, const char* data, size_t bytes, uint64_t offset, bool direct) {
+ssize_t pwrite_or_fault(int fd, const std::string& path, const char* data, size_t bytes, uint64_t offset, bool direct) {
     if (faults::hit(Kind::interrupted)) return fail(EINTR);
     if (faults::hit(Kind::write_error)) return fail(EIO);
     if (faults::hit(Kind::no_space)) return fail(ENOSPC);
     if (faults::hit(Kind::zero_write)) return 0;
     if (direct && faults::hit(Kind::refuse_direct)) return fail(EINVAL);
-    faults::change();
+    faults::change("write", path);
     if (faults::hit(Kind::short_write)) {
         const int flags = fcntl(fd, F_GETFL);
         fcntl(fd, F_SETFL, flags & ~O_DIRECT);
@@ -85,7 +85,8 @@ DirectFile DirectFile::open_with(int directory, const std::string& name, std::st
     if (refused) mode.refuse("the file system refuses to open files with O_DIRECT (EINVAL)");
     struct stat status{};
     if (fstat(fd.get(), &status) != 0) files::fail(path, "fstat failed");
-    if (!S_ISREG(status.st_mode)) throw StoreIOError(ELOOP, path, "is not a regular file, and a store follows no links");
+    if (!S_ISREG(status.st_mode))
+        throw StoreIOError(ELOOP, path, "is not a regular file, and a store follows no links");
     return DirectFile(fd.release(), std::move(path), mode, direct && !refused);
 }
 
@@ -143,7 +144,7 @@ size_t DirectFile::transfer(const char* what, size_t bytes, uint64_t offset, Cal
 void DirectFile::write(const void* data, size_t bytes, uint64_t offset) {
     const auto* from = static_cast<const char*>(data);
     const size_t done = transfer("write", bytes, offset, [&](size_t at, size_t n, uint64_t where, bool direct) {
-        return pwrite_or_fault(fd_, from + at, n, where, direct);
+        return pwrite_or_fault(fd_, path_, from + at, n, where, direct);
     });
     if (done < bytes)
         throw StoreIOError(EIO, path_,
@@ -159,7 +160,7 @@ size_t DirectFile::read(void* data, size_t bytes, uint64_t offset) {
 }
 
 void DirectFile::reserve(uint64_t bytes) {
-    faults::change();
+    faults::change("reserve", path_);
     if (bytes == 0 || fallocate(fd_, 0, 0, static_cast<off_t>(bytes)) == 0) return;
     if (errno != ENOSPC && errno != EDQUOT && errno != EFBIG) return;  // not offered here; writes will allocate
     const int error = errno;
@@ -167,7 +168,7 @@ void DirectFile::reserve(uint64_t bytes) {
 }
 
 void DirectFile::sync() {
-    if (files::sync(fd_) != 0) files::fail(path_, "fsync failed");
+    if (files::sync(fd_, path_) != 0) files::fail(path_, "fsync failed");
 }
 
 uint64_t DirectFile::size() const {

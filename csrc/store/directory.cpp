@@ -109,7 +109,7 @@ int sweep_scratch(const std::string& parent) {
 // Nothing when a sweep, which takes a directory without a marker for a left-over, removed the new one.
 std::optional<StoreDirectory> StoreDirectory::try_scratch(const std::string& parent) {
     std::string path = parent + "/" + kScratchPrefix + std::string(kScratchRandom, 'X');
-    faults::change();
+    faults::change("mkdir", path);
     if (mkdtemp(path.data()) == nullptr) files::fail(parent, "cannot make a scratch directory");
     try {
         Fd fd = files::open_directory(AT_FDCWD, path, O_NOFOLLOW);
@@ -199,7 +199,7 @@ void StoreDirectory::unlink(const std::string& name) const {
 }
 
 void StoreDirectory::sync() const {
-    if (files::sync(fd()) != 0) files::fail(path_, "fsync of the directory failed");
+    if (files::sync(fd(), path_) != 0) files::fail(path_, "fsync of the directory failed");
 }
 
 void StoreDirectory::close() {

@@ -1,7 +1,10 @@
 #include "store/faults.h"
 
 #include <atomic>
+#include <csignal>
 #include <map>
+#include <mutex>
+#include <utility>
 
 #include "store/errors.h"
 
@@ -10,6 +13,8 @@ namespace {
 
 std::atomic<Kind> armed{Kind::none};
 std::atomic<long> first{0}, last{0}, seen{0};
+std::mutex mutex;
+std::vector<std::string> calls;
 
 }  // namespace
 
@@ -30,6 +35,7 @@ long arm(const std::string& kind, long nth, long times) {
         {"list_error", Kind::list_error},
         {"thread_error", Kind::thread_error},
         {"killed", Kind::killed},
+        {"recorded", Kind::recorded},
     };
     const auto known = kinds.find(kind);
     if (known == kinds.end()) throw BadStoreArgument("expected a kind of fault; got '" + kind + "'");
@@ -39,6 +45,18 @@ long arm(const std::string& kind, long nth, long times) {
     const long before = seen.exchange(0);
     armed = known->second;
     return before;
+}
+
+std::vector<std::string> record() {
+    std::lock_guard lock(mutex);
+    return std::move(calls);
+}
+
+void change(const char* call, const std::string& path) {
+    if (hit(Kind::killed)) std::raise(SIGKILL);
+    if (!hit(Kind::recorded)) return;
+    std::lock_guard lock(mutex);
+    calls.push_back(call + (" " + path.substr(path.rfind('/') + 1)));
 }
 
 bool hit(Kind kind) {

@@ -2,8 +2,8 @@
 // CMake option MGD_FAULT_INJECTION has them; in any other, hit() is a constant and the compiler drops the faults.
 #pragma once
 
-#include <csignal>
 #include <string>
+#include <vector>
 
 namespace mgd::faults {
 
@@ -23,13 +23,21 @@ enum class Kind {
     list_error,      // EIO from reading a directory
     thread_error,    // EAGAIN from making a thread
     killed,          // SIGKILL before a call that changes the disk
+    recorded,        // no fault: such calls are noted
 };
 
 #ifdef MGD_FAULT_INJECTION
 
 // Arms one fault: calls nth, nth + 1, ... nth + times - 1 of that kind are hit (nth counts from 1).
-// "none" disarms. Returns how many calls of the kind armed before were seen. Throws BadStoreArgument on an unknown name.
+// "none" disarms. Returns how many calls of the kind armed before were seen. Throws BadStoreArgument on an unknown
+// name.
 long arm(const std::string& kind, long nth, long times);
+
+// What was recorded: the call and the last part of the path, in order.
+std::vector<std::string> record();
+
+// To be called before every system call that changes the disk.
+void change(const char* call, const std::string& path);
 
 // Whether this call is to fail. Costs one relaxed load when nothing is armed.
 bool hit(Kind kind);
@@ -37,12 +45,8 @@ bool hit(Kind kind);
 #else
 
 constexpr bool hit(Kind) { return false; }
+inline void change(const char*, const std::string&) {}
 
 #endif
-
-// To be called before every system call that changes the disk.
-inline void change() {
-    if (hit(Kind::killed)) std::raise(SIGKILL);
-}
 
 }  // namespace mgd::faults

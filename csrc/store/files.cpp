@@ -31,7 +31,7 @@ int create(int directory, const std::string& name, int flags) {
         errno = EROFS;
         return -1;
     }
-    faults::change();
+    faults::change("create", name);
     return openat(directory, name.c_str(), flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 }
 
@@ -40,21 +40,21 @@ int rename(int directory, const std::string& from, const std::string& to) {
         errno = EIO;
         return -1;
     }
-    faults::change();
+    faults::change("rename", from + " " + to);
     return renameat(directory, from.c_str(), directory, to.c_str());
 }
 
 int unlink(int directory, const std::string& name, int flags) {
-    faults::change();
+    faults::change("unlink", name);
     return unlinkat(directory, name.c_str(), flags);
 }
 
-int sync(int fd) {
+int sync(int fd, const std::string& path) {
     if (faults::hit(faults::Kind::sync_error)) {
         errno = EIO;
         return -1;
     }
-    faults::change();
+    faults::change("sync", path);
     return fsync(fd);
 }
 
@@ -73,13 +73,14 @@ void make_directory(const std::filesystem::path& path) {
     }
     if (errno != ENOENT) fail(path, "cannot make the directory");
     if (path.has_parent_path() && path.parent_path() != path) make_directory(path.parent_path());
-    faults::change();
+    faults::change("mkdir", path);
     if (mkdir(path.c_str(), 0700) != 0) {
         if (errno == EEXIST) return;  // made by another process meanwhile
         fail(path, "cannot make the directory");
     }
     const Fd parent = open_directory(AT_FDCWD, path.parent_path());
-    if (!parent || sync(parent.get()) != 0) fail(path.parent_path(), "fsync of the directory failed");
+    if (!parent || sync(parent.get(), path.parent_path()) != 0)
+        fail(path.parent_path(), "fsync of the directory failed");
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ namespace files {
 int create(int directory, const std::string& name, int flags);  // a new file: there is none of this name
 int rename(int directory, const std::string& from, const std::string& to);
 int unlink(int directory, const std::string& name, int flags = 0);
-int sync(int fd);
+int sync(int fd, const std::string& path);
 Fd open_directory(int at, const std::string& name, int flags = 0);
 
 // Makes the directory and its parents, durably; returns its absolute path, which a later chdir does not change.

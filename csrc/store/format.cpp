@@ -16,10 +16,10 @@ namespace {
 
 constexpr char kMagic[8] = {'M', 'G', 'D', 'S', 'T', 'A', 'T', 'E'};
 constexpr uint32_t kChecksumXxh3 = 1;
-constexpr uint32_t kSequence = 1;               // the only flag
-constexpr uint64_t kLimit = uint64_t{1} << 62;  // no length of the format reaches it, so sums of two never wrap
+constexpr uint32_t kSequence = 1;                   // the only flag
+constexpr uint64_t kLimit = uint64_t{1} << 62;      // no length of the format reaches it, so sums of two never wrap
 constexpr uint64_t kMaxHeader = uint64_t{1} << 24;  // what opening a store may read, and hold, of one file
-constexpr uint32_t kMaxRank = 64;               // torch's limit
+constexpr uint32_t kMaxRank = 64;                   // torch's limit
 constexpr uint32_t kBool = 10;
 constexpr size_t kMaxName = 240;
 constexpr char kSuffix[] = ".mgd";
@@ -225,8 +225,7 @@ uint64_t Header::header_length(const char* data, uint64_t file_bytes, const std:
     return bytes;
 }
 
-Header Header::decode(char* data, size_t bytes, uint64_t file_bytes, const std::string& key,
-                      const std::string& path) {
+Header Header::decode(char* data, size_t bytes, uint64_t file_bytes, const std::string& key, const std::string& path) {
     const auto corrupt = [&](const std::string& text) { return CorruptState(key, kWholeFile, path + ": " + text); };
     const auto unknown = [&](const std::string& text) { return UnknownFormat(path, text); };
 

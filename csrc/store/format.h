@@ -62,7 +62,7 @@ struct Header {
     uint64_t tensor_bytes() const;  // what the user stored, without padding
     std::vector<Piece> pieces(uint32_t chunk) const;
     bool possible(uint32_t chunk, const char* data) const;  // whether every bool in the chunk's bytes is 0 or 1
-    void clear_padding(uint32_t chunk, char* data) const;  // zeros what is no tensor's in the chunk's bytes
+    void clear_padding(uint32_t chunk, char* data) const;   // zeros what is no tensor's in the chunk's bytes
 };
 
 // Keys are "text-<any text>" or "step-<integer>-<kind>", in UTF-8; a file is called <escaped key>.mgd.

@@ -57,7 +57,7 @@ std::optional<DirectoryLock> DirectoryLock::take(int directory, const std::strin
     const std::string name = path + "/" + kLock;
     std::lock_guard lock(held().mutex);  // no fork between opening the file and noting it
     if (faults::hit(faults::Kind::open_read_only)) throw StoreIOError(EROFS, name, "cannot create the lock file");
-    faults::change();
+    faults::change("create", name);
     Fd fd(openat(directory, kLock, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600));
     if (!fd) files::fail(name, "cannot open or create the lock file");
     struct flock whole{};
@@ -75,10 +75,10 @@ std::optional<DirectoryLock> DirectoryLock::take(int directory, const std::strin
     if (status.st_nlink == 0) throw StoreIOError(ENOENT, name, "was removed");
     if (status.st_nlink > 1) throw StoreIOError(EMLINK, name, "has a second name, and a store writes through none");
     const std::string pid = std::to_string(getpid()) + "\n";
-    faults::change();
+    faults::change("write", name);
     if (pwrite(fd.get(), pid.data(), pid.size(), 0) != static_cast<ssize_t>(pid.size()))
         files::fail(name, "cannot write the lock file");
-    faults::change();
+    faults::change("truncate", name);
     if (ftruncate(fd.get(), static_cast<off_t>(pid.size())) != 0) files::fail(name, "cannot write the lock file");
     held().files.insert(fd.get());
     return DirectoryLock(fd.release());

@@ -71,11 +71,11 @@ void Marker::write(int directory, const std::string& path) const {
     check(files::unlink(directory, kMarkerTemporary) == 0 || errno == ENOENT);
     const Fd fd(files::create(directory, kMarkerTemporary, O_WRONLY));
     check(static_cast<bool>(fd));
-    faults::change();
+    faults::change("write", kMarkerTemporary);
     const ssize_t size = ::write(fd.get(), all.data(), all.size());
     if (size >= 0 && size < static_cast<ssize_t>(all.size())) errno = ENOSPC;
     check(size == static_cast<ssize_t>(all.size()));
-    check(files::sync(fd.get()) == 0 && files::rename(directory, kMarkerTemporary, kMarker) == 0);
+    check(files::sync(fd.get(), kMarkerTemporary) == 0 && files::rename(directory, kMarkerTemporary, kMarker) == 0);
 }
 
 }  // namespace mgd

@@ -137,7 +137,7 @@ class TieredStore {
     mutable std::mutex mutex_;
     mutable std::condition_variable changed_;  // an entry, a chunk or the number of calls changed state
     std::map<std::string, EntryPtr> entries_;
-    StoreId id_{};  // of the entries that are written from now on
+    StoreId id_{};                                          // of the entries that are written from now on
     std::deque<std::pair<EntryPtr, uint32_t>> wanted_;      // to prefetch: entry and its next chunk
     std::deque<std::pair<EntryPtr, uint32_t>> prefetched_;  // in order of issue
     uint64_t host_used_ = 0, disk_used_ = 0, disk_peak_ = 0, sequence_ = 0, hits_ = 0, drops_ = 0;

@@ -52,3 +52,26 @@ def test_killed_while_it_removes_the_files_of_a_finished_run(tmp_path, victim, f
         directory = tmp_path / str(n)
         victim.run(directory, kill=n)
         assert right(victim.run(directory, kill=1 << 40))
+
+
+def test_a_power_failure_finds_what_the_next_call_needs(tmp_path, victim):
+    """Data is on the medium before it gets its name; names are, before a checkpoint refers to them, and the checkpoint
+    or the cleared marker is, before anything older is removed."""
+    answer = victim.run(tmp_path / "run", fault=["recorded", 1, 1 << 40])
+    assert right(answer)
+    unwritten, unnamed, removed = set(), set(), 0
+    for call, *names in map(str.split, answer["record"]):
+        if call in ("create", "write", "reserve"):
+            unwritten.add(names[0])
+        elif call == "sync":
+            unwritten.discard(names[0])
+            if names[0] == "run":
+                unnamed.clear()
+        elif call == "rename" and names[1].endswith(".tmp"):
+            removed += 1
+            assert not unnamed & {"text-checkpoint.mgd", "MGD_STORE"}
+        elif call == "rename":
+            assert names[0] not in unwritten
+            assert not unnamed or names[1] != "text-checkpoint.mgd"
+            unnamed.add(names[1])
+    assert removed > 10 and not unnamed

@@ -31,7 +31,7 @@ class Victim:
 
     signal: what ended the process, 0 if nothing. outcome: "right", "wrong", the name of an error of mgd or mgd_kernels,
     or "raw" for any other; "hung" if it had to be ended. changes: calls that changed the disk. peak: bytes of memory
-    beyond those of an idle process. text: of the error.
+    beyond those of an idle process. text: of the error. record: of the calls, where the fault is "recorded".
     """
 
     def __init__(self, directory: Path):
@@ -93,6 +93,8 @@ def metagradient(request: dict[str, Any], reference: Any) -> dict[str, Any]:
     except Exception:
         found, text, result = "raw", traceback.format_exc(), None
     answer = {"outcome": found, "text": text, "changes": _core.store_inject("none"), "peak": memory_peak() - before}
+    if request.get("fault", [""])[0] == "recorded":
+        answer["record"] = _core.store_record()
     return answer | ({"result": result, "modules": sorted(sys.modules)} if reference is None else {})
 
 
@@ -116,9 +118,12 @@ def in_fork(request: dict[str, Any], reference: Any, files: Path) -> dict[str, A
         os._exit(0)
     os.close(theirs)
     ready = select.select([ours], [], [], SECONDS)[0]
-    answer = os.read(ours, 1 << 16) if ready else b""  # until it answers or ends
-    os.close(ours)
-    if not ready:
+    if ready:  # it answers, or ends
+        with os.fdopen(ours, "rb") as pipe:
+            answer = pipe.read()
+    else:
+        os.close(ours)
+        answer = b""
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     nothing = {"outcome": "ended" if ready else "hung", "text": "", "changes": 0, "peak": 0}
