@@ -148,3 +148,33 @@ def test_entries_of_the_next_run_are_refused(tmp_path, victim, runs):
     shutil.copytree(runs / "run", tmp_path / "run")
     shutil.copy(runs / "next" / "text-checkpoint.mgd", tmp_path / "run")
     assert victim.run(tmp_path / "run")["outcome"] == "ForeignEntry"
+
+
+def forged(data: bytes, tensor: int, dtype: int) -> bytes:
+    """The entry with another dtype of the same size for one tensor, under a right checksum."""
+    at = WRITER["FIXED"].size + -(-struct.unpack_from("<I", data, 48)[0] // 8) * 8
+    for _ in range(tensor):
+        at += 24 + 8 * struct.unpack_from("<I", data, at + 4)[0]
+    header = data[:at] + struct.pack("<I", dtype) + data[at + 4 : 4096]
+    return WRITER["sealed"](header) + data[4096:]
+
+
+@pytest.mark.parametrize("kind, tensor, dtype", [("gradient", 0, 7), ("gradient", 1, 5), ("snapshot", 0, 7)])
+def test_numbers_are_not_taken_for_those_of_another_type(tmp_path, victim, runs, kind, tensor, dtype):
+    shutil.copytree(runs / "run", tmp_path / "run")
+    for path in of_kind(tmp_path / "run", kind):
+        path.write_bytes(forged(path.read_bytes(), tensor, dtype))
+    answer = victim.run(tmp_path / "run")
+    assert answer["outcome"] == "CorruptState" and "expected tensors of" in answer["text"], answer
+
+
+@pytest.mark.parametrize("kind, outcome", [("text-run", "CorruptState"), ("text-checkpoint", "right")])
+def test_a_record_of_another_type(tmp_path, victim, runs, kind, outcome):
+    """A checkpoint that is not one is as none: the run begins again."""
+    for tensor, dtype in [(0, 9), (1, 5)][: 1 if kind == "text-run" else 2]:
+        directory = tmp_path / str(tensor)
+        shutil.copytree(runs / "run", directory)
+        (path,) = of_kind(directory, kind)
+        path.write_bytes(forged(path.read_bytes(), tensor, dtype))
+        answer = victim.run(directory)
+        assert answer["outcome"] == outcome, answer

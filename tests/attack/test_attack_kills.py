@@ -45,15 +45,6 @@ def test_killed_again_and_again(tmp_path, victim, full):
         assert kills > 0 or full
 
 
-def test_killed_while_it_removes_the_files_of_a_finished_run(tmp_path, victim, full):
-    """Leaves a directory that begins again, whichever files are gone: the marker says that they are of no run."""
-    whole = victim.run(tmp_path / "whole")["changes"]
-    for n in range(whole - 24, whole, 1 if full else 4):
-        directory = tmp_path / str(n)
-        victim.run(directory, kill=n)
-        assert right(victim.run(directory, kill=1 << 40))
-
-
 def test_a_power_failure_finds_what_the_next_call_needs(tmp_path, victim):
     """Data is on the medium before it gets its name; names are, before a checkpoint refers to them, and the checkpoint
     or the cleared marker is, before anything older is removed."""
