@@ -199,7 +199,7 @@ void StoreDirectory::unlink(const std::string& name) const {
 }
 
 void StoreDirectory::sync() const {
-    if (files::sync(fd(), path_) != 0) files::fail(path_, "fsync of the directory failed");
+    if (files::sync_directory(fd(), path_) != 0) files::fail(path_, "fsync of the directory failed");
 }
 
 void StoreDirectory::close() {

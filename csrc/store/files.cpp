@@ -58,6 +58,10 @@ int sync(int fd, const std::string& path) {
     return fsync(fd);
 }
 
+int sync_directory(int fd, const std::string& path) {
+    return sync(fd, path) == 0 || errno == EINVAL || errno == EOPNOTSUPP ? 0 : -1;
+}
+
 Fd open_directory(int at, const std::string& name, int flags) {
     return Fd(openat(at, name.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | flags));
 }
@@ -79,7 +83,7 @@ void make_directory(const std::filesystem::path& path) {
         fail(path, "cannot make the directory");
     }
     const Fd parent = open_directory(AT_FDCWD, path.parent_path());
-    if (!parent || sync(parent.get(), path.parent_path()) != 0)
+    if (!parent || sync_directory(parent.get(), path.parent_path()) != 0)
         fail(path.parent_path(), "fsync of the directory failed");
 }
 

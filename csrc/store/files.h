@@ -35,6 +35,7 @@ int create(int directory, const std::string& name, int flags);  // a new file: t
 int rename(int directory, const std::string& from, const std::string& to);
 int unlink(int directory, const std::string& name, int flags = 0);
 int sync(int fd, const std::string& path);
+int sync_directory(int fd, const std::string& path);  // a no-op where the file system does not offer it
 Fd open_directory(int at, const std::string& name, int flags = 0);
 
 // Makes the directory and its parents, durably; returns its absolute path, which a later chdir does not change.

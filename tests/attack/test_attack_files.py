@@ -168,13 +168,14 @@ def test_numbers_are_not_taken_for_those_of_another_type(tmp_path, victim, runs,
     assert answer["outcome"] == "CorruptState" and "expected tensors of" in answer["text"], answer
 
 
-@pytest.mark.parametrize("kind, outcome", [("text-run", "CorruptState"), ("text-checkpoint", "right")])
-def test_a_record_of_another_type(tmp_path, victim, runs, kind, outcome):
+RECORDS = [("text-run", 0, 10, "CorruptState"), ("text-checkpoint", 0, 10, "right"), ("text-checkpoint", 1, 5, "right")]
+
+
+@pytest.mark.parametrize("kind, tensor, dtype, outcome", RECORDS)
+def test_a_record_of_another_type(tmp_path, victim, runs, kind, tensor, dtype, outcome):
     """A checkpoint that is not one is as none: the run begins again."""
-    for tensor, dtype in [(0, 9), (1, 5)][: 1 if kind == "text-run" else 2]:
-        directory = tmp_path / str(tensor)
-        shutil.copytree(runs / "run", directory)
-        (path,) = of_kind(directory, kind)
-        path.write_bytes(forged(path.read_bytes(), tensor, dtype))
-        answer = victim.run(directory)
-        assert answer["outcome"] == outcome, answer
+    shutil.copytree(runs / "run", tmp_path / "run")
+    (path,) = of_kind(tmp_path / "run", kind)
+    path.write_bytes(forged(path.read_bytes(), tensor, dtype))
+    answer = victim.run(tmp_path / "run")
+    assert answer["outcome"] == outcome, answer
