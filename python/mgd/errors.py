@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mgd_kernels.errors import BadArgument, CorruptState, KernelError, StoreBusy, StoreFull, StoreIOError, UnknownFormat
+from mgd_kernels.errors import (
+    BadArgument,
+    CorruptState,
+    ForeignEntry,
+    KernelError,
+    StoreBusy,
+    StoreFull,
+    StoreIOError,
+    UnknownFormat,
+)
 
 __all__ = [
     "BadArgument",
@@ -19,6 +28,7 @@ __all__ = [
     "BudgetTooSmall",
     "CorruptScores",
     "CorruptState",
+    "ForeignEntry",
     "KernelError",
     "MetagradientError",
     "MissingPackage",
