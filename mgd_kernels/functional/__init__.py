@@ -29,6 +29,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose3d,
 )
 from mgd_kernels.functional.grouped import grouped_mm
+from mgd_kernels.functional.linear_loss import linear_cross_entropy
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import group_norm, layer_norm
 
@@ -47,6 +48,7 @@ __all__ = [
     "group_norm",
     "grouped_mm",
     "layer_norm",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -89,7 +89,36 @@ def cases() -> dict[str, Case]:
             for f in (functional.cross_entropy, F.cross_entropy)
         ]
         found[f"cross_entropy-{reduction}"] = Case(*pair, [random(50, classes, scale=3)], "cross_entropy")
+    target = torch.randint(37, (50,), generator=g)
+    target[7] = -100
+    for name, options in LINEAR_LOSSES.items():
+        pair = [lambda h, w, b=None, f=f, o=options: f(h, w, target, b, **o) for f in (linear_loss, plain_linear_loss)]
+        inputs = [random(50, 9), random(37, 9), random(37)]
+        found[f"linear_cross_entropy-{name}"] = Case(*pair, inputs, "linear_cross_entropy")
+    found["linear_cross_entropy-no-bias"] = Case(*pair, inputs[:2], "linear_cross_entropy")
     return found
+
+
+LINEAR_LOSSES: dict[str, dict] = {
+    "mean": {},
+    "sum": dict(reduction="sum", label_smoothing=0.1),
+    "cap": dict(reduction="none", softcap=2.0, label_smoothing=0.2),
+    "z-loss": dict(z_loss=0.01),
+    "all": dict(reduction="none", z_loss=0.02, softcap=3.0, label_smoothing=0.1),
+}
+linear_loss = functional.linear_cross_entropy
+
+
+def plain_linear_loss(
+    h, weight, target, bias=None, *, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, ignore_index=-100
+):
+    """In torch's operators, with the logits in memory."""
+    z = F.linear(h, weight, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    losses = F.cross_entropy(z, target, None, None, ignore_index, None, "none", label_smoothing)
+    seen = target != ignore_index
+    losses = losses + z_loss * z.logsumexp(-1).square() * seen
+    return losses if reduction == "none" else losses.sum() / (seen.sum() if reduction == "mean" else 1)
 
 
 CASES = cases()
@@ -102,6 +131,7 @@ SAMPLES = [
     "softmax-2x7x33",
     "attention-33x33-True",
     "cross_entropy-mean",
+    "linear_cross_entropy-all",
 ]
 every_case = pytest.mark.parametrize("name", CASES)
 every_sample = pytest.mark.parametrize("name", SAMPLES)
