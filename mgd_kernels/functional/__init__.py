@@ -7,6 +7,7 @@ torch's own function, so a replacement is always safe. From the third derivative
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
 threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype. Grouped matrix
 products are made of torch's, have derivatives of any order, and serve any floating-point dtype on the CPU.
+`linear_cross_entropy` has no counterpart in torch, and serves float64 too.
 
 Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
 (to load the extension) and `errors`.

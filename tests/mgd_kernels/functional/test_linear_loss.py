@@ -168,6 +168,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@pytest.mark.long
 def test_memory_of_a_language_model():
     """2,048 tokens of a vocabulary of 50,000, whose logits would take 410 MB at a time: two gradients of the weight
     take 102 MB, three strips 154 MB. In a process of its own, since a peak is one of a process."""
