@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_kernels.backends import cpu
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.functional._library import like, operator, twice
+from mgd_kernels.functional._library import like, operator, served_by_products, twice
 from mgd_kernels.functional._team import Team, spans, team
 from mgd_kernels.functional.linear_loss_rows import Rows
 
@@ -258,26 +257,13 @@ def linear_cross_entropy(
     _check_arguments(input, weight, target, bias, reduction, label_smoothing, z_loss, softcap)
     h, rows = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    if _served(h, weight, bias, rows):
+    if served_by_products(h, weight, bias) and rows.dtype is torch.int64 and rows.device.type == "cpu":
         losses, _ = linear_cross_entropy_forward(h, weight, bias, rows, *options)
     else:
         losses = plain(h, weight, bias, rows, *options)
     if reduction == "none":
         return losses.view(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / (rows != ignore_index).sum()
-
-
-def _served(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
-    tensors = [x for x in (h, weight, bias) if x is not None]
-    return (
-        h.dtype in (torch.float32, torch.float64)
-        and all(x.dtype is h.dtype and x.device.type == "cpu" and x.numel() for x in tensors)
-        and target.dtype is torch.int64
-        and target.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and cpu.unavailable() is None
-    )
 
 
 def _check_arguments(input, weight, target, bias, reduction, label_smoothing, z_loss, softcap) -> None:
