@@ -1,8 +1,8 @@
 """Attention whose matrix is never held: by strips of queries with all the keys that they see, three times.
 
 Names: q [B, H, L, E], k [B, K, S, E] and v [B, K, S, D] with H a multiple of K, mask (boolean, or added to the scores)
-that broadcasts to [B, H, L, S], o the output and g its cotangent; dq, dk, dv, dm cotangents of q, k, v, mask; cq, ck, cv,
-cm the cotangents of these. With offset, query i sees the keys up to i + offset. A query that sees none has output 0.
+that broadcasts to [B, H, L, S], o the output and g its cotangent; dq, dk, dv, dm cotangents of q, k, v, mask; cq, ck,
+cv, cm the cotangents of these. With offset, query i sees the keys up to i + offset. One that sees none has output 0.
 
     s = scale q kᵀ + mask    P = softmax(s)    o = P v    M = g vᵀ    dS = P∘(M - ⟨P M⟩)
     dq = scale dS k    dk = scale dSᵀ q    dv = Pᵀ g    dm = dS
@@ -64,8 +64,7 @@ class _Heads:
         q = self.q[head, at] * self.scale
         s = torch.mm(q, self.k[:n].t(), out=_matrix(buffer, len(q), n))
         if self.mask is not None:
-            part = _of(self.mask, self.b, head)
-            part = (part if part.shape[0] == 1 else part[at])[:, : n if part.shape[1] > 1 else 1]
+            part = _strip_of(self.mask, self.b, head, at, n)
             if part.dtype is torch.bool:
                 s.masked_fill_(~part, -torch.inf)
             else:
@@ -87,6 +86,12 @@ def _of(x: Tensor, b: int, head: int) -> Tensor:
     return x[b if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
 
 
+def _strip_of(x: Tensor, b: int, head: int, at: slice, n: int) -> Tensor:
+    """Its rows `at` and first n columns, or what broadcasts to them."""
+    part = _of(x, b, head)
+    return (part if part.shape[0] == 1 else part[at])[:, : n if part.shape[1] > 1 else 1]
+
+
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
@@ -97,12 +102,8 @@ def _workspace(q: Tensor, k: Tensor, count: int) -> list[Tensor]:
 
 def _add_to_mask(dm: Tensor, b: int, head: int, at: slice, d: Tensor) -> None:
     """Adds d, of a strip, to the cotangent of a mask, summed where it was broadcast."""
-    part = _of(dm, b, head)
-    if part.shape[0] == 1:
-        d = d.sum(0, keepdim=True)
-    if part.shape[1] == 1:
-        d = d.sum(1, keepdim=True)
-    (part if part.shape[0] == 1 else part[at])[:, : d.shape[1]] += d
+    part = _strip_of(dm, b, head, at, d.shape[1])
+    part += d.sum_to_size(part.shape)
 
 
 def _each(crew: Team, work: Callable[[tuple[int, int]], None], q: Tensor, k: Tensor, dm: Tensor) -> None:
@@ -172,8 +173,7 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, off
                 cotangent, tangent = g[heads.b, head, at], cq[heads.b, head, at] * scale
                 torch.mm(torch.cat([rows, tangent], 1), both[:n].t(), out=x)
                 if cm is not None:
-                    part = _of(cm, heads.b, head)
-                    x += (part if part.shape[0] == 1 else part[at])[:, : n if part.shape[1] > 1 else 1]
+                    x += _strip_of(cm, heads.b, head, at, n)
                 torch.mm(cotangent, heads.v[:n].t(), out=m)
                 softmax_backward_(p, ds.copy_(m))
                 softmax_double_backward_(p, x, m)  # now R and T
@@ -232,11 +232,12 @@ def plain_attention(q, k, v, mask, scale, offset) -> Tensor:
 
 
 def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, offset):
-    if mask is None or mask.dtype is torch.bool:
-        inputs, function = [q, k, v, None], lambda q, k, v, _: plain_attention(q, k, v, mask, scale, offset)
-    else:
-        inputs, function = [q, k, v, mask], lambda *inputs: plain_attention(*inputs, scale, offset)
-    *found, dm = twice(function, inputs, [g], [cq, ck, cv, cm])
+    added = None if mask is None or mask.dtype is torch.bool else mask
+
+    def function(q, k, v, added):
+        return plain_attention(q, k, v, mask if added is None else added, scale, offset)
+
+    *found, dm = twice(function, [q, k, v, added], [g], [cq, ck, cv, cm])
     return *found, dm if mask_gradient else q.new_zeros(0)
 
 

@@ -13,7 +13,7 @@ from mgd_kernels.functional import linear_cross_entropy
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
 
 
-def causal_lm_loss(model: nn.Module, labels: Tensor, options: dict[str, Any] | None = None, **inputs: Any) -> Tensor:
+def causal_lm_loss(model: Any, labels: Tensor, options: dict[str, Any] | None = None, **inputs: Any) -> Tensor:
     """As `model(**inputs, labels=labels).loss`: hidden states by the model's body, then `linear_cross_entropy` with its
     `lm_head`. Position i predicts label i + 1. Adapters of `peft` in the body are used.
 
