@@ -237,6 +237,11 @@ def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Any]:
     return ready
 
 
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Contiguous tensors of the same values: torch's kernels may round otherwise on other layouts."""
+    return [None if x is None else x.resolve_neg().contiguous() for x in tensors]
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else memory.address(tensor)
 

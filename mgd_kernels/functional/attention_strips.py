@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mgd_kernels.functional._library import like, operator, twice
+from mgd_kernels.functional._library import dense, like, operator, twice
 from mgd_kernels.functional._team import Team, spans, team
 from mgd_kernels.functional.attention_rows import softmax_, softmax_backward_, softmax_double_backward_
 
@@ -117,6 +117,7 @@ def _each(crew: Team, work: Callable[[tuple[int, int]], None], q: Tensor, k: Ten
 
 
 def _attention(q, k, v, mask, scale, offset):
+    q, k, v = dense(q, k, v)
     o = q.new_zeros(*q.shape[:3], v.shape[3])
 
     def work(piece: tuple[int, int]) -> None:
@@ -132,6 +133,7 @@ def _attention(q, k, v, mask, scale, offset):
 
 
 def _backward(g, q, k, v, mask, mask_gradient, scale, offset):
+    g, q, k, v = dense(g, q, k, v)
     dq, dk, dv, dm = _zeros(q, k, v, mask, mask_gradient)
 
     def work(piece: tuple[int, int]) -> None:
@@ -157,7 +159,8 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, offset):
 
 
 def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, offset):
-    gg = torch.zeros_like(g, memory_format=torch.contiguous_format)
+    cq, ck, cv, g, q, k, v = dense(cq, ck, cv, g, q, k, v)
+    gg = torch.zeros_like(g)
     dq, dk, dv, dm = _zeros(q, k, v, mask, mask_gradient)
     cq, ck = torch.zeros_like(q) if cq is None else cq, torch.zeros_like(k) if ck is None else ck
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.functional._library import like, operator, served_by_products, twice
+from mgd_kernels.functional._library import dense, like, operator, served_by_products, twice
 from mgd_kernels.functional._team import Team, spans, team
 from mgd_kernels.functional.linear_loss_rows import Rows
 
@@ -80,13 +80,9 @@ def _check(h, weight, bias, target, *others: tuple[Tensor | None, tuple[int, ...
         raise BadArgument(f"expected target int64 {[n]}; got {target.dtype} {list(target.shape)}")
 
 
-def _dense(*tensors: Tensor | None) -> list:
-    return [None if x is None else x.resolve_neg().contiguous() for x in tensors]
-
-
 def _linear_cross_entropy(h, weight, bias, target, ignore_index, smoothing, z_loss, cap):
     _check(h, weight, bias, target)
-    h, weight, bias, target = _dense(h, weight, bias, target)
+    h, weight, bias, target = dense(h, weight, bias, target)
     losses, statistics = like(h, len(h)), like(h, len(h), 2)
     with team() as crew:
         layer, (buffer,) = _Layer(crew, weight), _buffers(h, weight, 1)
@@ -107,7 +103,7 @@ def _parameter_gradients(h: Tensor, weight: Tensor, bias: Tensor | None, wanted:
 def _backward(gl, h, weight, bias, target, statistics, parameters, ignore_index, smoothing, z_loss, cap):
     n = len(h)
     _check(h, weight, bias, target, (gl, (n,)), (statistics, (n, 2)))
-    gl, h, weight, bias, target, statistics = _dense(gl, h, weight, bias, target, statistics)
+    gl, h, weight, bias, target, statistics = dense(gl, h, weight, bias, target, statistics)
     gh, (gw, gb) = like(h), _parameter_gradients(h, weight, bias, parameters)
     with team() as crew:
         layer, (buffer,) = _Layer(crew, weight), _buffers(h, weight, 1)
@@ -130,7 +126,7 @@ def _double_backward(
         h, weight, bias, target, (gl, (n,)), (statistics, (n, 2)), (c, tuple(h.shape)), (cw, tuple(weight.shape)),
         (cb, (vocabulary,)),
     )  # fmt: skip
-    c, cw, cb, gl, h, weight, bias, target, statistics = _dense(c, cw, cb, gl, h, weight, bias, target, statistics)
+    c, cw, cb, gl, h, weight, bias, target, statistics = dense(c, cw, cb, gl, h, weight, bias, target, statistics)
     ggl, gh, (gw, gb) = like(gl), like(h), _parameter_gradients(h, weight, bias, parameters)
     with team() as crew:
         layer, tangent = _Layer(crew, weight), None if cw is None else _Layer(crew, cw)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels import functional
+from mgd_kernels.functional.attention_strips import attention
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -81,6 +82,12 @@ def cases() -> dict[str, Case]:
         ]
         inputs = [random(2, 3, rows, 8), random(2, 3, columns, 8), random(2, 3, columns, 4)]
         found[f"attention-{rows}x{columns}-{causal}"] = Case(*pair, inputs, "softmax")
+    pair = [
+        lambda q, k, v: attention(q, k, v, None, 0.4, 0),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True),
+    ]
+    inputs = [random(2, 6, 150, 8), random(2, 3, 140, 8), random(2, 3, 140, 4)]
+    found["strips-150x140"] = Case(*pair, inputs, "attention")
     for reduction, classes in (("none", 37), ("mean", 16), ("sum", 5)):
         target = torch.randint(classes, (50,), generator=g)
         target[7] = -100
@@ -132,6 +139,7 @@ SAMPLES = [
     "attention-33x33-True",
     "cross_entropy-mean",
     "linear_cross_entropy-all",
+    "strips-150x140",
 ]
 every_case = pytest.mark.parametrize("name", CASES)
 every_sample = pytest.mark.parametrize("name", SAMPLES)

@@ -122,8 +122,8 @@ def test_absent_cotangents(absent):
 
 
 def test_gradcheck():
-    inputs = [x[:1, :, :, :3].clone() for x in problem(5, 6, group=2)]
-    for mask in (None, torch.zeros(1, 4, 5, 6, dtype=torch.float64)):
+    inputs = [x[:1, :, :, :2].clone() for x in problem(3, 4, group=2)]
+    for mask in (None, torch.zeros(1, 1, 3, 4, dtype=torch.float64)):
         x = [p.requires_grad_() for p in (*inputs, *([] if mask is None else [mask]))]
         function = lambda q, k, v, m=None: attention(q, k, v, m, 0.4, 0)
         assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(function, x)
@@ -206,11 +206,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("length", "megabytes"), [(4096, 300), (16384, 1000)])
+@pytest.mark.parametrize(("length", "megabytes"), [(4096, 300), pytest.param(16384, 1000, marks=pytest.mark.slow)])
 def test_memory_of_long_sequences(length, megabytes):
     """Second derivatives of a two-layer model, whose matrices would take 1.9 GB, and 31 GB. In a process of its own,
     since a peak is one of a process."""
     command = [sys.executable, "-c", _PEAK, str(length)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
-    print(done.stdout)
     assert int(done.stdout) < megabytes
