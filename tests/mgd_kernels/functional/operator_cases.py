@@ -128,6 +128,26 @@ def plain_linear_loss(
     return losses if reduction == "none" else losses.sum() / (seen.sum() if reduction == "mean" else 1)
 
 
+def plain_norm(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    """The norm of a case in plain arithmetic, for derivatives of any order; None for what is no norm."""
+    dims = {"layer_norm-4x3x11": [1, 2], "layer_norm": [-1], "batch_norm": [0, 2, 3], "group_norm": [2]}
+    found = next((found for kind, found in dims.items() if name.startswith(kind)), None)
+
+    def function(x, w=None, b=None):
+        sets = x.reshape(x.shape[0], 4, -1) if name.startswith("group") else x
+        centred = sets - sets.mean(found, keepdim=True)
+        variance = centred.square().mean(found, keepdim=True)
+        y = (centred * (variance + 1e-5).rsqrt()).view(x.shape)
+        shape = [-1] if name.startswith("layer") else [-1, *[1] * (x.ndim - 2)]
+        y = y if w is None else y * w.view(shape) + b.view(shape)
+        count = x.numel() // x.shape[1]
+        if not name.startswith("batch"):
+            return y
+        return y, x.mean(found), variance.flatten() * (count / (count - 1))
+
+    return function if found else None
+
+
 CASES = cases()
 # One a kind, for tests of the machinery.
 SAMPLES = [
