@@ -1,15 +1,16 @@
 """Attention and cross-entropy by strips beside the paths that hold the matrix: value, gradient, second derivatives.
 
-One thread pinned to one core, in alternation; ratios are of medians of processor time (`bench_functional.py`). Memory is
-the growth of a process of its own.
+One thread pinned to one core, in alternation; ratios are of medians of processor time (`bench_functional.py`). Memory
+is the growth of a process of its own.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,37 +49,34 @@ def loss(strips: bool) -> None:
     second((lambda h, w: functional.linear_cross_entropy(h, w, target)) if strips else held, [h, w], [ch, cw])
 
 
-def megabytes(call: str) -> int:
-    """By which a call grows a process in which the small operators are loaded."""
+def megabytes(function: Callable[..., None], *args: object) -> int:
+    """By which a call grows a process that has done nothing else."""
     program = f"""
-import resource, torch, bench_strips
+import resource, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import bench_strips
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bench_strips.{call}
+bench_strips.{function.__name__}(*{args!r})
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n{program}"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
 
-def compare(benchmark, call: str, rounds: int) -> None:
-    mine, held = (lambda: eval(call.format(True)), lambda: eval(call.format(False)))
+def compare(benchmark, rounds: int, function: Callable[..., None], *args: object) -> None:
+    mine, held = (functools.partial(function, *args, strips) for strips in (True, False))
     seconds = medians(rounds, mine, held)
-    memory = [megabytes(call.format(strips)) for strips in (True, False)]
+    memory = [megabytes(function, *args, strips) for strips in (True, False)]
     benchmark.extra_info.update(seconds=seconds, times_faster=seconds[1] / seconds[0], megabytes=memory)
-    print(json.dumps(benchmark.extra_info))
     benchmark.pedantic(mine, rounds=1)
     assert memory[0] < memory[1]
 
 
 @pytest.mark.parametrize(("length", "width", "causal"), ATTENTION)
-def test_attention(benchmark, length, width, causal):
-    before = whole.LARGE
-    try:
-        compare(benchmark, f"attention({length}, {width}, {causal}, {{}})", 5 if length < 2048 else 1)
-    finally:
-        whole.LARGE = before
+def test_attention(benchmark, monkeypatch, length, width, causal):
+    monkeypatch.setattr(whole, "LARGE", whole.LARGE)  # put back afterwards
+    compare(benchmark, 5 if length < 2048 else 1, attention, length, width, causal)
 
 
 def test_linear_cross_entropy(benchmark):
-    compare(benchmark, "loss({})", 2)
+    compare(benchmark, 2, loss)
