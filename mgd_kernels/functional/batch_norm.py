@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, contiguous, like, operator
 from mgd_kernels.functional.norm import by_channel, channel_kernel
-from mgd_kernels.functional.norm_orders import Layout, norm_double
+from mgd_kernels.functional.norm_orders import Layout, norm_double, torchs_batch_norm
 
 
 def _batch_norm(x, weight, bias, eps):
@@ -133,6 +133,8 @@ def batch_norm(
     """As `torch.nn.functional.batch_norm`, and in training the running statistics, which are updated in place, are
     differentiable functions of the input."""
     outputs = batch_norm_with_statistics(input, weight, bias, eps) if training else None
+    if outputs is None and training and running_mean is running_var is None:
+        return torchs_batch_norm(input, weight, bias, eps)
     if outputs is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, *statistics = outputs

@@ -25,7 +25,7 @@ from mgd_kernels.functional._library import (
     operator,
     served,
 )
-from mgd_kernels.functional.norm_orders import Layout, norm_double
+from mgd_kernels.functional.norm_orders import Layout, norm_double, torchs_layer_norm
 
 
 def define(
@@ -156,7 +156,7 @@ def layer_norm(
         and all(p is None or p.shape == shape for p in (weight, bias))
     )
     if not fits:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
     if len(shape) > 1:
         weight, bias = (None if p is None else p.reshape(width) for p in (weight, bias))
     return _layer_norm(input, weight, bias, width, eps)[0]
@@ -210,4 +210,7 @@ def group_norm(
     """As `torch.nn.functional.group_norm`."""
     if by_channel(input, weight, bias) and num_groups > 0 and input.shape[1] % num_groups == 0:
         return _group_norm(input, weight, bias, num_groups, eps)[0]
+    if weight is None and input.ndim > 1 and input.requires_grad and torch.is_grad_enabled():
+        # torch cannot differentiate a group norm without weights three times.
+        weight = input.new_ones(input.shape[1])
     return F.group_norm(input, num_groups, weight, bias, eps)
