@@ -29,6 +29,7 @@ from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, s
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
@@ -288,6 +289,7 @@ class CapturedEvaluator:
         inputs = [x for kind in kinds for x in kind]
         fixed = bounds[3][1]
         counts, share = [0, 0, 0], step.microbatch.share
+        captured = without_logits(graph.module) if self.at_once else graph.module
 
         def evaluate(p, b, z, constants):
             owned = [x.clone() for x in constants[: len(step.others)]]
@@ -298,7 +300,7 @@ class CapturedEvaluator:
                 for place in places
             ]
             with step.microbatch.loss.casting(), FunctionOverrides():
-                loss, *extra = graph.module(*arguments)
+                loss, *extra = captured(*arguments)
             counts[2] = len(extra)
             return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
 
