@@ -6,8 +6,7 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter
+from mgd.identity import Start, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -30,10 +30,9 @@ from mgd.step.step import StepFunction
 from mgd.sweep.adjoint import objective_adjoints, weighted_sum
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import Sweep
-from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
-from mgd_kernels import Arena, Optimizer, OptimizerState
+from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
 
 # A call changes torch's default generators, and the model's tensors, which other functions may share.
@@ -170,11 +169,13 @@ class TrainingFunction:
         """What a metagradient will store where, and what it will cost."""
         return self._plan_request(Arena.of(self.model), dict(self.model.named_buffers())).plan()
 
-    def identity(self, z: Mapping[str, Any]) -> dict[str, str]:
-        """Digests, by name, of what a metagradient at `z` depends on, as far as it can be told without running it."""
-        with self._guarded() as tick:
-            sweep = self._sweep(z, tick)
-            return self._identity(sweep.meta, sweep.state, sweep.buffers)
+    def identity(
+        self, z: Mapping[str, Any], objectives: Iterable[Callable[[nn.Module], Tensor]] | None = None
+    ) -> dict[str, str]:
+        """Digests, by name, of what a metagradient at `z` depends on, as far as can be told without running it (see
+        `mgd.identity`). It reads all batches, and evaluates a step and the objective, or those in its place."""
+        with self._guarded():
+            return self._identity(z, (self.objective,) if objectives is None else objectives)
 
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
@@ -207,6 +208,18 @@ class TrainingFunction:
         ):
             yield bar.tick
 
+    def _start(self, z: Mapping[str, Any]) -> Start:
+        binding = Binding(self.model)
+        arena = Arena(binding.parameters())
+        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
+        initial = binding.parameters() | dict(meta.z.get("init", {}))
+        state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
+        loss = BoundLoss(
+            binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
+        )
+        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
+        return Start(binding, arena, meta, state, binding.buffers(), step)
+
     def _sweep(
         self,
         z: Mapping[str, Any],
@@ -215,30 +228,22 @@ class TrainingFunction:
         resume: str | os.PathLike[str] | None = None,
     ) -> Sweep:
         """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
-        binding = Binding(self.model)
-        arena = Arena(binding.parameters())
-        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
-        initial = binding.parameters() | dict(meta.z.get("init", {}))
-        state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
-        buffers = binding.buffers()
-        loss = BoundLoss(
-            binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
-        )
-        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
-        request = self._plan_request(arena, buffers)
+        identity = None if resume is None else self._identity(z, (self.objective,))
+        start = self._start(z)
+        request = self._plan_request(start.arena, start.buffers)
         if not reversible:
             storage = no_storage(request)
-        elif resume is None:
+        elif resume is None or identity is None:
             storage = open_storage(request)
         else:
-            storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
+            storage = open_storage(request, Resume(resume, identity))
         with storage.closed_after_errors():
             return Sweep(
-                step,
+                start.step,
                 self.optimizer,
-                meta,
-                state,
-                buffers,
+                start.meta,
+                start.state,
+                start.buffers,
                 storage,
                 max_grad_norm=self.max_grad_norm,
                 keep_slots=not reversible or self.optimizer_state is not None,
@@ -274,27 +279,15 @@ class TrainingFunction:
             len(self), arena, self.optimizer, buffers, self.microbatches, self.budget, self._costs, self.schedule
         )
 
-    def _identity(self, meta: Metaparameters, state: OptimizerState, buffers: Buffers) -> dict[str, str]:
-        """Digests of what the metagradient depends on, as far as it can be told without running it."""
-        optimizer, continued = self.optimizer, self.optimizer_state is not None
-        return leaf_digests("z", meta.z) | {
-            name: digest(*values)
-            for name, values in {
-                "the initial parameters": (state.params,),
-                "the initial buffers": tuple(buffers.values()),
-                "the initial optimizer state": (state.before, continued, *state.slots),
-                "the optimizer": (type(optimizer).__name__, optimizer.table(), state.segments.table),
-                "the fixed hyperparameters": (meta.hypers,),
-                "the number of steps": (len(self),),
-                "the first batch": tuple(tree_flatten(self.batches[0])[0]),
-                "the seed": (self.seed,),
-                "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
-                "the schedule": (self.schedule,),
-                "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
-                "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
-                "the version of mgd": (version("mgd-kernels"),),
-            }.items()
+    def _identity(self, z: Mapping[str, Any], objectives: Iterable[Callable[[nn.Module], Tensor]]) -> dict[str, str]:
+        settings = {
+            "the seed": self.seed,
+            "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
+            "the schedule": self.schedule,
+            "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
+            "whether the optimizer state continues": self.optimizer_state is not None,
         }
+        return identity_of(self._start(z), self.optimizer, objectives, settings)
 
     def _report(self, sweep: Sweep) -> Report:
         optimizer, timings, storage = self.optimizer, sweep.timings, sweep.storage
