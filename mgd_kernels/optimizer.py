@@ -7,7 +7,6 @@ that a user writes in torch. All four methods of `Optimizer` work in place on th
 from __future__ import annotations
 
 import fnmatch
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 from mgd_kernels import dispatch
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
+from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule, check_range
 
 Hyper = Mapping[str, Any] | Tensor | None
 
@@ -295,12 +294,7 @@ class FusedOptimizer(Optimizer):
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the values are finite, betas in [0, 1), `eps` and `eps_root` at least 0."""
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        values = torch.as_tensor(values, dtype=torch.float64).flatten()
-        wrong = values[~((values >= low) & (values < high) & values.isfinite())]
-        if wrong.numel():
-            wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
-            raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
+        check_range(RANGES, name, values, called)
 
     def backend(self, params: Tensor, grad: Tensor):
         """The module that will run this optimizer's kernels on these tensors."""

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mgd.autodiff.capture import evaluator_for
-from mgd.errors import BadArgument, BadMetaparameter
+from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
 from mgd.identity import Start, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
@@ -29,7 +29,8 @@ from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.sweep.adjoint import objective_adjoints, weighted_sum
 from mgd.sweep.storage import Resume, no_storage, open_storage
-from mgd.sweep.sweep import Sweep
+from mgd.sweep.sweep import LOST, Sweep
+from mgd.sweep.watched import WatchedSweep
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer
@@ -124,12 +125,12 @@ class TrainingFunction:
     def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
         """Train without a gradient."""
         with self._guarded(progress) as tick:
-            return self._sweep(z or {}, tick).forward()
+            return self._forward(self._sweep(z or {}, tick), z or {})
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
-            return self._objective(self._sweep(z or {}, tick))[0]
+            return self._objective(self._sweep(z or {}, tick), z or {})[0]
 
     def metagradient(
         self,
@@ -226,6 +227,7 @@ class TrainingFunction:
         tick: Callable[..., None],
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
+        kind: type[Sweep] = Sweep,
     ) -> Sweep:
         """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
         identity = None if resume is None else self._identity(z, (self.objective,))
@@ -238,7 +240,7 @@ class TrainingFunction:
         else:
             storage = open_storage(request, Resume(resume, identity))
         with storage.closed_after_errors():
-            return Sweep(
+            return kind(
                 start.step,
                 self.optimizer,
                 start.meta,
@@ -257,7 +259,7 @@ class TrainingFunction:
         sweep = self._sweep(z, tick, reversible=True, resume=resume)
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
-                sweep.begin_reverse(*self._objective(sweep))
+                sweep.begin_reverse(*self._objective(sweep, z))
         return sweep
 
     def _reversed(self, sweep: Sweep) -> dict[str, Any]:
@@ -267,9 +269,18 @@ class TrainingFunction:
         sweep.storage.finish()
         return gradients
 
-    def _objective(self, sweep: Sweep):
+    def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
+        """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
+        try:
+            return sweep.forward()
+        except NonFiniteState as error:
+            if error.where == LOST:
+                self._sweep(z, lambda phase, steps=1: None, kind=WatchedSweep).forward()
+            raise
+
+    def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
         """The objective's value and adjoints at the end of the training, which runs until there."""
-        state, trained = sweep.state, sweep.forward()
+        state, trained = sweep.state, self._forward(sweep, z)
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
             return objective_adjoints(sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self))
