@@ -124,8 +124,8 @@ class CorruptScores(MetagradientError):
     def __init__(self, path: str, start: int, stop: int):
         self.path, self.start, self.stop = path, start, stop
         super().__init__(
-            f"expected rows {start} to {stop} of {path} as they were written; got other bytes, or a file of another "
-            "size. Restore the file from a copy, or delete the directory and attribute again."
+            f"expected rows {start} to {stop} of {path} as they were written; got other bytes, another "
+            "size, or no file. Restore the file from a copy, or delete the directory and attribute again."
         )
 
 

@@ -200,6 +200,8 @@ class Matrix:
             yield
         except StoreIOError:
             raise
+        except FileNotFoundError as error:
+            raise CorruptScores(str(self.path), 0, self.shape[0]) from error
         except OSError as error:
             raise StoreIOError(error.errno or 0, str(self.path), "cannot use the file of scores") from error
 

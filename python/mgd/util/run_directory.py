@@ -93,10 +93,8 @@ class RunDirectory:
             record = from_tensors(tensors if isinstance(tensors, list) else [])
             if not isinstance(record, dict) or record.get("run") != self._id:
                 raise ValueError("it is an entry of another run")
-        except CorruptState as error:
-            raise CorruptState(key, error.chunk, error.found, ADVICE) from error
-        except ValueError as error:
-            raise CorruptState(key, None, str(error), ADVICE) from error
+        except (CorruptState, ValueError) as error:
+            raise _with_advice(key, error) from error
         return record["value"]
 
     def need(self, key: Key) -> Any:
@@ -130,7 +128,13 @@ class RunDirectory:
             if not isinstance(header, dict) or not isinstance(header.get("identity"), dict):
                 raise ValueError("it is no header of a run")
             return {"id": header.get("id"), "identity": header["identity"]}
-        except CorruptState as error:
-            raise CorruptState(_HEADER, error.chunk, error.found, ADVICE) from error
-        except (ValueError, AttributeError) as error:
-            raise CorruptState(_HEADER, None, str(error), ADVICE) from error
+        except (CorruptState, ValueError, AttributeError) as error:
+            raise _with_advice(_HEADER, error) from error
+
+
+def _with_advice(key: Key, error: Exception) -> Exception:
+    """The error of an entry that is damaged, or is not one of a run, with what to do about a directory."""
+    if not isinstance(error, CorruptState):
+        return CorruptState(key, None, str(error), ADVICE)
+    # A kind of damage with a class of its own says better what to do.
+    return CorruptState(key, error.chunk, error.found, ADVICE) if type(error) is CorruptState else error
