@@ -107,8 +107,19 @@ def test_every_bit_of_the_scores_counts(base, tmp_path):
         assert outcome(loaded, tmp_path / "run", right(base, "attribution")) == "CorruptScores", bit
 
 
+PLANTED = {
+    "gone": lambda file, precious: None,
+    "empty": lambda file, precious: file.touch(),
+    "folder": lambda file, precious: file.mkdir(),
+    "link": lambda file, precious: file.symlink_to(precious),
+    "dangling": lambda file, precious: file.symlink_to(precious.with_name("nowhere")),
+    "hard link": lambda file, precious: os.link(precious, file),
+    "pipe": lambda file, precious: os.mkfifo(file),
+}
+
+
 @pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("how", ["gone", "empty", "folder", "link", "dangling", "hard link", "pipe"])
+@pytest.mark.parametrize("how", PLANTED)
 def test_files_that_are_something_else(base, tmp_path, kind, how):
     """A link is never followed to what it points to, and nothing of others is overwritten."""
     precious = tmp_path / "precious"
@@ -118,15 +129,7 @@ def test_files_that_are_something_else(base, tmp_path, kind, how):
         precious.write_bytes(file.read_bytes())
         kept = precious.read_bytes()
         file.unlink()
-        {
-            "gone": lambda: None,
-            "empty": file.touch,
-            "folder": file.mkdir,
-            "link": lambda: file.symlink_to(precious),
-            "dangling": lambda: file.symlink_to(tmp_path / "nowhere"),
-            "hard link": lambda: os.link(precious, file),
-            "pipe": lambda: os.mkfifo(file),
-        }[how]()
+        PLANTED[how](file, precious)
         found = outcome(RUNS[kind], directory, right(base, kind))
         assert found in {"right", "BadArgument", *ERRORS}, (name, found)
         assert precious.read_bytes() == kept or name == "LOCK", name  # the lock is the store's: see its own attacks
