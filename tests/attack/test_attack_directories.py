@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from directory_runs import RUNS, WEIGHTS, killed_after, killed_at, loaded, outcome, training
+from directory_runs import RUNS, STEPS, WEIGHTS, Enough, killed_after, killed_at, loaded, outcome, training
 
+import mgd
 from mgd.errors import StaleRun, StoreBusy, UnknownFormat
 from mgd.util.run_directory import RunDirectory
 from mgd_kernels import Store
@@ -155,7 +156,8 @@ def test_directories_of_something_else_are_left_alone(base, tmp_path, kind):
     (tmp_path / "files" / "scores.npy").write_text("mine")
     with Store.open(tmp_path / "store") as store:
         store.put("state", torch.ones(3))
-    others = [base / f"{other}-part" for other in RUNS if other != kind]
+    interrupted(tmp_path / "metagradient")
+    others = [tmp_path / "metagradient", *(base / f"{other}-part" for other in RUNS if other != kind)]
     for directory in (tmp_path / "files", tmp_path / "store", *others):
         before = {name: (directory / name).read_bytes() for name in names(directory) if name != "LOCK"}
         assert outcome(RUNS[kind], directory, []) in ("UnknownFormat", "StaleRun"), directory
@@ -178,7 +180,7 @@ def test_a_store_that_was_cleared_is_no_run(tmp_path):
     with pytest.raises(UnknownFormat, match="no directory of a run"):
         RunDirectory.existing(tmp_path, "descent")
     Store.open(tmp_path).close()
-    with pytest.raises(UnknownFormat, match="not of a run"):
+    with pytest.raises(UnknownFormat, match="something else"):
         RunDirectory.existing(tmp_path, "descent")
 
 
@@ -241,23 +243,26 @@ def test_no_pickle_is_made(base):
             assert (directory / name).read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK"), name
 
 
-def test_an_old_result_of_another_objective_is_not_returned(tmp_path):
-    """The reverse sweep has begun, so the value of the objective is in the directory: it is not that of another one."""
+def interrupted(directory: Path) -> mgd.TrainingFunction:
+    """The training of a metagradient that ended in its reverse sweep."""
     f = training()
     calls = 0
-
-    class Stop(Exception):
-        pass
 
     def until_reversed(model, batch, z):
         nonlocal calls
         calls += 1
-        if calls == 1 + 3 + 2:  # the look at the first step, the training, and two steps of the reverse sweep
-            raise Stop
+        if calls == 1 + STEPS + 2:  # the look at the first step, the training, and two steps of the reverse sweep
+            raise Enough
         return f.loss(model, batch, z)
 
-    with pytest.raises(Stop):
-        f.replaced(loss=until_reversed).metagradient(WEIGHTS, resume=tmp_path)
+    with pytest.raises(Enough):
+        f.replaced(loss=until_reversed).metagradient(WEIGHTS, resume=directory)
+    return f
+
+
+def test_an_old_result_of_another_objective_is_not_returned(tmp_path):
+    """The reverse sweep has begun, so the value of the objective is in the directory: it is not that of another one."""
+    f = interrupted(tmp_path)
     with pytest.raises(StaleRun, match="the objective"):
         f.replaced(objective=lambda model: 2 * f.objective(model)).metagradient(WEIGHTS, resume=tmp_path)
     again = f.metagradient(WEIGHTS, resume=tmp_path)

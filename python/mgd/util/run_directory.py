@@ -6,9 +6,11 @@ a lock. The entry "run" says whose it is. `docs/directories.md` says what such a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +23,7 @@ from mgd_kernels.store import Key, Store
 
 ADVICE = "It cannot be recovered: restore the directory from a copy, or delete it to start again."
 _BUFFERS = 16 << 20  # bytes of memory for transfers
-_HEADER = "run"
+_HEADER, _FORMAT = "run", 1
 
 
 class RunDirectory:
@@ -35,24 +37,20 @@ class RunDirectory:
     """
 
     def __init__(self, directory: str | os.PathLike[str], kind: str, identity: Identity):
+        mine = {"the kind of run": kind, **identity}
         self._opened(directory)
-        try:
-            mine = {"the kind of run": kind, **identity}
-            if _HEADER in self._store:
+        with self._closed_after_errors():
+            if self._store.keys():
                 header = self._header()
                 if differences := differing(header["identity"], mine):
                     raise StaleRun(str(self.path), differences)
                 self._id = header["id"]
-            elif self._store.keys():
-                raise UnknownFormat(str(self.path), "a store of something else: name a new or empty directory")
             else:
                 # With an entry of another run, which is valid for itself, goes another id.
                 self._id = secrets.token_hex(16)
-                self._store.put(_HEADER, to_bytes(json.dumps({"id": self._id, "identity": mine})))
+                header = {"format": _FORMAT, "id": self._id, "identity": mine}
+                self._store.put(_HEADER, to_bytes(json.dumps(header)))
                 self._store.flush()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
 
     @classmethod
     def existing(cls, directory: str | os.PathLike[str], kind: str) -> RunDirectory:
@@ -61,16 +59,11 @@ class RunDirectory:
             raise UnknownFormat(os.fspath(directory), f"no directory of a run ({kind})")
         self = cls.__new__(cls)
         self._opened(directory)
-        try:
-            if _HEADER not in self._store:
-                raise UnknownFormat(str(self.path), f"a store of something else, not of a run ({kind})")
+        with self._closed_after_errors():
             header = self._header()
             if header["identity"].get("the kind of run") != kind:
                 raise UnknownFormat(str(self.path), f"a run of another kind than {kind}")
             self._id = header["id"]
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
         return self
 
     def _opened(self, directory: str | os.PathLike[str]) -> None:
@@ -122,14 +115,26 @@ class RunDirectory:
         self._store.__exit__(kind, error, trace)
 
     def _header(self) -> dict[str, Any]:
+        """The entry that says whose run this is."""
         try:
-            tensor: Any = self._store.get(_HEADER)
+            tensor: Any = self._store.get(_HEADER) if _HEADER in self._store else None
             header = json.loads(from_bytes(tensor))
-            if not isinstance(header, dict) or not isinstance(header.get("identity"), dict):
-                raise ValueError("it is no header of a run")
-            return {"id": header.get("id"), "identity": header["identity"]}
-        except (CorruptState, ValueError, AttributeError) as error:
+            if header["format"] != _FORMAT or not isinstance(header["identity"], dict):
+                raise ValueError(f"a run in format {header['format']!r}")
+        except CorruptState as error:
             raise _with_advice(_HEADER, error) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # Its bytes are those that were written, so it is no damage: somebody else wrote them.
+            raise UnknownFormat(str(self.path), "a store of something else: name a new or empty directory") from error
+        return header
+
+    @contextlib.contextmanager
+    def _closed_after_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
 
 def _with_advice(key: Key, error: Exception) -> Exception:
