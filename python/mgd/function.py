@@ -36,6 +36,11 @@ from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.optimizer import FusedOptimizer
 
+
+def _no_tick(phase: str, steps: int = 1) -> None:
+    """The progress of a sweep that nobody watches."""
+
+
 # A call changes torch's default generators, and the model's tensors, which other functions may share.
 _one_at_a_time = threading.RLock()
 
@@ -150,7 +155,7 @@ class TrainingFunction:
         """
         with chrome_trace(profile), self._guarded(progress) as tick:
             sweep = self._trained(z, tick, resume)
-            grads = self._reversed(sweep)
+            grads = self._reversed(sweep, z)
             assert sweep.value is not None and sweep.trained is not None
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
@@ -224,7 +229,7 @@ class TrainingFunction:
     def _sweep(
         self,
         z: Mapping[str, Any],
-        tick: Callable[..., None],
+        tick: Callable[..., None] = _no_tick,
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
         kind: type[Sweep] = Sweep,
@@ -253,19 +258,34 @@ class TrainingFunction:
             )
 
     def _trained(
-        self, z: Mapping[str, Any], tick: Callable[..., None], resume: str | os.PathLike[str] | None = None
+        self,
+        z: Mapping[str, Any],
+        tick: Callable[..., None] = _no_tick,
+        resume: str | os.PathLike[str] | None = None,
+        kind: type[Sweep] = Sweep,
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
-        sweep = self._sweep(z, tick, reversible=True, resume=resume)
+        sweep = self._sweep(z, tick, reversible=True, resume=resume, kind=kind)
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep, z))
         return sweep
 
-    def _reversed(self, sweep: Sweep) -> dict[str, Any]:
-        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then."""
-        with sweep.storage.closed_after_errors():
-            gradients = sweep.reverse()
+    def _reversed(self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None) -> dict[str, Any]:
+        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then.
+
+        weights: the objective is this sum of several. Errors of lost numbers are as in `_forward`.
+        """
+        try:
+            if weights is not None:
+                assert sweep.value is not None
+                sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, weights)])
+            with sweep.storage.closed_after_errors():
+                gradients = sweep.reverse()
+        except NonFiniteState:
+            if not isinstance(sweep, WatchedSweep):
+                self._reversed(self._trained(z, kind=WatchedSweep), z, weights)
+            raise
         sweep.storage.finish()
         return gradients
 
@@ -275,7 +295,7 @@ class TrainingFunction:
             return sweep.forward()
         except NonFiniteState as error:
             if error.where == LOST:
-                self._sweep(z, lambda phase, steps=1: None, kind=WatchedSweep).forward()
+                self._sweep(z, kind=WatchedSweep).forward()
             raise
 
     def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
@@ -345,7 +365,6 @@ class _Differentiable(torch.autograd.Function):
         with ctx.function._guarded() as tick:
             # The log is consumed by a reverse sweep; a second backward trains again.
             sweep, ctx.sweep = ctx.sweep or ctx.function._trained(z, tick), None
-            sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, cotangent.reshape(-1).tolist())])
-            grads = ctx.function._reversed(sweep)
+            grads = ctx.function._reversed(sweep, z, cotangent.reshape(-1).tolist())
         gradients = tree_flatten({key: grads[key] for key in z})[0]
         return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, gradients, strict=True))

@@ -115,6 +115,30 @@ def test_a_second_derivative_that_is_not_finite():
     refused(errors.NonFiniteState, loss=loss, case=case, z={"scale": torch.tensor(0.1), "init": initial(case.model)})
 
 
+def backward(function, z):
+    leaves = {name: x.clone().requires_grad_() for name, x in z.items()}
+    function(leaves).backward()
+
+
+@pytest.mark.parametrize("call", [lambda f, z: f.metagradient(z), backward])
+def test_a_second_derivative_that_is_not_finite_is_told_with_its_step(call):
+    """|x|^1.5 at 0, on one batch: the next step back would be the first that a hyperparameter shows it at."""
+    case = base()
+    case.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    wrong = lambda m, b, z: cross_entropy(m, b, z) + (m.extra.abs() ** 1.5).sum()
+    read = lambda m: cross_entropy(m, case.batches[0], {}) + m.extra.sum()
+    case = case.but(loss=on_batch(case.batches[3], wrong), objective=read)
+    with pytest.raises(errors.NonFiniteState) as caught:
+        call(case.function(), case.z)
+    assert (caught.value.step, caught.value.where) == (3, "the adjoint of parameter 'extra'")
+
+
+def test_an_objective_whose_gradient_is_not_finite():
+    wrong = lambda m: m[0].weight.sum() + (m[0].bias * 0).sum().sqrt()
+    error = refused(errors.NonFiniteState, step=STEPS, objective=wrong)
+    assert error.where == "the gradient of the objective with respect to '0.bias'"
+
+
 def test_an_objective_that_is_not_finite():
     error = refused(errors.NonFiniteState, "the objective", step=STEPS, objective=lambda m: m[0].weight.sum() / 0)
     assert error.where == "the objective"
