@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
-from mgd.identity import Start, identity_of
+from mgd.identity import Objective, Start, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -175,9 +175,7 @@ class TrainingFunction:
         """What a metagradient will store where, and what it will cost."""
         return self._plan_request(Arena.of(self.model), dict(self.model.named_buffers())).plan()
 
-    def identity(
-        self, z: Mapping[str, Any], objectives: Iterable[Callable[[nn.Module], Tensor]] | None = None
-    ) -> dict[str, str]:
+    def identity(self, z: Mapping[str, Any], objectives: Iterable[Objective] | None = None) -> dict[str, str]:
         """Digests, by name, of what a metagradient at `z` depends on, as far as can be told without running it (see
         `mgd.identity`). It reads all batches, and evaluates a step and the objective, or those in its place."""
         with self._guarded():
@@ -310,7 +308,7 @@ class TrainingFunction:
             len(self), arena, self.optimizer, buffers, self.microbatches, self.budget, self._costs, self.schedule
         )
 
-    def _identity(self, z: Mapping[str, Any], objectives: Iterable[Callable[[nn.Module], Tensor]]) -> dict[str, str]:
+    def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         settings = {
             "the seed": self.seed,
             "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from mgd.util.run_directory import RunDirectory
 from mgd_kernels import Store
 
 FULL = os.environ.get("MGD_ATTACK", "") == "full"
+pytestmark = pytest.mark.timeout(3600 if FULL else 600)
 MUTATIONS = 300 if FULL else 4  # of each kind of file
 ERRORS = {"CorruptState", "ForeignEntry", "CorruptScores", "UnknownFormat", "StaleRun", "StoreIOError", "BadData"}
 PARTS = {"descent": 2, "rater": 2, "attribution": 3, "search": 3}  # how far the interrupted runs go
@@ -241,6 +243,15 @@ def test_no_pickle_is_made(base):
     for directory in base.iterdir():
         for name in names(directory) if directory.is_dir() else ():
             assert (directory / name).read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK"), name
+
+
+def test_no_pickle_is_read():
+    """But by the reader of CIFAR-10, whose unpickler makes arrays alone (`test_data.py`)."""
+    root = Path(__file__).parents[2]
+    unpickles = re.compile(r"import pickle|torch\.load\(|np\.load\(|import (marshal|shelve|joblib|dill)")
+    sources = [*(root / "python").rglob("*.py"), *(root / "mgd_kernels").rglob("*.py")]
+    found = [path.relative_to(root).as_posix() for path in sources if unpickles.search(path.read_text("utf-8"))]
+    assert len(sources) > 100 and found == ["python/mgd/recipes/data/images.py"]
 
 
 def interrupted(directory: Path) -> mgd.TrainingFunction:
