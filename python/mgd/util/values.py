@@ -43,17 +43,17 @@ def from_bytes(tensor: Tensor) -> str:
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:
     """The value in JSON's types. A list stays a list; a dict with one key says what else there is."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
         # Complex numbers, which a store does not take, are pairs of real ones.
         tensors.append(torch.view_as_real(value.detach().resolve_conj()) if value.is_complex() else value.detach())
         return {"complex" if value.is_complex() else "tensor": len(tensors) - 1}
-    if type(value) is list:
+    if isinstance(value, list):
         return [_plain(item, tensors) for item in value]
-    if type(value) is tuple:
+    if isinstance(value, tuple):
         return {"tuple": [_plain(item, tensors) for item in value]}
-    if isinstance(value, dict) and all(type(key) in (int, str) for key in value):
+    if isinstance(value, dict) and all(isinstance(key, int | str) for key in value):
         return {"dict": [[key, _plain(item, tensors)] for key, item in value.items()]}
     raise BadArgument(
         f"expected a state of tensors, numbers, text, lists, tuples and dicts, which a directory can hold; got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ def test_a_value_comes_back_as_it_was():
     assert torch.equal(back["nested"]["x"].pop(0), value["nested"]["x"].pop(0))
     assert list(map(torch.equal, back["nested"]["x"].pop(1), value["nested"]["x"].pop(1))) == [True, True]
     assert back == value and [type(x) for x in back["numbers"]] == [type(x) for x in value["numbers"]]
+    assert from_tensors(to_tensors([np.float64(0.1), torch.Size([2])])) == [0.1, (2,)], "as their plain kinds"
     infinite = from_tensors(to_tensors([math.inf, -math.inf, math.nan]))
     assert infinite[:2] == [math.inf, -math.inf] and math.isnan(infinite[2])
 
