@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast data bench bench-gpu lint format clean
+.PHONY: demo test test-fast docs data bench bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -30,6 +30,11 @@ test: $(VENV)/.installed
 # What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --fast -q $(ARGS)
+
+# The documentation as a site, in build/site.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Data sets of the recipes, and the packages that they compare with: what cannot be installed here is said and left out.
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz
