@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md", "benchmarks/NOTES.md": "NOTES.md"}
 
+CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 HIDDEN = re.compile(r"^<!-- (setup\n.*?\n|not run: [^>]+ )-->\n", re.DOTALL | re.MULTILINE)
 
@@ -35,4 +36,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return text
         return f"[{text}]({posixpath.relpath(there, posixpath.dirname(name) or '.')}{anchor})"
 
-    return LINK.sub(relinked, HIDDEN.sub("", markdown))
+    parts = CODE.split(HIDDEN.sub("", markdown))  # text, code, text, ...
+    return "".join(LINK.sub(relinked, part) if number % 2 == 0 else part for number, part in enumerate(parts))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import mgd
 from pages import PAGES, ROOT
 
 REFERENCE = "".join(page.read_text("utf-8") for page in PAGES if page.parent.name == "reference")
@@ -34,9 +35,13 @@ def test_every_page_is_in_the_navigation():
 
 def test_links_between_pages_lead_somewhere():
     """Also without mkdocs, which looks at anchors as well."""
-    for page in PAGES:
+    for page in {*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/*.md")}:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {mgd.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
 
 
 def test_the_site_is_built_strictly(tmp_path):
