@@ -28,7 +28,7 @@ def test_the_code_runs(page, untouched):
 def test_no_block_is_overlooked():
     for page in PAGES:
         text = page.read_text("utf-8")
-        found = len(re.findall(r"^```(python|py)\b", text, re.MULTILINE)) + text.count("<!-- setup")
+        found = len(re.findall(r"^ *```(python|py)\b", text, re.MULTILINE)) + text.count("<!-- setup")
         skipped = text.count("<!-- not run:")
         assert len(blocks(page)) == found - skipped, page
 

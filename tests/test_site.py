@@ -50,5 +50,7 @@ def test_the_site_is_built_strictly(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'id="mgd.TrainingFunction.metagradient"' in (tmp_path / "reference/training/index.html").read_text("utf-8")
+    reference = (tmp_path / "reference/training/index.html").read_text("utf-8")
+    assert 'id="mgd.TrainingFunction.metagradient"' in reference
+    assert "<strong>per_example</strong>" in reference  # a line of the docstring as an item of a list
     assert "small_training" not in (tmp_path / "memory/index.html").read_text("utf-8")  # hidden code
