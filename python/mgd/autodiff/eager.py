@@ -60,7 +60,11 @@ class EagerEvaluator:
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
     ) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)
-        frozen, metaparameters = microbatch.loss.binding.frozen, microbatch.metaparameters.tensors
+        # Metaparameters need gradients, as where second derivatives are evaluated: that decides which operators run.
+        metaparameters = [
+            x if x.requires_grad else x.detach().requires_grad_() for x in microbatch.metaparameters.tensors
+        ]
+        frozen = microbatch.loss.binding.frozen
         given = [*inputs, *frozen, *metaparameters]
         versions = [tensor._version for tensor in given]
         copies = {name: b.clone() for name, b in before.items()}
@@ -87,6 +91,9 @@ class EagerEvaluator:
                 if look is not None:
                     look(loss)
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+                if all(g is None for g in grads):
+                    check_unmodified()
+                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
             except RuntimeError as error:
                 check_unmodified()
                 if isinstance(error, MetagradientError):
