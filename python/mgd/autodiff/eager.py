@@ -99,7 +99,8 @@ class EagerEvaluator:
                 if isinstance(error, MetagradientError):
                     raise
                 if "leaf Variable" in str(error):
-                    raise ParametersModified(t) from error
+                    what = "parameters or metaparameters" if metaparameters else "parameters"
+                    raise ParametersModified(t, what) from error
                 if not all(x.requires_grad for x in inputs):
                     raise BadLoss(
                         f"expected the loss to leave requires_grad of the model's parameters as it is; at step {t} it "
