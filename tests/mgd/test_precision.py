@@ -34,6 +34,7 @@ def test_autocast(microbatches):
     assert not torch.equal(result.value, cast.metagradient(autocast=None).value)  # it does run in bf16
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in")
 @pytest.mark.parametrize("optimizer", [adamw, lambda: SGD(lr=0.1, momentum=0.8)])
 def test_bf16_parameters_with_a_float32_master(optimizer):
     half = case(optimizer=optimizer())

@@ -289,7 +289,8 @@ class CapturedEvaluator:
         inputs = [x for kind in kinds for x in kind]
         fixed = bounds[3][1]
         counts, share = [0, 0, 0], step.microbatch.share
-        captured = without_logits(graph.module) if self.at_once else graph.module
+        rewritten = self.at_once and step.microbatch.loss.autocast is None
+        captured = without_logits(graph.module) if rewritten else graph.module
 
         def evaluate(p, b, z, constants):
             owned = [x.clone() for x in constants[: len(step.others)]]

@@ -172,7 +172,9 @@ class PlainTorch:
 
     def objective(self, state: State) -> Tensor:
         seed_generators(seed_of(self.function.seed, self.T), self.device)
-        with modes_kept(self.model):  # it may well call model.eval()
+        with modes_kept(self.model):
+            if self.function.objective_mode == "eval":
+                self.model.eval()
             value = self.run(self.function.objective, state, {name: b.clone() for name, b in state.buffers.items()})
         if value.ndim:
             raise Unsupported("the plain torch comparison takes one objective")

@@ -59,7 +59,8 @@ class Workload:
             optimizer=self.optimizer,
             objective=self.objective,
             per_example={"data_weights": self.indices},
-            **options,
+            # In eval mode plain torch has no derivative through the running statistics of a batch norm.
+            **{"objective_mode": "train"} | options,
         )
 
     def z(self) -> dict[str, Tensor]:

@@ -148,6 +148,7 @@ def test_a_resumable_run_keeps_its_disk_budget(tmp_path, schedule):
     assert result.report.store["disk"]["peak"] <= limit
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in")
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_the_log_keeps_the_models_own_dtype(tmp_path, tier, microbatches):

@@ -76,7 +76,8 @@ def test_right_or_refused(p: Pattern, mode: str):
 
 
 def judge(p: Pattern, t: Training, trace: bool | str | None, expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    f = mgd.TrainingFunction(t.model, t.loss, t.batches, optimizer=t.optimizer, objective=t.objective, trace=trace)
+    task = {"optimizer": t.optimizer, "objective": t.objective, "objective_mode": "train"}  # as in the reference
+    f = mgd.TrainingFunction(t.model, t.loss, t.batches, **task, trace=trace)
     try:
         result = f.metagradient(t.z)
     except (MetagradientError, KernelError) as error:

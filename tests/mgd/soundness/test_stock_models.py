@@ -158,7 +158,13 @@ def test_right(name: str, mode: str):
     assert all(g.norm() > 1e-6 for g in grads.values())
     t = MODELS[name]()
     f = mgd.TrainingFunction(
-        t.model, t.loss, t.batches, optimizer=t.optimizer, objective=t.objective, trace=MODES[mode]
+        t.model,
+        t.loss,
+        t.batches,
+        optimizer=t.optimizer,
+        objective=t.objective,
+        objective_mode="train",
+        trace=MODES[mode],
     )
     result = f.metagradient(t.z)
     for got, expected in [(result.value, value), *((result.grads[key], g) for key, g in grads.items())]:
@@ -172,7 +178,13 @@ def test_default_experts_in_float32(mode: str):
     t = texts(functools.partial(mixtral, experts="grouped_mm"), 0.0)
     z = {key: entry.float() for key, entry in t.z.items()}
     f = mgd.TrainingFunction(
-        t.model.float(), t.loss, t.batches, optimizer=t.optimizer, objective=t.objective, trace=MODES[mode]
+        t.model.float(),
+        t.loss,
+        t.batches,
+        optimizer=t.optimizer,
+        objective=t.objective,
+        objective_mode="train",
+        trace=MODES[mode],
     )
     result = f.metagradient(z)
     assert result.report.execution == ("eager" if mode == "eager" else "captured")
