@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast data bench bench-gpu lint format clean
+.PHONY: demo test test-fast attack sanitize data bench bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -30,6 +30,25 @@ test: $(VENV)/.installed
 # What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --fast -q $(ARGS)
+
+# Every attack of tests/attack in full size: kills, damaged files, limits; and the store under sanitizers.
+attack: $(VENV)/.installed sanitize
+	MGD_ATTACK=full $(BIN)/python -m pytest tests/attack -q $(ARGS)
+
+# The store's tests on a store that gcc's sanitizers watch: of memory and undefined behaviour, then of threads.
+SANITIZED_TESTS := $(addprefix tests/mgd_kernels/store/test_,store_entries.py store_faults.py store_format.py zero_copy.py)
+sanitize: $(VENV)/.installed
+	$(BIN)/pip install --quiet cmake ninja pybind11
+	for each in asan:address,undefined tsan:thread; do \
+	    $(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	        -DMGD_FAULT_INJECTION=ON -DMGD_SANITIZE=$${each#*:} -DPYTHON_EXECUTABLE=$(abspath $(BIN))/python \
+	        -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
+	    $(BIN)/cmake --build build/sanitize && \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	        LD_PRELOAD="$$(g++ -print-file-name=lib$${each%:*}.so) $$(g++ -print-file-name=libstdc++.so)" \
+	        MGD_SANITIZED=$$(ls build/sanitize/_core*.so) PYTHONPATH=tests/attack \
+	        $(BIN)/python -m pytest -q -p sanitized -p no:faulthandler $(SANITIZED_TESTS) || exit 1; \
+	done
 
 # Data sets of the recipes, and the packages that they compare with: what cannot be installed here is said and left out.
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz

@@ -14,7 +14,8 @@ from mgd_kernels import backends as _package_of_backends  # noqa: F401
 from mgd_kernels import errors
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.dispatch import backends, use_backend
-from mgd_kernels.optimizer import SGD, Adam, AdamW, Optimizer, OptimizerState
+from mgd_kernels.fused import SGD, Adam, AdamW
+from mgd_kernels.optimizer import Optimizer, OptimizerState
 from mgd_kernels.update_rule import Muon, RMSprop, UpdateRule
 
 if TYPE_CHECKING:

@@ -84,6 +84,9 @@ class Arena:
         self._strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         self._slices: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
 
+    def __repr__(self) -> str:
+        return f"Arena({len(self.names)} tensors, {self.numel:,} elements of {self.dtype} on {self.device})"
+
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Arena:
         """The layout of the model's trainable parameters (tied weights once, frozen ones left out)."""

@@ -32,6 +32,18 @@ class CorruptState(KernelError):
         super().__init__(f"entry {key!r} is damaged in {where}: {found}. {advice}")
 
 
+class ForeignEntry(CorruptState):
+    """A file of another store, or of what this one held before it was cleared, lies among the entries of a store."""
+
+    def __init__(self, key: object, found: str) -> None:
+        self.key, self.chunk, self.found = key, None, found
+        KernelError.__init__(
+            self,
+            f"expected entry {key!r} to be one that this store wrote; got the file {found}: it was copied here. "
+            "Remove the file, or copy the whole directory that it came from.",
+        )
+
+
 class StoreFull(KernelError):
     """No tier that was requested has room: `needs` and `has` in bytes, `tier` names it (or several)."""
 
@@ -84,5 +96,9 @@ _IO_ADVICE = {
     errno.EACCES: "Name a directory this user may write.",
     errno.ENOTDIR: "Name the path of a directory.",
     errno.EEXIST: "Name the path of a directory.",
+    errno.EAGAIN: "Raise the limit of threads (ulimit -u), or give the store fewer.",
+    errno.EMFILE: "Close files, or raise the limit of open files (ulimit -n).",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f); the entry was not stored.",
+    errno.EMLINK: "Remove this file while no store has the directory open.",
     errno.ELOOP: "Replace the link by the file itself, or remove it.",
 }

@@ -7,24 +7,25 @@ that a user writes in torch. All four methods of `Optimizer` work in place on th
 from __future__ import annotations
 
 import fnmatch
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgd_kernels import dispatch
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
 
 Hyper = Mapping[str, Any] | Tensor | None
+Value = (
+    float | Tensor | Callable[[int], float]
+)  # of a hyperparameter: fixed, one per step `[T]`, a function of the step
 
 
-@dataclass
+@dataclass(repr=False)
 class OptimizerState:
     """The training state that the optimizer owns, after `step` steps.
 
@@ -38,6 +39,10 @@ class OptimizerState:
     segments: Segments
     arena: Arena | None = None
     before: int = 0
+
+    def __repr__(self) -> str:
+        slots = f"{len(self.slots)} slots of as many" if self.slots else "no slots"
+        return f"OptimizerState({self.params.numel():,} parameters in {self.params.dtype}, {slots}, step {self.step})"
 
     @property
     def next_count(self) -> int:
@@ -66,24 +71,37 @@ class OptimizerState:
 class Optimizer(ABC):
     """An update rule with its hyperparameters.
 
-    defaults: hyperparameter name -> value. param_groups: overrides for some parameters, each a mapping with the key
-        `params` (a name pattern such as `"*.bias"`, a list of them, or a predicate on the name) and hyperparameters;
-        a parameter belongs to the first entry that matches (group 1, 2, ...), all others to group 0, the defaults.
+    defaults: hyperparameter name -> value: a number, a tensor `[T]` with one per step, or a function of the step, which
+        counts 0, 1, ... As an attribute, the values of step 0.
+    param_groups: overrides for some parameters, each a mapping with the key `params` (a name pattern such as
+        `"*.bias"`, a list of them, or a predicate on the name) and hyperparameters; a parameter belongs to the first
+        entry that matches (group 1, 2, ...), all others to group 0, the defaults.
     """
 
     slots: tuple[str, ...]
 
-    def __init__(self, defaults: Mapping[str, float], param_groups: Sequence[Mapping[str, Any]] = ()):
-        self.defaults = {name: float(value) for name, value in defaults.items()}
+    def __init__(self, defaults: Mapping[str, Value], param_groups: Sequence[Mapping[str, Any]] = ()):
+        self._values = dict(defaults)
         self.param_groups = [dict(group) for group in param_groups]
-        for name, value in self.defaults.items():
-            self.check_range(name, value)
+        for name, value in defaults.items():
+            self._checked(name, value, name)
+        self.defaults = {name: self._at(name, value, 0, name) for name, value in defaults.items()}
         for i, group in enumerate(self.param_groups, 1):
             if "params" not in group:
                 raise BadArgument(f"expected the key 'params' (name patterns) in every parameter group; got {group}")
             self._check_names(set(group) - {"params"})
             for name in set(group) - {"params"}:
-                self.check_range(name, float(group[name]), f"{name} of parameter group {i}")
+                self._checked(name, group[name], f"{name} of parameter group {i}")
+
+    def __repr__(self) -> str:
+        def shown(value: Any) -> str:
+            if isinstance(value, Tensor) and value.ndim:
+                return f"<{len(value)} values>"
+            return "<a function of the step>" if callable(value) else f"{float(value):g}"
+
+        values = [f"{name}={shown(value)}" for name, value in self._values.items()]
+        groups = [f"{len(self.param_groups)} parameter groups"] if self.param_groups else []
+        return f"{type(self).__name__}({', '.join(values + groups)})"
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
 
@@ -105,20 +123,20 @@ class Optimizer(ABC):
         """The column of a hyperparameter in the table."""
         return list(self.defaults).index(name)
 
-    def table(self, hyper: Hyper = None) -> Tensor:
-        """The hyperparameters of one step as float64 `[G, H]`: the defaults, overridden by `hyper`.
+    def table(self, hyper: Hyper = None, step: int = 0) -> Tensor:
+        """The hyperparameters of one step as float64 `[G, H]`: the optimizer's own, overridden by `hyper`.
 
         hyper: name -> number or tensor of shape `[]` or `[G]`; a tensor is taken to be a table already.
         """
         if isinstance(hyper, Tensor):
             return hyper
         table = torch.zeros(self.groups, self.width, dtype=torch.float64)
-        for name, value in self.defaults.items():
-            table[:, self.column(name)] = value
+        for name, value in self._values.items():
+            table[:, self.column(name)] = self._at(name, value, step, name)
         for row, group in enumerate(self.param_groups, start=1):
             for name, value in group.items():
                 if name != "params":
-                    table[row, self.column(name)] = float(value)
+                    table[row, self.column(name)] = self._at(name, value, step, f"{name} of parameter group {row}")
         self._check_names(set(hyper or ()))
         for name, value in (hyper or {}).items():
             values = torch.as_tensor(value, dtype=torch.float64).detach()
@@ -126,6 +144,51 @@ class Optimizer(ABC):
                 raise BadArgument(f"expected {name!r} of shape [] or [{self.groups}]; got {list(values.shape)}")
             table[:, self.column(name)] = values
         return table
+
+    def tables(self, steps: int) -> Tensor:
+        """The optimizer's own hyperparameters of all steps of a training, float64 `[T, G, H]`.
+
+        Raises BadArgument where a tensor has not one value for each step.
+        """
+        varying = False
+        for values in (self._values, *self.param_groups):
+            for name, value in values.items():
+                varying |= name != "params" and not _fixed(value)
+                if isinstance(value, Tensor) and value.ndim and len(value) != steps:
+                    raise BadArgument(
+                        f"expected {name} of shape [] or [{steps}], one per step; got {list(value.shape)}"
+                    )
+        if varying:
+            return torch.stack([self.table(step=t) for t in range(steps)])
+        return self.table().expand(steps, -1, -1).clone()
+
+    def _at(self, name: str, value: Value, step: int, called: str) -> float:
+        """The value at a step. Raises BadArgument where a function of the step leaves the range, or a tensor ends."""
+        if isinstance(value, Tensor):
+            if value.ndim and step >= len(value):
+                raise BadArgument(f"expected {called} for step {step}; got {len(value)} values, one per step")
+            return float(value[step] if value.ndim else value)
+        if not callable(value):
+            return float(value)
+        found = value(step)
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            raise BadArgument(f"expected a number from {called}({step}); got {type(found).__name__}") from None
+        self.check_range(name, number, f"{called}({step})")
+        return number
+
+    def _checked(self, name: str, value: Any, called: str) -> None:
+        """Raises BadArgument unless the value of a hyperparameter may be this one."""
+        if not callable(value):
+            if not isinstance(value, Real | Tensor):
+                raise BadArgument(
+                    f"expected {called} to be a number, a tensor [T] with one value per step, or a function of the "
+                    f"step; got {type(value).__name__}"
+                )
+            if isinstance(value, Tensor) and (value.ndim > 1 or not value.numel() or value.is_meta):
+                raise BadArgument(f"expected {called} of shape [] or [T], one per step; got {list(value.shape)}")
+            self.check_range(name, value.detach() if isinstance(value, Tensor) else float(value), called)
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the hyperparameter may have these values. called: its name in the error."""
@@ -175,7 +238,7 @@ class Optimizer(ABC):
     def step_(self, state: OptimizerState, grad: Tensor, hyper: Hyper = None, grad_scale: float | Tensor = 1.0) -> None:
         """Advance `state` by one step with the gradient `grad_scale * grad`, in place."""
         self._check(state, grad)
-        self._step_(state, grad, self.table(hyper), grad_scale)
+        self._step_(state, grad, self.table(hyper, state.step), grad_scale)
         state.step += 1
 
     @torch.no_grad()
@@ -196,7 +259,7 @@ class Optimizer(ABC):
         """
         self._check(state, grad)
         u = torch.zeros_like(state.params) if u is None else u
-        out = self.vjp_table_(state, grad, self.table(hyper), adjoint, u, grad_scale)
+        out = self.vjp_table_(state, grad, self.table(hyper, state.step), adjoint, u, grad_scale)
         grads = {name: out[:, self.column(name)] for name in self.hyper_names}
         return u, {**grads, "grad_scale": out[:, -1]}
 
@@ -215,9 +278,38 @@ class Optimizer(ABC):
             self._check(state, grad)
         if not grads:
             return
-        tables = hypers if isinstance(hypers, Tensor) else torch.stack([self.table(hyper) for hyper in hypers])
+        tables = (
+            hypers
+            if isinstance(hypers, Tensor)
+            else torch.stack([self.table(hyper, state.step + i) for i, hyper in enumerate(hypers)])
+        )
         self._replay_(state, grads, tables, [1.0] * len(grads) if grad_scales is None else grad_scales)
         state.step += len(grads)
+
+    @torch.no_grad()
+    def step_jvp_(
+        self,
+        state: OptimizerState,
+        grad: Tensor,
+        hyper: Hyper,
+        tangent: OptimizerState,
+        grad_tangent: Tensor,
+        hyper_tangent: Tensor | None = None,
+        grad_scale: float | Tensor = 1.0,
+    ) -> None:
+        """The JVP of `step_`: the tangent of `state` becomes that of the state after the step, in place.
+
+        `state` is the state before the step and stays as it is. grad_tangent: of the scaled gradient
+        `grad_scale * grad`, `[n]`. hyper_tangent: float64 `[G, H]`, in the columns of `table`; None stands for zeros.
+        """
+        self._check(state, grad)
+        self._check(tangent, grad_tangent)
+        table = self.table(hyper, state.step)
+        if hyper_tangent is None:
+            hyper_tangent = torch.zeros_like(table)
+        if hyper_tangent.shape != table.shape:
+            raise BadArgument(f"expected hyper_tangent {list(table.shape)}; got {list(hyper_tangent.shape)}")
+        self._jvp_(state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale)
 
     def _check(self, state: OptimizerState, grad: Tensor) -> None:
         if grad.shape != state.params.shape or grad.device != state.params.device:
@@ -253,6 +345,18 @@ class Optimizer(ABC):
         grad_scale: float | Tensor,
     ) -> Tensor: ...
 
+    @abstractmethod
+    def _jvp_(
+        self,
+        state: OptimizerState,
+        grad: Tensor,
+        table: Tensor,
+        tangent: OptimizerState,
+        grad_tangent: Tensor,
+        hyper_tangent: Tensor,
+        grad_scale: float | Tensor,
+    ) -> None: ...
+
     def _replay_(
         self,
         state: OptimizerState,
@@ -261,140 +365,8 @@ class Optimizer(ABC):
         grad_scales: Sequence[float | Tensor],
     ) -> None:
         for i, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
-            self._step_(self._at(state, state.step + i), grad, tables[i], scale)
-
-    @staticmethod
-    def _at(state: OptimizerState, step: int) -> OptimizerState:
-        return replace(state, step=step)
+            self._step_(replace(state, step=state.step + i), grad, tables[i], scale)
 
 
-class FusedOptimizer(Optimizer):
-    """An optimizer whose rule has kernels; its columns are those of the rule."""
-
-    rule: Rule
-
-    def __init__(
-        self,
-        rule: Rule,
-        defaults: Mapping[str, float],
-        columns: Mapping[str, str] = {},
-        param_groups: Sequence[Mapping[str, Any]] = (),
-    ):
-        """columns: public hyperparameter name -> name in the rule, where the two differ."""
-        self.rule = rule
-        self.slots = rule.slots
-        self._columns = {name: rule.column(columns.get(name, name)) for name in defaults}
-        super().__init__(defaults, param_groups)
-
-    @property
-    def width(self) -> int:
-        return len(self.rule.hyper)
-
-    def column(self, name: str) -> int:
-        return self._columns[name]
-
-    def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
-        """BadArgument unless the values are finite, betas in [0, 1), `eps` and `eps_root` at least 0."""
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        values = torch.as_tensor(values, dtype=torch.float64).flatten()
-        wrong = values[~((values >= low) & (values < high) & values.isfinite())]
-        if wrong.numel():
-            wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
-            raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
-
-    def backend(self, params: Tensor, grad: Tensor):
-        """The module that will run this optimizer's kernels on these tensors."""
-        return dispatch.choose(self.rule, params, grad)
-
-    def _step_(self, state, grad, table, grad_scale):
-        self.backend(state.params, grad).step_(
-            self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale
-        )
-
-    def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
-        return self.backend(state.params, grad).vjp_(
-            self.rule,
-            state.params,
-            state.slots,
-            grad,
-            table,
-            state.next_count,
-            state.segments,
-            adjoint.params,
-            adjoint.slots,
-            u,
-            grad_scale,
-        )
-
-    def _replay_(self, state, grads, tables, grad_scales):
-        self.backend(state.params, grads[0]).replay_(
-            self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales
-        )
-
-
-class SGD(FusedOptimizer):
-    """SGD with momentum, dampening and Nesterov as `torch.optim.SGD`; `decoupled` applies weight decay to the
-    parameters directly, as AdamW does, in place of the L2 term. With `momentum=0` the state holds no buffer."""
-
-    def __init__(
-        self,
-        lr: float,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        decoupled: bool = False,
-        param_groups: Sequence[Mapping[str, Any]] = (),
-    ):
-        with_momentum = momentum != 0 or any(group.get("momentum", 0) for group in param_groups)
-        if nesterov and not with_momentum:
-            raise BadArgument("expected a momentum other than 0 with Nesterov; got 0")
-        rule = (SGD_NESTEROV if nesterov else SGD_MOMENTUM) if with_momentum else SGD_PLAIN
-        defaults = {"lr": lr, "weight_decay": weight_decay}
-        if with_momentum:
-            defaults |= {"momentum": momentum, "dampening": dampening}
-        super().__init__(rule, defaults, {} if decoupled else {"weight_decay": "l2"}, param_groups)
-
-
-class Adam(FusedOptimizer):
-    """Adam (arXiv 1412.6980) with L2 weight decay, as `torch.optim.Adam`; `eps_root` stands inside the square root,
-    as in optax, and keeps the derivative finite where the second moment vanishes."""
-
-    _decay_column = "l2"
-
-    def __init__(
-        self,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        eps_root: float = 0.0,
-        weight_decay: float = 0.0,
-        param_groups: Sequence[Mapping[str, Any]] = (),
-    ):
-        beta1, beta2 = betas
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": eps,
-            "eps_root": eps_root,
-        }
-        super().__init__(ADAM, defaults, {"weight_decay": self._decay_column}, param_groups)
-
-
-class AdamW(Adam):
-    """Adam with decoupled weight decay (arXiv 1711.05101), as `torch.optim.AdamW`, and `eps_root`."""
-
-    _decay_column = "weight_decay"
-
-    def __init__(
-        self,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        eps_root: float = 0.0,
-        weight_decay: float = 0.01,
-        param_groups: Sequence[Mapping[str, Any]] = (),
-    ):
-        super().__init__(lr, betas, eps, eps_root, weight_decay, param_groups)
+def _fixed(value: Value) -> bool:
+    return not callable(value) and not (isinstance(value, Tensor) and value.ndim)

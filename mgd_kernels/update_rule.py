@@ -103,6 +103,22 @@ class UpdateRule(Optimizer):
             _assign(views[count:], new_adjoints)
         return out
 
+    def _jvp_(self, state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale):
+        check_extents_apart(tangent.tensors(), [*state.tensors(), grad, grad_tangent, table, hyper_tangent])
+        dtype, count = state.params.dtype, len(self.slots) + 1
+        buffers = (grad.to(dtype) * grad_scale, grad_tangent.to(dtype), *state.tensors(), *tangent.tensors())
+        for group, (g, dg, *views) in self._pieces(state, *buffers):
+            with torch.enable_grad():  # the derivative of the VJP, which is linear in its cotangent
+                inputs = [x.detach().requires_grad_() for x in (g, *views[:count], table[group])]
+                g, param, *slots, hyper = inputs
+                new = self._call(param, slots, g, hyper.unbind(), state.next_count)
+                seeds = [torch.zeros_like(x).requires_grad_() for x in new]
+                pulled = torch.autograd.grad(new, inputs, seeds, create_graph=True, materialize_grads=True)
+                tangents = (dg, *views[count:], hyper_tangent[group])
+                along = torch.stack([(x * y).sum().double() for x, y in zip(pulled, tangents, strict=True)]).sum()
+                moved = torch.autograd.grad(along, seeds, materialize_grads=True, allow_unused=True)
+            _assign(views[count:], moved)
+
 
 def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write all values as if at once: an update may return its own inputs, say the parameters as a slot."""

@@ -4,6 +4,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "store/checksum.h"
 #include "store/errors.h"
@@ -17,50 +18,43 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-// Deletes without the interpreter's lock.
-struct UnlockedDelete {
+// Deletes without the interpreter's lock. In a fork it does not: the files are the parent's, and a lock may be held by
+// a thread that does not exist there, so that what is part of a store is leaked on purpose.
+struct OwnersDelete {
+    pid_t owner = getpid();
     template <class T>
     void operator()(T* object) const {
+        if (getpid() != owner) return;
         py::gil_scoped_release unlocked;
         delete object;
     }
 };
 
-struct StoreDelete {
-    void operator()(TieredStore* store) const {
-        // In a fork the threads do not exist and the files are the parent's: leaked on purpose.
-        if (!store->forked()) UnlockedDelete()(store);
-    }
-};
-
 template <class T>
-using Held = std::unique_ptr<T, UnlockedDelete>;
+using Held = std::unique_ptr<T, OwnersDelete>;
 
 struct HeldBuffer {
     BufferPtr buffer;
-    ~HeldBuffer() {
-        py::gil_scoped_release unlocked;
-        buffer.reset();
-    }
 };
 
 struct HeldLease {
     std::unique_ptr<Lease> lease;
-    explicit HeldLease(std::unique_ptr<Lease> l) : lease(std::move(l)) {}
-    ~HeldLease() {
-        py::gil_scoped_release unlocked;
-        lease.reset();
-    }
 };
 
 py::object held(BufferPtr buffer) {
     if (!buffer) return py::none();
-    return py::cast(std::make_unique<HeldBuffer>(HeldBuffer{std::move(buffer)}));
+    return py::cast(Held<HeldBuffer>(new HeldBuffer{std::move(buffer)}));
 }
 
 py::object leased(std::unique_ptr<Lease> lease) {
     if (!lease) return py::none();
-    return py::cast(std::make_unique<HeldLease>(std::move(lease)));
+    return py::cast(Held<HeldLease>(new HeldLease{std::move(lease)}));
+}
+
+// Of a path or a message with one, which may be any bytes.
+py::str text(const std::string& bytes) {
+    return py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<py::ssize_t>(bytes.size())));
 }
 
 Tier tier_of(const std::string& name) {
@@ -74,7 +68,7 @@ py::bytes key_bytes(const std::string& key) { return py::bytes(key); }
 using Tensors = std::vector<std::pair<uint32_t, std::vector<int64_t>>>;
 
 std::vector<TensorInfo> infos_of(const std::string& key, const Tensors& tensors) {
-    if (!valid_key(key)) throw BadStoreArgument("expected a key of the format; got '" + key + "'");
+    if (!valid_key(key)) throw BadStoreArgument("expected a key of the format; got '" + key + "': it must be UTF-8");
     std::vector<TensorInfo> infos(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
         infos[i].dtype = tensors[i].first;
@@ -139,7 +133,7 @@ py::dict stats(const TieredStore& store) {
     d["read"] = reading(s.read);
     d["direct"] = s.direct;
     d["why_buffered"] = s.why_buffered;
-    d["directory"] = s.directory;
+    d["directory"] = text(s.directory);
     return d;
 }
 
@@ -156,21 +150,23 @@ py::object python_key(const std::string& key) {
 void translate(std::exception_ptr p) {
     try {
         if (p) std::rethrow_exception(p);
+    } catch (const ForeignEntry& e) {
+        raise("ForeignEntry", py::make_tuple(python_key(e.key), text(e.what())));
     } catch (const CorruptState& e) {
         const py::object chunk = e.chunk == kWholeFile ? py::object(py::none()) : py::int_(e.chunk);
-        raise("CorruptState", py::make_tuple(python_key(e.key), chunk, e.what()));
+        raise("CorruptState", py::make_tuple(python_key(e.key), chunk, text(e.what())));
     } catch (const StoreFull& e) {
-        raise("StoreFull", py::make_tuple(e.needs, e.has, e.what()));
+        raise("StoreFull", py::make_tuple(e.needs, e.has, text(e.what())));
     } catch (const StoreBusy& e) {
-        raise("StoreBusy", py::make_tuple(e.path, e.pid));
+        raise("StoreBusy", py::make_tuple(text(e.path), e.pid));
     } catch (const UnknownFormat& e) {
-        raise("UnknownFormat", py::make_tuple(e.path, e.what()));
+        raise("UnknownFormat", py::make_tuple(text(e.path), text(e.what())));
     } catch (const StoreIOError& e) {
-        raise("StoreIOError", py::make_tuple(e.error, e.path, e.what()));
+        raise("StoreIOError", py::make_tuple(e.error, text(e.path), text(e.what())));
     } catch (const StoreClosed& e) {
         raise("StoreClosed", py::make_tuple(e.what()));
     } catch (const BadStoreArgument& e) {
-        raise("BadArgument", py::make_tuple(e.what()));
+        raise("BadArgument", py::make_tuple(text(e.what())));
     } catch (const MissingKey& e) {
         PyErr_SetObject(PyExc_KeyError, python_key(e.what()).ptr());
     }
@@ -200,7 +196,7 @@ void set_hooks(TieredStore& store, const py::function& mapped, const py::functio
 void bind_store(py::module_& m) {
     py::register_exception_translator(translate);
 
-    py::class_<HeldBuffer>(m, "StoreBuffer", py::buffer_protocol())
+    py::class_<HeldBuffer, Held<HeldBuffer>>(m, "StoreBuffer", py::buffer_protocol())
         .def_buffer([](HeldBuffer& b) {
             return py::buffer_info(reinterpret_cast<uint8_t*>(b.buffer->data()),
                                    static_cast<py::ssize_t>(b.buffer->size()));
@@ -208,14 +204,14 @@ void bind_store(py::module_& m) {
         .def_property_readonly("address",
                                [](const HeldBuffer& b) { return reinterpret_cast<uintptr_t>(b.buffer->data()); });
 
-    py::class_<HeldLease>(m, "StoreLease", py::buffer_protocol())
+    py::class_<HeldLease, Held<HeldLease>>(m, "StoreLease", py::buffer_protocol())
         .def_buffer([](HeldLease& h) {
             return py::buffer_info(reinterpret_cast<uint8_t*>(h.lease->buffer->data()),
                                    static_cast<py::ssize_t>(h.lease->buffer->size()));
         })
         .def("__len__", [](const HeldLease& h) { return h.lease->bytes(); });
 
-    py::class_<TieredStore, std::unique_ptr<TieredStore, StoreDelete>>(m, "TieredStore")
+    py::class_<TieredStore, Held<TieredStore>>(m, "TieredStore")
         .def(py::init([](uint64_t host, uint64_t staging, uint64_t chunk, const std::string& directory, uint64_t disk,
                          bool persistent, bool durable, unsigned threads) {
                  StoreOptions options;
@@ -228,7 +224,7 @@ void bind_store(py::module_& m) {
                  options.durable = durable;
                  options.threads = threads;
                  py::gil_scoped_release unlocked;
-                 return std::unique_ptr<TieredStore, StoreDelete>(new TieredStore(options));
+                 return Held<TieredStore>(new TieredStore(options));
              }),
              py::kw_only(), py::arg("host"), py::arg("staging"), py::arg("chunk"), py::arg("directory"),
              py::arg("disk"), py::arg("persistent"), py::arg("durable"), py::arg("threads"))
@@ -297,6 +293,7 @@ void bind_store(py::module_& m) {
              })
         .def("prefetch", &TieredStore::prefetch, Unlocked())
         .def("remove", &TieredStore::remove, Unlocked())
+        .def("clear", &TieredStore::clear, Unlocked())
         .def("contains", &TieredStore::contains, Unlocked())
         .def("keys",
              [](const TieredStore& s) {
@@ -353,7 +350,8 @@ void bind_store(py::module_& m) {
                  {
                      py::gil_scoped_release unlocked;
                      buffer = g.chunk(chunk, wait);
-                     if (buffer) g.verify(chunk, checksum(buffer->data(), g.header().chunk_size(chunk)));
+                     if (buffer)
+                         g.verify(chunk, checksum(buffer->data(), g.header().chunk_size(chunk)), buffer->data());
                  }
                  return held(std::move(buffer));
              })
@@ -361,7 +359,9 @@ void bind_store(py::module_& m) {
 
 #ifdef MGD_FAULT_INJECTION
     m.def("store_inject", &faults::arm, py::arg("kind"), py::arg("nth") = 1, py::arg("times") = 1,
-          "Arms a fault in the store's I/O, for tests: calls nth .. nth + times - 1 of that kind fail.");
+          "Arms a fault in the store's I/O, for tests: calls nth .. nth + times - 1 of that kind fail. Returns how "
+          "many calls of the kind before were seen.");
+    m.def("store_record", &faults::record, "What was recorded of calls that change the disk, while that was armed.");
 #endif
     m.def("store_sweep", &sweep_scratch, Unlocked(),
           "Removes the scratch directories under a directory that a crash left; returns how many.");

@@ -8,6 +8,7 @@
 
 #include "store/errors.h"
 #include "store/faults.h"
+#include "store/files.h"
 #include "store/pool.h"
 
 namespace mgd {
@@ -34,12 +35,13 @@ ssize_t pread_or_fault(int fd, char* data, size_t bytes, uint64_t offset, bool d
     return done;
 }
 
-ssize_t pwrite_or_fault(int fd, const char* data, size_t bytes, uint64_t offset, bool direct) {
+ssize_t pwrite_or_fault(int fd, const std::string& path, const char* data, size_t bytes, uint64_t offset, bool direct) {
     if (faults::hit(Kind::interrupted)) return fail(EINTR);
     if (faults::hit(Kind::write_error)) return fail(EIO);
     if (faults::hit(Kind::no_space)) return fail(ENOSPC);
     if (faults::hit(Kind::zero_write)) return 0;
     if (direct && faults::hit(Kind::refuse_direct)) return fail(EINVAL);
+    faults::change("write", path);
     if (faults::hit(Kind::short_write)) {
         const int flags = fcntl(fd, F_GETFL);
         fcntl(fd, F_SETFL, flags & ~O_DIRECT);
@@ -65,29 +67,31 @@ std::string IoMode::why() const {
 }
 
 DirectFile DirectFile::open_with(int directory, const std::string& name, std::string path, IoMode& mode, int flags) {
-    flags |= O_NOFOLLOW | O_CLOEXEC;
-    const bool direct = mode.direct();
-    if ((flags & O_CREAT) && faults::hit(Kind::open_read_only))
-        throw StoreIOError(EROFS, path, "cannot create the file");
-    int fd = openat(directory, name.c_str(), flags | (direct ? O_DIRECT : 0), 0666);
-    bool refused = false;
-    if (fd < 0 && direct && errno == EINVAL) {
-        refused = true;  // the file itself may have been created, so O_EXCL has done its work
-        fd = openat(directory, name.c_str(), flags & ~O_EXCL, 0666);
+    const bool creates = (flags & O_CREAT) != 0, direct = mode.direct();
+    const auto attempt = [&](int extra) {
+        if (creates) return Fd(files::create(directory, name, flags | extra));
+        return Fd(openat(directory, name.c_str(), flags | extra | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+    };
+    Fd fd = attempt(direct ? O_DIRECT : 0);
+    const bool refused = !fd && direct && errno == EINVAL;
+    if (refused) {
+        if (creates) files::unlink(directory, name);  // it may have been made before it was refused
+        fd = attempt(0);
     }
-    if (fd < 0) {
-        const int error = errno;
-        throw StoreIOError(error, path,
-                           error == ELOOP      ? "is a symbolic link, which a store never follows"
-                           : (flags & O_CREAT) ? "cannot create the file"
-                                               : "cannot open the file");
-    }
+    if (!fd)
+        files::fail(path, errno == ELOOP ? "is a symbolic link, which a store never follows"
+                          : creates      ? "cannot create the file"
+                                         : "cannot open the file");
     if (refused) mode.refuse("the file system refuses to open files with O_DIRECT (EINVAL)");
-    return DirectFile(fd, std::move(path), mode, direct && !refused);
+    struct stat status{};
+    if (fstat(fd.get(), &status) != 0) files::fail(path, "fstat failed");
+    if (!S_ISREG(status.st_mode))
+        throw StoreIOError(ELOOP, path, "is not a regular file, and a store follows no links");
+    return DirectFile(fd.release(), std::move(path), mode, direct && !refused);
 }
 
 DirectFile DirectFile::create(int directory, const std::string& name, std::string path, IoMode& mode) {
-    return open_with(directory, name, std::move(path), mode, O_RDWR | O_CREAT | O_EXCL);
+    return open_with(directory, name, std::move(path), mode, O_RDWR | O_CREAT);
 }
 
 DirectFile DirectFile::open(int directory, const std::string& name, std::string path, IoMode& mode) {
@@ -140,7 +144,7 @@ size_t DirectFile::transfer(const char* what, size_t bytes, uint64_t offset, Cal
 void DirectFile::write(const void* data, size_t bytes, uint64_t offset) {
     const auto* from = static_cast<const char*>(data);
     const size_t done = transfer("write", bytes, offset, [&](size_t at, size_t n, uint64_t where, bool direct) {
-        return pwrite_or_fault(fd_, from + at, n, where, direct);
+        return pwrite_or_fault(fd_, path_, from + at, n, where, direct);
     });
     if (done < bytes)
         throw StoreIOError(EIO, path_,
@@ -156,6 +160,7 @@ size_t DirectFile::read(void* data, size_t bytes, uint64_t offset) {
 }
 
 void DirectFile::reserve(uint64_t bytes) {
+    faults::change("reserve", path_);
     if (bytes == 0 || fallocate(fd_, 0, 0, static_cast<off_t>(bytes)) == 0) return;
     if (errno != ENOSPC && errno != EDQUOT && errno != EFBIG) return;  // not offered here; writes will allocate
     const int error = errno;
@@ -163,19 +168,12 @@ void DirectFile::reserve(uint64_t bytes) {
 }
 
 void DirectFile::sync() {
-    if (faults::hit(Kind::sync_error)) throw StoreIOError(EIO, path_, "fsync failed");
-    if (fsync(fd_) != 0) {
-        const int error = errno;
-        throw StoreIOError(error, path_, "fsync failed");
-    }
+    if (files::sync(fd_, path_) != 0) files::fail(path_, "fsync failed");
 }
 
 uint64_t DirectFile::size() const {
     struct stat status{};
-    if (fstat(fd_, &status) != 0) {
-        const int error = errno;
-        throw StoreIOError(error, path_, "fstat failed");
-    }
+    if (fstat(fd_, &status) != 0) files::fail(path_, "fstat failed");
     return static_cast<uint64_t>(status.st_size);
 }
 

@@ -1,15 +1,13 @@
 #include "store/directory.h"
 
-#include <dirent.h>
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
-#include <filesystem>
-#include <optional>
+#include <cstring>
 
 #include "store/errors.h"
 #include "store/faults.h"
@@ -18,48 +16,11 @@
 namespace mgd {
 namespace {
 
-constexpr char kMarker[] = "MGD_STORE", kLock[] = "LOCK", kScratchPrefix[] = "mgd-scratch-", kTemporary[] = ".tmp";
-constexpr char kMarkerFirstLine[] = "mgd-kernels state store\n";
+constexpr char kScratchPrefix[] = "mgd-scratch-", kTemporary[] = ".tmp";
+constexpr size_t kScratchRandom = 6;  // characters of mkdtemp
+constexpr int kAttempts = 100;
 
-class Fd {
-  public:
-    explicit Fd(int fd) : fd_(fd) {}
-    ~Fd() {
-        if (fd_ >= 0) ::close(fd_);
-    }
-    Fd(const Fd&) = delete;
-    Fd& operator=(const Fd&) = delete;
-    int get() const { return fd_; }
-    int release() {
-        const int fd = fd_;
-        fd_ = -1;
-        return fd;
-    }
-
-  private:
-    int fd_;
-};
-
-[[noreturn]] void fail(const std::string& path, const std::string& what) {
-    const int error = errno;
-    throw StoreIOError(error, path, what);
-}
-
-std::vector<std::string> names_in(int directory) {
-    std::vector<std::string> names;
-    const int copy = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR* stream = copy < 0 ? nullptr : fdopendir(copy);
-    if (stream == nullptr) {
-        if (copy >= 0) ::close(copy);
-        return names;
-    }
-    while (const dirent* entry = readdir(stream)) {
-        const std::string name = entry->d_name;
-        if (name != "." && name != "..") names.push_back(name);
-    }
-    closedir(stream);
-    return names;
-}
+bool begins(const std::string& text, const char* with) { return text.compare(0, std::strlen(with), with) == 0; }
 
 bool is_temporary(const std::string& name) {
     const size_t suffix = sizeof kTemporary - 1;
@@ -69,81 +30,64 @@ bool is_temporary(const std::string& name) {
     return dot != std::string::npos && parse_file_name(name.substr(0, dot), &key);
 }
 
+// A file that is removed and still open somewhere: NFS keeps it under this name.
+bool is_nfs_remainder(const std::string& name) {
+    return begins(name, ".nfs") && name.size() > 4 &&
+           name.find_first_not_of("0123456789abcdef", 4) == std::string::npos;
+}
+
+// What a directory may hold whose marker is not written yet, or is removed already.
+bool is_before_marker(const std::string& name) {
+    return name == kLock || name == kMarkerTemporary || is_nfs_remainder(name);
+}
+
 bool is_ours(const std::string& name) {
     std::string key;
-    return name == kMarker || name == kLock || is_temporary(name) || parse_file_name(name, &key);
+    return is_before_marker(name) || name == kMarker || is_temporary(name) || parse_file_name(name, &key);
 }
 
-// The marker's kind, "scratch" or "persistent"; nothing where there is no marker.
-// Throws UnknownFormat for a marker that this program does not know.
-std::optional<std::string> read_marker(int directory, const std::string& path) {
-    Fd fd(openat(directory, kMarker, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-    if (fd.get() < 0 && errno == ENOENT) return std::nullopt;
-    if (fd.get() < 0) fail(path + "/" + kMarker, "cannot open the marker");
+// Removes a directory that holds our files only.
+bool remove_store(int parent, const std::string& name, const std::string& path, int directory, DirectoryLock& lock) {
+    const std::vector<std::string> names = files::names(directory, path);
+    if (!std::all_of(names.begin(), names.end(), is_ours)) return false;
+    const auto gone = [directory](const std::string& file) {
+        return files::unlink(directory, file) == 0 || errno == ENOENT;
+    };
+    for (const std::string& file : names)
+        if (file != kMarker && !gone(file)) return false;
+    if (!gone(kMarker)) return false;
+    lock.release();  // an open file may keep its directory from being removed
+    return files::unlink(parent, name, AT_REMOVEDIR) == 0;
+}
+
+// A directory may lack its marker only if a process ended between making the one and the other.
+bool is_left_over_scratch(int directory, const std::string& name, const std::string& path) {
     struct stat status{};
-    char text[256];
-    const ssize_t bytes =
-        fstat(fd.get(), &status) == 0 && S_ISREG(status.st_mode) ? read(fd.get(), text, sizeof text) : -1;
-    const std::string marker(text, bytes > 0 ? static_cast<size_t>(bytes) : 0);
-    const std::string known = std::string(kMarkerFirstLine) + "format " + std::to_string(kFormatVersion) + "\n";
-    for (const char* kind : {"scratch", "persistent"})
-        if (marker == known + kind + "\n") return kind;
-    throw UnknownFormat(path, "a marker " + std::string(kMarker) + " that is not that of a store of format " +
-                                  std::to_string(kFormatVersion));
+    if (fstat(directory, &status) != 0 || status.st_uid != geteuid()) return false;
+    if (const auto marker = Marker::read(directory, path)) return marker->scratch;
+    const std::vector<std::string> names = files::names(directory, path);
+    return name.size() == std::strlen(kScratchPrefix) + kScratchRandom &&
+           std::all_of(names.begin(), names.end(), is_before_marker);
 }
 
-void write_marker(int directory, const std::string& path, const char* kind) {
-    const std::string text =
-        std::string(kMarkerFirstLine) + "format " + std::to_string(kFormatVersion) + "\n" + kind + "\n";
-    const std::string temporary = std::string(kMarker) + kTemporary;
-    Fd fd(openat(directory, temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666));
-    if (fd.get() < 0 || write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size()) ||
-        fsync(fd.get()) != 0 || renameat(directory, temporary.c_str(), directory, kMarker) != 0)
-        fail(path + "/" + kMarker, "cannot write the marker");
-}
-
-// Takes the lock and writes our process id into it; returns the open lock file, or -1 and the holder's id.
-// An open-file-description lock: it also keeps out a second store of this process.
-int take_lock(int directory, const std::string& path, int64_t* holder) {
-    if (faults::hit(faults::Kind::open_read_only))
-        throw StoreIOError(EROFS, path + "/" + kLock, "cannot create the lock file");
-    Fd fd(openat(directory, kLock, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666));
-    if (fd.get() < 0) fail(path + "/" + kLock, "cannot open or create the lock file");
-    struct flock lock{};
-    lock.l_type = F_WRLCK;
-    lock.l_whence = SEEK_SET;
-    if (fcntl(fd.get(), F_OFD_SETLK, &lock) != 0) {
-        if (errno != EAGAIN && errno != EACCES) fail(path + "/" + kLock, "cannot lock");
-        char text[32] = {};
-        *holder = pread(fd.get(), text, sizeof text - 1, 0) > 0 ? std::atoll(text) : 0;
-        return -1;
+bool sweep_one(int parent, const std::string& name, const std::string& path) {
+    try {
+        const Fd directory = files::open_directory(parent, name, O_NOFOLLOW);
+        if (!directory || !is_left_over_scratch(directory.get(), name, path)) return false;
+        int64_t holder = 0;
+        auto lock = DirectoryLock::take(directory.get(), path, &holder);
+        return lock && remove_store(parent, name, path, directory.get(), *lock);
+    } catch (const std::runtime_error&) {
+        return false;  // another version's, or not ours to touch: left as it is
     }
-    const std::string pid = std::to_string(getpid()) + "\n";
-    if (ftruncate(fd.get(), 0) != 0 || pwrite(fd.get(), pid.data(), pid.size(), 0) != static_cast<ssize_t>(pid.size()))
-        fail(path + "/" + kLock, "cannot write the lock file");
-    return fd.release();
 }
 
-int open_directory(int at, const std::string& name, int flags = 0) {
-    return openat(at, name.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC | flags);
-}
-
-// Makes the directory and its parents; returns its absolute path, which a later chdir does not change.
-std::string make_directories(const std::string& path) {
-    std::error_code error;
-    std::filesystem::create_directories(path, error);
-    if (error) throw StoreIOError(error.value(), path, "cannot make the directory");
-    return std::filesystem::absolute(path).lexically_normal().string();
-}
-
-// Removes a directory that holds our files only; the lock is held by the caller.
-bool remove_store(int parent, const std::string& name, int directory) {
-    const std::vector<std::string> names = names_in(directory);
-    for (const std::string& file : names)
-        if (!is_ours(file) && file != std::string(kMarker) + kTemporary) return false;
-    for (const std::string& file : names)
-        if (file != kMarker && unlinkat(directory, file.c_str(), 0) != 0 && errno != ENOENT) return false;
-    return unlinkat(directory, kMarker, 0) == 0 && unlinkat(parent, name.c_str(), AT_REMOVEDIR) == 0;
+// Throws UnknownFormat unless nothing in the directory is somebody else's.
+void refuse_strangers(int directory, const std::string& path) {
+    for (const std::string& name : files::names(directory, path))
+        if (!is_before_marker(name) || (name == kLock && !is_lock_file(directory, path)))
+            throw UnknownFormat(path, "a directory that is not empty and has no marker " + std::string(kMarker) +
+                                          "; name a new or empty directory, or that of a store");
 }
 
 }  // namespace
@@ -153,73 +97,82 @@ std::string temporary_name(const std::string& name, uint64_t sequence) {
 }
 
 int sweep_scratch(const std::string& parent) {
-    Fd top(open_directory(AT_FDCWD, parent));
-    if (top.get() < 0) return 0;
+    const Fd top = files::open_directory(AT_FDCWD, parent);
+    if (!top && errno == ENOENT) return 0;
+    if (!top) files::fail(parent, "cannot open the directory");
     int removed = 0;
-    for (const std::string& name : names_in(top.get())) {
-        if (name.compare(0, sizeof kScratchPrefix - 1, kScratchPrefix) != 0) continue;
-        Fd directory(open_directory(top.get(), name, O_NOFOLLOW));
-        struct stat status{};
-        if (directory.get() < 0 || fstat(directory.get(), &status) != 0 || status.st_uid != geteuid()) continue;
-        try {
-            if (read_marker(directory.get(), name) != "scratch") continue;
-            int64_t holder = 0;
-            Fd lock(take_lock(directory.get(), name, &holder));
-            if (lock.get() >= 0) removed += remove_store(top.get(), name, directory.get());
-        } catch (const std::runtime_error&) {
-            continue;  // another version's, or not ours to touch: left as it is
-        }
-    }
+    for (const std::string& name : files::names(top.get(), parent))
+        if (begins(name, kScratchPrefix)) removed += sweep_one(top.get(), name, parent + "/" + name);
     return removed;
 }
 
+// Nothing when a sweep, which takes a directory without a marker for a left-over, removed the new one.
+std::optional<StoreDirectory> StoreDirectory::try_scratch(const std::string& parent) {
+    std::string path = parent + "/" + kScratchPrefix + std::string(kScratchRandom, 'X');
+    faults::change("mkdir", path);
+    if (mkdtemp(path.data()) == nullptr) files::fail(parent, "cannot make a scratch directory");
+    try {
+        Fd fd = files::open_directory(AT_FDCWD, path, O_NOFOLLOW);
+        if (!fd) files::fail(path, "cannot open the scratch directory");
+        int64_t holder = 0;
+        auto lock = DirectoryLock::take(fd.get(), path, &holder);
+        if (!lock) return std::nullopt;
+        const Marker marker = Marker::make(true);
+        marker.write(fd.get(), path);
+        StoreDirectory made(path, std::move(fd), std::move(*lock), marker);
+        made.sync();  // or a power failure may leave entries without a marker
+        return made;
+    } catch (const StoreIOError& error) {
+        if (error.error == ENOENT) return std::nullopt;
+        throw;
+    }
+}
+
 StoreDirectory StoreDirectory::scratch(const std::string& where) {
-    const std::string parent = make_directories(where);
+    const std::string parent = files::make_directories(where);
     sweep_scratch(parent);
-    std::string path = parent + "/" + kScratchPrefix + "XXXXXX";
-    if (mkdtemp(path.data()) == nullptr) fail(parent, "cannot make a scratch directory");
-    Fd fd(open_directory(AT_FDCWD, path, O_NOFOLLOW));
-    if (fd.get() < 0) fail(path, "cannot open the scratch directory");
-    int64_t holder = 0;
-    Fd lock(take_lock(fd.get(), path, &holder));  // before the marker: a sweep touches marked directories only
-    if (lock.get() < 0) throw StoreBusy(path, holder);
-    write_marker(fd.get(), path, "scratch");
-    return StoreDirectory(path, fd.release(), lock.release(), true);
+    for (int attempt = 0; attempt < kAttempts; ++attempt)
+        if (auto directory = try_scratch(parent)) return std::move(*directory);
+    throw StoreIOError(ENOENT, parent, "scratch directories are removed as soon as they are made");
 }
 
 StoreDirectory StoreDirectory::persistent(const std::string& where) {
-    const std::string path = make_directories(where);
-    Fd fd(open_directory(AT_FDCWD, path));
-    if (fd.get() < 0) fail(path, "cannot open the directory");
-    auto kind = read_marker(fd.get(), path);
-    if (kind == "scratch") throw UnknownFormat(path, "a scratch store, which only its own process may use");
-    if (!kind) {
-        for (const std::string& name : names_in(fd.get()))
-            if (name != kLock && name != std::string(kMarker) + kTemporary)
-                throw UnknownFormat(path, "a directory that is not empty and has no marker " + std::string(kMarker) +
-                                              "; name a new or empty directory, or that of a store");
-    }
+    const std::string path = files::make_directories(where);
+    Fd fd = files::open_directory(AT_FDCWD, path);
+    if (!fd) files::fail(path, "cannot open the directory");
+    auto marker = Marker::read(fd.get(), path);
+    if (marker && marker->scratch) throw UnknownFormat(path, "a scratch store, which only its own process may use");
+    if (!marker) refuse_strangers(fd.get(), path);
     int64_t holder = 0;
-    Fd lock(take_lock(fd.get(), path, &holder));
-    if (lock.get() < 0) throw StoreBusy(path, holder);
-    if (!kind) write_marker(fd.get(), path, "persistent");
-    return StoreDirectory(path, fd.release(), lock.release(), false);
-}
-
-StoreDirectory::StoreDirectory(StoreDirectory&& other) noexcept
-    : path_(std::move(other.path_)), fd_(other.fd_), lock_(other.lock_), scratch_(other.scratch_) {
-    other.fd_ = other.lock_ = -1;
+    auto lock = DirectoryLock::take(fd.get(), path, &holder);
+    if (!lock) throw StoreBusy(path, holder);
+    marker = Marker::read(fd.get(), path);  // again: whoever had the lock before us may have written it
+    if (!marker) {
+        marker = Marker::make(false);
+        marker->write(fd.get(), path);
+    }
+    StoreDirectory opened(path, std::move(fd), std::move(*lock), *marker);
+    opened.sync();  // whoever wrote the marker may not have come to it
+    return opened;
 }
 
 StoreDirectory::~StoreDirectory() { close(); }
 
+void StoreDirectory::clear() {
+    const Marker after{marker_.scratch, random_id(), marker_.id};
+    after.write(fd(), path_);
+    marker_ = after;
+    sync();  // before any file is removed
+}
+
 std::vector<StoreDirectory::File> StoreDirectory::entries() const {
     std::vector<File> files;
-    for (const std::string& name : names_in(fd_)) {
+    for (const std::string& name : files::names(fd(), path_)) {
         File file{name, "", false};
         struct stat status{};
         if (!parse_file_name(name, &file.key)) continue;
-        if (fstatat(fd_, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) continue;
+        if (fstatat(fd(), name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0)
+            files::fail(path_of(name), "cannot look at the file");
         file.regular = S_ISREG(status.st_mode);
         files.push_back(std::move(file));
     }
@@ -227,39 +180,41 @@ std::vector<StoreDirectory::File> StoreDirectory::entries() const {
 }
 
 void StoreDirectory::remove_unfinished() const {
-    for (const std::string& name : names_in(fd_))
-        if (is_temporary(name)) unlinkat(fd_, name.c_str(), 0);
+    for (const std::string& name : files::names(fd(), path_))
+        if (is_temporary(name)) unlink(name);
 }
 
 void StoreDirectory::rename(const std::string& from, const std::string& to) const {
-    if (faults::hit(faults::Kind::rename_error)) throw StoreIOError(EIO, path_of(to), "cannot rename a finished file");
-    if (renameat(fd_, from.c_str(), fd_, to.c_str()) != 0) fail(path_of(to), "cannot rename a finished file");
+    if (files::rename(fd(), from, to) != 0) files::fail(path_of(to), "cannot rename a finished file");
 }
 
 bool StoreDirectory::move_aside(const std::string& from, const std::string& to) const {
-    if (renameat(fd_, from.c_str(), fd_, to.c_str()) == 0) return true;
-    if (errno != ENOENT) fail(path_of(from), "cannot remove the file");
+    if (files::rename(fd(), from, to) == 0) return true;
+    if (errno != ENOENT) files::fail(path_of(from), "cannot remove the file");
     return false;
 }
 
 void StoreDirectory::unlink(const std::string& name) const {
-    if (unlinkat(fd_, name.c_str(), 0) != 0 && errno != ENOENT) fail(path_of(name), "cannot remove the file");
+    if (files::unlink(fd(), name) != 0 && errno != ENOENT) files::fail(path_of(name), "cannot remove the file");
 }
 
 void StoreDirectory::sync() const {
-    if (fsync(fd_) != 0) fail(path_, "fsync of the directory failed");
+    if (files::sync_directory(fd(), path_) != 0) files::fail(path_, "fsync of the directory failed");
 }
 
 void StoreDirectory::close() {
-    if (fd_ < 0) return;
-    if (scratch_) {
+    if (!fd_) return;
+    if (marker_.scratch) {
         const size_t slash = path_.rfind('/');
-        Fd parent(open_directory(AT_FDCWD, path_.substr(0, slash)));
-        if (parent.get() >= 0) remove_store(parent.get(), path_.substr(slash + 1), fd_);
+        try {
+            const Fd parent = files::open_directory(AT_FDCWD, path_.substr(0, slash));
+            if (parent) remove_store(parent.get(), path_.substr(slash + 1), path_, fd(), lock_);
+        } catch (const StoreIOError&) {
+            // the next start sweeps again
+        }
     }
-    ::close(lock_);
-    ::close(fd_);
-    fd_ = lock_ = -1;
+    lock_.release();
+    fd_.reset();
 }
 
 }  // namespace mgd

@@ -3,8 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "store/files.h"
+#include "store/lock.h"
+#include "store/marker.h"
 
 namespace mgd {
 
@@ -15,12 +20,17 @@ class StoreDirectory {
     // The store at `path`, made if there is nothing (or an empty directory).
     static StoreDirectory persistent(const std::string& path);
     ~StoreDirectory();
-    StoreDirectory(StoreDirectory&& other) noexcept;
+    StoreDirectory(StoreDirectory&& other) = default;
     StoreDirectory& operator=(StoreDirectory&&) = delete;
 
-    int fd() const { return fd_; }
+    int fd() const { return fd_.get(); }
     const std::string& path() const { return path_; }
     std::string path_of(const std::string& name) const { return path_ + "/" + name; }
+
+    // Entries bear the id. Those of `cleared` are of no store any more: clear() has made the one from the other.
+    const StoreId& id() const { return marker_.id; }
+    const StoreId& cleared() const { return marker_.cleared; }
+    void clear();
 
     struct File {
         std::string name, key;
@@ -36,12 +46,14 @@ class StoreDirectory {
     void close();
 
   private:
-    StoreDirectory(std::string path, int fd, int lock, bool is_scratch)
-        : path_(std::move(path)), fd_(fd), lock_(lock), scratch_(is_scratch) {}
+    StoreDirectory(std::string path, Fd fd, DirectoryLock lock, const Marker& marker)
+        : path_(std::move(path)), fd_(std::move(fd)), lock_(std::move(lock)), marker_(marker) {}
+    static std::optional<StoreDirectory> try_scratch(const std::string& parent);
 
     std::string path_;
-    int fd_ = -1, lock_ = -1;
-    bool scratch_ = false;
+    Fd fd_;
+    DirectoryLock lock_;
+    Marker marker_;
 };
 
 // Removes the scratch directories under `parent` that no process holds. Returns how many.

@@ -18,6 +18,11 @@ struct CorruptState : std::runtime_error {
     int64_t chunk;
 };
 
+// An entry of another store, or of what this one held before it was cleared.
+struct ForeignEntry : CorruptState {
+    ForeignEntry(std::string key_, const std::string& text) : CorruptState(std::move(key_), kWholeFile, text) {}
+};
+
 struct StoreFull : std::runtime_error {
     StoreFull(uint64_t needs_, uint64_t has_, const std::string& text)
         : std::runtime_error(text), needs(needs_), has(has_) {}

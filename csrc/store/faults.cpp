@@ -1,7 +1,10 @@
 #include "store/faults.h"
 
 #include <atomic>
+#include <csignal>
 #include <map>
+#include <mutex>
+#include <utility>
 
 #include "store/errors.h"
 
@@ -10,10 +13,12 @@ namespace {
 
 std::atomic<Kind> armed{Kind::none};
 std::atomic<long> first{0}, last{0}, seen{0};
+std::mutex mutex;
+std::vector<std::string> calls;
 
 }  // namespace
 
-void arm(const std::string& kind, long nth, long times) {
+long arm(const std::string& kind, long nth, long times) {
     static const std::map<std::string, Kind> kinds = {
         {"none", Kind::none},
         {"short_read", Kind::short_read},
@@ -27,14 +32,31 @@ void arm(const std::string& kind, long nth, long times) {
         {"refuse_direct", Kind::refuse_direct},
         {"sync_error", Kind::sync_error},
         {"rename_error", Kind::rename_error},
+        {"list_error", Kind::list_error},
+        {"thread_error", Kind::thread_error},
+        {"killed", Kind::killed},
+        {"recorded", Kind::recorded},
     };
     const auto known = kinds.find(kind);
     if (known == kinds.end()) throw BadStoreArgument("expected a kind of fault; got '" + kind + "'");
     armed = Kind::none;
     first = nth;
     last = nth + times;
-    seen = 0;
+    const long before = seen.exchange(0);
     armed = known->second;
+    return before;
+}
+
+std::vector<std::string> record() {
+    std::lock_guard lock(mutex);
+    return std::move(calls);
+}
+
+void change(const char* call, const std::string& path) {
+    if (hit(Kind::killed)) std::raise(SIGKILL);
+    if (!hit(Kind::recorded)) return;
+    std::lock_guard lock(mutex);
+    calls.push_back(call + (" " + path.substr(path.rfind('/') + 1)));
 }
 
 bool hit(Kind kind) {

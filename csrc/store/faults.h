@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 namespace mgd::faults {
 
@@ -19,13 +20,24 @@ enum class Kind {
     refuse_direct,   // EINVAL to a transfer through O_DIRECT
     sync_error,      // EIO from fsync
     rename_error,    // EIO
+    list_error,      // EIO from reading a directory
+    thread_error,    // EAGAIN from making a thread
+    killed,          // SIGKILL before a call that changes the disk
+    recorded,        // no fault: such calls are noted
 };
 
 #ifdef MGD_FAULT_INJECTION
 
 // Arms one fault: calls nth, nth + 1, ... nth + times - 1 of that kind are hit (nth counts from 1).
-// "none" disarms. Throws BadStoreArgument on an unknown name.
-void arm(const std::string& kind, long nth, long times);
+// "none" disarms. Returns how many calls of the kind armed before were seen. Throws BadStoreArgument on an unknown
+// name.
+long arm(const std::string& kind, long nth, long times);
+
+// What was recorded: the call and the last part of the path, in order.
+std::vector<std::string> record();
+
+// To be called before every system call that changes the disk.
+void change(const char* call, const std::string& path);
 
 // Whether this call is to fail. Costs one relaxed load when nothing is armed.
 bool hit(Kind kind);
@@ -33,6 +45,7 @@ bool hit(Kind kind);
 #else
 
 constexpr bool hit(Kind) { return false; }
+inline void change(const char*, const std::string&) {}
 
 #endif
 

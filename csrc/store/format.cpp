@@ -16,9 +16,11 @@ namespace {
 
 constexpr char kMagic[8] = {'M', 'G', 'D', 'S', 'T', 'A', 'T', 'E'};
 constexpr uint32_t kChecksumXxh3 = 1;
-constexpr uint32_t kSequence = 1;               // the only flag
-constexpr uint64_t kLimit = uint64_t{1} << 62;  // no length of the format reaches it, so sums of two never wrap
-constexpr uint64_t kMaxHeader = uint64_t{1} << 32;
+constexpr uint32_t kSequence = 1;                   // the only flag
+constexpr uint64_t kLimit = uint64_t{1} << 62;      // no length of the format reaches it, so sums of two never wrap
+constexpr uint64_t kMaxHeader = uint64_t{1} << 24;  // what opening a store may read, and hold, of one file
+constexpr uint32_t kMaxRank = 64;                   // torch's limit
+constexpr uint32_t kBool = 10;
 constexpr size_t kMaxName = 240;
 constexpr char kSuffix[] = ".mgd";
 
@@ -34,6 +36,7 @@ enum Field : size_t {
     kKeyBytes = 48,
     kChecksumKind = 52,
     kHeaderChecksum = 56,
+    kId = 64,
 };
 
 template <class T>
@@ -80,6 +83,38 @@ bool is_plain(char c) {
     return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_' || c == '.';
 }
 
+std::string escaped(const std::string& key) {
+    std::string name;
+    for (const char c : key) {
+        if (is_plain(c)) {
+            name += c;
+        } else {
+            char code[4];
+            std::snprintf(code, sizeof code, "%%%02X", static_cast<unsigned char>(c));
+            name += code;
+        }
+    }
+    return name;
+}
+
+// Well-formed: no overlong spelling, no surrogate, nothing past U+10FFFF.
+bool is_utf8(const std::string& text) {
+    for (size_t i = 0; i < text.size();) {
+        const auto byte = [&](size_t at) { return at < text.size() ? static_cast<uint8_t>(text[at]) : uint8_t{0}; };
+        const uint8_t lead = byte(i);
+        const size_t more = lead < 0x80 ? 0 : lead < 0xC2 ? 4 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : lead < 0xF5 ? 3 : 4;
+        if (more == 4) return false;
+        for (size_t j = 1; j <= more; ++j)
+            if ((byte(i + j) & 0xC0) != 0x80) return false;
+        const uint8_t next = byte(i + 1);
+        if ((lead == 0xE0 && next < 0xA0) || (lead == 0xED && next > 0x9F) || (lead == 0xF0 && next < 0x90) ||
+            (lead == 0xF4 && next > 0x8F))
+            return false;
+        i += 1 + more;
+    }
+    return true;
+}
+
 // Reads the variable part of a header with bounds checks.
 class Cursor {
   public:
@@ -110,6 +145,16 @@ class Cursor {
 
 }  // namespace
 
+std::string hex(const StoreId& id) {
+    std::string text;
+    for (const uint8_t byte : id) {
+        char digits[3];
+        std::snprintf(digits, sizeof digits, "%02x", byte);
+        text += digits;
+    }
+    return text;
+}
+
 size_t item_bytes(uint32_t dtype) {
     constexpr uint8_t sizes[] = {0, 2, 2, 4, 8, 8, 1, 4, 2, 1, 1};  // bf16 f16 f32 f64 i64 u8 i32 i16 i8 bool
     return dtype < sizeof sizes ? sizes[dtype] : 0;
@@ -123,7 +168,7 @@ Header Header::make(std::string key, bool sequence, std::vector<TensorInfo> tens
         TensorInfo& t = tensors[i];
         t.bytes = shape_bytes(t);
         t.offset = round_up(end, kTensorAlignment);
-        if (item_bytes(t.dtype) == 0 || t.bytes >= kLimit / 2 || t.offset >= kLimit / 2)
+        if (item_bytes(t.dtype) == 0 || t.shape.size() > kMaxRank || t.bytes >= kLimit / 2 || t.offset >= kLimit / 2)
             throw BadStoreArgument("expected a known dtype and a possible shape for tensor " + std::to_string(i));
         end = t.offset + t.bytes;
     }
@@ -149,6 +194,7 @@ void Header::encode(char* data) const {
     set<uint32_t>(data, kTensorCount, static_cast<uint32_t>(tensors.size()));
     set<uint32_t>(data, kKeyBytes, static_cast<uint32_t>(key.size()));
     set<uint32_t>(data, kChecksumKind, kChecksumXxh3);
+    std::memcpy(data + kId, id.data(), id.size());
     std::memcpy(data + kFixedHeader, key.data(), key.size());
     size_t at = kFixedHeader + round_up(key.size(), 8);
     for (const TensorInfo& t : tensors) {
@@ -179,31 +225,27 @@ uint64_t Header::header_length(const char* data, uint64_t file_bytes, const std:
     return bytes;
 }
 
-Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const std::string& key,
-                      const std::string& path) {
+Header Header::decode(char* data, size_t bytes, uint64_t file_bytes, const std::string& key, const std::string& path) {
     const auto corrupt = [&](const std::string& text) { return CorruptState(key, kWholeFile, path + ": " + text); };
     const auto unknown = [&](const std::string& text) { return UnknownFormat(path, text); };
 
     Header h;
     h.header_bytes = header_length(data, file_bytes, key, path);
     if (bytes < h.header_bytes) throw corrupt("expected a whole header; got a file that ends inside it");
-    {
-        std::string zeroed(data, h.header_bytes);
-        const auto stated = get<uint64_t>(data, kHeaderChecksum);
-        set<uint64_t>(zeroed.data(), kHeaderChecksum, 0);
-        const uint64_t actual = checksum(zeroed.data(), zeroed.size());
-        if (stated != actual) {
-            char text[96];
-            std::snprintf(text, sizeof text, "expected header checksum %016" PRIx64 "; got %016" PRIx64, stated,
-                          actual);
-            throw corrupt(text);
-        }
+    const auto stated = get<uint64_t>(data, kHeaderChecksum);
+    set<uint64_t>(data, kHeaderChecksum, 0);
+    const uint64_t actual = checksum(data, h.header_bytes);
+    if (stated != actual) {
+        char text[96];
+        std::snprintf(text, sizeof text, "expected header checksum %016" PRIx64 "; got %016" PRIx64, stated, actual);
+        throw corrupt(text);
     }
     // From here on the header is what its writer wrote; anything that does not fit is of another format.
     const auto flags = get<uint32_t>(data, kFlags);
     if ((flags & ~kSequence) != 0) throw unknown("flags that this reader does not know");
     h.sequence = (flags & kSequence) != 0;
     if (get<uint32_t>(data, kChecksumKind) != kChecksumXxh3) throw unknown("an unknown kind of checksum");
+    std::memcpy(h.id.data(), data + kId, h.id.size());
     h.payload_bytes = get<uint64_t>(data, kPayloadBytes);
     h.chunk_bytes = get<uint64_t>(data, kChunkBytes);
     const auto chunk_count = get<uint32_t>(data, kChunkCount);
@@ -216,10 +258,10 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
         throw unknown("a number of chunks that does not match the payload");
 
     Cursor in(data, kFixedHeader, h.header_bytes);
-    if (!in.has(round_up(key_bytes, 8))) throw unknown("a key that is longer than the header");
+    if (key_bytes > kMaxName || !in.has(round_up(key_bytes, 8))) throw unknown("a key that is too long");
     h.key = in.text(key_bytes);
     if (!in.only_zeros(round_up(key_bytes, 8) - key_bytes)) throw unknown("padding that is not zero");
-    if (h.key != key) throw corrupt("expected this entry; got '" + h.key + "': the file was renamed");
+    if (h.key != key) throw corrupt("expected this entry; got '" + escaped(h.key) + "': the file was renamed");
     if (!h.sequence && tensor_count != 1) throw unknown("a number of tensors other than 1, and no list");
     uint64_t end = 0;
     for (uint32_t i = 0; i < tensor_count; ++i) {
@@ -227,6 +269,7 @@ Header Header::decode(const char* data, size_t bytes, uint64_t file_bytes, const
         if (!in.has(8)) throw unknown("a tensor table that is longer than the header");
         t.dtype = in.take<uint32_t>();
         const auto rank = in.take<uint32_t>();
+        if (rank > kMaxRank) throw unknown("a tensor of more dimensions than " + std::to_string(kMaxRank));
         if (!in.has(8 * uint64_t{rank} + 16)) throw unknown("a tensor table that is longer than the header");
         for (uint32_t d = 0; d < rank; ++d) t.shape.push_back(in.take<int64_t>());
         t.offset = in.take<uint64_t>();
@@ -271,6 +314,17 @@ std::vector<Piece> Header::pieces(uint32_t chunk) const {
     return result;
 }
 
+bool Header::possible(uint32_t chunk, const char* data) const {
+    const auto has_bools = [](const TensorInfo& t) { return t.dtype == kBool; };
+    if (std::none_of(tensors.begin(), tensors.end(), has_bools)) return true;
+    for (const Piece& piece : pieces(chunk)) {
+        const char* from = data + piece.chunk_offset;
+        const auto impossible = [](char c) { return (c & ~1) != 0; };
+        if (has_bools(tensors[piece.tensor]) && std::any_of(from, from + piece.bytes, impossible)) return false;
+    }
+    return true;
+}
+
 void Header::clear_padding(uint32_t chunk, char* data) const {
     size_t end = 0;
     for (const Piece& piece : pieces(chunk)) {
@@ -281,25 +335,19 @@ void Header::clear_padding(uint32_t chunk, char* data) const {
 }
 
 bool valid_key(const std::string& key) {
+    if (!is_utf8(key)) return false;
     if (key.compare(0, 5, "text-") == 0) return key.size() > 5;
     if (key.compare(0, 5, "step-") != 0) return false;
-    size_t at = 5 + (key.size() > 5 && key[5] == '-');
-    const size_t digits = at;
+    const bool negative = key.size() > 5 && key[5] == '-';
+    const size_t digits = 5 + negative;
+    size_t at = digits;
     while (at < key.size() && is_digit(key[at])) ++at;
-    return at > digits && at + 1 < key.size() && key[at] == '-';
+    const bool one_spelling = key[digits] != '0' || (at == digits + 1 && !negative);  // no 007, no -0
+    return at > digits && one_spelling && at + 1 < key.size() && key[at] == '-';
 }
 
 std::string file_name(const std::string& key) {
-    std::string name;
-    for (const char c : key) {
-        if (is_plain(c)) {
-            name += c;
-        } else {
-            char escaped[4];
-            std::snprintf(escaped, sizeof escaped, "%%%02X", static_cast<unsigned char>(c));
-            name += escaped;
-        }
-    }
+    const std::string name = escaped(key);
     if (name.size() > kMaxName)
         throw BadStoreArgument("expected a key of at most " + std::to_string(kMaxName) + " bytes after escaping; got " +
                                std::to_string(name.size()));

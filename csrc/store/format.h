@@ -1,6 +1,7 @@
-// The layout of one entry's file, version 1. docs/format.md is the specification; this is its only reader and writer.
+// The layout of one entry's file, version 2. docs/format.md is the specification; this is its only reader and writer.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -8,9 +9,13 @@
 
 namespace mgd {
 
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;
 constexpr size_t kTensorAlignment = 64;
-constexpr size_t kFixedHeader = 64;  // bytes before the variable part
+constexpr size_t kFixedHeader = 80;  // bytes before the variable part
+
+// What binds entries to their store: random, made with the store and made anew when it is cleared.
+using StoreId = std::array<uint8_t, 16>;
+std::string hex(const StoreId& id);
 
 struct TensorInfo {
     uint32_t dtype = 0;  // code of docs/format.md
@@ -30,6 +35,7 @@ struct Piece {
 
 struct Header {
     std::string key;
+    StoreId id{};           // of the store; set by decode, and by who encodes
     bool sequence = false;  // a list of tensors was stored, not a single tensor
     std::vector<TensorInfo> tensors;
     uint64_t chunk_bytes = 0;
@@ -41,8 +47,8 @@ struct Header {
     static Header make(std::string key, bool sequence, std::vector<TensorInfo> tensors, uint64_t chunk_bytes);
 
     // Parses and checks every field of the `bytes` first bytes of a file of `file_bytes` (at least header_length()).
-    // Throws CorruptState or UnknownFormat.
-    static Header decode(const char* data, size_t bytes, uint64_t file_bytes, const std::string& key,
+    // Throws CorruptState or UnknownFormat. The memory is used for the check, too: its checksum is zero afterwards.
+    static Header decode(char* data, size_t bytes, uint64_t file_bytes, const std::string& key,
                          const std::string& path);
     // The header's length, from the first kPage bytes of a file; the same errors.
     static uint64_t header_length(const char* data, uint64_t file_bytes, const std::string& key,
@@ -55,10 +61,11 @@ struct Header {
     uint64_t file_bytes() const { return header_bytes + payload_bytes; }
     uint64_t tensor_bytes() const;  // what the user stored, without padding
     std::vector<Piece> pieces(uint32_t chunk) const;
-    void clear_padding(uint32_t chunk, char* data) const;  // zeros what is no tensor's in the chunk's bytes
+    bool possible(uint32_t chunk, const char* data) const;  // whether every bool in the chunk's bytes is 0 or 1
+    void clear_padding(uint32_t chunk, char* data) const;   // zeros what is no tensor's in the chunk's bytes
 };
 
-// Keys are "text-<any text>" or "step-<integer>-<kind>"; a file is called <escaped key>.mgd.
+// Keys are "text-<any text>" or "step-<integer>-<kind>", in UTF-8; a file is called <escaped key>.mgd.
 bool valid_key(const std::string& key);
 std::string file_name(const std::string& key);  // throws BadStoreArgument when longer than a file name may be
 bool parse_file_name(const std::string& name, std::string* key);  // false for a name no key has

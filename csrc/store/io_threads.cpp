@@ -3,19 +3,46 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <cerrno>
+#include <system_error>
+
+#include "store/errors.h"
+#include "store/faults.h"
+
 namespace mgd {
 
-IoThreads::IoThreads(unsigned threads) {
-    // Signals belong to the program's own threads: a new thread inherits the mask of the one that makes it.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (unsigned i = 0; i < threads; ++i)
-        threads_.emplace_back([this] {
-            pthread_setname_np(pthread_self(), "mgd-store");  // for `top -H`, and for who places threads on cores
-            run();
-        });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+namespace {
+
+// Signals belong to the program's own threads: a new thread inherits the mask of the one that makes it.
+class SignalsBlocked {
+  public:
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+  private:
+    sigset_t before_;
+};
+
+}  // namespace
+
+IoThreads::IoThreads(unsigned threads, const std::string& path) {
+    const SignalsBlocked blocked;
+    try {
+        for (unsigned i = 0; i < threads; ++i) {
+            if (faults::hit(faults::Kind::thread_error)) throw std::system_error(EAGAIN, std::generic_category());
+            threads_.emplace_back([this] {
+                pthread_setname_np(pthread_self(), "mgd-store");  // for `top -H`, and for who places threads on cores
+                run();
+            });
+        }
+    } catch (const std::system_error& error) {
+        stop();
+        throw StoreIOError(error.code().value(), path, "cannot start a thread for the store");
+    }
 }
 
 void IoThreads::submit(Job job, bool urgent) {

@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -14,7 +15,8 @@ class IoThreads {
   public:
     using Job = std::function<void()>;  // must not throw
 
-    explicit IoThreads(unsigned threads);
+    // Throws StoreIOError, which names `path`, when the system refuses a thread.
+    IoThreads(unsigned threads, const std::string& path);
     ~IoThreads() { stop(); }
     void submit(Job job, bool urgent = false);
     void stop();  // runs what was submitted, then joins

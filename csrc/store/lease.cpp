@@ -42,7 +42,7 @@ std::unique_ptr<Lease> TieredStore::view(const std::string& key, bool keep) {
     if (!lease) return nullptr;
     Meter::Span span(get_, h.tensor_bytes());
     lease->buffer = get.chunk(0, true);
-    get.verify(0, checksum(lease->buffer->data(), h.chunk_size(0)));
+    get.verify(0, checksum(lease->buffer->data(), h.chunk_size(0)), lease->buffer->data());
     if (keep) get.keep(0, lease->buffer, false);  // its user may write to it
     get.end();
     span.done();

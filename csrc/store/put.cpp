@@ -180,7 +180,11 @@ void TieredStore::finish(const EntryPtr& entry) {
             if (!entry->file)  // an entry without a payload
                 entry->file = std::make_unique<DirectFile>(DirectFile::create(
                     directory_->fd(), entry->temporary, directory_->path_of(entry->temporary), mode_));
-            const Header& h = entry->header;
+            Header& h = entry->header;
+            {
+                std::lock_guard lock(mutex_);
+                h.id = id_;
+            }
             const AlignedBytes header = aligned_bytes(h.header_bytes);
             h.encode(header.get());
             entry->file->write(header.get(), h.header_bytes, 0);
@@ -230,6 +234,24 @@ void TieredStore::remove(const std::string& key) {
             forget(*entry);
         }
         if (entry->tier == Tier::disk) discard_file(*entry);
+    }
+    pump();
+}
+
+void TieredStore::clear() {
+    Use use(*this);
+    {
+        std::lock_guard names(names_mutex_);
+        if (options_.persistent) directory_->clear();  // from here on what is on the disk is to be removed
+        std::map<std::string, EntryPtr> all;
+        {
+            std::lock_guard lock(mutex_);
+            if (options_.persistent) id_ = directory_->id();
+            all.swap(entries_);
+            for (const auto& [key, entry] : all) forget(*entry);
+        }
+        for (const auto& [key, entry] : all)
+            if (entry->tier == Tier::disk) discard_file(*entry);
     }
     pump();
 }

@@ -15,10 +15,11 @@ TieredStore::TieredStore(const StoreOptions& options)
       pool_(std::make_shared<BufferPool>(options.host_bytes)),
       owner_(getpid()),
       leases_(std::make_shared<LeaseAccount>(options.staging_bytes, options.chunk_bytes)),
-      io_(options.directory.empty() ? 0 : std::max(1u, options.threads)) {
+      io_(options.directory.empty() ? 0 : std::max(1u, options.threads), options.directory) {
     if (options.directory.empty()) return;
     directory_.emplace(options.persistent ? StoreDirectory::persistent(options.directory)
                                           : StoreDirectory::scratch(options.directory));
+    id_ = directory_->id();
     if (options.persistent) load_entries();
 }
 
@@ -41,6 +42,7 @@ void TieredStore::load_entries() {
         entry->tier = Tier::disk;
         entry->name = found.name;
         entry->state = Entry::State::ready;
+        bool cleared = false;
         try {
             if (!found.regular) throw StoreIOError(ELOOP, path, "is not a regular file, and a store follows no links");
             DirectFile file = DirectFile::open(directory_->fd(), found.name, path, mode_);
@@ -56,10 +58,19 @@ void TieredStore::load_entries() {
                 header = aligned_bytes(length);
                 have = file.read(header.get(), length, 0);
             }
-            entry->header = Header::decode(header.get(), have, entry->published, found.key, path);
+            Header decoded = Header::decode(header.get(), have, entry->published, found.key, path);
+            cleared = decoded.id == directory_->cleared();
+            if (!cleared && decoded.id != directory_->id())
+                throw ForeignEntry(found.key, path + " of store " + hex(decoded.id) + ", in the directory of store " +
+                                                  hex(directory_->id()));
+            entry->header = std::move(decoded);
         } catch (const std::runtime_error&) {
             entry->state = Entry::State::failed;  // the other entries are unaffected; get() reports this one
             entry->error = std::current_exception();
+        }
+        if (cleared) {
+            directory_->unlink(found.name);
+            continue;
         }
         entry->slots.resize(entry->header.chunks());
         if (entry->header.chunks() != 0) leases_->know(buffer_size(*entry, 0));

@@ -58,6 +58,7 @@ class TieredStore {
     void get(const std::string& key, const std::vector<void*>& targets, bool keep = false);
     void prefetch(const std::vector<std::string>& keys);
     void remove(const std::string& key);
+    void clear();  // every entry, in one step: a process that ends meanwhile leaves all of them or none
 
     // Without a copy. Both leases are null where their account has no room; a view is also null for an entry that is
     // not one chunk of the disk tier. A committed buffer becomes the entry: writing to it afterwards damages the entry,
@@ -136,6 +137,7 @@ class TieredStore {
     mutable std::mutex mutex_;
     mutable std::condition_variable changed_;  // an entry, a chunk or the number of calls changed state
     std::map<std::string, EntryPtr> entries_;
+    StoreId id_{};                                          // of the entries that are written from now on
     std::deque<std::pair<EntryPtr, uint32_t>> wanted_;      // to prefetch: entry and its next chunk
     std::deque<std::pair<EntryPtr, uint32_t>> prefetched_;  // in order of issue
     uint64_t host_used_ = 0, disk_used_ = 0, disk_peak_ = 0, sequence_ = 0, hits_ = 0, drops_ = 0;
@@ -175,7 +177,7 @@ class Get {
     size_t buffer_size(uint32_t i) const { return use_.store->buffer_size(*entry_, i); }
     // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
-    void verify(uint32_t i, uint64_t sum) const;             // throws CorruptState unless it is the checksum of chunk i
+    void verify(uint32_t i, uint64_t sum, const char* data) const;  // throws CorruptState unless chunk i is as stored
     bool verified() const { return verified_; }              // whether the last chunk was kept, and is known to be good
     void keep(uint32_t i, BufferPtr buffer, bool verified);  // for the next get
     void end();

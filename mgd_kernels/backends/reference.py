@@ -75,6 +75,24 @@ def adam_vjp(p, m, v, g, h: Hyper, k: int, ap, am, av):
     return u, (1 - lr * weight_decay) * ap + l2 * u, beta1 * dm1, beta2 * dv1, dh
 
 
+def adam_jvp(p, m, v, g, h: Hyper, k: int, dp, dm, dv, dg, dh: Hyper):
+    """The tangents of `(p, m, v)` after the step, from those before it, of `g` and of the hyperparameters."""
+    lr, weight_decay, l2, beta1, beta2, _, _ = h
+    dlr, dweight_decay, dl2, dbeta1, dbeta2, deps, deps_root = dh
+    c1, c2 = 1 - beta1**k, 1 - beta2**k
+    dc1, dc2 = -k * beta1 ** (k - 1) * dbeta1, -k * beta2 ** (k - 1) * dbeta2
+    dg = dg + dl2 * p + l2 * dp
+    g = g + l2 * p
+    m1, v1, S, D, safe_D, n = _adam_terms(m, v, g, h, k)
+    dm1 = dbeta1 * (m - g) + beta1 * dm + (1 - beta1) * dg
+    dv1 = dbeta2 * (v - g * g) + beta2 * dv + 2 * (1 - beta2) * g * dg
+    dvhat = dv1 / c2 - v1 * (dc2 / c2**2) + deps_root
+    dD = torch.where(S > 0, dvhat / (2 * torch.where(S > 0, S, 1.0)), 0.0) + deps
+    dn = torch.where(D > 0, (dm1 / c1 - m1 * (dc1 / c1**2) - n * dD) / safe_D, 0.0)
+    ddecay = -(dlr * weight_decay + lr * dweight_decay)
+    return ddecay * p + (1 - lr * weight_decay) * dp - dlr * n - lr * dn, dm1, dv1
+
+
 # --- SGD --------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +132,25 @@ def sgd_vjp(p, buf, g, h: Hyper, k: int, nesterov: bool, ap, ab):
     return u, (1 - lr * weight_decay) * ap + l2 * u, ab, dh
 
 
+def sgd_jvp(p, buf, g, h: Hyper, k: int, nesterov: bool, dp, dbuf, dg, dh: Hyper):
+    """The tangents of `(p, buf)` after the step, from those before it, of `g` and of the hyperparameters."""
+    lr, weight_decay, l2, momentum, dampening = h
+    dlr, dweight_decay, dl2, dmomentum, ddampening = dh
+    dg = dg + dl2 * p + l2 * dp
+    g = g + l2 * p
+    d, dd, dbuf1 = g, dg, None
+    if buf is not None:
+        buf1, dbuf1 = g, dg
+        if k > 1:
+            buf1 = momentum * buf + (1 - dampening) * g
+            dbuf1 = dmomentum * buf + momentum * dbuf - ddampening * g + (1 - dampening) * dg
+        d, dd = buf1, dbuf1
+        if nesterov:
+            d, dd = g + momentum * buf1, dg + dmomentum * buf1 + momentum * dbuf1
+    ddecay = -(dlr * weight_decay + lr * dweight_decay)
+    return ddecay * p + (1 - lr * weight_decay) * dp - dlr * d - lr * dd, dbuf1
+
+
 def _sum(x: Tensor, y: Tensor | None = None) -> Tensor:
     return (x.double() if y is None else x.double() * y.double()).sum()
 
@@ -140,6 +177,15 @@ def vjp(rule: Rule, p, slots, g, h: Hyper, k: int, adjoints: Sequence[Tensor]):
         p, slots[0] if slots else None, g, h, k, rule.nesterov, adjoints[0], adjoints[1] if slots else None
     )
     return u, [ap, ab][: len(adjoints)], dh
+
+
+def jvp(rule: Rule, p, slots, g, h: Hyper, k: int, tangents: Sequence[Tensor], dg, dh: Hyper):
+    """The tangents of `(params, *slots)` after the step."""
+    if rule.name == "adam":
+        (m, v), (dp, dm, dv) = slots, tangents
+        return adam_jvp(p, m, v, g, h, k, dp, dm, dv, dg, dh)
+    buf, dbuf = (slots[0], tangents[1]) if slots else (None, None)
+    return sgd_jvp(p, buf, g, h, k, rule.nesterov, tangents[0], dbuf, dg, dh)[: len(tangents)]
 
 
 def step_(
@@ -185,6 +231,35 @@ def vjp_(
         u[start:stop] = du * grad_scale
         out[group] += torch.stack([*dh, _sum(du, raw)])
     return out
+
+
+STRIP = 1 << 16  # elements: what is computed for as many stays in the processor's cache
+
+
+def jvp_(
+    rule: Rule,
+    state: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int,
+    segments: Segments,
+    tangents: Sequence[Tensor],
+    grad_tangent: Tensor,
+    hyper_tangent: Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """The tangents of `(params, *slots)`, those after the step in place of those before it. grad_tangent: of the
+    scaled gradient."""
+    check_extents_apart(tangents, [*state, grad, grad_tangent, hyper, hyper_tangent])
+    dtype = state[0].dtype
+    for row, end, group in segments.rows():
+        h, dh = hyper[group].tolist(), hyper_tangent[group].tolist()
+        for start in range(row, end, STRIP):
+            part = slice(start, min(start + STRIP, end))
+            x, dx = [tensor[part] for tensor in state], [tensor[part] for tensor in tangents]
+            g, dg = grad[part].to(dtype) * grad_scale, grad_tangent[part].to(dtype)
+            for old, new in zip(dx, jvp(rule, x[0], x[1:], g, h, k, dx, dg, dh), strict=True):
+                old.copy_(new)
 
 
 def replay_(

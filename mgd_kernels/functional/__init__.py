@@ -2,11 +2,13 @@
 
 A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes per operator. Here
 the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so each is one
-node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to
-torch's own function, so a replacement is always safe. From the third derivative on, torch's formulas take over. In
+node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; everything else goes to torch's
+own function, so a replacement is always safe. From the third derivative on, formulas in torch's operators take over. In
 forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are the same bits for any number of
 threads. Convolutions are made of torch's own kernels, and serve any device and floating-point dtype. Grouped matrix
 products are made of torch's, have derivatives of any order, and serve any floating-point dtype on the CPU.
+`linear_cross_entropy`, which has no counterpart in torch, and attention from 1024 x 1024 on work by strips and hold no
+matrix; they serve float64 too.
 
 Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
 (to load the extension) and `errors`.
@@ -29,6 +31,7 @@ from mgd_kernels.functional.convolution import (
     conv_transpose3d,
 )
 from mgd_kernels.functional.grouped import grouped_mm
+from mgd_kernels.functional.linear_loss import linear_cross_entropy
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import group_norm, layer_norm
 
@@ -47,6 +50,7 @@ __all__ = [
     "group_norm",
     "grouped_mm",
     "layer_norm",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

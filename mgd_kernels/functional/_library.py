@@ -197,6 +197,22 @@ def served(*tensors: Tensor | None) -> bool:
     return True
 
 
+def served_by_products(*tensors: Tensor | None) -> bool:
+    """Whether operators that are made of torch's matrix products can take these tensors here: float32 or float64, on
+    the CPU, with elements, no autocast, and no torch.func transform."""
+    present = [x for x in tensors if x is not None]
+    return (
+        present[0].dtype in (torch.float32, torch.float64)
+        and all(
+            x.dtype is present[0].dtype and x.device.type == "cpu" and x.layout is torch.strided and x.numel()
+            for x in present
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and cpu.unavailable() is None
+    )
+
+
 def channels_last(x: Tensor) -> bool:
     """Whether x is laid out with channels last, which the kernels would undo."""
     return not x.is_contiguous() and (
@@ -219,6 +235,11 @@ def contiguous(shape: Sequence[int], *tensors: Tensor | None) -> list[Any]:
             tensor = tensor.resolve_neg().contiguous()
         ready.append(tensor)
     return ready
+
+
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Contiguous tensors of the same values: torch's kernels may round otherwise on other layouts."""
+    return [None if x is None else x.resolve_neg().contiguous() for x in tensors]
 
 
 def address(tensor: Tensor | None) -> int:

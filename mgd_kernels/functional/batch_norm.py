@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, contiguous, like, operator, twice
+from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, contiguous, like, operator
 from mgd_kernels.functional.norm import by_channel, channel_kernel
+from mgd_kernels.functional.norm_orders import Layout, norm_double, torchs_batch_norm
 
 
 def _batch_norm(x, weight, bias, eps):
@@ -72,14 +73,14 @@ def _differentiate_batch_norm_twice(ctx, c, cw, cb):
 
 
 def _plain_batch_norm(c, cw, cb, gy, gvar, x, mean, rstd, weight, eps):
-    def function(x, weight, bias):
-        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), mean, var
-
-    zeros = torch.zeros_like(mean)
-    cotangents = [torch.zeros_like(x) if gy is None else gy, zeros, zeros if gvar is None else gvar]
-    ggy, ggmean, ggvar, gx, gw, _ = twice(function, [x, weight, zeros], cotangents, [c, cw, cb])
-    return ggy, ggmean, ggvar, gx, gw
+    layout, per_channel = Layout.of_batches(x), [1, -1, *[1] * (x.ndim - 2)]
+    dims = [d for d in range(x.ndim) if d != 1]
+    c = torch.zeros_like(x) if c is None else c
+    ggy, gx, gw = norm_double(c, cw, cb, torch.zeros_like(x) if gy is None else gy, x, weight, eps, layout)
+    centred, ggmean = x - x.mean(dims, keepdim=True), c.mean(dims)
+    if gvar is not None:  # the gradient of the variance is 2 centred / n
+        gx = gx + (2 * x.shape[1] / x.numel()) * gvar.view(per_channel) * (c - ggmean.view(per_channel))
+    return ggy, ggmean, 2 * (c * centred).mean(dims), gx, gw
 
 
 batch_norm_forward = operator(
@@ -132,6 +133,8 @@ def batch_norm(
     """As `torch.nn.functional.batch_norm`, and in training the running statistics, which are updated in place, are
     differentiable functions of the input."""
     outputs = batch_norm_with_statistics(input, weight, bias, eps) if training else None
+    if outputs is None and training and running_mean is running_var is None:
+        return torchs_batch_norm(input, weight, bias, eps)
     if outputs is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, *statistics = outputs

@@ -24,8 +24,8 @@ from mgd_kernels.functional._library import (
     like,
     operator,
     served,
-    twice,
 )
+from mgd_kernels.functional.norm_orders import Layout, norm_double, torchs_layer_norm
 
 
 def define(
@@ -33,13 +33,13 @@ def define(
     extent: str,
     kernel: Callable[..., None],
     sizes: Callable[[Tensor, int], tuple[int, int]],
-    torchs: Callable[..., Tensor],
+    layout: Callable[[Tensor, int], Layout],
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The operators of a norm whose weight and bias are applied after it. Returns the first, which maps
     `(x, weight, bias, extent, eps)` to the output and the mean and rstd of each set of normalised elements.
 
     extent: the declaration of the number that says which elements are normalised together. sizes(x, extent): how long
-    weight and bias are, and how many sets there are. torchs(x, weight, bias, extent, eps): the norm in torch.
+    weight and bias are, and how many sets there are.
     """
 
     def forward(x, weight, bias, extent, eps):
@@ -83,9 +83,7 @@ def define(
         return ggy, gx, None, None, None if weight is None else gw, None, None
 
     def plain_double_backward(c, cw, cb, gy, x, mean, rstd, weight, extent, eps):
-        function = lambda x, weight, bias: torchs(x, weight, bias, extent, eps)
-        ggy, gx, gw, _ = twice(function, [x, weight, x.new_zeros(sizes(x, extent)[0])], [gy], [c, cw, cb])
-        return ggy, gx, gw
+        return norm_double(c, cw, cb, gy, x, weight, eps, layout(x, extent))
 
     def empty_gradients(x, extent):
         parameters = sizes(x, extent)[0]
@@ -132,12 +130,12 @@ def _layer_kernel(
     _core().nn_layer_norm(pass_, rows, width, eps, *map(address, tensors), torch.get_num_threads())
 
 
-def _torchs_layer_norm(x, weight, bias, width, eps):
-    return F.layer_norm(x.reshape(-1, width), (width,), weight, bias, eps).view(x.shape)
-
-
 _layer_norm = define(
-    "layer_norm", "SymInt width", _layer_kernel, lambda x, width: (width, x.numel() // width), _torchs_layer_norm
+    "layer_norm",
+    "SymInt width",
+    _layer_kernel,
+    lambda x, width: (width, x.numel() // width),
+    lambda x, width: Layout.of_layers(width),
 )
 
 
@@ -158,7 +156,7 @@ def layer_norm(
         and all(p is None or p.shape == shape for p in (weight, bias))
     )
     if not fits:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
     if len(shape) > 1:
         weight, bias = (None if p is None else p.reshape(width) for p in (weight, bias))
     return _layer_norm(input, weight, bias, width, eps)[0]
@@ -188,14 +186,8 @@ def channel_kernel(
     )
 
 
-def _torchs_group_norm(x, weight, bias, groups, eps):
-    # torch cannot differentiate a bias twice where there is no weight.
-    y = F.group_norm(x, groups, weight, None, eps)
-    return y + bias.view(-1, *[1] * (x.ndim - 2))
-
-
 _group_norm = define(
-    "group_norm", "int groups", channel_kernel, lambda x, groups: (x.shape[1], x.shape[0] * groups), _torchs_group_norm
+    "group_norm", "int groups", channel_kernel, lambda x, groups: (x.shape[1], x.shape[0] * groups), Layout.of_groups
 )
 
 
@@ -218,4 +210,7 @@ def group_norm(
     """As `torch.nn.functional.group_norm`."""
     if by_channel(input, weight, bias) and num_groups > 0 and input.shape[1] % num_groups == 0:
         return _group_norm(input, weight, bias, num_groups, eps)[0]
+    if weight is None and input.ndim > 1 and input.requires_grad and torch.is_grad_enabled():
+        # torch cannot differentiate a group norm without weights three times.
+        weight = input.new_ones(input.shape[1])
     return F.group_norm(input, num_groups, weight, bias, eps)

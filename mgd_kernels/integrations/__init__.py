@@ -1,6 +1,7 @@
-"""The kernels under other people's loops: `torchopt` (its transformations, fused), `torch_optim` (its checkpoints).
+"""The kernels under other people's loops: `torchopt` (its transformations, fused), `torch_optim` (its checkpoints),
+`huggingface` (the loss of a language model).
 
-Import these two modules. Each imports the package that it serves on its own, and `mgd_kernels` itself imports neither.
+Import these three modules. Each needs no more than the package that it serves, and `mgd_kernels` itself imports none.
 `leaves` and `flat` are private: fused updates of lists of tensors. It looks into `ops`, `dispatch`, `backends`,
-`buffers`, `arena`, `optimizer`, `rules` and `errors`.
+`buffers`, `arena`, `optimizer`, `rules`, `functional` and `errors`.
 """

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mgd_kernels.arena import Arena
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.optimizer import SGD, Adam, AdamW, Optimizer, OptimizerState
+from mgd_kernels.fused import SGD, Adam, AdamW
+from mgd_kernels.optimizer import Optimizer, OptimizerState
 
 __all__ = ["export_state", "import_state", "matching_optimizer"]
 
@@ -26,6 +27,7 @@ _UNSUPPORTED = {
     "amsgrad": "its maximum of second moments is no part of the rule",
     "maximize": "negate the loss instead",
     "capturable": "its step count lives on the device; construct the optimizer with capturable=False",
+    "differentiable": "a metagradient needs no graph of torch; construct the optimizer with differentiable=False",
 }
 
 

@@ -33,22 +33,25 @@ DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
 
 def encode_key(key: Key) -> bytes:
     """The key as the format spells it: ``text-<text>`` or ``step-<step>-<kind>``."""
-    if isinstance(key, str) and key:
-        return b"text-" + key.encode("utf-8", "surrogateescape")
-    if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and key[0]:
-        kind, step = key
-        if hasattr(step, "__index__") and not isinstance(step, bool):
-            return b"step-%d-" % step.__index__() + kind.encode("utf-8", "surrogateescape")
+    try:
+        if isinstance(key, str) and key:
+            return b"text-" + key.encode()
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and key[0]:
+            kind, step = key
+            if hasattr(step, "__index__") and not isinstance(step, bool):
+                return b"step-%d-" % step.__index__() + kind.encode()
+    except UnicodeEncodeError:
+        pass  # half of a surrogate pair, which UTF-8 cannot spell
     raise BadArgument(f"expected a key: a text or (text, integer); got {key!r}")
 
 
 def decode_key(name: bytes) -> Key:
     """The inverse of :func:`encode_key`."""
     if name.startswith(b"text-"):
-        return name[5:].decode("utf-8", "surrogateescape")
+        return name[5:].decode()
     match = re.fullmatch(rb"step-(-?\d+)-(.+)", name, re.DOTALL)
     assert match is not None, name
-    return match[2].decode("utf-8", "surrogateescape"), int(match[1])
+    return match[2].decode(), int(match[1])
 
 
 def offsets(sizes: Iterable[int]) -> list[int]:

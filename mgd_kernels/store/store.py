@@ -90,6 +90,7 @@ class Store:
         staging: int | None,
         persistent: bool,
     ) -> None:
+        directory = _directory_name(disk[0]) if disk else b""
         for name, value in {"host": host, "disk": disk[1] if disk else 0}.items():
             if not isinstance(value, int) or value < 0:
                 raise BadArgument(f"expected a number of bytes >= 0 for {name}; got {value!r}")
@@ -112,7 +113,7 @@ class Store:
             host=host,
             staging=staging,
             chunk=chunk,
-            directory=os.fsencode(disk[0]) if disk else b"",
+            directory=directory,
             disk=disk[1] if disk else 0,
             persistent=persistent,
             durable=durable,
@@ -143,6 +144,8 @@ class Store:
         """
         core, name = self._live(), encode_key(key)
         sequence = not isinstance(tensors, torch.Tensor)
+        if sequence and not isinstance(tensors, Iterable):
+            raise BadArgument(f"expected a tensor or a list of tensors; got {type(tensors).__name__}")
         items = [storable(t, i) for i, t in enumerate(tensors if sequence else [tensors])]
         layout = [(DTYPES[t.dtype], tuple(t.shape)) for t in items]
         if tier not in (None, "host", "disk"):
@@ -183,7 +186,7 @@ class Store:
 
         Raises:
             KeyError: nothing was put under this key.
-            CorruptState: the file does not hold what was written.
+            CorruptState: the file does not hold what was written. `ForeignEntry`: another store wrote it.
             StoreIOError: reading failed, or the write that should have stored it did.
             UnknownFormat: the file is of another version.
         """
@@ -256,9 +259,20 @@ class Store:
         self._devices.pop(name, None)
         core.remove(name)
 
+    def clear(self) -> None:
+        """Removes every entry, in one step: a process that dies meanwhile, or a power failure, leaves all or none."""
+        core = self._live()
+        self._devices.clear()
+        core.clear()
+
     def keys(self) -> list[Key]:
         """All keys, sorted by their spelling in the format. Damaged entries are among them: their get raises."""
         return [decode_key(name) for name in sorted(self._live().keys())]
+
+    def layout(self, key: Key) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtypes and shapes of an entry's tensors; the errors of a damaged header are those of :meth:`get`."""
+        _, _, layout = self._live().describe(encode_key(key))
+        return [(DTYPE_OF[code], tuple(shape)) for code, shape in layout]
 
     def tier(self, key: Key) -> str:
         """Where an entry is: ``"host"`` or ``"disk"``."""
@@ -342,6 +356,16 @@ class Store:
         if os.getpid() != self._owner:
             raise StoreClosed(f"the store belongs to process {self._owner}, not to a fork of it; open one here")
         return self._core
+
+
+def _directory_name(directory: str | os.PathLike[str]) -> bytes:
+    try:
+        name = os.fsencode(directory)
+    except (TypeError, UnicodeEncodeError):
+        name = b""
+    if not name or b"\0" in name:
+        raise BadArgument(f"expected the path of a directory; got {directory!r}")
+    return name
 
 
 def _close_quietly(core: Any) -> None:

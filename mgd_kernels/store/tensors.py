@@ -21,7 +21,10 @@ def storable(t: Any, i: int) -> torch.Tensor:
         raise BadArgument(f"expected a dense tensor of {', '.join(map(str, DTYPES))} as tensor {i}; got {what}")
     if t.device.type not in ("cpu", "cuda"):
         raise BadArgument(f"expected tensor {i} on cpu or cuda; got {t.device}")
-    return t.detach().resolve_neg().contiguous()
+    t = t.detach().resolve_neg().contiguous()
+    if t.dtype is torch.bool and t.numel() and int(t.view(torch.uint8).max()) > 1:
+        raise BadArgument(f"expected bools of 0 and 1 as tensor {i}; got other bytes: make it by a comparison")
+    return t
 
 
 def matching_targets(key: Key, sequence: bool, layout: list[tuple[int, Any]], out: Tensors) -> list[torch.Tensor]:

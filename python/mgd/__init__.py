@@ -4,7 +4,7 @@ Import from here what `__all__` lists: it is the public interface. docs/architec
 for, and which one looks into which.
 """
 
-from mgd import errors
+from mgd import errors, schedules
 from mgd.attribution.attribute import attribute
 from mgd.attribution.result import Attribution
 from mgd.check import CheckResult, check, metasmoothness
@@ -12,11 +12,13 @@ from mgd.descent.constraints import Box, Simplex
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.sign_descent import SignDescent
 from mgd.function import TrainingFunction
+from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
-from mgd.results import Metagradient, Report, Trained
+from mgd.results import Jvp, Metagradient, Report, Trained, load
 from mgd.util.system import keep_freed_memory
+from mgd_kernels import __version__
 
 __all__ = [
     "Attribution",
@@ -25,17 +27,23 @@ __all__ = [
     "CheckResult",
     "DataRater",
     "Descent",
+    "Jvp",
     "MetaDescent",
     "Metagradient",
     "Plan",
+    "RecordedBatches",
     "Report",
     "SignDescent",
     "Simplex",
     "Trained",
     "TrainingFunction",
+    "__version__",
     "attribute",
+    "batches",
     "check",
     "errors",
     "keep_freed_memory",
+    "load",
     "metasmoothness",
+    "schedules",
 ]

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mgd_kernels.errors import BadArgument, CorruptState, KernelError, StoreBusy, StoreFull, StoreIOError, UnknownFormat
+from mgd_kernels.errors import (
+    BadArgument,
+    CorruptState,
+    ForeignEntry,
+    KernelError,
+    StoreBusy,
+    StoreFull,
+    StoreIOError,
+    UnknownFormat,
+)
 
 __all__ = [
     "BadArgument",
@@ -19,6 +28,7 @@ __all__ = [
     "BudgetTooSmall",
     "CorruptScores",
     "CorruptState",
+    "ForeignEntry",
     "KernelError",
     "MetagradientError",
     "MissingPackage",
@@ -93,7 +103,10 @@ class MissingPackage(MetagradientError, ImportError):
     """The call needs an optional package that is not installed."""
 
     def __init__(self, purpose: str, package: str, extra: str):
-        super().__init__(f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]'")
+        super().__init__(
+            f"{purpose} need {package}, which is not installed: pip install 'mgd-kernels[{extra}]', or in a checkout "
+            f"pip install '.[{extra}]'"
+        )
 
 
 class NonFiniteState(MetagradientError, ArithmeticError):

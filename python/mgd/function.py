@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import threading
@@ -20,21 +21,24 @@ from mgd.errors import BadArgument, BadMetaparameter
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
-from mgd.results import Metagradient, Report, Trained
+from mgd.results import Jvp, Metagradient, Report, Trained
+from mgd.step import arguments
+from mgd.step.batches import flatten
 from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
 from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers, model_kept
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
-from mgd.sweep.adjoint import objective_adjoints, weighted_sum
+from mgd.sweep.adjoint import objective_adjoints, objective_tangents, weighted_sum
+from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import Sweep
 from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer, OptimizerState
-from mgd_kernels.optimizer import FusedOptimizer
+from mgd_kernels.fused import FusedOptimizer
 
 # A call changes torch's default generators, and the model's tensors, which other functions may share.
 _one_at_a_time = threading.RLock()
@@ -48,18 +52,23 @@ class TrainingFunction:
 
     model: its parameters are the initial ones; those with `requires_grad` are trained. No call changes it.
     loss: `loss(model, batch, z) -> scalar`; reads parameters and metaparameters, changes nothing but buffers.
-    batches: `len(batches)` is the number of steps T; `batches[t]` is a pytree of tensors, the same each time.
-    optimizer: `SGD`, `Adam`, `AdamW`, or any `UpdateRule`. A hyperparameter in `z` has shape `[]`, `[T]`, `[G]` for G
-        parameter groups, or `[T, G]`; where T = G, one dimension is taken for steps.
+    batches: `len(batches)` is the number of steps T; `batches[t]` is a pytree of tensors, of which any mapping and any
+        dataclass may be a part, and the same each time. `mgd.batches` makes them of a `DataLoader` or a dataset.
+    optimizer: `SGD`, `Adam`, `AdamW`, or any `UpdateRule`; or `torch.optim.SGD`, `Adam` or `AdamW` with its parameter
+        groups, and its state if it has made steps, in whose place the fused one of the same rule works.
+        A hyperparameter in `z` has shape `[]`, `[T]`, `[G]` for G parameter groups, or `[T, G]`; where T = G, one
+        dimension is taken for steps.
     objective: `objective(model) -> scalar`, or `[k]` for k objectives at once.
+    objective_mode: "eval": the objective finds the model in eval mode; "train": in the modes of the training.
     max_grad_norm: clip each step's gradient to this global norm.
     microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
     fixed: hyperparameters as in `z`, such as a learning rate for every step, that are not metaparameters: the reverse
         sweep still ends at the first step that reads one. An entry of `z` overrides them.
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
-    autocast: run `loss` under torch.autocast in this dtype.
-    budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`).
+    autocast: run `loss` under torch.autocast in this dtype (or that of this name).
+    budget, schedule: memory for the log and the snapshots, and how to use it (see `mgd.plan.plan`). A size such as
+        "4GB" is a budget of the memory that the model is in.
     trace: None: evaluate steps by autograd until a capture pays: the loss as a graph, from which both the gradients
         that train and their second derivatives come; what it computed for them is kept where memory allows
         (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a quarter to a
@@ -78,30 +87,27 @@ class TrainingFunction:
         loss: Callable[..., Tensor],
         batches: Sequence[Any],
         *,
-        optimizer: Optimizer,
+        optimizer: Optimizer | torch.optim.Optimizer,
         objective: Callable[[nn.Module], Tensor],
         max_grad_norm: float | None = None,
         microbatches: int = 1,
         seed: int = 0,
         fixed: Mapping[str, Any] | None = None,
         per_example: Mapping[str, Callable[[Any], Tensor]] | None = None,
-        autocast: torch.dtype | None = None,
-        budget: Budget | None = None,
+        autocast: torch.dtype | str | None = None,
+        objective_mode: str = "eval",
+        budget: Budget | str | int | None = None,
         schedule: str = "auto",
         trace: bool | str | None = None,
         compile: bool = False,
         optimizer_state: Mapping[str, Any] | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise BadArgument(f"expected model to be a torch.nn.Module; got {type(model).__name__}")
-        if not isinstance(optimizer, Optimizer):
-            raise BadArgument(
-                f"expected an optimizer of mgd_kernels (SGD, AdamW, UpdateRule, ...); got {type(optimizer).__name__}"
-            )
-        if len(batches) < 1:
-            raise BadArgument("expected at least one batch; len(batches) is the number of training steps")
-        if trace not in (None, False, True, "joint"):
-            raise BadArgument(f"expected trace to be None, False, True or 'joint'; got {trace!r}")
+        arguments.check_model(model)
+        arguments.check_batches(batches)
+        optimizer, made = arguments.checked_optimizer(optimizer, model)
+        arguments.check_choice("trace", trace, (None, False, True, "joint"))
+        arguments.check_choice("objective_mode", objective_mode, ("eval", "train"))
+        arguments.check_schedule(schedule)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise BadArgument(f"expected max_grad_norm > 0; got {max_grad_norm}")
         if microbatches < 1:
@@ -109,16 +115,29 @@ class TrainingFunction:
         self.model, self.loss, self.batches = model, loss, batches
         self.optimizer, self.objective = optimizer, objective
         self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
-        self.fixed, self.per_example, self.autocast = dict(fixed or {}), dict(per_example or {}), autocast
-        self.budget, self.schedule = budget or Budget(), schedule
+        self.fixed, self.per_example, self.autocast = (
+            dict(fixed or {}),
+            dict(per_example or {}),
+            arguments.checked_dtype(autocast),
+        )
+        self.budget, self.schedule, self.objective_mode = (
+            arguments.checked_budget(budget, model),
+            schedule,
+            objective_mode,
+        )
         self.trace, self.compile = trace, compile
-        self.optimizer_state = optimizer_state
+        self.optimizer_state = made if optimizer_state is None else optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
         self._evaluator = evaluator_for(model, loss, trace, compile)
 
     def __len__(self) -> int:
         """The number of training steps."""
         return len(self.batches)
+
+    def __repr__(self) -> str:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        model = f"{type(self.model).__name__} with {trained:,} trained parameters"
+        return f"TrainingFunction({model}, {len(self):,} steps, {self.optimizer!r})"
 
     # --- public ------------------------------------------------------------------------------------------------
 
@@ -158,6 +177,28 @@ class TrainingFunction:
             self._costs = sweep.timings.costs(stats, sweep.arena.device) or self._costs
             state = trained.optimizer_state if sweep.keep_slots else None
             return Metagradient(sweep.value, grads, trained.model_state, trained.losses, self._report(sweep), state)
+
+    def jvp(
+        self, z: Mapping[str, Any], dz: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, progress: bool = False
+    ) -> Jvp:
+        """The objective after training with `z`, and its derivative along `dz`, by one sweep forward.
+
+        Memory does not grow with the number of steps, and an objective may have any number of outputs. Where every
+        output's derivative with respect to few numbers is wanted, this is the way; where one output's with respect to
+        many, `metagradient`.
+
+        dz: tensors for some keys of z, of their shapes; or a list of m such directions, which gives the tangents a
+            first dimension `[m]`. A further direction costs about a training and a half.
+        """
+        directions = [dz] if isinstance(dz, Mapping) else list(dz)
+        with self._guarded(progress) as tick:
+            sweep = self._sweep(z, tick, directions=directions)
+            value, tangents = self._objective(sweep)
+            models, trained = sweep.model_tangents(), sweep.forward()
+            tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
+            if isinstance(dz, Mapping):
+                tangent, model = tangent[0], {name: x[0] for name, x in model.items()}
+            return Jvp(value, tangent, model, trained, self._report(sweep))
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
         """The objective as a node of the autograd graph: `backward` fills the gradients of the tensors in `z`."""
@@ -213,8 +254,10 @@ class TrainingFunction:
         tick: Callable[..., None],
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
-    ) -> Sweep:
-        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
+        directions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Any:
+        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs.
+        directions: those along which tangents are carried."""
         binding = Binding(self.model)
         arena = Arena(binding.parameters())
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
@@ -233,7 +276,8 @@ class TrainingFunction:
         else:
             storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
         with storage.closed_after_errors():
-            return Sweep(
+            make = Sweep if directions is None else functools.partial(ForwardSweep, directions=directions)
+            return make(
                 step,
                 self.optimizer,
                 meta,
@@ -253,6 +297,7 @@ class TrainingFunction:
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep))
+            arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.state)
         return sweep
 
     def _reversed(self, sweep: Sweep) -> dict[str, Any]:
@@ -263,11 +308,15 @@ class TrainingFunction:
         return gradients
 
     def _objective(self, sweep: Sweep):
-        """The objective's value and adjoints at the end of the training, which runs until there."""
+        """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
+        carries tangents, its derivatives along them."""
         state, trained = sweep.state, sweep.forward()
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
-            return objective_adjoints(sweep.step.loss.binding, self.objective, sweep.arena, trained, state, len(self))
+            task = sweep.step.loss.binding, self.objective, sweep.arena, trained
+            if isinstance(sweep, ForwardSweep):
+                return objective_tangents(*task, sweep.tangents, len(self), self.objective_mode)
+            return objective_adjoints(*task, state, len(self), self.objective_mode)
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(
@@ -286,9 +335,10 @@ class TrainingFunction:
                 "the optimizer": (type(optimizer).__name__, optimizer.table(), state.segments.table),
                 "the fixed hyperparameters": (meta.hypers,),
                 "the number of steps": (len(self),),
-                "the first batch": tuple(tree_flatten(self.batches[0])[0]),
+                "the first batch": tuple(flatten(self.batches[0])[0]),
                 "the seed": (self.seed,),
                 "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
+                "the mode of the objective": (self.objective_mode,),
                 "the schedule": (self.schedule,),
                 "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
                 "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
@@ -301,7 +351,6 @@ class TrainingFunction:
         backend = "torch"
         if isinstance(optimizer, FusedOptimizer):
             backend = optimizer.backend(sweep.state.params, sweep.state.params).__name__.rpartition(".")[2]
-        assert storage.plan is not None
         return Report(
             steps=len(self),
             objectives=len(sweep.adjoints),
@@ -309,7 +358,7 @@ class TrainingFunction:
             counts=dict(timings.counts),
             execution=sweep.step.evaluator.describe(),
             backend=backend,
-            plan=storage.plan.to_dict(),
+            plan=storage.plan.to_dict() if storage.plan else {},
             measured_seconds=dict(timings.phases),
             store=storage.stats,
             kept_bytes=storage.residuals.peak,

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from mgd.errors import BadData
+from mgd.util.tensor_file import read, write
 from mgd.util.text import format_bytes, format_seconds, table
 
 
-@dataclass
-class Trained:
+class _Saved:
+    """What can be written to a file and read again."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a file in the safetensors format; `mgd.load` reads it."""
+        write(path, {"kind": type(self).__name__, **vars(self)})
+
+
+@dataclass(repr=False)
+class Trained(_Saved):
     """A trained model.
 
     parameters, buffers: by name. optimizer_state: the step count as "step", and the tensors as slot -> name -> tensor.
@@ -27,6 +40,9 @@ class Trained:
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and buffers together, for `model.load_state_dict(..., strict=False)`."""
         return {**self.parameters, **self.buffers}
+
+    def __repr__(self) -> str:
+        return f"Trained({_count(self.parameters)} parameters, {_losses(self.losses)})"
 
 
 @dataclass
@@ -95,8 +111,8 @@ class Report:
         }
 
 
-@dataclass
-class Metagradient:
+@dataclass(repr=False)
+class Metagradient(_Saved):
     """The value of the objectives, their gradients with respect to z, and the trained model.
 
     value: `[]`, or `[k]` for k objectives. grads: the keys and shapes of z, with a first dimension `[k]` for k
@@ -111,3 +127,71 @@ class Metagradient:
     losses: Tensor
     report: Report
     optimizer_state: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        keys = ", ".join(map(repr, self.grads))
+        return f"Metagradient(value {_numbers(self.value)}, of {keys}; {_losses(self.losses)})"
+
+    def __str__(self) -> str:
+        """A table with a row for every tensor of the gradient."""
+        head = ["gradient of", "shape", "norm", "mean", "least", "greatest"]
+        rows = []
+        for key, tree in self.grads.items():
+            for path, g in tree_flatten_with_path(tree)[0]:
+                numbers = [g.norm(), g.mean(), g.min(), g.max()] if g.numel() else []
+                rows.append([key + keystr(path), str(list(g.shape)), *(f"{float(x):.4g}" for x in numbers)])
+        return "\n".join([repr(self), "", *table(head, [row + [""] * (len(head) - len(row)) for row in rows])])
+
+
+@dataclass(repr=False)
+class Jvp(_Saved):
+    """The value of the objectives, and their derivative along a direction of z.
+
+    value: `[]`, or `[k]` for k objectives. tangent: of the value's shape. model_tangent: of the trained parameters, by
+    name. With m directions, both have a first dimension `[m]`. trained: the trained model.
+    """
+
+    value: Tensor
+    tangent: Tensor
+    model_tangent: dict[str, Tensor]
+    trained: Trained
+    report: Report
+
+    def __repr__(self) -> str:
+        return f"Jvp(value {_numbers(self.value)}, tangent {_numbers(self.tangent)}; {_losses(self.trained.losses)})"
+
+
+def load(path: str | os.PathLike[str]) -> Metagradient | Trained | Jvp:
+    """What the `save` of a result wrote.
+
+    Raises BadData for any other file.
+    """
+    values = read(path)
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    try:
+        if kind == "Trained":
+            return Trained(**values)
+        if kind == "Jvp":
+            return Jvp(**values | {"report": Report(**values["report"]), "trained": Trained(**values["trained"])})
+        if kind == "Metagradient":
+            return Metagradient(**values | {"report": Report(**values["report"])})
+    except TypeError as error:
+        raise BadData(f"expected a result of this version of mgd in {os.fspath(path)}: {error}") from None
+    raise BadData(f"expected a file that a result's save() wrote; got {os.fspath(path)}, which holds no result")
+
+
+def _numbers(tensor: Tensor) -> str:
+    shown = ", ".join(f"{value:.6g}" for value in tensor.reshape(-1)[:4].tolist())
+    return shown + (", ..." if tensor.numel() > 4 else "")
+
+
+def _count(tensors: dict[str, Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in tensors.values()):,}"
+
+
+def _losses(losses: Tensor) -> str:
+    steps = len(losses)
+    return f"{steps:,} steps, loss {float(losses[0]):.4g} to {float(losses[-1]):.4g}" if steps else "no steps"
+
+
+torch.serialization.add_safe_globals([Jvp, Metagradient, Report, Trained])  # torch.load: no code is run

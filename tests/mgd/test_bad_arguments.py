@@ -7,6 +7,7 @@ import torch
 from cases import cross_entropy
 from refusals import CALLS, base, refused
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mgd
 from mgd import errors
@@ -28,8 +29,21 @@ def test_a_model_without_parameters():
     "changes, part",
     [
         ({"model": lambda x: x}, "torch.nn.Module"),
-        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)}, "mgd_kernels"),
+        ({"model": nn.Sequential(nn.Embedding(4, 3, sparse=True))}, "sparse"),
+        ({"optimizer": "adam"}, "mgd_kernels"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)}, "every trainable parameter"),
         ({"batches": []}, "at least one batch"),
+        ({"batches": iter([1])}, "mgd.batches"),
+        ({"batches": DataLoader([1, 2])}, "mgd.batches"),
+        ({"batches": {"x": 1}}, "a sequence of batches"),
+        ({"batches": torch.ones(3)}, "a sequence of batches"),
+        ({"budget": "1 lightyear"}, "size"),
+        ({"budget": 1.5}, "size"),
+        ({"schedule": "sqrtt"}, "'sqrtt'"),
+        ({"schedule": None}, "name"),
+        ({"autocast": "brain"}, "'brain'"),
+        ({"autocast": torch.float64}, "torch.bfloat16"),
+        ({"objective_mode": "test"}, "'eval'"),
         ({"microbatches": 0}, "microbatches"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
@@ -40,6 +54,16 @@ def test_arguments_of_the_constructor(changes, part):
     with pytest.raises(errors.BadArgument) as caught:
         base().but(**changes).function()
     assert part in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_are_not_python_any_more():
+    for model, part in (
+        (torch.compile(nn.Linear(4, 3)), "_orig_mod"),
+        (torch.jit.script(nn.Linear(4, 3)), "torch.jit"),
+    ):
+        with pytest.raises(errors.BadArgument, match=part):
+            base().but(model=model).function()
 
 
 def test_an_update_rule_that_is_not_differentiable():

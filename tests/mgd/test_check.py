@@ -51,7 +51,7 @@ def test_a_right_metagradient_passes_with_second_order_remainders():
     for key in result.keys.values():
         assert key.relative_error < 1e-8  # at h = 1e-5 truncation is 1e-10, rounding 1e-16 / h
         assert key.order == pytest.approx(2, abs=0.1)
-        assert 1e-9 < key.float32_error < 1e-4
+        assert 1e-9 < key.float32_error < 1e-4 and key.forward < 1e-12
 
 
 def test_the_numbers_are_those_of_a_training_solved_by_hand():
@@ -110,6 +110,15 @@ def test_nan_does_not_pass():
     result = check(f, z, keys=["lr"])
     key = dataclasses.replace(result.keys["lr"], relative_error=float("nan"))
     assert not dataclasses.replace(result, keys={"lr": key}).passed
+
+
+def test_a_difference_that_agrees_by_luck_does_not_pass():
+    f, z = training()
+    result = check(f, z, keys=["lr"])
+    key = dataclasses.replace(result.keys["lr"], order=-0.31)
+    lucky = dataclasses.replace(result, keys={"lr": key})
+    assert not lucky.passed and "unclear" in str(lucky) and lucky.verdict("lr") == "unclear"
+    assert dataclasses.replace(result, keys={"lr": dataclasses.replace(key, order=None)}).passed
 
 
 def test_keys_and_step_sizes_can_be_chosen_and_are_checked():
@@ -177,7 +186,8 @@ def test_the_result_is_json_and_an_aligned_table():
     assert read["passed"] is True and read["keys"]["lr"]["analytic"] == result.keys["lr"].analytic
     head, rule, *rows = str(result).splitlines()[:4]
     assert len({row.rindex("holds") for row in rows}) == 1 and set(rule) == {"-", " "}
-    assert head.split() == ["analytic", "finite", "difference", "rel.", "error", "order", "float32", "error"]
+    columns = ["analytic", "finite difference", "rel. error", "order", "forward mode", "float32"]
+    assert head.split() == " ".join(columns).split()
 
 
 def test_step_sizes_that_leave_the_range_of_a_hyperparameter_do_not_count():

@@ -16,7 +16,7 @@ FOLDERS = ["python", "mgd_kernels", "tests", "benchmarks", "examples"]
 # A room is a package or a module directly in python/mgd. Each may import the rooms named beside it, and itself.
 # Imports inside functions and under TYPE_CHECKING count, too. "mgd" is the public interface, `mgd/__init__.py`.
 ENGINE = "errors util plan step results autodiff sweep function"
-PUBLIC = f"{ENGINE} check schedules descent attribution rater"
+PUBLIC = f"{ENGINE} check schedules integrations descent attribution rater"
 MAY_IMPORT = {
     "errors": "",
     "util": "errors",
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "function": "errors util plan step results autodiff sweep",
     "check": ENGINE,
     "schedules": ENGINE,
+    "integrations": f"{ENGINE} check schedules",
     "descent": f"{ENGINE} check schedules",
     "attribution": f"{ENGINE} check schedules",
     "rater": f"{ENGINE} check schedules",

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from mgd.step.rng import seed_of
 from mgd_kernels import Optimizer
 from mgd_kernels.backends import reference
-from mgd_kernels.optimizer import FusedOptimizer
+from mgd_kernels.fused import FusedOptimizer
 
 
 @dataclass

@@ -29,12 +29,13 @@ from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, s
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.errors import MetagradientError, ReplayDivergence
 from mgd.step.agreement import agree
 from mgd.step.batches import described
-from mgd.step.evaluator import Derivatives, Evaluation, SecondDerivatives
+from mgd.step.evaluator import Derivatives, Direction, Evaluation, SecondDerivatives, Tangents
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
@@ -184,6 +185,21 @@ class CapturedEvaluator:
         arguments = microbatch, parameters, before, directions, cotangents, expected
         return self.payoff.second(kind, lambda: self.fallback.second_derivatives(*arguments))
 
+    def tangents(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
+    ) -> Tangents:
+        """By the graph where only parameters move: it has their second derivatives, which are symmetric."""
+        kind = self._kind(microbatch)
+        moved = differentiable(before) or any(x is not None for d in directions for x in d.metaparameters)
+        if kind is not None and not moved and (self.at_once or kind in self._served):
+            evaluation = self.gradient(microbatch, parameters, before)
+            if evaluation.residuals is not None:
+                along, none = [d.parameters for d in directions], [()] * len(directions)
+                found = evaluation.residuals.second_derivatives(microbatch.step, parameters, along, none)
+                gradients = [each[: len(parameters)] for each in found.results]
+                return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
+        return self.fallback.tangents(microbatch, parameters, before, directions)
+
     def _call(
         self,
         kind: Kind,
@@ -273,6 +289,7 @@ class CapturedEvaluator:
         inputs = [x for kind in kinds for x in kind]
         fixed = bounds[3][1]
         counts, share = [0, 0, 0], step.microbatch.share
+        captured = without_logits(graph.module) if self.at_once else graph.module
 
         def evaluate(p, b, z, constants):
             owned = [x.clone() for x in constants[: len(step.others)]]
@@ -283,7 +300,7 @@ class CapturedEvaluator:
                 for place in places
             ]
             with step.microbatch.loss.casting(), FunctionOverrides():
-                loss, *extra = graph.module(*arguments)
+                loss, *extra = captured(*arguments)
             counts[2] = len(extra)
             return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from mgd.autodiff.second_order import (
     inspected,
     leaves,
 )
+from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
-from mgd.step.evaluator import Derivatives, Evaluation, Evaluator
-from mgd.step.loss import Microbatch, TensorLoss
+from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
+from mgd.step.loss import Evaluate, Microbatch, TensorLoss
 from mgd.step.model import Buffers
 
+Found = TypeVar("Found")
 Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
 
 
@@ -114,6 +117,21 @@ class EagerEvaluator:
             point = point_of(microbatch, function, parameters, before, directions, cotangents)
             return self.at(microbatch, function, point, expected)
 
+    def tangents(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
+    ) -> Tangents:
+        known = microbatch.loss.plain_since
+        with contextlib.ExitStack() as stack:
+            function = microbatch.of_tensors(before, stack)
+            point = point_of(microbatch, function, parameters, before, [], [])
+            microbatch.reseed()
+            found = self._twice(microbatch, function, lambda function: first_and_tangents(function, point, directions))
+        if microbatch.loss.plain_since != known:
+            return self.tangents(microbatch, parameters, before, directions)
+        after = dict(zip(function.names, found.buffers, strict=True))
+        evaluation = Evaluation(found.loss, found.gradient, {name: after[name] for name in before})
+        return Tangents(evaluation, found.losses, found.gradients, found.floats)
+
     def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:
         """The second derivatives at a point; the loss there must be `expected`."""
         microbatch.reseed()
@@ -124,15 +142,19 @@ class EagerEvaluator:
 
     def evaluate(self, microbatch: Microbatch, function: TensorLoss, point: Point) -> SecondOrder:
         """As `first_and_second`. Raises NotDifferentiable, naming the operator that has no second derivative."""
+        return self._twice(microbatch, function, lambda function: first_and_second(function, point))
+
+    def _twice(self, microbatch: Microbatch, function: TensorLoss, differentiate: Callable[[Evaluate], Found]) -> Found:
+        """What `differentiate` computes, by second derivatives of `function`; its graph is looked at the first time."""
         try:
             if microbatch.loss.precision is not None:
-                return first_and_second(function, point)
+                return differentiate(function)
 
             # Walking the graph takes time, so the first evaluation of a training stands for all.
             def note(precision: float) -> None:
                 microbatch.loss.precision = precision
 
-            return first_and_second(inspected(function, note), point)
+            return differentiate(inspected(function, note))
         except RuntimeError as error:
             operator = blocking_operator(error)
             if operator is None:

@@ -112,6 +112,9 @@ _LIGHT = {
     native_batch_norm_backward""".split()
 }
 
+# Operators of this package that are made of matrix products.
+_PRODUCTS = ("mgd_kernels::linear_cross_entropy", "mgd_kernels::attention")
+
 
 def _is_cheap(node: fx.Node) -> bool:
     """Whether the node's result is better recomputed than kept, judged by its operator alone."""
@@ -120,9 +123,8 @@ def _is_cheap(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or draws(node):
         return is_view(node)
     name = node.target._schema.name
-    return (
-        is_view(node) or torch.Tag.pointwise in node.target.tags or name in _LIGHT or name.startswith("mgd_kernels::")
-    )
+    own = name.startswith("mgd_kernels::") and not name.startswith(_PRODUCTS)
+    return own or is_view(node) or torch.Tag.pointwise in node.target.tags or name in _LIGHT
 
 
 # Recomputing cheap results takes time; keeping them takes memory, and the time to touch it. Recomputing paid off where

@@ -27,7 +27,7 @@ from mgd.step.model import modes_kept
 from mgd.step.rng import seed_generators, seed_of
 from mgd.sweep.sweep import CLIP_EPSILON
 from mgd_kernels import SGD, Adam, AdamW
-from mgd_kernels.optimizer import FusedOptimizer
+from mgd_kernels.fused import FusedOptimizer
 
 Found = tuple[Tensor, dict[str, Any]]  # the objective's value, and the gradient of every entry of z
 

@@ -36,7 +36,6 @@ app = typer.Typer(
     name="mgd",
     help="Exact metagradients: the gradient of a trained model's output with respect to how it was trained.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -76,8 +75,19 @@ app.add_typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mgd {version('mgd-kernels')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
+    shows_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere in the command.")
     ] = False,

@@ -85,7 +85,7 @@ class PlanRequest:
 def _file_bytes(tensors: Sequence[int], ranks: Sequence[int]) -> int:
     """An upper bound on the bytes of an entry's file, from the bytes and ranks of its tensors."""
     payload = _round_up(sum(_round_up(size, 64) for size in tensors), PAGE)
-    header = 64 + KEY + sum(24 + 8 * rank for rank in ranks) + 8 * -(-payload // CHUNK)
+    header = 80 + KEY + sum(24 + 8 * rank for rank in ranks) + 8 * -(-payload // CHUNK)
     return _round_up(header, PAGE) + payload
 
 

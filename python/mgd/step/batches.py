@@ -1,14 +1,19 @@
-"""Batches: pytrees of tensors, split into microbatches."""
+"""Batches: pytrees of tensors, split into microbatches.
+
+Beside torch's containers, any mapping (such as the BatchEncoding of tokenizers) and any dataclass is one.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 from mgd.errors import BadBatch
 
@@ -42,7 +47,12 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
 
 def flatten(batch: Any) -> tuple[list[Any], Any]:
     """The leaves of a batch and its structure. A tuple of tensors, the common case, avoids torch's slow recursion."""
-    return (list(batch), _tuple_spec(len(batch))) if _is_plain(batch) else tree_flatten(batch)
+    if _is_plain(batch):
+        return list(batch), _tuple_spec(len(batch))
+    leaves, spec = tree_flatten(batch)
+    if any(map(_is_container, leaves)):
+        return tree_flatten(tree_map(_opened, batch))
+    return leaves, spec
 
 
 def _is_plain(batch: Any) -> bool:
@@ -54,11 +64,63 @@ def _tuple_spec(length: int) -> Any:
     return tree_flatten((0,) * length)[1]
 
 
+# --- containers that torch's pytrees do not know ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """How a container is built. template: one such container, which lends what is not a field of it."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    template: Any = dataclasses.field(compare=False, repr=False)
+
+
+class _Opened:
+    """Stands for a container in a tree, so that torch looks inside; taken out of the tree again, it is a container."""
+
+    def __init__(self, kind: _Kind, values: list[Any]):
+        self.kind, self.values = kind, values
+
+
+def _is_container(x: Any) -> bool:
+    return isinstance(x, Mapping) or (dataclasses.is_dataclass(x) and not isinstance(x, type))
+
+
+def _opened(x: Any) -> Any:
+    if not _is_container(x):
+        return x
+    mapping = isinstance(x, Mapping)
+    keys = tuple(x) if mapping else tuple(field.name for field in dataclasses.fields(x))
+    values = [x[key] if mapping else getattr(x, key) for key in keys]
+    return _Opened(_Kind(type(x), keys, x), [tree_map(_opened, value) for value in values])
+
+
+def _closed(values: Any, kind: _Kind) -> Any:
+    """A container of this kind with these values."""
+    values = dict(zip(kind.keys, values, strict=True))
+    if not issubclass(kind.kind, Mapping):
+        made = copy.copy(kind.template)
+        for name, value in values.items():
+            object.__setattr__(made, name, value)  # the dataclass may be frozen
+        return made
+    try:
+        return kind.kind(values)  # type: ignore[call-arg]
+    except TypeError:
+        raise BadBatch(
+            f"expected a mapping that can be made from a dict; {kind.kind.__name__} cannot: use a dict, a tuple or a "
+            "dataclass for the batch"
+        ) from None
+
+
+register_pytree_node(_Opened, lambda opened: (opened.values, opened.kind), _closed)
+
+
 def split_tensors(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The tensors of a batch, and a function that rebuilds a batch from such tensors."""
     if _is_plain(batch):
         return list(batch), tuple
-    leaves, spec = tree_flatten(batch)
+    leaves, spec = flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: list[Tensor]) -> Any:
@@ -74,15 +136,14 @@ def described(batch: Any) -> tuple[list[Tensor], str]:
     """The tensors of a batch, and how it is built: containers, keys and types, without the values."""
     if _is_plain(batch):
         return list(batch), f"{len(batch)} tensors"
-    leaves, spec = tree_flatten(batch)
-    kinds = [f"{type(x).__name__}{list(x) if isinstance(x, Mapping) else ''}" for x in leaves]
-    return [x for x in leaves if isinstance(x, Tensor)], f"{spec} {kinds}"
+    leaves, spec = flatten(batch)
+    return [x for x in leaves if isinstance(x, Tensor)], f"{spec} {[type(x).__name__ for x in leaves]}"
 
 
 def same(first: Any, second: Any) -> bool:
     """Whether two batches hold the same bits."""
-    a, spec_a = tree_flatten(first)
-    b, spec_b = tree_flatten(second)
+    a, spec_a = flatten(first)
+    b, spec_b = flatten(second)
     return spec_a == spec_b and all(
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
         for x, y in zip(a, b, strict=True)
@@ -91,4 +152,5 @@ def same(first: Any, second: Any) -> bool:
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in `dtype`."""
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
+    leaves, spec = flatten(batch)
+    return tree_unflatten([x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves], spec)

@@ -62,6 +62,27 @@ class Evaluation:
     residuals: Residuals | None = None
 
 
+@dataclass(slots=True)
+class Direction:
+    """Tangents of what the loss of a microbatch reads: one tensor a parameter and a floating-point buffer, and one a
+    metaparameter, or None for one that stays as it is."""
+
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    metaparameters: Sequence[Tensor | None]
+
+
+@dataclass(slots=True)
+class Tangents:
+    """An evaluation of one microbatch, and for each direction the derivatives along it: of the loss (`[]`), of every
+    parameter's gradient, and of every floating-point buffer as the step leaves it."""
+
+    evaluation: Evaluation
+    losses: Sequence[Tensor]
+    gradients: list[list[Tensor | None]]
+    buffers: list[list[Tensor]]
+
+
 class Evaluator(Protocol):
     """A way to evaluate one microbatch."""
 
@@ -89,6 +110,12 @@ class Evaluator(Protocol):
     ) -> Derivatives:
         """Derivatives of `<gradient, direction> + <buffers after, cotangent>`. Raises ReplayDivergence where the loss
         is not `expected` (float64 `[]`, on the CPU), that of the first evaluation."""
+        ...
+
+    def tangents(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
+    ) -> Tangents:
+        """Loss and gradient, with the derivatives along each direction."""
         ...
 
     def describe(self) -> str:

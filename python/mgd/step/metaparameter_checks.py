@@ -82,15 +82,18 @@ def schedule(optimizer: Optimizer, key: str, name: str, value: Any, steps: int) 
         optimizer.check_range(key, value, name)
     except BadArgument as error:
         raise BadMetaparameter(str(error)) from None
-    if value.shape in ((), (groups,), (steps, groups)) and value.shape != (steps,):
-        return value
-    if value.shape == (steps,):
-        return value[:, None]
+    if value.shape in ((), (steps,), (groups,), (steps, groups)):
+        return spread(value, groups, steps)
     raise BadMetaparameter(
         f"expected {name} of shape [] (one value), [{steps}] (one per step)"
         + (f", [{groups}] (one per parameter group) or [{steps}, {groups}]" if groups > 1 else "")
         + f"; got {list(value.shape)}. The training has {steps} steps (batches) and {groups} group(s)."
     )
+
+
+def spread(value: Tensor, groups: int, steps: int) -> Tensor:
+    """A value per step or group or both, broadcastable to `[T, G]`; where T = G, one dimension is taken for steps."""
+    return value[:, None] if value.shape == (steps,) else value
 
 
 def check_init(init: Any, arena: Arena) -> None:

@@ -6,7 +6,8 @@ Reserved keys are the optimizer's hyperparameters and `init`. All other keys bel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.errors import BadMetaparameter
-from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule
+from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule, spread
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
@@ -46,7 +47,7 @@ class Metaparameters:
         check_reserved(self.z, optimizer)
         self.hyper_keys = [key for key in self.z if key in optimizer.hyper_names]
         self.loss_keys = [key for key in self.z if key not in self.hyper_keys and key != "init"]
-        self.hypers = optimizer.table().expand(steps, -1, -1).clone()
+        self.hypers = optimizer.tables(steps)
         for key, value in (fixed or {}).items():
             if key not in optimizer.hyper_names:
                 raise BadMetaparameter(
@@ -88,7 +89,14 @@ class Metaparameters:
                         f"expected per_example[{key!r}] to return an integer index tensor; got {describe(index)} "
                         f"at step {step}"
                     )
-            slices.append(leaf if index is None else leaf[index])
+            try:
+                slices.append(leaf if index is None else leaf[index])
+            except IndexError:
+                assert index is not None
+                raise BadMetaparameter(
+                    f"expected per_example[{key!r}] to return indices of z[{key!r}], with {len(leaf)} entries; got "
+                    f"up to {int(index.max())} at step {step}. Give an entry to every example of the data"
+                ) from None
             indices.append(index)
         return BatchMetaparameters(self, slices, indices, step)
 
@@ -128,6 +136,38 @@ class Metaparameters:
         """Whether anything other than the optimizer reads `z` at this step or earlier."""
         return "init" in self.z or min(self.first_read.values(), default=step + 1) <= step
 
+    def tangent(self, dz: Mapping[str, Any]) -> MetaTangent:
+        """A direction in the space of z. Raises BadMetaparameter unless it has keys and shapes of z."""
+        dz = checked_tensors(dz, self.arena.device)
+        if unknown := [key for key in dz if key not in self.z]:
+            raise BadMetaparameter(f"expected a direction for some keys of z, {list(self.z)}; got {unknown[0]!r}")
+        for key, direction in dz.items():
+            (ours, spec), (theirs, other) = tree_flatten(self.z[key]), tree_flatten(direction)
+            if spec != other or [x.shape for x in ours] != [x.shape for x in theirs]:
+                raise BadMetaparameter(f"expected a direction of the shapes of z[{key!r}]; got other ones")
+        hypers = torch.zeros_like(self.hypers)
+        for key in self.hyper_keys:
+            if key in dz:
+                steps, groups = self.hypers.shape[:2]
+                value = dz[key].detach().to("cpu", torch.float64)
+                hypers[:, :, self.optimizer.column(key)] = spread(value, groups, steps)
+        leaves: list[Tensor | None] = []
+        for key in self.loss_keys:
+            count = len(tree_flatten(self.z[key])[0])
+            leaves += [x.detach() for x in tree_flatten(dz[key])[0]] if key in dz else [None] * count
+        zeros = dict(zip(self.arena.names, self.arena.slices(self.arena.zeros()), strict=True))
+        return MetaTangent(self.arena.flatten(zeros | dict(dz.get("init", {}))), hypers, leaves)
+
+
+@dataclass
+class MetaTangent:
+    """A direction in the space of z. init: of the flat initial parameters. hypers: float64 `[T, G, H]`. leaves: of what
+    the loss reads, None for what stays as it is."""
+
+    init: Tensor
+    hypers: Tensor
+    leaves: list[Tensor | None]
+
 
 class BatchMetaparameters:
     """The metaparameters of one evaluation: `tensors` to differentiate, `indices` to scatter their gradients back."""
@@ -139,6 +179,11 @@ class BatchMetaparameters:
     def structure(self) -> str:
         """The structure of `mapping` without its tensors, as text."""
         return self.owner.structure
+
+    def along(self, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of tangents of all leaves, those of `tensors`."""
+        pairs = zip(leaves, self.indices, strict=True)
+        return [leaf if leaf is None or index is None else leaf[index] for leaf, index in pairs]
 
     def mapping(self, tensors: list[Tensor]) -> Mapping[str, Any]:
         """`z` as the loss sees it, with these tensors as its leaves."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from mgd.step import norms
+from mgd.step import class_weights, norms
 from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
@@ -90,6 +90,8 @@ def _torch_grouped_mm(mat_a, mat_b, offs=None, bias=None, out_dtype=None):
 
 OVERRIDES: dict[Any, Callable] = {
     **functional.REPLACEMENTS,
+    F.cross_entropy: class_weights.cross_entropy,
+    F.nll_loss: class_weights.nll_loss,
     F.batch_norm: norms.fused_batch_norm,
     F.instance_norm: norms.instance_norm,
     torch._weight_norm: norms.weight_norm,

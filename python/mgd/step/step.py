@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgd.step.agreement import Agreement, Terms
 from mgd.step.batches import microbatches
-from mgd.step.evaluator import Evaluator, Residuals
+from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
 from mgd.step.model import Buffers
@@ -37,6 +37,16 @@ class StepResult:
     buffers: list[Buffers]
     norm: float | None = None
     residuals: list[Residuals] | None = None
+
+
+@dataclass
+class StateDirection:
+    """A direction in what a step reads. params: flat `[n]`. buffers: of the floating-point ones. leaves: of the
+    metaparameters, None for those that stay as they are."""
+
+    params: Tensor
+    buffers: list[Tensor]
+    leaves: list[Tensor | None]
 
 
 # add(objective, with respect to parameters, of each microbatch the metaparameters and with respect to those)
@@ -69,6 +79,31 @@ class StepFunction:
         self._agreement.scale = self._agreement.scale or float(total.float().norm())
         values = torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
         return StepResult(total, values, history, residuals=residuals if len(residuals) == len(losses) else None)
+
+    def tangents(
+        self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
+    ) -> tuple[StepResult, list[Tensor]]:
+        """Step `t`, and its gradient's derivative along each direction, flat `[n]`; their buffers become those after
+        the step."""
+        total: Tensor | None = None
+        totals: list[Tensor | None] = [None] * len(directions)
+        losses, history = [], [buffers]
+        parameters = self.arena.tensors(params)
+        moved = [self.arena.tensors(direction.params) for direction in directions]
+        for microbatch in self._evaluations(t, meta):
+            given = [
+                Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
+                for tensors, direction in zip(moved, directions, strict=True)
+            ]
+            found = self.evaluator.tangents(microbatch, parameters, history[-1], given)
+            total = self._accumulate(total, found.evaluation.gradients, None)
+            for j, direction in enumerate(directions):
+                totals[j] = self._accumulate(totals[j], found.gradients[j], None)
+                direction.buffers = found.buffers[j]
+            losses.append(found.evaluation.loss.double())
+            history.append(found.evaluation.buffers)
+        assert total is not None
+        return StepResult(total, torch.stack(losses).cpu(), history), [x for x in totals if x is not None]
 
     def second_derivatives(
         self,

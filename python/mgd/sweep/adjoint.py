@@ -51,10 +51,11 @@ def objective_adjoints(
     trained: Trained,
     like: OptimizerState,
     steps: int,
+    mode: str,
 ) -> tuple[Tensor, list[Adjoint]]:
     """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
 
-    like: a state of the shapes of its adjoint. steps: T.
+    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training.
     """
     buffers = trained.buffers
     names = differentiable(buffers)
@@ -63,6 +64,8 @@ def objective_adjoints(
     copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
     versions = [p._version for p in parameters]
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        if mode == "eval":
+            binding.model.eval()
         value = binding.call(objective, parameters, copies, until=stack)[0]
         with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
             components = _checked(value, steps).reshape(-1).unbind()
@@ -86,6 +89,42 @@ def objective_adjoints(
                 b.copy_(g)
         adjoints.append(Adjoint(adjoint, own))
     return value.detach(), adjoints
+
+
+def objective_tangents(
+    binding: Binding,
+    objective: Callable[..., Tensor],
+    arena: Arena,
+    trained: Trained,
+    tangents: Sequence[Adjoint],
+    steps: int,
+    mode: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The objective's value (`[]` or `[k]`), and its derivative along each tangent of the final state. Outputs may be
+    many: they share one evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
+    buffers = trained.buffers
+    names = differentiable(buffers)
+    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
+    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
+    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
+    with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        if mode == "eval":
+            binding.model.eval()
+        value = binding.call(objective, parameters, copies, until=stack)[0]
+        with torch._C.DisableTorchFunction():
+            _checked(value, steps)
+        seed = torch.zeros_like(value).requires_grad_()
+        pulled = torch.autograd.grad(value, [*parameters, *floats], seed, create_graph=True, allow_unused=True)
+        if all(g is None for g in pulled):
+            raise BadObjective("the objective depends on no trained parameter")
+        found = []
+        for tangent in tangents:
+            moved = [*arena.tensors(tangent.state.params), *tangent.buffers]
+            terms = [(g * x).sum() for g, x in zip(pulled, moved, strict=True) if g is not None]
+            along = torch.stack(terms).sum()
+            (derivative,) = torch.autograd.grad(along, seed, retain_graph=True, allow_unused=True)
+            found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
+    return value.detach(), [x.detach() for x in found]
 
 
 def _checked(value: Any, steps: int) -> Tensor:

@@ -1,22 +1,24 @@
 """Checkpoints of a resumable run: log and snapshots on disk and, from time to time, the state of the sweep itself.
 
 Between two checkpoints nothing that the first of them needs is deleted. So a run that ends at any moment, also by
-`kill -9`, continues at the last checkpoint and gives the same bits.
+`kill -9`, continues at the last checkpoint and gives the same bits. It begins and ends by clearing the store, which is
+one step; entries that another run wrote are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgd.errors import CorruptState, StaleRun
+from mgd.errors import CorruptState, ForeignEntry, StaleRun, StoreIOError, UnknownFormat
 from mgd.plan import training
-from mgd.sweep.damage import with_advice
+from mgd.sweep.damage import ADVICE, with_advice
 from mgd.sweep.history import History
 from mgd_kernels.store import Store
 
@@ -33,17 +35,21 @@ class RunCheckpoint:
     def __init__(
         self, directory: str | os.PathLike[str], staging: int, identity: Mapping[str, str], settings: Mapping[str, Any]
     ):
+        self.directory = os.fspath(directory)
         self.store = Store.open(directory, host=staging, durable=True)
         self.settings, self._identity, self._steps = settings, dict(identity), 0
         try:
+            self._refuse_foreign()
             self._began = "run" in self.store
             if self._began:
                 with with_advice():
-                    header = _decode(self.store.get("run"))
-                differing = sorted(k for k in identity if header["identity"].get(k) != identity[k])
+                    entry = self.store.get("run")
+                with self._as_recorded("run"):
+                    run = _decode(entry)
+                    began, self.settings = dict(run["identity"]), dict(run["settings"])
+                differing = sorted(k for k in identity if began.get(k) != identity[k])
                 if differing:
-                    raise StaleRun(str(directory), differing)
-                self.settings = header["settings"]
+                    raise StaleRun(self.directory, differing)
         except BaseException:
             self.store.close()
             raise
@@ -51,7 +57,8 @@ class RunCheckpoint:
     def begin(self) -> None:
         """Make the directory that of this run, unless it is already."""
         if not self._began:
-            self._clear()
+            if self.store.keys():  # else it is new, or the run before has cleared it
+                self.store.clear()
             self.store.put("run", _encode({"identity": self._identity, "settings": self.settings}), "disk")
             self.store.flush()
             self._began = True
@@ -83,24 +90,42 @@ class RunCheckpoint:
 
     def finish(self) -> None:
         """The result is complete: the directory may begin another run."""
-        self._clear()
+        self.store.clear()
         self.store.flush()
+
+    def _refuse_foreign(self) -> None:
+        """Entries of another run may be whole and good, and would give numbers that are not those of this one."""
+        for key in self.store.keys():
+            try:
+                self.store.layout(key)
+            except ForeignEntry:
+                raise
+            except (CorruptState, StoreIOError, UnknownFormat):
+                pass  # the entry may not be needed; if it is, its get raises this again
 
     def _put(self, key: str, state: State) -> None:
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in state.items() if name not in tensors}
-        header = _encode({"values": values, "tensors": list(tensors)})
+        header = _encode({"values": values, "tensors": [[n, str(t.dtype), *t.shape] for n, t in tensors.items()]})
         self.store.put(key, [header, *tensors.values()], "disk")
 
     def _get(self, key: str) -> State:
         header, *tensors = self.store.get(key)
-        record = _decode(header)
-        return record["values"] | dict(zip(record["tensors"], tensors, strict=True))
+        with self._as_recorded(key):
+            record = _decode(header)
+            values, names = dict(record["values"]), [name for name, *_ in record["tensors"]]
+            if [[n, str(t.dtype), *t.shape] for n, t in zip(names, tensors, strict=True)] != record["tensors"]:
+                raise ValueError("tensors of other shapes or types than its own record says")
+        return values | dict(zip(names, tensors, strict=True))
 
-    def _clear(self) -> None:
-        # The header goes last: without it, what is left belongs to no run.
-        for key in sorted(self.store.keys(), key=lambda key: key == "run"):
-            self.store.delete(key)
+    @contextlib.contextmanager
+    def _as_recorded(self, key: str) -> Iterator[None]:
+        """Whatever fails while an entry is taken apart: it is not what was put."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"expected what a run records in {self.directory}; got {error!r}"
+            raise CorruptState(key, None, found, ADVICE) from error
 
 
 def _encode(value: Any) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mgd.errors import CorruptState, StoreIOError
+import torch
+from torch import Tensor
+
+from mgd.errors import CorruptState, ForeignEntry, StoreIOError
 
 Key = tuple[str, int]  # ("gradient" or "snapshot", step)
+Layout = list[tuple[torch.dtype, tuple[int, ...]]]
 
 ADVICE = "It cannot be recovered: delete the directory, and start again."
 
@@ -21,8 +25,20 @@ def with_advice() -> Iterator[None]:
     """Errors of damaged entries say what to do about a directory that only a metagradient writes."""
     try:
         yield
+    except ForeignEntry:
+        raise  # the directory is good without that file
     except CorruptState as error:
         raise CorruptState(error.key, error.chunk, error.found, ADVICE) from error
+
+
+def layout_of(tensors: Iterable[Tensor]) -> Layout:
+    return [(t.dtype, tuple(t.shape)) for t in tensors]
+
+
+def check_layout(key: Key, found: Layout, expected: Layout) -> None:
+    """An entry of other types or shapes is not the one that was put, whatever its checksums say."""
+    if found != expected:
+        raise CorruptState(key, None, f"expected tensors of {expected}; got {found}", ADVICE)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from mgd.errors import CorruptState, StoreIOError
 from mgd.step.model import Buffers
 from mgd.step.step import StepResult
-from mgd.sweep.damage import ADVICE, Key, naming_the_step
+from mgd.sweep.damage import ADVICE, Key, check_layout, layout_of, naming_the_step
 from mgd_kernels import Arena, OptimizerState
 
 if TYPE_CHECKING:
@@ -130,8 +130,13 @@ class History:
             return None
         with naming_the_step(key):
             viewed = self._entries.view(key, self._reads_again(key))
-        if viewed is None:
-            return None
+            if viewed is None:
+                return None
+            buffers = [self.constants[name] for changed in self._names[key] for name in changed]
+            assert self._arena is not None
+            gradient = (self._arena.gradient_dtype, (self._arena.numel,))
+            losses = (torch.float64, (self.microbatches,))
+            check_layout(key, layout_of(viewed), [gradient, losses, *layout_of(buffers)])
         if self.listener is not None:
             self.listener.got(key)
         rest = (b.clone() for b in viewed[2:])  # buffers outlive the step
@@ -190,13 +195,15 @@ class History:
     def _get(self, key: Key, out: list[Tensor]) -> list[Buffers]:
         """Fill `out` with the entry's first tensors, and return its buffers."""
         if key not in self._names:
-            raise CorruptState(key, None, f"{self._entries.stats()['disk']['directory']} holds it no longer", ADVICE)
+            place = self._entries.stats()["disk"]["directory"]
+            raise CorruptState(key, None, f"expected it in {place}; got no such file", ADVICE)
         histories = [
             self.constants | {name: torch.empty_like(self.constants[name]) for name in changed}
             for changed in self._names[key]
         ]
         rest = [b[name] for b, changed in zip(histories, self._names[key], strict=True) for name in changed]
         with naming_the_step(key):
+            check_layout(key, self._entries.layout(key), layout_of([*out, *rest]))
             self._entries.get(key, out=[*out, *rest], again=self._reads_again(key))
         if self.listener is not None:
             self.listener.got(key)

@@ -108,7 +108,7 @@ def residual_cache(plan: Plan, on_device: bool) -> ResidualCache:
 def _disk_limit(directory: str, limits: Mapping[str, int]) -> int:
     """Bytes of disk that a resumable run may take: those of the budget, else a share of what is free."""
     try:
-        os.makedirs(directory, exist_ok=True)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        return limits.get("disk") or int(SHARE * shutil.disk_usage(directory).free)
     except OSError as error:
         raise StoreIOError(error.errno or 0, directory, "cannot make the directory") from error
-    return limits.get("disk") or int(SHARE * shutil.disk_usage(directory).free)

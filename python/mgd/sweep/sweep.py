@@ -193,16 +193,20 @@ class Sweep:
         self.timings.counts["model steps"] += 1
         losses = result.losses
         if first:
-            values = losses.tolist()
-            if not all(map(math.isfinite, values)):
-                raise NonFiniteState(t, "the loss")
-            self._losses[t] = values
-            self.visited = t + 1
-            self.tick("train")
+            self._note_losses(t, result)
         elif not torch.equal(self.losses[t], losses):
             i = int((self.losses[t] != losses).nonzero()[0])
             raise self.step.diverged(t, i, float(self.losses[t, i]), float(losses[i]), self.meta)
         return result
+
+    def _note_losses(self, t: int, result: StepResult) -> None:
+        """Record the losses of step `t`, which is made for the first time."""
+        values = result.losses.tolist()
+        if not all(map(math.isfinite, values)):
+            raise NonFiniteState(t, "the loss")
+        self._losses[t] = values
+        self.visited = t + 1
+        self.tick("train")
 
     def _clip(self, step: StepResult) -> tuple[float, float]:
         """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""

@@ -196,8 +196,8 @@ def test_directories_of_other_versions(tmp_path, often, interrupt, monkeypatch):
     f, z = begun(tmp_path / "run", interrupt, T + 3)
     marker = tmp_path / "run" / "MGD_STORE"
     text = marker.read_text()
-    marker.write_text(text.replace("format 1", "format 2"))
-    with pytest.raises(UnknownFormat, match="not that of a store of format 1"):
+    marker.write_text(text.replace("format 2", "format 3"))
+    with pytest.raises(UnknownFormat, match="not that of a store of format 2"):
         f.metagradient(z, resume=tmp_path / "run")
     marker.write_text(text)
     with monkeypatch.context() as patch:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels import functional
+from mgd_kernels.functional.attention_strips import attention
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -81,6 +82,12 @@ def cases() -> dict[str, Case]:
         ]
         inputs = [random(2, 3, rows, 8), random(2, 3, columns, 8), random(2, 3, columns, 4)]
         found[f"attention-{rows}x{columns}-{causal}"] = Case(*pair, inputs, "softmax")
+    pair = [
+        lambda q, k, v: attention(q, k, v, None, 0.4, 0),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True),
+    ]
+    inputs = [random(2, 6, 150, 8), random(2, 3, 140, 8), random(2, 3, 140, 4)]
+    found["strips-150x140"] = Case(*pair, inputs, "attention")
     for reduction, classes in (("none", 37), ("mean", 16), ("sum", 5)):
         target = torch.randint(classes, (50,), generator=g)
         target[7] = -100
@@ -89,7 +96,56 @@ def cases() -> dict[str, Case]:
             for f in (functional.cross_entropy, F.cross_entropy)
         ]
         found[f"cross_entropy-{reduction}"] = Case(*pair, [random(50, classes, scale=3)], "cross_entropy")
+    target = torch.randint(37, (50,), generator=g)
+    target[7] = -100
+    for name, options in LINEAR_LOSSES.items():
+        pair = [lambda h, w, b=None, f=f, o=options: f(h, w, target, b, **o) for f in (linear_loss, plain_linear_loss)]
+        inputs = [random(50, 9), random(37, 9), random(37)]
+        found[f"linear_cross_entropy-{name}"] = Case(*pair, inputs, "linear_cross_entropy")
+    found["linear_cross_entropy-no-bias"] = Case(*pair, inputs[:2], "linear_cross_entropy")
     return found
+
+
+LINEAR_LOSSES: dict[str, dict] = {
+    "mean": {},
+    "sum": dict(reduction="sum", label_smoothing=0.1),
+    "cap": dict(reduction="none", softcap=2.0, label_smoothing=0.2),
+    "z-loss": dict(z_loss=0.01),
+    "all": dict(reduction="none", z_loss=0.02, softcap=3.0, label_smoothing=0.1),
+}
+linear_loss = functional.linear_cross_entropy
+
+
+def plain_linear_loss(
+    h, weight, target, bias=None, *, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, ignore_index=-100
+):
+    """In torch's operators, with the logits in memory."""
+    z = F.linear(h, weight, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    losses = F.cross_entropy(z, target, None, None, ignore_index, None, "none", label_smoothing)
+    seen = target != ignore_index
+    losses = losses + z_loss * z.logsumexp(-1).square() * seen
+    return losses if reduction == "none" else losses.sum() / (seen.sum() if reduction == "mean" else 1)
+
+
+def plain_norm(name: str) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    """The norm of a case in plain arithmetic, for derivatives of any order; None for what is no norm."""
+    dims = {"layer_norm-4x3x11": [1, 2], "layer_norm": [-1], "batch_norm": [0, 2, 3], "group_norm": [2]}
+    found = next((found for kind, found in dims.items() if name.startswith(kind)), None)
+
+    def function(x, w=None, b=None):
+        sets = x.reshape(x.shape[0], 4, -1) if name.startswith("group") else x
+        centred = sets - sets.mean(found, keepdim=True)
+        variance = centred.square().mean(found, keepdim=True)
+        y = (centred * (variance + 1e-5).rsqrt()).view(x.shape)
+        shape = [-1] if name.startswith("layer") else [-1, *[1] * (x.ndim - 2)]
+        y = y if w is None else y * w.view(shape) + b.view(shape)
+        count = x.numel() // x.shape[1]
+        if not name.startswith("batch"):
+            return y
+        return y, x.mean(found), variance.flatten() * (count / (count - 1))
+
+    return function if found else None
 
 
 CASES = cases()
@@ -102,6 +158,8 @@ SAMPLES = [
     "softmax-2x7x33",
     "attention-33x33-True",
     "cross_entropy-mean",
+    "linear_cross_entropy-all",
+    "strips-150x140",
 ]
 every_case = pytest.mark.parametrize("name", CASES)
 every_sample = pytest.mark.parametrize("name", SAMPLES)

@@ -152,6 +152,10 @@ def sample_calls() -> list[tuple]:
         (ops.softmax_backward, (r(2, 3, 3), p, 0.5, True)),
         (ops.cross_entropy, (x, target, -100)),
         (ops.cross_entropy_backward, (r(3), x, target, statistics, -100)),
+        (ops.attention, (r(1, 4, 6, 3), r(1, 2, 5, 3), r(1, 2, 5, 2), r(1, 4, 1, 5), 0.5, 0)),
+        (ops.attention_backward, (r(1, 2, 6, 3), r(1, 2, 6, 3), *r(2, 1, 2, 5, 3).detach(), None, False, 0.5, None)),
+        (ops.linear_cross_entropy, (x, r(5, 10), r(5), target, -100, 0.1, 0.0, 0.0)),
+        (ops.linear_cross_entropy_backward, (r(3), x, r(5, 10), None, target, statistics, True, -100, 0.0, 0.1, 2.0)),
     ]
 
 

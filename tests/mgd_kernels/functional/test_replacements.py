@@ -18,6 +18,8 @@ def traced_operators(function, *inputs) -> set[str]:
 @every_case
 def test_float64_is_torchs_own(name):
     case = CASES[name]
+    if name.startswith(("linear_cross_entropy", "strips")):  # which serve float64
+        return
     if name.startswith("batch_norm"):
         assert case.ours(*(x.double() for x in case.inputs)) is None
         return

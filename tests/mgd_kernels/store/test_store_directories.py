@@ -80,13 +80,13 @@ def test_only_our_own_stale_directories_are_swept(tmp_path):
     (stale,) = tmp_path.iterdir()
     assert (stale / "text-x.mgd").exists()
 
-    scratch = "mgd-kernels state store\nformat {}\n{}\n"
+    scratch = "mgd-kernels state store\nformat {}\n{}\nid " + "1" * 32 + "\ncleared " + "0" * 32 + "\n"
     kept = {
         "mgd-scratch-nomarker": {"data": "the user's"},
-        "mgd-scratch-version2": {"MGD_STORE": scratch.format(2, "scratch")},
-        "mgd-scratch-persistent": {"MGD_STORE": scratch.format(1, "persistent")},
-        "mgd-scratch-mixed": {"MGD_STORE": scratch.format(1, "scratch"), "thesis.tex": "the user's"},
-        "elsewhere": {"MGD_STORE": scratch.format(1, "scratch"), "text-a.mgd": "reached by a link only"},
+        "mgd-scratch-version3": {"MGD_STORE": scratch.format(3, "scratch")},
+        "mgd-scratch-persistent": {"MGD_STORE": scratch.format(2, "persistent")},
+        "mgd-scratch-mixed": {"MGD_STORE": scratch.format(2, "scratch"), "thesis.tex": "the user's"},
+        "elsewhere": {"MGD_STORE": scratch.format(2, "scratch"), "text-a.mgd": "reached by a link only"},
     }
     for name, files in kept.items():
         (tmp_path / name).mkdir()

@@ -84,7 +84,7 @@ def test_replacing_and_deleting_across_tiers(tmp_path):
 
 
 def test_keys_and_their_spelling(tmp_path):
-    keys = ["a", "text-a", "ü/../☃ %41", "\udcff", ("grad", 0), ("grad", -12), ("a-b\n", 10**15), "step-1-x"]
+    keys = ["a", "text-a", "ü/../☃ %41", "\0", ("grad", 0), ("grad", -12), ("a-b\n", 10**15), "step-1-x"]
     with Store.open(tmp_path / "s") as store:
         for i, key in enumerate(keys):
             store.put(key, torch.tensor([i]))
@@ -95,7 +95,10 @@ def test_keys_and_their_spelling(tmp_path):
     assert all(path.parent == tmp_path / "s" for path in tmp_path.rglob("*.mgd"))
 
 
-@pytest.mark.parametrize("key", ["", (), ("a",), ("", 1), ("a", 1.0), ("a", True), 3, None, "x" * 300])
+BAD_KEYS = ["", (), ("a",), ("", 1), ("a", 1.0), ("a", True), 3, None, "x" * 300, "\udcff", ("\ud800", 1)]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
 def test_bad_keys(key):
     with Store(host=MB) as store, pytest.raises(BadArgument):
         store.put(key, torch.ones(3))
@@ -104,8 +107,10 @@ def test_bad_keys(key):
 def test_bad_arguments(tmp_path):
     with Store(host=MB) as store:
         store.put("x", torch.ones(3))
-        for bad in (torch.ones(3, dtype=torch.complex64), torch.ones(3).to_sparse(), 3.0, None, [torch.ones(1), "y"]):
-            with pytest.raises((BadArgument, TypeError)):
+        not_a_bool = torch.tensor([0, 1, 2], dtype=torch.uint8).view(torch.bool)
+        not_dense = torch.ones(3).to_sparse()
+        for bad in (torch.ones(3).cfloat(), not_dense, not_a_bool, 3.0, None, [torch.ones(1), "y"]):
+            with pytest.raises(BadArgument):
                 store.put("y", bad)
         with pytest.raises(BadArgument, match="tier"):
             store.put("y", torch.ones(3), tier="tape")
@@ -113,6 +118,8 @@ def test_bad_arguments(tmp_path):
             with pytest.raises(BadArgument, match="expected"):
                 store.get("x", out=out)
         assert store.keys() == ["x"]
-    for options in ({"host": -1}, {"host": 0, "disk": (tmp_path, 1)}, {"host": MB, "staging": 2 * MB}, {"host": 1.5}):
+    places = [{"host": MB, "disk": (place, MB)} for place in ("", "a\0b", "\ud800", 3)]
+    sizes = [{"host": -1}, {"host": 0, "disk": (tmp_path, 1)}, {"host": MB, "staging": 2 * MB}, {"host": 1.5}]
+    for options in places + sizes:
         with pytest.raises(BadArgument):
             Store(**options)

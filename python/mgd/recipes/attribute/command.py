@@ -74,7 +74,9 @@ def command(
     """Which training examples decided a prediction? Exact scores, judged by retraining without some (MAGIC)."""
     from mgd.recipes.attribute import report
     from mgd.ui.console import Session
+    from mgd.util.packages import require
 
+    require("linear datamodeling scores", "attribution", "scipy")
     session = Session("recipe attribute", out, json, threads)
     task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
     result = run(task, rough, evaluation, session.reporter)

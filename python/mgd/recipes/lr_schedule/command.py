@@ -28,7 +28,9 @@ def command(
     """Find a learning-rate schedule by metagradients, and compare with a grid, random search, TPE and CMA-ES."""
     from mgd.recipes.lr_schedule import report
     from mgd.recipes.lr_schedule.recipe import Settings, run
+    from mgd.util.packages import require
 
+    require("searches and intervals", "recipes", "cma", "optuna", "scipy")
     session = Session("recipe lr-schedule", out, json, threads)
     settings = make_settings(Settings, quick, meta_steps=meta_steps, knots=knots, outer=outer)
     result = run(*train_and_test(data), settings, seed, resume, session.reporter)

@@ -18,7 +18,9 @@ def command(
     """Rate the passages of a mixed pool by what they teach about a target text (DataRater)."""
     from mgd.recipes.rate import report
     from mgd.recipes.rate.recipe import Settings, run
+    from mgd.util.packages import require
 
+    require("statistics", "recipes", "scipy", "sklearn")
     session = Session("recipe rate", out, json, threads)
     result = run(make_settings(Settings, quick, seed=seed), session.reporter, resume)
     session.finish(report.page(result), result.to_dict())

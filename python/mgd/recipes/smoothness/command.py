@@ -13,7 +13,9 @@ def command(
     """Which choices make a training smooth, whether smooth ones can be predicted, and what accuracy they cost."""
     from mgd.recipes.smoothness import report
     from mgd.recipes.smoothness.recipe import Settings, run
+    from mgd.util.packages import require
 
+    require("intervals", "recipes", "scipy")
     session = Session("recipe smoothness", out, json, threads)
     result = run(*train_and_test(data), make_settings(Settings, quick), seed, session.reporter)
     session.finish(report.page(result), result.to_dict())

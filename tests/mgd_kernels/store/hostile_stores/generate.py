@@ -14,8 +14,10 @@ from pathlib import Path
 from mgd_kernels import _core
 
 PAGE = 4096
-FIXED = struct.Struct("<8sIIQQQIIIIQ")  # magic .. header checksum
-FLOAT32 = 3
+FIXED = struct.Struct("<8sIIQQQIIIIQ16s")  # magic .. store id
+FLOAT32, BOOL = 3, 10
+ID = bytes(range(16))  # of the store
+OTHER = bytes(range(16, 32))
 
 
 def pad(data: bytes, unit: int) -> bytes:
@@ -35,11 +37,12 @@ def entry(
     sequence: bool = False,
     chunk: int = 4 << 20,
     magic: bytes = b"MGDSTATE",
-    version: int = 1,
+    version: int = 2,
     flags: int = 0,
     checksum_kind: int = 1,
     payload_bytes: int | None = None,
     shift: int = 0,
+    store: bytes = ID,
 ) -> bytes:
     """One entry's file; tensors are (dtype code, shape, bytes). The options after `chunk` forge single fields."""
     payload, table = b"", b""
@@ -54,12 +57,27 @@ def entry(
     length = -(-(FIXED.size + len(variable)) // PAGE) * PAGE
     stated = len(payload) if payload_bytes is None else payload_bytes
     fixed = FIXED.pack(
-        magic, version, flags | sequence, length, stated, chunk, len(chunks), len(tensors), len(key), checksum_kind, 0
+        magic,
+        version,
+        flags | sequence,
+        length,
+        stated,
+        chunk,
+        len(chunks),
+        len(tensors),
+        len(key),
+        checksum_kind,
+        0,
+        store,
     )
     return sealed(pad(fixed + variable, PAGE)) + payload
 
 
-def make_store(directory: Path, marker: str = "mgd-kernels state store\nformat 1\npersistent\n") -> None:
+def marker(kind: str = "persistent", version: int = 2, cleared: bytes = bytes(16)) -> str:
+    return f"mgd-kernels state store\nformat {version}\n{kind}\nid {ID.hex()}\ncleared {cleared.hex()}\n"
+
+
+def make_store(directory: Path, marker: str = marker()) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "MGD_STORE").write_text(marker)
     (directory / "text-good.mgd").write_bytes(entry(b"text-good", [good_tensor()]))
@@ -104,6 +122,14 @@ def _field(offset: int, form: str, value: int) -> Callable[[Path], None]:
     return _file(change)
 
 
+def _long_header(directory: Path) -> None:
+    make_store(directory)
+    header = struct.pack("<8sIIQ", b"MGDSTATE", 2, 0, 2 << 30)
+    with (directory / "text-bad.mgd").open("wb") as file:
+        file.write(pad(header, PAGE))
+        file.truncate(3 << 30)  # a hole: it takes no room
+
+
 def _link(directory: Path) -> None:
     make_store(directory)
     outside = directory.parent / "outside.mgd"
@@ -140,13 +166,24 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "path is a file": (_path_is_a_file, "StoreIOError", "directory"),
     "directory of somebody else": (_foreign, "UnknownFormat", "no marker"),
     "marker of another version": (
-        _marker("mgd-kernels state store\nformat 2\npersistent\n"),
+        _marker(marker(version=3)),
         "UnknownFormat",
-        "not that of a store of format 1",
+        "not that of a store of format 2",
+    ),
+    "marker of version 1": (
+        _marker("mgd-kernels state store\nformat 1\npersistent\n"),
+        "UnknownFormat",
+        "not that of a store of format 2",
+    ),
+    "marker with an id cut short": (_marker(marker()[:-3]), "UnknownFormat", "not that of a store"),
+    "marker with an id in capitals": (
+        _marker(marker().replace("0a0b", "0A0B")),
+        "UnknownFormat",
+        "not that of a store",
     ),
     "marker of another program": (_marker("photographs\n"), "UnknownFormat", "not that of a store"),
     "marker is empty": (_marker(""), "UnknownFormat", "not that of a store"),
-    "left-over scratch": (_marker("mgd-kernels state store\nformat 1\nscratch\n"), "UnknownFormat", "scratch"),
+    "left-over scratch": (_marker(marker("scratch")), "UnknownFormat", "scratch"),
     # what an entry may be
     "symbolic link out of the store": (_link, "StoreIOError", "follows no links"),
     "folder named as an entry": (_folder, "StoreIOError", "not a regular file"),
@@ -156,7 +193,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "half a header": (_file(lambda data: data[:1000]), "CorruptState", "ends after 1000"),
     "header never written": (_file(lambda data: bytes(PAGE) + data[PAGE:]), "CorruptState", "magic"),
     "header torn in the middle": (
-        _file(lambda data: data[:64] + bytes(PAGE - 64) + data[PAGE:]),
+        _file(lambda data: data[:80] + bytes(PAGE - 80) + data[PAGE:]),
         "CorruptState",
         "sum",
     ),
@@ -172,7 +209,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     # other formats, and forgeries with a right checksum
     "magic of another format": (_bad(magic=b"SAFETENS"), "CorruptState", "magic"),
-    "version 2": (_bad(version=2), "UnknownFormat", "version 2"),
+    "version 1": (_bad(version=1), "UnknownFormat", "version 1"),
+    "version 3": (_bad(version=3), "UnknownFormat", "version 3"),
     "version 0": (_bad(version=0), "UnknownFormat", "version 0"),
     "unknown flag": (_bad(flags=2), "UnknownFormat", "flags"),
     "unknown checksum": (_bad(checksum_kind=2), "UnknownFormat", "checksum"),
@@ -187,13 +225,17 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no tensor": (_field(44, "<I", 0), "UnknownFormat", "tensors"),
     "long key": (_field(48, "<I", 2**32 - 1), "UnknownFormat", "key"),
     "header of 2^64 - 4096": (_field(16, "<Q", 2**64 - 4096), "CorruptState", "header"),
+    "header of 2 GiB in a file that has them": (_long_header, "CorruptState", "header"),
     "header of nothing": (_field(16, "<Q", 0), "CorruptState", "header"),
     "something after the tables": (_field(2000, "<Q", 7), "UnknownFormat", "after"),
+    "of another store": (_bad(store=OTHER), "ForeignEntry", "copied here"),
+    "a bool of 2": (_tensor(BOOL, (3,), b"\0\1\2"), "CorruptState", "bools"),
+    "a bool of 255": (_tensor(BOOL, (2, 2), b"\0\1\xff\1"), "CorruptState", "bools"),
     "unknown dtype": (_tensor(11, (3,), bytes(12)), "UnknownFormat", "dtype"),
     "dtype 0": (_tensor(0, (3,), b""), "UnknownFormat", "dtype"),
     "negative shape": (_tensor(FLOAT32, (-3,), bytes(12)), "UnknownFormat", "shape"),
     "shape that wraps": (_tensor(FLOAT32, (2**62, 2**62), b""), "UnknownFormat", "shape"),
     "shape larger than the tensor": (_tensor(FLOAT32, (4,), bytes(12)), "UnknownFormat", "shape"),
-    "rank of 2^32 - 1": (_field(76, "<I", 2**32 - 1), "UnknownFormat", "table"),
+    "rank of 2^32 - 1": (_field(92, "<I", 2**32 - 1), "UnknownFormat", "dimensions"),
     "tensor beyond the payload": (_bad(shift=2**40), "UnknownFormat", "shape"),
 }

@@ -1,0 +1,71 @@
+"""Directional derivatives of one evaluation of the loss: how its gradient and its buffers move.
+
+The Hessian is symmetric: the derivative of the gradient along a direction is the gradient of the derivative along it.
+With `d` the tangents of parameters, buffers and metaparameters, `<dL/d(all), d>` is the derivative of the loss, and its
+gradient with respect to the parameters is the derivative of the gradient. That of the buffers comes from the derivative
+of their VJP, which is linear in its cotangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mgd.autodiff.second_order import Point, leaves
+from mgd.errors import BadLoss
+from mgd.step.evaluator import Direction
+from mgd.step.loss import Evaluate
+
+
+@dataclass
+class FirstAndTangents:
+    """loss, gradient, buffers: of the evaluation, detached. losses, gradients, floats: for each direction, the
+    derivatives of the loss, of the gradient, and of the floating-point buffers."""
+
+    loss: Tensor
+    gradient: list[Tensor | None]
+    buffers: list[Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    floats: list[list[Tensor]] = field(default_factory=list)
+
+
+def first_and_tangents(evaluate: Evaluate, point: Point, directions: Sequence[Direction]) -> FirstAndTangents:
+    """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction."""
+    p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
+    loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
+    if not loss.requires_grad:
+        raise BadLoss("the loss does not depend on the parameters; was it detached?")
+    inputs, after = [*p, *b, *z], left[: len(b)]
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    moving = [i for i, x in enumerate(after) if x.requires_grad]
+    seeds = [torch.zeros_like(after[i]).requires_grad_() for i in moving]
+    pulled: Sequence[Tensor | None] = [None] * len(inputs)
+    if moving:
+        pulled = torch.autograd.grad([after[i] for i in moving], inputs, seeds, create_graph=True, allow_unused=True)
+    gradient: list[Tensor | None] = [None if g is None else g.detach() for g in gradients[: len(p)]]
+    found = FirstAndTangents(loss.detach(), gradient, [x.detach() for x in left])
+    for direction in directions:
+        tangents = [*direction.parameters, *direction.buffers, *direction.metaparameters]
+        along = _inner(gradients, tangents)
+        found.losses.append(torch.zeros_like(loss).detach() if along is None else along.detach())
+        found.gradients.append(_gradient(along, p))
+        moved = dict(zip(moving, _gradient(_inner(pulled, tangents), seeds), strict=True))
+        found.floats.append(
+            [torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(point.buffers)]
+        )
+    return found
+
+
+def _inner(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> Tensor | None:
+    terms = [(x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _gradient(value: Tensor | None, inputs: list[Tensor]) -> list[Tensor | None]:
+    if value is None or not value.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True))

@@ -1,0 +1,59 @@
+"""Cross-entropies with class weights, which may be metaparameters: torch has no derivative with respect to those.
+
+Weights that need no gradient go the same way, so that a step has the same bits with and without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgd_kernels import functional
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As `torch.nn.functional.cross_entropy`, differentiable in `weight` for class indices without smoothing."""
+    if weight is not None and not target.is_floating_point() and label_smoothing == 0.0:
+        return _weighted(functional.cross_entropy, input, target, weight, ignore_index, reduction)
+    return functional.cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )  # fmt: skip
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `torch.nn.functional.nll_loss`, differentiable in `weight`."""
+    if weight is not None:
+        return _weighted(F.nll_loss, input, target, weight, ignore_index, reduction)
+    return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def _weighted(
+    loss: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    losses = loss(input, target, ignore_index=ignore_index, reduction="none")
+    counted = target != ignore_index
+    weights = torch.where(counted, weight[target.where(counted, 0)], 0)
+    weighted = losses * weights
+    if reduction == "none":
+        return weighted
+    return weighted.sum() if reduction == "sum" else weighted.sum() / weights.sum()

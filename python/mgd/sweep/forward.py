@@ -1,0 +1,59 @@
+"""A training that carries tangents of its state along: one sweep forward, without a log or a way back.
+
+Along a direction of z, the state moves by the optimizer's JVP, given how the gradient moves: by the Hessian times the
+tangent of the parameters, and the mixed derivatives times those of buffers and metaparameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mgd.errors import BadMetaparameter, NonFiniteState
+from mgd.step.step import StateDirection
+from mgd.sweep.adjoint import Adjoint
+from mgd.sweep.sweep import Sweep
+from mgd_kernels.dispatch import dot
+
+
+class ForwardSweep(Sweep):
+    """A training with tangents along directions of z. tangents: of its state and floating-point buffers."""
+
+    def __init__(self, *arguments: Any, directions: Sequence[Mapping[str, Any]], **options: Any):
+        super().__init__(*arguments, **options)
+        if not directions:
+            raise BadMetaparameter("expected at least one direction; got none")
+        self._directions = [self.meta.tangent(direction) for direction in directions]
+        self.tangents = [Adjoint.zeros(self.state, self.buffers) for _ in directions]
+        for tangent, direction in zip(self.tangents, self._directions, strict=True):
+            tangent.state.params.copy_(direction.init)
+
+    def model_tangents(self) -> list[dict[str, Tensor]]:
+        """Of the trained parameters, by name, for each direction."""
+        return [{n: x.clone() for n, x in self.arena.views(each.state.params).items()} for each in self.tangents]
+
+    def _train(self, t: int, tier: str | None) -> None:
+        given = [
+            StateDirection(tangent.state.params, tangent.buffers, direction.leaves)
+            for tangent, direction in zip(self.tangents, self._directions, strict=True)
+        ]
+        with self.timings.timed("training"):
+            result, gradients = self.step.tangents(t, self.state.params, self.buffers, self.meta, given)
+        self.timings.counts["model steps"] += 1
+        self._note_losses(t, result)
+        scale, clip = self._clip(result)
+        with self.timings.timed("optimizer jvp"):
+            for j, (tangent, moved) in enumerate(zip(self.tangents, gradients, strict=True)):
+                scaled = moved * scale
+                if clip:
+                    scaled.add_(result.gradient, alpha=clip * float(dot(result.gradient, moved)))
+                table, hypers = self.meta.tables[t], self._directions[j].hypers[t]
+                self.optimizer.step_jvp_(self.state, result.gradient, table, tangent.state, scaled, hypers, scale)
+                tangent.buffers = given[j].buffers
+                if not math.isfinite(float(tangent.state.params.sum())):
+                    raise NonFiniteState(t, f"the tangent of the parameters along direction {j}")
+        self._update(self.state, result)
+        self.buffers = result.buffers[-1]

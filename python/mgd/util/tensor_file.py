@@ -1,0 +1,72 @@
+"""Trees of tensors and plain values in one file of the safetensors format, from which no code is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import BadData
+from mgd.util.fingerprint import digest
+
+TREE, DIGEST = "mgd", "digest"  # entries of the file's metadata: how the tree is built; of that and of all tensors
+
+
+def write(path: str | os.PathLike[str], tree: Any) -> None:
+    """Write a tree of dicts (with texts as keys), lists, tuples, dataclasses (read as dicts), tensors and values of
+    JSON's types; whenever the process ends, `path` holds all of the old file or all of the new one."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+
+    def plain(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            # A copy of its own: the format has no views.
+            tensors[name] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {"tensor": name}
+        if is_dataclass(node) and not isinstance(node, type):
+            node = asdict(node)
+        if isinstance(node, dict):
+            return {"dict": {key: plain(value, f"{name}.{key}") for key, value in node.items()}}
+        if isinstance(node, list | tuple):
+            return {type(node).__name__: [plain(value, f"{name}.{i}") for i, value in enumerate(node)]}
+        return {"value": node}
+
+    text = json.dumps(plain(tree, ""))
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}")
+    save_file(tensors, temporary, {TREE: text, DIGEST: digest(text, *tensors.values())})
+    os.replace(temporary, target)
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The tree that `write` wrote. Raises BadData for any other file, and for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: list[Tensor] = []
+
+    def built(node: Any) -> Any:
+        ((kind, value),) = node.items()
+        if kind == "tensor":
+            tensors.append(file.get_tensor(value))
+            return tensors[-1]
+        if kind == "dict":
+            return {key: built(child) for key, child in value.items()}
+        if kind in ("list", "tuple"):
+            return [built(child) for child in value] if kind == "list" else tuple(built(child) for child in value)
+        return value
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tree = built(json.loads(metadata[TREE]))
+            if digest(metadata[TREE], *tensors) != metadata[DIGEST]:
+                raise ValueError("its checksum is another one")
+            return tree
+    except (SafetensorError, KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise BadData(f"expected a file of results of mgd; got {os.fspath(path)}: {error!r}") from None

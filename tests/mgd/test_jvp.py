@@ -1,0 +1,147 @@
+"""Forward mode: `<metagradient, dz>` is the derivative along dz, for every kind of metaparameter and optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import adamw, convnet, gpt, language, mlp, supervised, weighted, weights
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import mgd
+from mgd.errors import BadMetaparameter, NonFiniteState
+from mgd_kernels import SGD, Adam, Muon, RMSprop
+
+EXACT = 1e-10
+
+
+def drawn(z, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tree_map(lambda x: x.abs().mean() * torch.randn(x.shape, generator=generator, dtype=x.dtype), z)
+
+
+def inner(x, y):
+    return sum((a * b).sum() for a, b in zip(tree_leaves(x), tree_leaves(y), strict=True))
+
+
+def assert_agrees(case, **options):
+    f = case.function(**options)
+    dz = drawn(case.z)
+    reverse, forward = f.metagradient(case.z), f.jvp(case.z, dz)
+    expected = inner(reverse.grads, dz)
+    assert abs(forward.tangent - expected) <= EXACT * abs(expected) + 1e-14
+    torch.testing.assert_close(forward.value, reverse.value, rtol=1e-12, atol=1e-14)
+    return forward
+
+
+OPTIMIZERS = [
+    SGD(lr=0.1, weight_decay=0.01),
+    SGD(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    SGD(lr=0.05, momentum=0.9, nesterov=True),
+    Adam(lr=1e-2, eps=1e-3, eps_root=1e-4, weight_decay=0.02),
+    adamw(param_groups=[{"params": "*.bias", "weight_decay": 0.0}]),
+    RMSprop(eps_root=1e-4),
+    Muon(),
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def test_every_optimizer_and_hyperparameter(optimizer):
+    case = supervised(mlp(), (5,), optimizer=optimizer)
+    hypers = {
+        name: torch.tensor(optimizer.defaults[name] or 0.01, dtype=torch.float64) for name in optimizer.hyper_names
+    }
+    case.z.clear()
+    assert_agrees(case.but(hypers | {"init": {n: p.detach() for n, p in case.model.named_parameters()}}))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_schedules_weights_and_initial_parameters(trace):
+    case = supervised(mlp(dropout=0.2), (5,)).but({"data_weights": weights()}, loss=weighted)
+    assert_agrees(case, trace=trace)
+    sliced = lambda model, batch, z: weighted(model, (*batch[:2], torch.arange(len(batch[2]))), z)
+    assert_agrees(case.but(loss=sliced, per_example={"data_weights": lambda batch: batch[2]}), trace=trace)
+    assert_agrees(supervised(mlp(), (5,)), trace=trace)
+
+
+def test_running_statistics_move_too():
+    case = supervised(convnet(), (1, 6, 6), steps=4)
+    assert_agrees(case.but(objective=lambda m, held_out=case.objective: held_out(m.eval())))
+    assert_agrees(case, objective_mode="train", microbatches=2)
+
+
+def test_a_language_model_with_clipping():
+    forward = assert_agrees(language(steps=3), max_grad_norm=0.5)
+    assert set(forward.model_tangent) == set(dict(gpt().named_parameters()))
+
+
+def test_several_directions_and_outputs_share_a_sweep():
+    case = supervised(mlp(), (5,))
+    x = torch.randn(9, 5, dtype=torch.float64)
+    f = case.but(objective=lambda model: model(x).logsumexp(1)).function()
+    directions = [drawn(case.z, seed) for seed in (1, 2)]
+    together = f.jvp(case.z, directions)
+    assert together.tangent.shape == (2, 9) and together.value.shape == (9,)
+    gradients = f.metagradient(case.z).grads["lr"]
+    for i, dz in enumerate(directions):
+        alone = f.jvp(case.z, dz)
+        torch.testing.assert_close(together.tangent[i], alone.tangent, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(alone.tangent, gradients @ dz["lr"], rtol=1e-9, atol=1e-14)
+        for name, tangent in alone.model_tangent.items():
+            torch.testing.assert_close(together.model_tangent[name][i], tangent, rtol=1e-12, atol=1e-15)
+
+
+def test_the_tangent_of_the_model_is_that_of_finite_differences():
+    case = supervised(mlp(), (5,))
+    f, dz, h = case.function(), drawn(case.z), 1e-6
+    ahead, behind = (f.train({"lr": case.z["lr"] + s * h * dz["lr"]}).parameters for s in (1, -1))
+    for name, tangent in f.jvp(case.z, dz).model_tangent.items():
+        torch.testing.assert_close(tangent, (ahead[name] - behind[name]) / (2 * h), rtol=1e-6, atol=1e-9)
+
+
+def test_float32_is_as_exact_as_reverse_mode():
+    case = supervised(mlp(), (5,)).to(torch.float32)
+    f, dz = case.function(), drawn(case.z)
+    forward, reverse = f.jvp(case.z, dz).tangent, f.metagradient(case.z).grads["lr"]
+    torch.testing.assert_close(forward, reverse @ dz["lr"], rtol=1e-4, atol=1e-7)
+
+
+def test_a_penalty_on_gradients_has_third_derivatives():
+    def loss(model, batch, z):
+        x = batch[0].clone().requires_grad_()
+        value = nn.functional.cross_entropy(model(x), batch[1])
+        (g,) = torch.autograd.grad(value, x, create_graph=True)
+        return value + z["penalty"] * g.square().sum()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+    case = supervised(model, (5,), steps=3).but({"penalty": torch.tensor(0.1, dtype=torch.float64)}, loss=loss)
+    assert_agrees(case)
+
+
+@pytest.mark.parametrize(
+    "dz, part",
+    [
+        ([], "at least one direction"),
+        ({"momentum": torch.tensor(1.0)}, "'momentum'"),
+        ({"lr": torch.ones(3)}, "shapes of z\\['lr'\\]"),
+        ({"lr": torch.full((8,), float("nan"))}, "finite"),
+    ],
+)
+def test_directions_that_are_none(dz, part):
+    case = supervised(mlp(), (5,))
+    with pytest.raises(BadMetaparameter, match=part):
+        case.function().jvp(case.z, dz)
+
+
+def test_a_tangent_that_grows_without_bounds_is_named():
+    case = supervised(mlp(), (5,), steps=40, optimizer=SGD(lr=1.0)).to(torch.float32)
+    with pytest.raises(NonFiniteState, match="tangent"):
+        case.function().jvp({"lr": torch.full((40,), 1.0)}, {"lr": torch.full((40,), 3e38)})
+
+
+def test_a_result_of_forward_mode_goes_to_a_file(tmp_path):
+    case = supervised(mlp(), (5,))
+    result = case.function().jvp(case.z, case.z)
+    result.save(tmp_path / "jvp")
+    assert torch.equal(mgd.load(tmp_path / "jvp").tangent, result.tangent) and "tangent" in repr(result)

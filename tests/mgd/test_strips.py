@@ -1,0 +1,55 @@
+"""A training whose attention goes by strips: its metagradient, by autograd and captured, beside an unrolled graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_exact, supervised
+from same_bits import same
+from torch import nn
+
+from mgd_kernels.functional import attention as whole
+from mgd_kernels.functional.attention_strips import attention
+
+
+class Attention(nn.Module):
+    """Grouped queries, causal, and a bias that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.bias = nn.Parameter(torch.randn(1, 4, 7, 7))
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, 4, 2).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, 2, 2).permute(2, 0, 3, 1, 4)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        o = o + F.scaled_dot_product_attention(q, k, v, self.bias, enable_gqa=True)
+        return self.out(o.transpose(1, 2).flatten(2)).mean(1)
+
+
+def case():
+    torch.manual_seed(0)
+    return supervised(Attention(), (7, 6), steps=4)
+
+
+@pytest.fixture
+def by_strips(monkeypatch):
+    """Matrices of any size; the calls are counted."""
+    calls = []
+    monkeypatch.setattr(whole, "LARGE", 0)
+    monkeypatch.setattr(whole, "attention", lambda *args: calls.append(args) or attention(*args))
+    return calls
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_metagradient(by_strips, trace):
+    result = assert_exact(case(), trace=trace)
+    assert by_strips and result.report.execution == ("captured" if trace else "eager")
+
+
+def test_a_capture_has_the_bits_of_autograd(by_strips):
+    results = [case().to(torch.float32).metagradient(trace=trace) for trace in (False, True)]
+    assert same(*results)
