@@ -6,21 +6,20 @@ faster tier makes none of them slower. So neither makes the plan slower, unless 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
 
 from mgd.plan.budget import Costs, Sizes
+from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
 from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near
 from mgd.plan.tally import Slots
-
-#: Ample inner snapshots must make a plan faster by this factor to be worth their memory.
-THRIFT = 1.006
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
@@ -43,30 +42,72 @@ class Search:
     stop_at: int = 0
 
     def best(self, plain: Layout) -> Layout:
-        """The fastest layout of all shapes; never slower than `plain`."""
-        chosen = self._best(coarse(self.chain), self.seconds(plain)) or plain
-        better: Layout | None = chosen
-        while better is not None:
-            chosen = better
-            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
-            better = self._best(shapes, ENOUGH * self.seconds(chosen))
+        """The fastest layout found; never slower than `plain`.
+
+        Every combination of tiers is searched, from what its parts led to. So one more tier never makes a plan slower.
+        """
+        ideal = Ideal(self.chain, self.sizes, self.limits, self.costs, self.stop_at)
+        enough = THRIFT * ideal.seconds
+        for layout in ideal.full_logs():
+            if self.seconds(layout) <= enough:
+                return layout
+        found = {frozenset[str](): plain}
+        chosen = plain
+        for tiers in self._combinations():
+            starts = [found[tiers - {tier}] for tier in tiers]
+            part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
+            chosen = part._search(min(starts, key=self.seconds), enough)
+            found[tiers] = chosen = self._widened(chosen)
+            if self.seconds(chosen) <= enough:
+                break
         return chosen
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
-        return self._best(full_logs(self.chain), inf)
+        return self._fastest(full_logs(self.chain), inf)
 
-    def _best(self, shapes: Shapes, best: float) -> Layout | None:
-        """The fastest layout of some shapes, if it takes less than `best` seconds."""
+    def _combinations(self) -> Iterator[frozenset[str]]:
+        """Of the tiers that can hold anything, all combinations, and those of fewer tiers first."""
+        tiers = [tier for tier, room in self.limits.items() if room >= min(self.sizes.snapshot, self.sizes.gradient)]
+        for count in range(1, len(tiers) + 1):
+            yield from map(frozenset, itertools.combinations(tiers, count))
+
+    def _widened(self, layout: Layout) -> Layout:
+        """The layout of a search on some of the tiers, as one of all tiers."""
+        if layout.tiers == tuple(self.limits):
+            return layout
+
+        def on_all(counts: tuple[int, ...]) -> tuple[int, ...]:
+            held = dict(zip(layout.tiers, counts, strict=True))
+            return tuple(held.get(tier, 0) for tier in self.limits)
+
+        outer, inner = (Slots(on_all(slots.counts)) for slots in (layout.outer, layout.inner))
+        return replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+
+    def _search(self, start: Layout, enough: float) -> Layout:
+        """The fastest layout that is found, or one that takes no more than `enough` seconds."""
+        chosen, best = start, self.seconds(start)
+        shapes = coarse(self.chain)
+        for some in (shapes[~shapes.ample], shapes[shapes.ample]):
+            if best > enough and (found := self._fastest(some, best, enough)):
+                chosen, best = found, self.seconds(found)
+        better: Layout | None = chosen
+        while better is not None and best > enough:
+            chosen, best = better, self.seconds(better)
+            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
+            better = self._fastest(shapes, ENOUGH * best, enough)
+        return chosen
+
+    def _fastest(self, shapes: Shapes, best: float, enough: float = 0.0) -> Layout | None:
+        """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
         bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
-        bounds = np.where(shapes.ample, THRIFT * bounds, bounds)
         chosen = None
         for i in np.argsort(bounds, kind="stable")[: MOST // len(self.limits) ** 2]:
-            if bounds[i] >= best:
+            if bounds[i] >= best or best <= enough:
                 break
             found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
-            if found is not None and (seconds := found[0] * (THRIFT if shapes.ample[i] else 1)) < best:
-                best, chosen = seconds, found[1]
+            if found is not None and found[0] < best:
+                best, chosen = found
         return chosen
 
     def seconds(self, layout: Layout) -> float:
