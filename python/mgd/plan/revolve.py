@@ -8,6 +8,7 @@ length contains only O(s r) different blocks: schedules of millions of steps are
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import comb, isqrt
 
 
@@ -49,6 +50,7 @@ def saves(n: int, s: int) -> int:
     return max(reach(s - 1, r - 1), n - reach(s, r - 1)) - 1
 
 
+@lru_cache(maxsize=1 << 16)
 def split(n: int, s: int) -> int:
     """Where to put the next snapshot in a chain of n >= 2 steps, so that both `advances` and `saves` are attained.
 

@@ -18,7 +18,7 @@ from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near
+from mgd.plan.shapes import Bound, Shapes, coarse, every, full_logs, near
 from mgd.plan.tally import Slots
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
@@ -41,8 +41,8 @@ class Search:
     costs: Costs
     stop_at: int = 0
 
-    def best(self, plain: Layout) -> Layout:
-        """The fastest layout found; never slower than `plain`.
+    def best(self) -> Layout:
+        """The fastest layout found. There must be room for a snapshot.
 
         Every combination of tiers is searched, from what its parts led to. So one more tier never makes a plan slower.
         """
@@ -51,16 +51,22 @@ class Search:
         for layout in ideal.full_logs():
             if self.seconds(layout) <= enough:
                 return layout
-        found = {frozenset[str](): plain}
-        chosen = plain
+        found: dict[frozenset[str], Layout] = {}
         for tiers in self._combinations():
-            starts = [found[tiers - {tier}] for tier in tiers]
             part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
-            chosen = part._search(min(starts, key=self.seconds), enough)
-            found[tiers] = chosen = self._widened(chosen)
-            if self.seconds(chosen) <= enough:
-                break
+            starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
+            starts += filter(None, [part.revolve()])
+            if starts:
+                chosen = self._widened(part._search(min(starts, key=self.seconds), enough))
+                if self.seconds(chosen) <= enough:
+                    break
+                found[tiers] = chosen
         return chosen
+
+    def revolve(self) -> Layout | None:
+        """As many snapshots as there is room for, and no log; None if there is no room for one."""
+        slots = min(self.chain - 1, sum(room // self.sizes.snapshot for room in self.limits.values()))
+        return Layout.fit(self.limits, self.sizes, self.chain, 1, Revolve(slots), slots, 0) if slots else None
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
@@ -86,28 +92,30 @@ class Search:
 
     def _search(self, start: Layout, enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds."""
-        chosen, best = start, self.seconds(start)
-        shapes = coarse(self.chain)
-        for some in (shapes[~shapes.ample], shapes[shapes.ample]):
-            if best > enough and (found := self._fastest(some, best, enough)):
-                chosen, best = found, self.seconds(found)
+        best = self.seconds(start)
+        chosen = self._fastest(coarse(self.chain), best, enough) or start
+        if every(self.chain):
+            return chosen
         better: Layout | None = chosen
-        while better is not None and best > enough:
-            chosen, best = better, self.seconds(better)
+        while better is not None and (best := self.seconds(better)) > enough:
+            chosen = better
             shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
             better = self._fastest(shapes, ENOUGH * best, enough)
-        return chosen
+        return better or chosen
 
     def _fastest(self, shapes: Shapes, best: float, enough: float = 0.0) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
         bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
         chosen = None
-        for i in np.argsort(bounds, kind="stable")[: MOST // len(self.limits) ** 2]:
-            if bounds[i] >= best or best <= enough:
-                break
-            found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
-            if found is not None and found[0] < best:
-                best, chosen = found
+        for ample in (False, True):
+            some = (shapes.ample == ample) & (bounds < best)
+            order = np.flatnonzero(some)[np.argsort(bounds[some], kind="stable")]
+            for i in order[: MOST // len(self.limits) ** 2]:
+                if bounds[i] >= best or best <= enough:
+                    break
+                found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
+                if found is not None and found[0] < best:
+                    best, chosen = found
         return chosen
 
     def seconds(self, layout: Layout) -> float:
