@@ -238,7 +238,9 @@ def _reads(length: int, slots: int, last: Counts) -> Counts:
 
 
 def _steps(up_to: Counts) -> Counts:
-    return np.diff(up_to, axis=-1, prepend=0)
+    steps = up_to.copy()  # np.diff takes several times as long
+    steps[..., 1:] -= up_to[..., :-1]
+    return steps
 
 
 def _splits(count: int, most: Counts, all_up_to: int) -> Counts:

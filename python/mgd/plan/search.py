@@ -24,8 +24,8 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: The most shapes that are placed in one search on one tier; on more, there are more ways to place each of them.
-MOST = 1200
+#: The most shapes that are placed in one search, with few and with ample inner snapshots each: on one tier, two, three.
+MOST = (1200, 100, 40)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Search:
         for ample in (False, True):
             some = (shapes.ample == ample) & (bounds < best)
             order = np.flatnonzero(some)[np.argsort(bounds[some], kind="stable")]
-            for i in order[: MOST // len(self.limits) ** 2]:
+            for i in order[: MOST[len(self.limits) - 1]]:
                 if bounds[i] >= best or best <= enough:
                     break
                 found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))

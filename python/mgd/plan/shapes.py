@@ -224,11 +224,11 @@ class Bound:
         costs = self.costs
         rates = costs.write if way == "write" else costs.read
         copying = {t: 1 / (costs.copy if t in costs.overlap else rates[t]) for t in self.limits}
-        others = [
+        least = [
             min(1 / (costs.copy if t in costs.overlap else of[t]) for t in self.limits)
             for of in (costs.write, costs.read)
         ]
-        busy, left = work + write * others[0] + read * others[1], log
+        busy, left = work + write * least[0] + read * least[1], log
         for tier in sorted(copying, key=copying.__getitem__):
             here = np.minimum(left, times * self.limits[tier])
             busy, left = busy + here * copying[tier], left - here
@@ -239,7 +239,11 @@ class Bound:
             elsewhere = sum(room for tier, room in self.limits.items() if tier not in some)
             beside = np.maximum(beside, (log - times * elsewhere) / rate)
         if len(parallel) == len(self.limits):
-            beside = np.maximum(beside, (log + (write if way == "write" else read)) / rate)
+            moved, others = (log + write, read) if way == "write" else (log + read, write)
+            back = costs.read if way == "write" else costs.write
+            fastest, fastest_back = (max(of[tier] for tier in parallel) for of in (rates, back))
+            both = (moved / fastest + others / fastest_back) / len(parallel)
+            beside = np.maximum(beside, np.maximum(moved / rate, both))
         return np.maximum(busy, beside)
 
 
