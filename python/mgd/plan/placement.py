@@ -27,7 +27,7 @@ Seconds = NDArray[np.float64]
 SNAPSHOTS, GRADIENTS = 10, 24
 
 #: The most combinations of which all are tried. Of more, those whose snapshots are best where the log fills the tiers.
-COMBINATIONS = 8_000
+COMBINATIONS = 2_000
 
 _FIRST, _REPLAY, _REVERSE = range(3)  # the phases
 

@@ -70,6 +70,7 @@ def _gamma(s: int, r: int) -> int:
     return reach(s, r - 1) + reach(s - 1, r - 1) if s > 0 else 1
 
 
+@lru_cache(maxsize=1 << 16)
 def advances_from(n: int, s: int, position: int) -> int:
     """How many of the t(n, s) advances of the revolve schedule are over steps at or after `position`."""
     total = 0

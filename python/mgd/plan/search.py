@@ -7,7 +7,7 @@ faster tier makes none of them slower. So neither makes the plan slower, unless 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -24,8 +24,11 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: The most shapes that are placed in one search, with few and with ample inner snapshots each: on one tier, two, three.
-MOST = (1200, 100, 40)
+#: The most shapes that are placed in one search on one tier, on two and on three.
+MOST = (1200, 300, 60)
+
+#: Near the best shape, and for chains of more than `LONG` steps, so many: placing a long log takes longer.
+FEWER, LONG = (300, 75, 20), 1000
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Search:
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
-        return self._fastest(full_logs(self.chain), inf)
+        return self._fastest(full_logs(self.chain), inf, 0.0, MOST)
 
     def _combinations(self) -> Iterator[frozenset[str]]:
         """Of the tiers that can hold anything, all combinations, and those of fewer tiers first."""
@@ -93,26 +96,27 @@ class Search:
     def _search(self, start: Layout, enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds."""
         best = self.seconds(start)
-        chosen = self._fastest(coarse(self.chain), best, enough) or start
+        most = MOST if self.chain <= LONG else FEWER
+        chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
         better: Layout | None = chosen
         while better is not None and (best := self.seconds(better)) > enough:
             chosen = better
             shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
-            better = self._fastest(shapes, ENOUGH * best, enough)
+            better = self._fastest(shapes, ENOUGH * best, enough, FEWER)
         return better or chosen
 
-    def _fastest(self, shapes: Shapes, best: float, enough: float = 0.0) -> Layout | None:
+    def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
         bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
+        order = np.flatnonzero(bounds < best)
+        order = order[np.argsort((np.where(shapes.ample, THRIFT, 1.0) * bounds)[order], kind="stable")]
         chosen = None
-        for ample in (False, True):
-            some = (shapes.ample == ample) & (bounds < best)
-            order = np.flatnonzero(some)[np.argsort(bounds[some], kind="stable")]
-            for i in order[: MOST[len(self.limits) - 1]]:
-                if bounds[i] >= best or best <= enough:
-                    break
+        for i in order[: most[len(self.limits) - 1]]:
+            if best <= enough:
+                break
+            if bounds[i] < best:
                 found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
                 if found is not None and found[0] < best:
                     best, chosen = found
