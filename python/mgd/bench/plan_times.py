@@ -146,8 +146,8 @@ def command(
                 results.append(measure(WORKLOADS[name](steps=count), place, rounds, shared.core_of(core)))
     good, phases = close(results)
     text = (
-        f"Medians of {rounds}; the ratio with its 20% and 80% quantiles. {good} of {phases} phases are predicted within "
-        f"{CLOSE:.0%}. Only transfers of the disk run beside the computation on a CPU: copies in memory, and those to "
+        f"Medians of {rounds}; the ratio with its 20% and 80% quantiles. {good} of {phases} phases are predicted "
+        f"within {CLOSE:.0%}. Only transfers of the disk run beside the computation on a CPU: copies in memory, and those to "
         "and from the disk's buffers, are part of it."
     )
     session.table("Predicted and measured seconds", rows(results), text)

@@ -2,9 +2,9 @@
 
 Every step is trained once and reversed once. The state of each but the last is loaded, and its gradient is either
 logged, written and read, or computed again. Let w be the seconds to write a snapshot and u those of an update. The
-state of a step is saved, or reached by an update from the state before it; by one alone, only if that one is saved.
-With S saves this takes S w + (N - S) u + max(0, N - 2S) u at least. That is linear between S = 0, N/2 and N, so the
-least is N times the least of 2u, (w + u)/2 and w.
+first state is saved. Each of the M = N - 2 after it is saved, or reached by an update from the state before it; by one
+alone, only if that one is saved. With S more saves this takes S w + (M - S) u + max(0, M - 2S - 1) u at least. That is
+linear between S = 0, (M - 1) / 2 and M, so the least is at one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ THRIFT = 1.006
 
 @dataclass(frozen=True)
 class Ideal:
-    """A chain of `chain` steps after `stop_at` that are only trained. limits: bytes by tier, fastest first."""
+    """A chain of at least 2 steps, after `stop_at` that are only trained. limits: bytes by tier, fastest first."""
 
     chain: int
     sizes: Sizes
@@ -38,10 +38,12 @@ class Ideal:
         """No plan takes less. More memory, one more tier or a faster one does not make it larger."""
         update, save = self._again
         once = min(self.costs.step, self.sizes.gradient * self._rates[2])
-        return self._loaded + (self.chain - 1) * once + (self.chain - 2) * min(2 * update, (save + update) / 2, save) + save
+        others = self.chain - 2
+        again = min((2 * others - 1) * update, ((others - 1) * save + (others + 1) * update) / 2, others * save)
+        return self._loaded + (self.chain - 1) * once + save + max(0.0, again)
 
     def full_logs(self) -> Iterator[Layout]:
-        """Full logs that fit and that may take at most THRIFT of the least seconds, those with the least memory first."""
+        """Full logs that may take at most THRIFT of the least seconds, those with the fewest snapshots first."""
         update, save = self._again
         logged = self._loaded + (self.chain - 1) * self.sizes.gradient * self._rates[2]
         for slots in sorted({thrifty(self.chain), *fewest_saves(self.chain)}):

@@ -24,11 +24,10 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: The most shapes that are placed in one search on one tier, on two and on three.
-MOST = (1200, 300, 60)
-
-#: Near the best shape, and for chains of more than `LONG` steps, so many: placing a long log takes longer.
-FEWER, LONG = (300, 75, 20), 1000
+#: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
+#: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
+MOST = ((60, (1200, 1200, 240)), (1000, (1200, 300, 60)), (inf, (300, 75, 20)))
+FEWEST = MOST[-1][1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Search:
         for tiers in self._combinations():
             part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
             starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
-            starts += filter(None, [part.revolve()])
+            starts += part.revolve()
             if starts:
                 chosen = self._widened(part._search(min(starts, key=self.seconds), enough))
                 if self.seconds(chosen) <= enough:
@@ -66,14 +65,18 @@ class Search:
                 found[tiers] = chosen
         return chosen
 
-    def revolve(self) -> Layout | None:
-        """As many snapshots as there is room for, and no log; None if there is no room for one."""
+    def revolve(self) -> list[Layout]:
+        """Layouts without a log, as far as there is room for a snapshot: as many snapshots as fit, half of them, ..."""
         slots = min(self.chain - 1, sum(room // self.sizes.snapshot for room in self.limits.values()))
-        return Layout.fit(self.limits, self.sizes, self.chain, 1, Revolve(slots), slots, 0) if slots else None
+        counts = [slots >> k for k in range(slots.bit_length())]
+        if len(self.limits) == 1:
+            del counts[1:]  # the bound of one tier is tight, so that the search finds the others soon
+        fits = (Layout.fit(self.limits, self.sizes, self.chain, 1, Revolve(count), count, 0) for count in counts)
+        return [layout for layout in fits if layout is not None]
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
-        return self._fastest(full_logs(self.chain), inf, 0.0, MOST)
+        return self._fastest(full_logs(self.chain), inf, 0.0, FEWEST)
 
     def _combinations(self) -> Iterator[frozenset[str]]:
         """Of the tiers that can hold anything, all combinations, and those of fewer tiers first."""
@@ -96,7 +99,7 @@ class Search:
     def _search(self, start: Layout, enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds."""
         best = self.seconds(start)
-        most = MOST if self.chain <= LONG else FEWER
+        most = next(most for steps, most in MOST if self.chain <= steps)
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
@@ -104,7 +107,7 @@ class Search:
         while better is not None and (best := self.seconds(better)) > enough:
             chosen = better
             shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
-            better = self._fastest(shapes, ENOUGH * best, enough, FEWER)
+            better = self._fastest(shapes, ENOUGH * best, enough, FEWEST)
         return better or chosen
 
     def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:

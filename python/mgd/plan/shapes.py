@@ -166,16 +166,17 @@ class Bound:
         passing = np.maximum(0, n - 2) * np.maximum(0, inner - 1)
         rising = (n - 1) * whole.saved_again
         logged, loads = N - n, N - n
-        seconds = self._phase(costs.step * (self.stop_at + N), 1, held)
-        seconds = seconds + self._phase(
-            costs.step * replayed,
-            n - 1,
-            grad * np.maximum(0, logged - (length - 1)) + state * passing,
-            state * turns.saved_again,
-            state * turns.loads,
-        )
+        training = self._phase(costs.step * (self.stop_at + N), 1, held)
+        again = grad * np.maximum(0, logged - (length - 1)) + state * passing
+        replay = self._phase(costs.step * replayed, n - 1, again, state * turns.saved_again, state * turns.loads)
         work = costs.step * (n - 1) + costs.update * updates + costs.hvp * N
-        seconds = seconds + self._phase(work, n, grad * logged, state * rising, state * loads + grad * updates, "read")
+        reads = state * loads + grad * updates
+        reverse = self._phase(work, n, grad * logged, state * rising, reads, "read")
+        # What the training leaves is read at least once.
+        reads = np.maximum(0, grad * logged + reads + state * turns.loads - held)
+        writes = again + state * (turns.saved_again + rising)
+        after = self._phase(work + costs.step * replayed, 1, held, writes, reads, "read")
+        seconds = training + np.maximum(replay + reverse, after)
         work = work + costs.step * (self.stop_at + N + replayed)
         saved = passing + inner + rising + outer + turns.saved_again
         seconds = np.maximum(

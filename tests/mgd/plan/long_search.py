@@ -1,6 +1,6 @@
 """Long random searches of three problems, whose results `test_search.py` knows.
 
-    python tests/mgd/plan/long_search.py [SECONDS]
+python tests/mgd/plan/long_search.py SECONDS
 """
 
 from __future__ import annotations
@@ -60,4 +60,6 @@ def long_search(chain: int, sizes: Sizes, limits: dict[str, int], costs: Costs, 
 if __name__ == "__main__":
     placement.COMBINATIONS = 50_000
     for name, problem in PROBLEMS.items():
-        print(f'    "{name}": {long_search(*problem, float(sys.argv[1]) if len(sys.argv) > 1 else 600):.6g},', flush=True)
+        print(
+            f'    "{name}": {long_search(*problem, float(sys.argv[1]) if len(sys.argv) > 1 else 600):.6g},', flush=True
+        )
