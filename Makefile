@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast attack sanitize data bench bench-gpu lint format clean
+.PHONY: demo test test-fast docs attack sanitize data bench bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -49,6 +49,11 @@ sanitize: $(VENV)/.installed
 	        MGD_SANITIZED=$$(ls build/sanitize/_core*.so) PYTHONPATH=tests/attack \
 	        $(BIN)/python -m pytest -q -p sanitized -p no:faulthandler $(SANITIZED_TESTS) || exit 1; \
 	done
+
+# The documentation as a site, in build/site.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Data sets of the recipes, and the packages that they compare with: what cannot be installed here is said and left out.
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz

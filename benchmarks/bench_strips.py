@@ -49,16 +49,22 @@ def loss(strips: bool) -> None:
     second((lambda h, w: functional.linear_cross_entropy(h, w, target)) if strips else held, [h, w], [ch, cw])
 
 
+def peak() -> int:
+    """Of this process, in MB. Not `ru_maxrss`, which begins at the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
+
+
 def megabytes(function: Callable[..., None], *args: object) -> int:
     """By which a call grows a process that has done nothing else."""
     program = f"""
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import bench_strips
 torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = bench_strips.peak()
 bench_strips.{function.__name__}(*{args!r})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(bench_strips.peak() - before)
 """
     return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from mgd_kernels import dispatch
 from mgd_kernels.backends.reference import jvp_
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.optimizer import Optimizer, Value
-from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule
+from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule, check_range
 
 
 class FusedOptimizer(Optimizer):
@@ -43,12 +42,7 @@ class FusedOptimizer(Optimizer):
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the values are finite, betas in [0, 1), `eps` and `eps_root` at least 0."""
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        values = torch.as_tensor(values, dtype=torch.float64).flatten()
-        wrong = values[~((values >= low) & (values < high) & values.isfinite())]
-        if wrong.numel():
-            wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
-            raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
+        check_range(RANGES, name, values, called)
 
     def backend(self, params: Tensor, grad: Tensor):
         """The module that will run this optimizer's kernels on these tensors."""

@@ -8,10 +8,26 @@ language: `backends/reference.py` (torch, the specification), `csrc/optim/*.h` (
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mgd_kernels.errors import BadArgument
 
 # Hyperparameters that the rules take from [low, high) only; all others may be any finite number.
 RANGES = {"beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "eps": (0.0, math.inf), "eps_root": (0.0, math.inf)}
+
+
+def check_range(ranges: Mapping[str, tuple[float, float]], name: str, values: float | Tensor, called: str = "") -> None:
+    """BadArgument unless the values are finite, and in [low, high) where `ranges` has the name."""
+    low, high = ranges.get(name, (-math.inf, math.inf))
+    values = torch.as_tensor(values, dtype=torch.float64).flatten()
+    wrong = values[~((values >= low) & (values < high) & values.isfinite())]
+    if wrong.numel():
+        wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
+        raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.memory import check_extents_apart
 from mgd_kernels.optimizer import Optimizer, OptimizerState
+from mgd_kernels.rules import RANGES, check_range
 
 Update = Callable[[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], int], tuple[Tensor, dict[str, Tensor]]]
 
@@ -159,6 +160,10 @@ class RMSprop(UpdateRule):
             "momentum": momentum,
         }
         super().__init__(_rmsprop, ("square_avg", "momentum_buffer"), defaults, True, compile, param_groups)
+
+    def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
+        """BadArgument unless the values are finite, `alpha` in [0, 1), `eps` and `eps_root` at least 0."""
+        check_range({**RANGES, "alpha": (0.0, 1.0)}, name, values, called)
 
 
 # Coefficients of the quintic Newton-Schulz iteration, from Keller Jordan's Muon (2024).

@@ -2,6 +2,9 @@
 // released. `mgd_kernels/functional` checks dtypes, shapes and layouts.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "nn/nn.h"
 
@@ -13,6 +16,10 @@ namespace {
 using Address = uintptr_t;
 
 float* at(Address address) { return reinterpret_cast<float*>(address); }
+
+using Shape = std::array<int64_t, 4>;  // or the strides of a tensor of four dimensions, whose last is 1
+
+Strides outer(const Shape& strides) { return {strides[0], strides[1], strides[2]}; }
 
 }  // namespace
 
@@ -29,16 +36,16 @@ void bind_nn(py::module_& m) {
         "A pointwise function (with its slope), or the gradient of its gradient; n elements.");
     m.def(
         "nn_layer_norm",
-        [](int pass, int64_t rows, int64_t width, float eps, Address x, Address weight, Address bias, Address gy,
-           Address c, Address cw, Address cb, Address mean, Address rstd, Address y, Address gx, Address ggy,
-           Address gw, Address gb, int threads) {
+        [](int pass, int64_t rows, int64_t width, float eps, bool centred, Address x, Address weight, Address bias,
+           Address gy, Address c, Address cw, Address cb, Address mean, Address rstd, Address y, Address gx,
+           Address ggy, Address gw, Address gb, int threads) {
             py::gil_scoped_release release;
             run_layer_norm(static_cast<Pass>(pass),
-                           {rows, width, eps, at(x), at(weight), at(bias), at(gy), at(c), at(cw), at(cb), at(mean),
-                            at(rstd), at(y), at(gx), at(ggy), nullptr, at(gw), at(gb)},
+                           {rows, width, eps, centred, at(x), at(weight), at(bias), at(gy), at(c), at(cw), at(cb),
+                            at(mean), at(rstd), at(y), at(gx), at(ggy), nullptr, at(gw), at(gb)},
                            threads);
         },
-        "Layer norm over rows [rows, width].");
+        "Layer norm, or RMS norm where it is not centred, over rows [rows, width].");
     m.def(
         "nn_channel_norm",
         [](int pass, int64_t batch, int64_t channels, int64_t inner, int64_t groups, float eps, Address x,
@@ -55,13 +62,28 @@ void bind_nn(py::module_& m) {
         "Group norm (groups > 0) or batch norm (groups = 0) of [batch, channels, inner].");
     m.def(
         "nn_softmax",
-        [](int pass, int64_t rows, int64_t width, int64_t period, float scale, Address x, Address gy, Address c,
-           Address y, Address gx, Address ggy, Address gp, int threads) {
+        [](int pass, int64_t rows, int64_t width, int64_t period, float scale, Address mask,
+           const std::array<int64_t, 5>& strides, Address x, Address gy, Address c, Address y, Address gx, Address ggy,
+           Address gp, int threads) {
             py::gil_scoped_release release;
+            const auto [heads, length, batch, head, row] = strides;
             run_softmax(static_cast<Pass>(pass),
-                        {rows, width, period, scale, at(x), at(gy), at(c), at(y), at(gx), at(ggy), at(gp)}, threads);
+                        {rows,
+                         width,
+                         period,
+                         scale,
+                         {at(mask), heads, length, {batch, head, row}},
+                         at(x),
+                         at(gy),
+                         at(c),
+                         at(y),
+                         at(gx),
+                         at(ggy),
+                         at(gp)},
+                        threads);
         },
-        "softmax(scale x) over rows; period > 0: row i sees the columns up to i % period.");
+        "softmax(scale x + mask) over rows; period > 0: row i sees the columns up to i % period. The mask's heads and "
+        "length, and its strides along batch, heads and length.");
     m.def(
         "nn_cross_entropy",
         [](int pass, int64_t rows, int64_t width, int64_t ignored, Address x, Address gy, Address c, Address target,
@@ -73,6 +95,28 @@ void bind_nn(py::module_& m) {
                               threads);
         },
         "Cross-entropy of rows with class indices; IndexError where one is out of bounds.");
+    m.def(
+        "nn_rotary",
+        [](const Shape& shape, bool shared, bool transposed, const Shape& strides, Address x, Address cos, Address sin,
+           Address y, int threads) {
+            py::gil_scoped_release release;
+            const auto [batch, heads, length, width] = shape;
+            run_rotary(
+                {batch, heads, length, width, shared, transposed, outer(strides), at(x), at(cos), at(sin), at(y)},
+                threads);
+        },
+        "Rotary position embeddings of [batch, heads, length, width], or the transposed map.");
+    m.def(
+        "nn_rotary_sums",
+        [](const Shape& shape, bool shared, const Shape& gy_strides, const Shape& x_strides, Address gy, Address x,
+           Address gcos, Address gsin, int threads) {
+            py::gil_scoped_release release;
+            const auto [batch, heads, length, width] = shape;
+            run_rotary_sums({batch, heads, length, width, shared, outer(gy_strides), outer(x_strides), at(gy), at(x),
+                             at(gcos), at(gsin)},
+                            threads);
+        },
+        "The cotangents of cos and sin.");
 }
 
 }  // namespace mgd

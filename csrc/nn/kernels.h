@@ -23,10 +23,12 @@ struct Activation {
     float *y, *slope, *gx, *ggy;
 };
 
-// Rows [rows, width], normalised; weight and bias [width], mean and rstd [rows].
+// Rows [rows, width], normalised; weight and bias [width], mean and rstd [rows]. centred: by mean and variance (layer
+// norm), otherwise by the mean of the squares (RMS norm), where `mean` is 0.
 struct LayerNorm {
     int64_t rows, width;
     float eps;
+    bool centred;
     const float *x, *weight, *bias, *gy, *c, *cw, *cb;
     float *mean, *rstd, *y, *gx, *ggy;
     float* partial;  // [blocks, 2, width]: gw and gb of each block of kRowBlock rows
@@ -51,10 +53,30 @@ struct ChannelNorm {
 };
 constexpr int kPieceSums = 5;
 
-// y = softmax(scale x) over rows [rows, width]. causal: row i sees the columns up to i % period.
+// Of [batch, heads, length, width], whose last stride is 1.
+struct Strides {
+    int64_t batch, head, row;
+
+    int64_t at(int64_t b, int64_t h, int64_t l) const { return b * batch + h * head + l * row; }
+};
+
+// What is added to the logits of attention [batch, heads, length, width]; null: nothing. A row of nothing but minus
+// infinity sees nothing, and its softmax is 0.
+struct Mask {
+    const float* first;
+    int64_t heads, length;
+    Strides strides;
+
+    const float* of(int64_t i) const {
+        return first + strides.at(i / (heads * length), i / length % heads, i % length);
+    }
+};
+
+// y = softmax(scale x + mask) over rows [rows, width]. causal: row i sees the columns up to i % period.
 struct Softmax {
     int64_t rows, width, period;
     float scale;
+    Mask mask;
     const float *x, *gy, *c;
     float *y, *gx, *ggy, *gp;  // the backward passes read y; gp: the cotangent of y that the double backward gives
 };
@@ -68,6 +90,25 @@ struct CrossEntropy {
     float *losses, *statistics, *gx, *ggy;
 };
 
+// y [batch, heads, length, width] = x cos + rot(x) sin, or the transposed map (see rotary.h). cos, sin [1 or batch,
+// length, width]. shared: by all examples.
+struct Rotary {
+    int64_t batch, heads, length, width;
+    bool shared, transposed;
+    Strides strides;
+    const float *x, *cos, *sin;
+    float* y;
+};
+
+// gcos, gsin [1 or batch, length, width]: the cotangents of cos and sin, from x and that of y.
+struct RotarySums {
+    int64_t batch, heads, length, width;
+    bool shared;
+    Strides gy_strides, x_strides;
+    const float *gy, *x;
+    float *gcos, *gsin;
+};
+
 // One instruction set's kernels, over the items [begin, end): elements, rows, row blocks, or sets.
 struct NnKernels {
     void (*activation)(Pass, const Activation&, int64_t begin, int64_t end);
@@ -75,6 +116,8 @@ struct NnKernels {
     void (*channel_norm)(Pass, const ChannelNorm&, int64_t begin, int64_t end);
     void (*softmax)(Pass, const Softmax&, int64_t begin, int64_t end);
     void (*cross_entropy)(Pass, const CrossEntropy&, int64_t begin, int64_t end);
+    void (*rotary)(const Rotary&, int64_t begin, int64_t end);
+    void (*rotary_sums)(const RotarySums&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

@@ -1,9 +1,10 @@
-// Layer norm over rows. With x̂ = (x - mean) rstd, g = gy weight, and <> the mean over a row:
+// Layer norm and RMS norm over rows. With x̂ = (x - mean) rstd, g = gy weight, and <> the mean over a row:
 //   backward:         gx = rstd (g - <g> - x̂ <g x̂>); gw = Σ gy x̂; gb = Σ gy, over all rows.
 //   double backward:  of S = Σ c gx + cw gw + cb gb, with h = rstd (c - <c> - x̂ <c x̂>):
 //     ggy = h weight + cw x̂ + cb;   gw = Σ h gy, over all rows;
 //     gx  = rstd (q - <q> - x̂ (<q x̂> + rstd A)), where q = cw gy - rstd (c <g x̂> + g <c x̂>) is the cotangent of x̂
 //           and A = <c g> - <c><g> - <c x̂><g x̂> that of rstd, a row's share of it.
+// RMS norm takes nothing from x: mean, <g>, <c> and <q> are 0 in its formulas.
 
 #pragma once
 
@@ -31,12 +32,16 @@ struct LayerNormBlock {
         return from ? lanes.load(from + at) : splat(value);
     }
 
+    // Of a row, where that is taken from its elements.
+    double average(double sum) const { return a.centred ? sum / d : 0; }
+
     void forward() const {
         for (int64_t row = begin; row < end; ++row) {
             const float* x = a.x + row * a.width;
             float* y = a.y + row * a.width;
             double sum = 0, squares = 0;
-            add_sums<1>(a.width, &sum, [&](int64_t at, auto lanes, V* t) MGD_INLINE { t[0] = lanes.load(x + at); });
+            if (a.centred)
+                add_sums<1>(a.width, &sum, [&](int64_t at, auto lanes, V* t) MGD_INLINE { t[0] = lanes.load(x + at); });
             const float mean = sum / d;
             add_sums<1>(a.width, &squares, [&](int64_t at, auto lanes, V* t) MGD_INLINE {
                 const V centered = lanes.load(x + at) - mean;
@@ -64,7 +69,7 @@ struct LayerNormBlock {
                 t[0] = lanes.load(gy + at) * or_else(a.weight, at, lanes, 1);
                 t[1] = t[0] * (lanes.load(x + at) - mean);
             });
-            const float g = sums[0] / d, gn = sums[1] / d * rstd;
+            const float g = average(sums[0]), gn = sums[1] / d * rstd;
             for_lanes(a.width, [&](int64_t at, auto lanes) MGD_INLINE {
                 const V cotangent = lanes.load(gy + at), normalised = (lanes.load(x + at) - mean) * rstd;
                 const V weighted = cotangent * or_else(a.weight, at, lanes, 1);
@@ -95,9 +100,9 @@ struct LayerNormBlock {
                 t[5] = cotangent * or_else(a.cw, at, lanes, 0);
                 t[6] = t[5] * centered;
             });
-            const double c0 = sums[0] / d, c1 = r * sums[1] / d, g0 = sums[2] / d, g1 = r * sums[3] / d;
+            const double c0 = average(sums[0]), c1 = r * sums[1] / d, g0 = average(sums[2]), g1 = r * sums[3] / d;
             const double share = sums[4] / d - c0 * g0 - c1 * g1;
-            const float q0 = sums[5] / d - r * (c0 * g1 + g0 * c1);
+            const float q0 = average(sums[5]) - r * (c0 * g1 + g0 * c1);
             const float q1 = r * sums[6] / d - 2 * r * c1 * g1 + r * share;
             const float mean_c = c0, along_c = c1, rg1 = r * g1, rc1 = r * c1;
             for_lanes(a.width, [&](int64_t at, auto lanes) MGD_INLINE {

@@ -107,4 +107,17 @@ void run_cross_entropy(Pass pass, const CrossEntropy& task, int threads) {
              [&](int64_t begin, int64_t end) { kernels.cross_entropy(pass, task, begin, end); });
 }
 
+void run_rotary(const Rotary& task, int threads) {
+    const NnKernels& kernels = current();
+    const int64_t rows = task.batch * task.heads * task.length;
+    parallel(threads, rows, rows * task.width, [&](int64_t begin, int64_t end) { kernels.rotary(task, begin, end); });
+}
+
+void run_rotary_sums(const RotarySums& task, int threads) {
+    const NnKernels& kernels = current();
+    const int64_t rows = task.length * (task.shared ? 1 : task.batch);
+    parallel(threads, rows, task.batch * task.heads * task.length * task.width,
+             [&](int64_t begin, int64_t end) { kernels.rotary_sums(task, begin, end); });
+}
+
 }  // namespace mgd

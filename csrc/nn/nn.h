@@ -12,5 +12,7 @@ void run_channel_norm(Pass, ChannelNorm, int threads);
 void run_softmax(Pass, const Softmax&, int threads);
 // Throws std::out_of_range where a target is neither a column nor `ignored`.
 void run_cross_entropy(Pass, const CrossEntropy&, int threads);
+void run_rotary(const Rotary&, int threads);
+void run_rotary_sums(const RotarySums&, int threads);
 
 }  // namespace mgd

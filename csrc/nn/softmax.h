@@ -10,29 +10,35 @@
 namespace mgd {
 namespace {
 
-MGD_HD float maximum(const float* x, int64_t n, float scale) {
+// The largest of logit(at, lanes) over [0, n).
+template <class F>
+MGD_HD float maximum(int64_t n, F logit) {
     float most = -INFINITY;
-    if (n >= kWidth) {
-        V all = load<V>(x) * scale;
-        for (int64_t at = kWidth; at < n; at += kWidth) {  // the last register overlaps the one before
-            const V v = load<V>(x + (at + kWidth <= n ? at : n - kWidth)) * scale;
-            all = all > v ? all : v;
-        }
-        for (int64_t i = 0; i < kWidth; ++i) most = most > all[i] ? most : all[i];
-    } else {
-        for (int64_t i = 0; i < n; ++i) most = most > x[i] * scale ? most : x[i] * scale;
+    const int64_t lanes = n < kWidth ? n : kWidth;
+    V all = n < kWidth ? logit(0, Part{n}) : logit(0, Whole{});
+    for (int64_t at = kWidth; at < n; at += kWidth) {  // the last register overlaps the one before
+        const V v = logit(at + kWidth <= n ? at : n - kWidth, Whole{});
+        all = all > v ? all : v;
     }
+    for (int64_t i = 0; i < lanes; ++i) most = most > all[i] ? most : all[i];
     return most;
 }
 
-// y = e^(scale x - maximum); the sum of y.
-MGD_HD double exponentials(const float* x, float* y, int64_t n, float scale, float most) {
+// y = e^(logit - maximum); the sum of y.
+template <class F>
+MGD_HD double exponentials(float* y, int64_t n, float most, F logit) {
     double sum = 0;
     add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
-        term[0] = exponential(lanes.load(x + at) * scale - most);
+        term[0] = exponential(logit(at, lanes) - most);
         lanes.store(y + at, term[0]);
     });
     return sum;
+}
+
+template <class F>
+MGD_HD void normalised_exponentials(float* y, int64_t n, float most, F logit) {
+    const float inverse = 1.0 / exponentials(y, n, most, logit);
+    for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(y + at, lanes.load(y + at) * inverse); });
 }
 
 void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
@@ -43,8 +49,16 @@ void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
         const float *x = s.x + first, *gy = s.gy + first, *c = s.c + first;
         float *y = s.y + first, *gx = s.gx + first, *ggy = s.ggy + first, *gp = s.gp + first;
         if (pass == Pass::forward) {
-            const float inverse = 1.0 / exponentials(x, y, n, scale, maximum(x, n, scale));
-            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(y + at, lanes.load(y + at) * inverse); });
+            const float* mask = s.mask.first ? s.mask.of(row) : nullptr;
+            const auto scaled = [&](int64_t at, auto lanes) MGD_INLINE { return lanes.load(x + at) * scale; };
+            const auto masked = [&](int64_t at, auto lanes)
+                                    MGD_INLINE { return lanes.load(x + at) * scale + lanes.load(mask + at); };
+            if (!mask)
+                normalised_exponentials(y, n, maximum(n, scaled), scaled);
+            else if (const float most = maximum(n, masked); most > -INFINITY)
+                normalised_exponentials(y, n, most, masked);
+            else
+                __builtin_memset(y, 0, sizeof(float) * n);
             __builtin_memset(y + n, 0, hidden);
         } else if (pass == Pass::backward) {
             double sum = 0;
@@ -83,7 +97,7 @@ void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end)
         const float *x = e.x + row * n, *c = e.c + row * n;
         float *gx = e.gx + row * n, *statistics = e.statistics + 2 * row;
         if (pass == Pass::forward) {
-            const float most = maximum(x, n, 1.0f);
+            const float most = maximum(n, [&](int64_t at, auto lanes) MGD_INLINE { return lanes.load(x + at); });
             double sum = 0;
             add_sums<1>(n, &sum, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
                 term[0] = exponential(lanes.load(x + at) - most);

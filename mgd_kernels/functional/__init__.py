@@ -10,8 +10,8 @@ products are made of torch's, have derivatives of any order, and serve any float
 `linear_cross_entropy`, which has no counterpart in torch, and attention from 1024 x 1024 on work by strips and hold no
 matrix; they serve float64 too.
 
-Import the functions and `REPLACEMENTS` (torch's function -> ours) from here. The rooms it looks into: `backends.cpu`
-(to load the extension) and `errors`.
+Import the functions, `REPLACEMENTS` (torch's function -> ours) and `served` from here. The rooms it looks into:
+`backends.cpu` (to load the extension) and `errors`.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from mgd_kernels.functional._library import served
 from mgd_kernels.functional.activation import gelu, sigmoid, silu, tanh
 from mgd_kernels.functional.attention import scaled_dot_product_attention, softmax
 from mgd_kernels.functional.batch_norm import batch_norm, batch_norm_with_statistics
@@ -33,7 +34,8 @@ from mgd_kernels.functional.convolution import (
 from mgd_kernels.functional.grouped import grouped_mm
 from mgd_kernels.functional.linear_loss import linear_cross_entropy
 from mgd_kernels.functional.loss import cross_entropy
-from mgd_kernels.functional.norm import group_norm, layer_norm
+from mgd_kernels.functional.norm import group_norm, layer_norm, rms_norm
+from mgd_kernels.functional.rotary import rotary, rotary_fits
 
 __all__ = [
     "REPLACEMENTS",
@@ -51,7 +53,11 @@ __all__ = [
     "grouped_mm",
     "layer_norm",
     "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "rotary_fits",
     "scaled_dot_product_attention",
+    "served",
     "sigmoid",
     "silu",
     "softmax",
@@ -66,6 +72,7 @@ REPLACEMENTS: dict[Callable, Callable] = {
     torch.sigmoid: sigmoid,
     torch.Tensor.sigmoid: sigmoid,
     F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
     F.group_norm: group_norm,
     F.batch_norm: batch_norm,
     F.softmax: softmax,

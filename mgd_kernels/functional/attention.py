@@ -1,4 +1,4 @@
-"""Softmax over rows, with scale and causal mask, and attention made of it and batched matrix products."""
+"""Softmax over rows, with scale and mask, and attention made of it and batched matrix products."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from mgd_kernels.functional._library import (
 )
 from mgd_kernels.functional.attention_strips import attention
 
-# p = softmax(scale x) over the last dimension; gp, gx cotangents of p and x; c that of gx; ggp that of gp.
-# causal: row i of a matrix [..., rows, columns] sees the columns 0..i.
+# p = softmax(scale x + mask) over the last dimension; gp, gx cotangents of p and x; c that of gx; ggp that of gp.
+# causal: row i of a matrix [..., rows, columns] sees the columns 0..i. mask: [B or 1, H or 1, L or 1, S] for x
+# [B, H, L, S], whose cotangent is gx / scale; a row that it hides altogether has p = 0.
 
 
-def _call(pass_, scale, causal, x=None, gp=None, c=None, p=None, gx=None, ggp=None, gp_again=None) -> None:
+def _call(pass_, scale, causal, mask=None, x=None, gp=None, c=None, p=None, gx=None, ggp=None, gp_again=None) -> None:
+    steps = (1, 1, 0, 0, 0) if mask is None else (*p.shape[1:3], *mask.expand(p.shape).stride()[:3])
     tensors = (x, gp, c, p, gx, ggp, gp_again)
     width = p.shape[-1]
     _core().nn_softmax(
@@ -36,15 +38,20 @@ def _call(pass_, scale, causal, x=None, gp=None, c=None, p=None, gx=None, ggp=No
         width,
         p.shape[-2] if causal else 0,
         scale,
+        address(mask),
+        steps,
         *map(address, tensors),
         torch.get_num_threads(),
     )
 
 
-def _softmax(x, scale, causal):
+def _softmax(x, mask, scale, causal):
     (x,) = contiguous(x.shape, x)
+    if mask is not None:
+        broadcast = [m if m == 1 else n for m, n in zip(mask.shape[:-1], x.shape, strict=False)]
+        (mask,) = contiguous((*broadcast, x.shape[-1]), mask)
     p = like(x)
-    _call(FORWARD, scale, causal, x=x, p=p)
+    _call(FORWARD, scale, causal, mask, x=x, p=p)
     return p
 
 
@@ -64,9 +71,13 @@ def _softmax_double_backward(c, gp, p, scale, causal):
 
 def _differentiate(ctx, gp):
     if gp is None:
-        return None, None, None
-    (p,) = ctx.saved_tensors
-    return softmax_backward(gp, p, *ctx.arguments[1:]), None, None
+        return None, None, None, None
+    p, mask = ctx.saved_tensors
+    scale, causal = ctx.arguments[2:]
+    if mask is None or not mask.requires_grad:
+        return softmax_backward(gp, p, scale, causal), None, None, None
+    logits = softmax_backward(gp, p, 1.0, causal)
+    return logits if scale == 1.0 else scale * logits, logits.sum_to_size(mask.shape), None, None
 
 
 def _differentiate_twice(ctx, c):
@@ -82,10 +93,10 @@ def _plain_double_backward(c, gp, p, scale, causal):
 
 
 softmax_forward = operator(
-    "softmax(Tensor x, float scale, bool causal) -> Tensor",
+    "softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor",
     _softmax,
-    lambda x, scale, causal: like(x),
-    lambda args, p: (p,),
+    lambda x, mask, scale, causal: like(x),
+    lambda args, p: (p, args[1]),
     _differentiate,
 )
 softmax_backward = operator(
@@ -108,7 +119,7 @@ def softmax(
 ) -> Tensor:  # fmt: skip
     """As `torch.nn.functional.softmax`; the last dimension is the one that is fused."""
     if dim is not None and dtype in (None, torch.float32) and served(input) and dim in (-1, input.ndim - 1):
-        return softmax_forward(input, 1.0, False)
+        return softmax_forward(input, None, 1.0, False)
     return F.softmax(input, dim, _stacklevel, dtype)
 
 
@@ -159,20 +170,20 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """As `torch.nn.functional.scaled_dot_product_attention`: query `[..., L, E]`, key `[..., S, E]`, value
-    `[..., S, D]`. From L S = 2^20 on, by strips of queries, which never hold `[L, S]`; below, with a mask or grouped
-    queries, torch's own; with dropout, always."""
+    `[..., S, D]`. From L S = 2^20 on, without dropout, by strips of queries, which never hold `[L, S]`. Below, queries,
+    keys and values of the same leading dimensions, two where there is a mask; grouped queries are torch's own."""
     by_strips = _strips(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if by_strips is not None:
         return attention(*by_strips).view(*query.shape[:-1], value.shape[-1])
+    leading = query.shape[:-2]
     fits = (
         served(query, key, value)
-        and attn_mask is None
-        and dropout_p == 0.0
         and not enable_gqa
         and query.ndim >= 3
-        and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        and leading == key.shape[:-2] == value.shape[:-2]
         and key.shape[-2] == value.shape[-2]
         and query.shape[-1] == key.shape[-1]
+        and (attn_mask is None or (not is_causal and _fits(attn_mask, (*leading, query.shape[-2], key.shape[-2]))))
     )
     if not fits:
         return F.scaled_dot_product_attention(
@@ -180,5 +191,26 @@ def scaled_dot_product_attention(
         )
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
-    p = softmax_forward(torch.bmm(q, k.transpose(1, 2)), scale, is_causal)
-    return torch.bmm(p, v).view(*query.shape[:-1], value.shape[-1])
+    logits = torch.bmm(q, k.transpose(1, 2)).view(*leading, query.shape[-2], key.shape[-2])
+    p = softmax_forward(logits, None if attn_mask is None else _added(attn_mask), scale, is_causal)
+    if dropout_p > 0.0:
+        p = F.dropout(p, dropout_p)
+    return torch.bmm(p.view(-1, *p.shape[-2:]), v).view(*query.shape[:-1], value.shape[-1])
+
+
+def _fits(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the mask can be taken to logits of this shape."""
+    return (
+        (mask.dtype is torch.bool or served(mask))
+        and mask.device.type == "cpu"
+        and len(shape) == 4 >= mask.ndim > 0
+        and mask.shape[-1] == shape[-1]
+        and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape), strict=False))
+    )
+
+
+def _added(mask: Tensor) -> Tensor:
+    """What is added to logits, `[., ., ., S]`: of a boolean mask, minus infinity where it is false."""
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -math.inf)
+    return mask.view(*[1] * (4 - mask.ndim), *mask.shape)

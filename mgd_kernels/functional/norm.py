@@ -1,4 +1,4 @@
-"""Layer norm and group norm: value, gradient, and gradient of the gradient, two passes over memory each.
+"""Layer norm, RMS norm and group norm: value, gradient, and gradient of the gradient, two passes over memory each.
 
 Names as in csrc/nn/kernels.h: gy, gx, gw, gb are cotangents of the output, the input, weight and bias; c, cw, cb those
 of gx, gw, gb; ggy that of gy.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from mgd_kernels.functional._library import (
     served,
 )
 from mgd_kernels.functional.norm_orders import Layout, norm_double, torchs_layer_norm
+
+_EPS = torch.finfo(torch.float32).eps  # torch's where an RMS norm is given none
 
 
 def define(
@@ -118,25 +121,43 @@ def define(
     )
 
 
-# --- Layer norm: x [..., width], weight and bias [width]; each row is normalised ---------------------------------
+# --- Layer norm and RMS norm: x [..., width], weight and bias [width]; each row is normalised --------------------
 
 
-def _layer_kernel(
-    pass_, x, width, eps, *, weight=None, bias=None, gy=None, c=None, cw=None, cb=None, mean=None, rstd=None, y=None,
-    gx=None, ggy=None, gw=None, gb=None,
+def _row_kernel(
+    centred, pass_, x, width, eps, *, weight=None, bias=None, gy=None, c=None, cw=None, cb=None, mean=None, rstd=None,
+    y=None, gx=None, ggy=None, gw=None, gb=None,
 ) -> None:  # fmt: skip
     tensors = (x, weight, bias, gy, c, cw, cb, mean, rstd, y, gx, ggy, gw, gb)
     rows = x.numel() // width
-    _core().nn_layer_norm(pass_, rows, width, eps, *map(address, tensors), torch.get_num_threads())
+    _core().nn_layer_norm(pass_, rows, width, eps, centred, *map(address, tensors), torch.get_num_threads())
 
 
-_layer_norm = define(
-    "layer_norm",
-    "SymInt width",
-    _layer_kernel,
-    lambda x, width: (width, x.numel() // width),
-    lambda x, width: Layout.of_layers(width),
+def _rows(x, width):
+    return width, x.numel() // width
+
+
+def _row_layout(centred, x, width):
+    return Layout.of_layers(width, centred)
+
+
+_layer_norm, _rms_norm = (
+    define(name, "SymInt width", partial(_row_kernel, centred), _rows, partial(_row_layout, centred))
+    for name, centred in (("layer_norm", True), ("rms_norm", False))
 )
+
+
+def _by_row(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> list[Tensor | None] | None:
+    """The parameters of a norm over the last dimensions, of this shape, as vectors; None where it is not served."""
+    fits = (
+        served(input, *parameters)
+        and len(shape) > 0
+        and input.shape[-len(shape) :] == shape
+        and all(p is None or p.shape == shape for p in parameters)
+    )
+    if not fits:
+        return None
+    return [p if p is None or len(shape) == 1 else p.reshape(-1) for p in parameters]
 
 
 def layer_norm(
@@ -148,18 +169,21 @@ def layer_norm(
 ) -> Tensor:
     """As `torch.nn.functional.layer_norm`."""
     shape = tuple(normalized_shape)
-    width = math.prod(shape)
-    fits = (
-        served(input, weight, bias)
-        and len(shape) > 0
-        and input.shape[-len(shape) :] == shape
-        and all(p is None or p.shape == shape for p in (weight, bias))
-    )
-    if not fits:
+    parameters = _by_row(input, shape, weight, bias)
+    if parameters is None:
         return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
-    if len(shape) > 1:
-        weight, bias = (None if p is None else p.reshape(width) for p in (weight, bias))
-    return _layer_norm(input, weight, bias, width, eps)[0]
+    return _layer_norm(input, *parameters, math.prod(shape), eps)[0]
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """As `torch.nn.functional.rms_norm`."""
+    shape = tuple(normalized_shape)
+    parameters = _by_row(input, shape, weight)
+    if parameters is None:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    return _rms_norm(input, *parameters, None, math.prod(shape), _EPS if eps is None else eps)[0]
 
 
 # --- Group norm: x [batch, channels, ...], weight and bias [channels]; each group of channels of an example --------

@@ -21,15 +21,16 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Layout:
     """shape: of the input in which what is normalised together are whole dimensions, `dims`. parameters: the shape in
-    which weight and bias broadcast to it."""
+    which weight and bias broadcast to it. centred: not of an RMS norm, which subtracts no mean."""
 
     shape: Sequence[int]
     dims: tuple[int, ...]
     parameters: Sequence[int]
+    centred: bool = True
 
     @staticmethod
-    def of_layers(width: int) -> Layout:
-        return Layout((-1, width), (1,), (1, width))
+    def of_layers(width: int, centred: bool = True) -> Layout:
+        return Layout((-1, width), (1,), (1, width), centred)
 
     @staticmethod
     def of_groups(x: Tensor, groups: int) -> Layout:
@@ -50,7 +51,8 @@ def norm_double(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The cotangents ggy, gx, gw of gy, x and weight. What is absent of c, cw, cb is 0; of weight, 1.
 
-    With x̂ = (x - m) r, P u = u - m(u) - x̂ m(x̂ u) and a = weight gy, where m is the mean over a set:
+    With x̂ = (x - m) r, P u = u - m(u) - x̂ m(x̂ u) and a = weight gy, where m is the mean over a set (for an RMS norm
+    x̂ = x r, P u = u - x̂ m(x̂ u)):
 
         ggy = weight r P c + cw x̂ + cb    gw = Σ gy r P c
         gx = r P(cw gy) - r² [m(c P a) x̂ + m(x̂ a) P c + m(x̂ c) P a]
@@ -59,12 +61,13 @@ def norm_double(
     x, gy = x.reshape(layout.shape), gy.reshape(layout.shape)
     c = x.new_zeros(1).expand(x.shape) if c is None else c.reshape(layout.shape)
     weight, cw, cb = (None if p is None else p.reshape(layout.parameters) for p in (weight, cw, cb))
-    centred = x - m(x)
+    centred = x - m(x) if layout.centred else x
     r = (m(centred * centred) + eps).rsqrt()
     normal = centred * r
 
     def project(u: Tensor) -> Tensor:
-        return u - m(u) - normal * m(normal * u)
+        rest = u - normal * m(normal * u)
+        return rest - m(u) if layout.centred else rest
 
     a = gy if weight is None else weight * gy
     pa, pc = project(a), project(c)

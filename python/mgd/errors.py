@@ -137,8 +137,8 @@ class CorruptScores(MetagradientError):
     def __init__(self, path: str, start: int, stop: int):
         self.path, self.start, self.stop = path, start, stop
         super().__init__(
-            f"expected rows {start} to {stop} of {path} as they were written (their digest is in index.json); got "
-            "other bytes. Delete the directory and attribute again, or restore the file."
+            f"expected rows {start} to {stop} of {path} as they were written; got other bytes, another "
+            "size, or no file. Restore the file from a copy, or delete the directory and attribute again."
         )
 
 

@@ -7,23 +7,22 @@ import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
-from mgd.errors import BadArgument, BadMetaparameter
+from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
+from mgd.identity import Objective, Start, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
 from mgd.results import Jvp, Metagradient, Report, Trained
 from mgd.step import arguments
-from mgd.step.batches import flatten
 from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
 from mgd.step.metaparameters import Metaparameters
@@ -32,13 +31,19 @@ from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.sweep.adjoint import objective_adjoints, objective_tangents, weighted_sum
 from mgd.sweep.forward import ForwardSweep
+from mgd.sweep.node import DifferentiableTraining
 from mgd.sweep.storage import Resume, no_storage, open_storage
-from mgd.sweep.sweep import Sweep
-from mgd.util.fingerprint import digest, leaf_digests
+from mgd.sweep.sweep import LOST, Sweep
+from mgd.sweep.watched import WatchedSweep
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
-from mgd_kernels import Arena, Optimizer, OptimizerState
+from mgd_kernels import Arena, Optimizer
 from mgd_kernels.fused import FusedOptimizer
+
+
+def _no_tick(phase: str, steps: int = 1) -> None:
+    """The progress of a sweep that nobody watches."""
+
 
 # A call changes torch's default generators, and the model's tensors, which other functions may share.
 _one_at_a_time = threading.RLock()
@@ -144,12 +149,12 @@ class TrainingFunction:
     def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
         """Train without a gradient."""
         with self._guarded(progress) as tick:
-            return self._sweep(z or {}, tick).forward()
+            return self._forward(self._sweep(z or {}, tick), z or {})
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
-            return self._objective(self._sweep(z or {}, tick))[0]
+            return self._objective(self._sweep(z or {}, tick), z or {})[0]
 
     def metagradient(
         self,
@@ -169,7 +174,7 @@ class TrainingFunction:
         """
         with chrome_trace(profile), self._guarded(progress) as tick:
             sweep = self._trained(z, tick, resume)
-            grads = self._reversed(sweep)
+            grads = self._reversed(sweep, z)
             assert sweep.value is not None and sweep.trained is not None
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
@@ -192,8 +197,8 @@ class TrainingFunction:
         """
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
         with self._guarded(progress) as tick:
-            sweep = self._sweep(z, tick, directions=directions)
-            value, tangents = self._objective(sweep)
+            sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
+            value, tangents = self._objective(sweep, z)
             models, trained = sweep.model_tangents(), sweep.forward()
             tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
             if isinstance(dz, Mapping):
@@ -205,17 +210,17 @@ class TrainingFunction:
         if not isinstance(z, Mapping):
             raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
         leaves, spec = tree_flatten(dict(z))
-        return _Differentiable.apply(self, spec, *leaves)
+        return DifferentiableTraining.apply(self, spec, *leaves)
 
     def plan(self) -> Plan:
         """What a metagradient will store where, and what it will cost."""
         return self._plan_request(Arena.of(self.model), dict(self.model.named_buffers())).plan()
 
-    def identity(self, z: Mapping[str, Any]) -> dict[str, str]:
-        """Digests, by name, of what a metagradient at `z` depends on, as far as it can be told without running it."""
-        with self._guarded() as tick:
-            sweep = self._sweep(z, tick)
-            return self._identity(sweep.meta, sweep.state, sweep.buffers)
+    def identity(self, z: Mapping[str, Any], objectives: Iterable[Objective] | None = None) -> dict[str, str]:
+        """Digests, by name, of what a metagradient at `z` depends on, as far as can be told without running it (see
+        `mgd.identity`). It reads all batches, and evaluates a step and the objective, or those in its place."""
+        with self._guarded():
+            return self._identity(z, (self.objective,) if objectives is None else objectives)
 
     def replaced(self, **changes: Any) -> TrainingFunction:
         """The same training with other values of some of the constructor's arguments."""
@@ -248,41 +253,43 @@ class TrainingFunction:
         ):
             yield bar.tick
 
-    def _sweep(
-        self,
-        z: Mapping[str, Any],
-        tick: Callable[..., None],
-        reversible: bool = False,
-        resume: str | os.PathLike[str] | None = None,
-        directions: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Any:
-        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs.
-        directions: those along which tangents are carried."""
+    def _start(self, z: Mapping[str, Any]) -> Start:
         binding = Binding(self.model)
         arena = Arena(binding.parameters())
         meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
         initial = binding.parameters() | dict(meta.z.get("init", {}))
         state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
-        buffers = binding.buffers()
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
         step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
-        request = self._plan_request(arena, buffers)
+        return Start(binding, arena, meta, state, binding.buffers(), step)
+
+    def _sweep(
+        self,
+        z: Mapping[str, Any],
+        tick: Callable[..., None] = _no_tick,
+        reversible: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+        kind: Callable[..., Sweep] = Sweep,
+    ) -> Any:
+        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
+        identity = None if resume is None else self._identity(z, (self.objective,))
+        start = self._start(z)
+        request = self._plan_request(start.arena, start.buffers)
         if not reversible:
             storage = no_storage(request)
-        elif resume is None:
+        elif resume is None or identity is None:
             storage = open_storage(request)
         else:
-            storage = open_storage(request, Resume(resume, self._identity(meta, state, buffers)))
+            storage = open_storage(request, Resume(resume, identity))
         with storage.closed_after_errors():
-            make = Sweep if directions is None else functools.partial(ForwardSweep, directions=directions)
-            return make(
-                step,
+            return kind(
+                start.step,
                 self.optimizer,
-                meta,
-                state,
-                buffers,
+                start.meta,
+                start.state,
+                start.buffers,
                 storage,
                 max_grad_norm=self.max_grad_norm,
                 keep_slots=not reversible or self.optimizer_state is not None,
@@ -290,27 +297,51 @@ class TrainingFunction:
             )
 
     def _trained(
-        self, z: Mapping[str, Any], tick: Callable[..., None], resume: str | os.PathLike[str] | None = None
+        self,
+        z: Mapping[str, Any],
+        tick: Callable[..., None] = _no_tick,
+        resume: str | os.PathLike[str] | None = None,
+        kind: type[Sweep] = Sweep,
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
-        sweep = self._sweep(z, tick, reversible=True, resume=resume)
+        sweep = self._sweep(z, tick, reversible=True, resume=resume, kind=kind)
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
-                sweep.begin_reverse(*self._objective(sweep))
+                sweep.begin_reverse(*self._objective(sweep, z))
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.state)
         return sweep
 
-    def _reversed(self, sweep: Sweep) -> dict[str, Any]:
-        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then."""
-        with sweep.storage.closed_after_errors():
-            gradients = sweep.reverse()
+    def _reversed(self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None) -> dict[str, Any]:
+        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then.
+
+        weights: the objective is this sum of several. Errors of lost numbers are as in `_forward`.
+        """
+        try:
+            if weights is not None:
+                assert sweep.value is not None
+                sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, weights)])
+            with sweep.storage.closed_after_errors():
+                gradients = sweep.reverse()
+        except NonFiniteState:
+            if not isinstance(sweep, WatchedSweep):
+                self._reversed(self._trained(z, kind=WatchedSweep), z, weights)
+            raise
         sweep.storage.finish()
         return gradients
 
-    def _objective(self, sweep: Sweep):
+    def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
+        """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
+        try:
+            return sweep.forward()
+        except NonFiniteState as error:
+            if error.where == LOST:
+                self._sweep(z, kind=WatchedSweep).forward()
+            raise
+
+    def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
         """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
         carries tangents, its derivatives along them."""
-        state, trained = sweep.state, sweep.forward()
+        state, trained = sweep.state, self._forward(sweep, z)
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
             task = sweep.step.loss.binding, self.objective, sweep.arena, trained
@@ -323,28 +354,16 @@ class TrainingFunction:
             len(self), arena, self.optimizer, buffers, self.microbatches, self.budget, self._costs, self.schedule
         )
 
-    def _identity(self, meta: Metaparameters, state: OptimizerState, buffers: Buffers) -> dict[str, str]:
-        """Digests of what the metagradient depends on, as far as it can be told without running it."""
-        optimizer, continued = self.optimizer, self.optimizer_state is not None
-        return leaf_digests("z", meta.z) | {
-            name: digest(*values)
-            for name, values in {
-                "the initial parameters": (state.params,),
-                "the initial buffers": tuple(buffers.values()),
-                "the initial optimizer state": (state.before, continued, *state.slots),
-                "the optimizer": (type(optimizer).__name__, optimizer.table(), state.segments.table),
-                "the fixed hyperparameters": (meta.hypers,),
-                "the number of steps": (len(self),),
-                "the first batch": tuple(flatten(self.batches[0])[0]),
-                "the seed": (self.seed,),
-                "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
-                "the mode of the objective": (self.objective_mode,),
-                "the schedule": (self.schedule,),
-                "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
-                "the version of torch and its threads": (torch.__version__, torch.get_num_threads()),
-                "the version of mgd": (version("mgd-kernels"),),
-            }.items()
+    def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
+        settings = {
+            "the seed": self.seed,
+            "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
+            "the mode of the objective": self.objective_mode,
+            "the schedule": self.schedule,
+            "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
+            "whether the optimizer state continues": self.optimizer_state is not None,
         }
+        return identity_of(self._start(z), self.optimizer, objectives, settings)
 
     def _report(self, sweep: Sweep) -> Report:
         optimizer, timings, storage = self.optimizer, sweep.timings, sweep.storage
@@ -367,30 +386,3 @@ class TrainingFunction:
 
 def _made(kind: type[TrainingFunction], arguments: dict[str, Any]) -> TrainingFunction:
     return kind(**arguments)
-
-
-class _Differentiable(torch.autograd.Function):
-    """Forward: the training, keeping log and snapshots. Backward: one reverse sweep with the cotangent of the value."""
-
-    @staticmethod
-    def forward(ctx, function: TrainingFunction, spec, *leaves: Any) -> Tensor:
-        ctx.function, ctx.spec = function, spec
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in leaves]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
-        with function._guarded() as tick:
-            ctx.sweep = function._trained(tree_unflatten(leaves, spec), tick)
-        return ctx.sweep.value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent: Tensor):
-        # Unpacking the saved tensors raises where z has changed since.
-        leaves = [x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
-        z = tree_unflatten(leaves, ctx.spec)
-        with ctx.function._guarded() as tick:
-            # The log is consumed by a reverse sweep; a second backward trains again.
-            sweep, ctx.sweep = ctx.sweep or ctx.function._trained(z, tick), None
-            sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, cotangent.reshape(-1).tolist())])
-            grads = ctx.function._reversed(sweep)
-        gradients = tree_flatten({key: grads[key] for key in z})[0]
-        return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, gradients, strict=True))

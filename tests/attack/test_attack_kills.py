@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-QUICK = 24  # moments
+QUICK = 16  # moments
 
 
 def right(answer: dict) -> bool:

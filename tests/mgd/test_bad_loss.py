@@ -9,12 +9,18 @@ from cases import cross_entropy, initial, weighted, weights
 from refusals import CALLS, STEPS, base, refused
 
 from mgd import errors
+from mgd_kernels import SGD
 
 
 def at(t, wrong):
     """The loss that is `wrong(model, batch, z)` at step t."""
     count = itertools.count()
     return lambda model, batch, z: (wrong if next(count) == t else cross_entropy)(model, batch, z)
+
+
+def on_batch(chosen, wrong):
+    """The loss that is `wrong(model, batch, z)` on one batch, however often the training is run."""
+    return lambda model, batch, z: (wrong if torch.equal(batch[0], chosen[0]) else cross_entropy)(model, batch, z)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +62,48 @@ def test_a_loss_that_is_not_finite(call, value):
     assert error.where == "the loss"
 
 
-def test_a_gradient_that_is_not_finite():
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("trace, step", [(False, 0), (False, 3), (False, STEPS - 1), (True, 3)])
+def test_a_gradient_that_is_not_finite(call, trace, step):
     """The gradient of a square root at 0: the loss of the step itself is finite, that of the next is not."""
+    wrong = lambda m, b, z: cross_entropy(m, b, z) + ((m[0].bias * 0).sum() + (b[0][0, 0] - 9.0).square()).sqrt()
+    case = base(trace=trace)
+    case.batches[step][0][0, 0] = 9.0
+    error = refused(errors.NonFiniteState, step=step, case=case, call=call, loss=wrong)
+    assert error.where == "the gradient of parameter '0.bias'"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_gradient_that_no_later_loss_shows(call):
+    """A parameter that one step reads alone: only the end of the training shows it."""
+    case = base()
+    case.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+    wrong = lambda m, b, z: cross_entropy(m, b, z) + (m.extra * 0).sum().sqrt()
+    error = refused(errors.NonFiniteState, step=2, call=call, case=case, loss=on_batch(case.batches[2], wrong))
+    assert error.where == "the gradient of parameter 'extra'"
+
+
+def test_a_training_that_does_not_repeat_itself_says_what_was_seen():
     wrong = lambda m, b, z: cross_entropy(m, b, z) + (m[0].bias * 0).sum().sqrt()
-    refused(errors.NonFiniteState, step=4, loss=at(3, wrong))
+    error = refused(errors.NonFiniteState, step=4, loss=at(3, wrong))
+    assert error.where == "a parameter, at this step or before it,"
+
+
+def test_an_update_that_overflows():
+    case = base(optimizer=SGD(lr=0.1))
+    large = lambda m, b, z: cross_entropy(m, b, z) + 1e10 * m[3].bias.sum()
+    z = {"lr": torch.tensor([1.0, 1e300, *[1.0] * (STEPS - 2)], dtype=torch.float64)}
+    error = refused(errors.NonFiniteState, step=1, case=case, z=z, loss=on_batch(case.batches[1], large))
+    assert error.where == "parameter '3.bias' after an update with a finite gradient"
+
+
+def test_a_finite_training_is_made_once(monkeypatch):
+    """What names the origin costs nothing where there is none to name."""
+    steps = []
+    case = base()
+    loss = lambda m, b, z: steps.append(0) or cross_entropy(m, b, z)
+    case.but(loss=loss).function().train({})
+    assert len(steps) == STEPS
 
 
 def test_a_second_derivative_that_is_not_finite():
@@ -69,6 +113,30 @@ def test_a_second_derivative_that_is_not_finite():
         case.model[0].bias.zero_()
     loss = lambda m, b, z: cross_entropy(m, b, z) + (m[0].bias.square() ** 0.75).sum() * z["scale"]
     refused(errors.NonFiniteState, loss=loss, case=case, z={"scale": torch.tensor(0.1), "init": initial(case.model)})
+
+
+def backward(function, z):
+    leaves = {name: x.clone().requires_grad_() for name, x in z.items()}
+    function(leaves).backward()
+
+
+@pytest.mark.parametrize("call", [lambda f, z: f.metagradient(z), backward])
+def test_a_second_derivative_that_is_not_finite_is_told_with_its_step(call):
+    """|x|^1.5 at 0, on one batch: the next step back would be the first that a hyperparameter shows it at."""
+    case = base()
+    case.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    wrong = lambda m, b, z: cross_entropy(m, b, z) + (m.extra.abs() ** 1.5).sum()
+    read = lambda m: cross_entropy(m, case.batches[0], {}) + m.extra.sum()
+    case = case.but(loss=on_batch(case.batches[3], wrong), objective=read)
+    with pytest.raises(errors.NonFiniteState) as caught:
+        call(case.function(), case.z)
+    assert (caught.value.step, caught.value.where) == (3, "the adjoint of parameter 'extra'")
+
+
+def test_an_objective_whose_gradient_is_not_finite():
+    wrong = lambda m: m[0].weight.sum() + (m[0].bias * 0).sum().sqrt()
+    error = refused(errors.NonFiniteState, step=STEPS, objective=wrong)
+    assert error.where == "the gradient of the objective with respect to '0.bias'"
 
 
 def test_an_objective_that_is_not_finite():

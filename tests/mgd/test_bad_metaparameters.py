@@ -6,7 +6,7 @@ from cases import adamw, weighted, weights
 from refusals import CALLS, STEPS, base, refused
 
 from mgd import errors
-from mgd_kernels import SGD
+from mgd_kernels import SGD, RMSprop
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -57,6 +57,18 @@ def test_values_that_are_not_finite(value):
 def test_hyperparameters_out_of_range(call, key, value):
     z = {key: torch.tensor([0.5] * (STEPS - 1) + [value], dtype=torch.float64)}
     refused(errors.BadMetaparameter, f"z['{key}']", f"got {value}", call=call, case=base(optimizer=adamw()), z=z)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("shape", [(), (2,), (STEPS,), (STEPS, 2)])
+@pytest.mark.parametrize("key, value, make", [("beta1", 1.5, adamw), ("eps", -1.0, adamw), ("alpha", 1.5, RMSprop)])
+def test_one_value_out_of_range_is_enough(call, shape, key, value, make):
+    """Whether the hyperparameter is a number, one per group, per step, or both."""
+    case = base(optimizer=make(param_groups=[{"params": "*.bias"}]))
+    values = torch.full(shape, 0.5, dtype=torch.float64)
+    values.view(-1)[-1] = value
+    refused(errors.BadMetaparameter, f"z['{key}']", f"got {value}", call=call, case=case, z={key: values})
+    refused(errors.BadMetaparameter, f"z['{key}']", f"got {value}", call=call, case=case, z={key: value})
 
 
 @pytest.mark.parametrize("key, value", [("lr", float("nan")), ("weight_decay", float("inf")), ("beta1", 1.0)])

@@ -1,31 +1,76 @@
-"""The examples, and the page docs/descent.md, run and do what they say."""
+"""The examples run, and do what their first lines say."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 
-from pages import run_page
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def run(monkeypatch):
+    """Runs an example, by name."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return lambda name: importlib.import_module(name).main()
 
 
-def test_learning_rate_knots(capsys):
-    history = load("learning_rate_knots").main(steps=20, rounds=4)
-    assert history[-1] < 0.9 * history[0]
-    assert capsys.readouterr().out.count("held-out loss") == 4
+def test_augmentation(run):
+    found = run("augmentation")
+    assert 15 < found["degrees"] < 40  # 30 in the held-out digits
+    assert found["after"] < 0.9 * found["before"]
 
 
-def test_the_page_on_descent_runs_from_top_to_bottom():
-    run_page("descent.md", blocks=3)
+def test_dataset_distillation(run):
+    found = run("dataset_distillation")
+    assert found["after"] > found["before"] + 0.1
+    assert found["unseen"] > found["before"] + 0.05
 
 
-def test_the_page_on_rating():
-    run_page("recipes/rate.md", blocks=1)
+def test_few_shot(run):
+    found = run("few_shot")
+    assert found["after"] < 0.6 * found["before"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_hugging_face_lora(run):
+    for package in ("transformers", "peft", "accelerate"):
+        pytest.importorskip(package)
+    found = run("hugging_face_lora")
+    assert found["found"] > 0.8
+    assert found["after"] < 0.8 * found["before"]
+
+
+def test_learning_rate_knots(run):
+    found = run("learning_rate_knots")
+    assert found["best"] < 0.5 * found["first"]
+    assert found["after"] < 0.5 * found["before"]
+
+
+def test_loss_parameters(run):
+    found = run("loss_parameters")
+    assert found["passed"] and found["alike"] > 0.8
+    assert found["after"] < 0.9 * found["before"]
+
+
+def test_noisy_labels(run):
+    found = run("noisy_labels")
+    assert found["found"] > 0.6  # 0.1 by chance
+    assert found["after"] > found["before"]
+
+
+def test_own_optimizer(run):
+    found = run("own_optimizer")
+    assert found["passed"]
+    assert found["after"] < 0.5 * found["before"]
+
+
+def test_every_example_is_short_tested_and_introduced():
+    tests = Path(__file__).read_text("utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) < 100, path
+        assert f'run("{path.stem}")' in tests, path
+        assert f"Run: python examples/{path.name}" in text.split('"""')[1], path

@@ -27,6 +27,11 @@ from mgd_kernels.errors import BadArgument
         (lambda: SGD(lr=0.1, momentum=0.9, dampening=math.nan), "dampening"),
         (lambda: AdamW(param_groups=[{"params": "*", "beta2": 2.0}]), "beta2 of parameter group 1"),
         (lambda: RMSprop(lr=math.nan), "lr"),
+        (lambda: RMSprop(lr=math.inf), "lr"),
+        (lambda: RMSprop(alpha=1.5), "alpha"),
+        (lambda: RMSprop(eps=-1.0), "eps"),
+        (lambda: RMSprop(eps_root=-1.0), "eps_root"),
+        (lambda: RMSprop(param_groups=[{"params": "*", "alpha": 2.0}]), "alpha of parameter group 1"),
     ],
 )
 def test_nonsense_is_refused_at_construction(make, name):

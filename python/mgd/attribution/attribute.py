@@ -7,6 +7,7 @@ its score times its weight. All queries of a chunk share one training and one re
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -63,16 +64,18 @@ def attribute(
     names: a title for each query, stored in the index.
     chunk: the number of queries that share a training and a reverse sweep. By default as many as fit in `memory`
         (bytes, or text such as "2GB"; by default a quarter of what is free), which holds their adjoints and scores.
-    out: a directory for `scores.npy` and `index.json`. The scores are then never in memory as a whole, and a repeated
-        call after an interruption keeps the chunks that are done. Without it the scores are an array in memory.
+    out: a directory for `scores.npy`, with a digest of every chunk. The scores are then never in memory as a whole, and
+        a repeated call after an interruption keeps the chunks that are done; all that they depend on is compared (see
+        `TrainingFunction.identity`). Without it the scores are an array in memory.
     resume: a directory in which the sweeps of a chunk keep their log, so that an interrupted chunk continues as well,
         to the same bits (see `TrainingFunction.metagradient`). If `out` is not given, the scores are there too.
 
     The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
     ReplayDivergence names the first step that differs, and nothing more is written.
 
-    Raises BadArgument, BadMetaparameter, BadBatch or BadObjective for arguments that do not fit, StaleRun if the
-    directory holds other scores, and CorruptScores if its scores were damaged.
+    Raises BadArgument, BadMetaparameter, BadBatch or BadObjective for arguments that do not fit. For a directory:
+    StaleRun if it holds other scores, UnknownFormat if something else, StoreBusy if another process fills it,
+    CorruptScores or CorruptState if it is damaged.
     """
     start = time.perf_counter()
     numbers = _numbers(queries)
@@ -84,26 +87,29 @@ def attribute(
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
 
-    begin = time.perf_counter()
-    rehearsal = f.train(z, progress=progress)
-    report.training_seconds = report.seconds["rehearsal"] = time.perf_counter() - begin
-
     dtype, titles = str(weight.dtype).removeprefix("torch."), None if names is None else list(names)
-    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64)
+    parts = [numbers[first : first + chunk] for first in range(0, len(numbers), chunk)]
     directory = out if out is not None else resume
-    if directory is None:
-        rows = np.zeros((len(numbers), len(weight)), dtype)
-    else:
-        shape, state = [len(numbers), len(weight)], digest(rehearsal.losses, *rehearsal.model_state.values())
-        index = files.Index(shape, dtype, weights, numbers, titles, chunk, f.identity(z), state, unvisited)
-        file = files.ScoreFile(directory, index, rehearsal.losses, weight, visits)
+    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64)
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            rows = np.zeros((len(numbers), len(weight)), dtype)
+        else:
+            index = files.Index([len(numbers), len(weight)], dtype, weights, numbers, titles, chunk, unvisited)
+            identity = f.identity(z, (_objective(objectives, part) for part in parts))
+            file = stack.enter_context(files.ScoreFile(directory, index, identity))
 
-    shared = copy.copy(f)  # shares the traces of f, but has its own objectives
-    single = chunk == len(numbers)  # then show the bars of its two sweeps instead
-    with tracked("queries", len(numbers), enabled=progress and not single) as tick:
-        for first in range(0, len(numbers), chunk):
-            part = numbers[first : first + chunk]
-            if file is not None and file.index.is_done(first):
+        begin = time.perf_counter()
+        rehearsal = f.train(z, progress=progress)
+        report.training_seconds = report.seconds["rehearsal"] = time.perf_counter() - begin
+        if file is not None:
+            file.begin(rehearsal.losses, digest(rehearsal.losses, rehearsal.model_state), weight, visits)
+
+        shared = copy.copy(f)  # shares the traces of f, but has its own objectives
+        single = len(parts) == 1  # then show the bars of its two sweeps instead
+        tick = stack.enter_context(tracked("queries", len(numbers), enabled=progress and not single))
+        for first, part in zip(range(0, len(numbers), chunk), parts, strict=True):
+            if file is not None and file.is_done(first):
                 report.chunks_kept += 1
             else:
                 shared.objective = _objective(objectives, part)
@@ -123,10 +129,11 @@ def attribute(
                     shutil.rmtree(place, ignore_errors=True)
             for _ in part:
                 tick("")
-    report.total_seconds = time.perf_counter() - start
-    if file is not None:
-        file.finish(report.to_dict())
-        return Attribution.load(file.path)
+        report.total_seconds = time.perf_counter() - start
+        if file is not None:
+            file.finish(report.to_dict())
+    if directory is not None:
+        return Attribution.load(directory)
     assert rows is not None
     return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
 

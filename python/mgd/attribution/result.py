@@ -119,23 +119,25 @@ class Attribution:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Attribution:
-        """The result of `attribute(..., out=directory)`, with its scores memory-mapped.
+        """The result of `attribute(..., out=directory)`, with its scores memory-mapped after all of them were checked.
 
-        Raises BadData if the directory holds no attribution, or an incomplete one.
+        Raises BadData if the attribution is incomplete, UnknownFormat if the directory holds none, CorruptScores or
+        CorruptState if it is damaged, and StoreBusy if a process is filling it.
         """
-        index, (_, weights, visits) = files.read_index(directory), files.read_training(directory)
-        if not index.complete or index.report is None:
+        stored = files.read(directory)
+        index = stored.index
+        if stored.rows_done < index.shape[0] or stored.report is None:
             raise BadData(
                 f"expected a complete attribution; of the {index.shape[0]} queries in {os.fspath(directory)}, "
-                f"{index.rows_done} are done. Repeat the call of `attribute` to continue it."
+                f"{stored.rows_done} are done. Repeat the call of `attribute` to continue it."
             )
         return cls(
-            scores=files.open_scores(directory),
-            values=torch.tensor(index.values(), dtype=torch.float64),
+            scores=stored.scores,
+            values=stored.values,
             queries=index.queries,
-            weights=torch.from_numpy(weights),
-            visits=None if visits is None else torch.from_numpy(visits),
-            report=AttributionReport.from_dict(index.report),
+            weights=stored.weights,
+            visits=stored.visits,
+            report=AttributionReport.from_dict(stored.report),
             names=index.names,
             directory=os.fspath(directory),
         )

@@ -1,42 +1,44 @@
-"""The k × n scores of an attribution on disk: `scores.npy`, one row per query, and `index.json`, saying what is done.
+"""The k × n scores of an attribution on disk: `scores.npy`, one row per query, in the directory of the run.
 
-Each chunk of rows is written with plain file writes when it is ready, and read through a memory map, so the matrix
-never has to fit in memory. A chunk counts as done once the index lists it, with a digest of its bytes. The index is
-replaced as a whole, after the rows are on disk. So a process that ends at any moment leaves a directory from which the
-same call can continue.
+The matrix may be larger than memory. Its rows are written with plain file writes when a chunk of them is ready, and
+read through a memory map. The run's entries (`mgd.util.run_directory`) say what is done: a chunk counts once its entry,
+with a digest of its bytes, is there, which is after its rows are on the disk. So a process that ends at any moment
+leaves a directory from which the same call can continue.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mgd.errors import BadData, CorruptScores, StaleRun
-from mgd.util.checkpoint_directory import replace_file
+from mgd.errors import CorruptScores, StaleRun, StoreIOError, UnknownFormat
+from mgd.util.fingerprint import Identity, digest
+from mgd.util.run_directory import RunDirectory
 
-FORMAT = 1
-SCORES, INDEX, TRAINING = "scores.npy", "index.json", "training.npz"
+KIND = "attribution"
+SCORES, INDEX = "scores.npy", "index.json"
 DIGEST_BYTES = 1 << 24  # read at a time for a digest
 
 
-@dataclass
+@dataclass(frozen=True)
 class Index:
-    """What a directory of scores holds: the contents of `index.json`.
+    """What a directory of scores holds.
 
     shape: [queries, training examples]. dtype: that of the scores, as numpy names it. weights: the metaparameter.
     queries: their numbers, as passed to the objectives. names: their titles, if they have any. chunk: the number of
-    queries that shared a sweep. identity: digests of what the scores depend on. training: the digest of the trained
-    state. unvisited: how many examples no step of the training read. done: one record per finished chunk, with the
-    bounds of its rows, the digest of their bytes and the losses of its queries. report: of the whole attribution, once
-    it is complete.
+    queries that shared a sweep. unvisited: how many examples no step of the training read.
     """
 
     shape: list[int]
@@ -45,155 +47,202 @@ class Index:
     queries: list[int]
     names: list[str] | None
     chunk: int
-    identity: dict[str, str]
-    training: str
     unvisited: int = 0
-    done: list[dict[str, Any]] = field(default_factory=list)
-    report: dict[str, Any] | None = None
-    format: int = FORMAT
-
-    @property
-    def rows_done(self) -> int:
-        return sum(record["stop"] - record["start"] for record in self.done)
-
-    @property
-    def complete(self) -> bool:
-        return self.rows_done == self.shape[0]
-
-    def values(self) -> list[float]:
-        """The losses of the queries whose rows are done, in the order of the rows."""
-        return [value for record in sorted(self.done, key=lambda r: r["start"]) for value in record["values"]]
-
-    def is_done(self, start: int) -> bool:
-        return any(record["start"] == start for record in self.done)
 
 
 class ScoreFile:
-    """A directory that is being filled with scores."""
+    """A directory that is being filled with scores. Close it, or use it in a `with` block."""
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        index: Index,
-        losses: Tensor,
-        weights: Tensor,
-        visits: Tensor | None,
-    ):
+    def __init__(self, directory: str | os.PathLike[str], index: Index, identity: Identity):
         """Begin in a new or empty directory, or continue with what is there.
 
-        losses: float64 `[T]`, of the training. weights, visits: `[n]`, of its examples. All are stored with the scores.
-        Raises StaleRun if the directory holds other scores, CorruptScores if finished rows were damaged.
+        Raises StaleRun, StoreBusy, UnknownFormat and CorruptState as `RunDirectory` does, and CorruptScores if finished
+        rows were damaged.
         """
-        self.path = Path(directory)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / INDEX).exists():
-            self.index = read_index(self.path)
-            self._refuse_others(index, losses.numpy())
-            self._verify()
-        else:
-            self.index = index
-            shape = (index.shape[0], index.shape[1])
-            file = np.lib.format.open_memmap(self.path / SCORES, "w+", np.dtype(index.dtype), shape)
-            del file  # leaves a sparse file of the right size
-            arrays: dict[str, Any] = {"losses": losses.numpy(), "weights": weights.detach().cpu().numpy()}
-            if visits is not None:
-                arrays["visits"] = visits.numpy()
-            np.savez(self.path / TRAINING, **arrays)
-            self._write_index()
+        fields = {f"the {name}": digest(value) for name, value in asdict(index).items()}
+        self.index = index
+        self._run = RunDirectory(directory, KIND, {**identity, **fields})
+        try:
+            self.matrix = Matrix(self._run.path / SCORES, index)
+            if "index" not in self._run:
+                self.matrix.make()
+                self._run.write("index", asdict(index))
+            self._done = done(self._run)
+            with self.matrix.opened() as file:
+                for record in self._done.values():
+                    self.matrix.verify(file, record)
+        except BaseException as error:
+            self._run.__exit__(type(error), error, None)
+            raise
 
-    def _refuse_others(self, new: Index, losses: np.ndarray) -> None:
-        """Raise StaleRun if the directory holds the scores of another attribution."""
-        old = self.index
-        fields = ("shape", "dtype", "weights", "queries", "names", "chunk")
-        differences = [f"the {name}" for name in fields if getattr(old, name) != getattr(new, name)]
-        names = {**old.identity, **new.identity}
-        differences += [name for name in names if old.identity.get(name) != new.identity.get(name)]
-        if not differences and old.training != new.training:
-            step = first_difference(read_training(self.path)[0], losses)
+    def begin(self, losses: Tensor, state: str, weights: Tensor, visits: Tensor | None) -> None:
+        """Store the training whose scores these are, or compare it with the one that is there.
+
+        losses: float64 `[T]`. state: a digest of the trained state. weights, visits: `[n]`, of its examples. Raises
+        StaleRun if the training does not repeat the stored one.
+        """
+        if (kept := self._run.read("training")) is None:
+            kept = {"losses": losses, "state": state, "weights": weights.detach().cpu(), "visits": visits}
+            self._run.write("training", kept)
+        elif kept["state"] != state:
+            step = first_difference(kept["losses"].numpy(), losses.numpy())
             where = "the trained parameters" if step is None else f"the training's loss at step {step}"
-            differences = [where + " (did the batches, the loss or the machine change?)"]
-        if differences:
-            raise StaleRun(str(self.path), differences)
+            raise StaleRun(str(self._run.path), [where + " (did the batches, the loss or the machine change?)"])
 
-    def _verify(self) -> None:
-        for record in self.index.done:
-            if self._digest(record["start"], record["stop"]) != record["digest"]:
-                raise CorruptScores(str(self.path / SCORES), record["start"], record["stop"])
-
-    def _layout(self) -> tuple[int, int]:
-        """The bytes before the first row, and the bytes of a row."""
-        rows = open_scores(self.path)
-        return int(rows.offset), int(rows.shape[1] * rows.dtype.itemsize)
-
-    def _digest(self, start: int, stop: int) -> str:
-        offset, row = self._layout()
-        state, left = hashlib.blake2b(digest_size=16), (stop - start) * row
-        with open(self.path / SCORES, "rb") as file:
-            file.seek(offset + start * row)
-            while left:
-                data = file.read(min(left, DIGEST_BYTES))
-                if not data:
-                    raise CorruptScores(str(self.path / SCORES), start, stop)
-                state.update(data)
-                left -= len(data)
-        return state.hexdigest()
+    def is_done(self, start: int) -> bool:
+        return start in self._done
 
     def write(self, start: int, rows: np.ndarray, values: Sequence[float]) -> None:
         """Store the chunk that begins at row `start`: its rows `[c, n]`, and the losses of its queries, `[c]`."""
-        offset, row = self._layout()
-        data: Any = np.ascontiguousarray(rows, np.dtype(self.index.dtype)).view(np.uint8)
-        with open(self.path / SCORES, "r+b") as file:
-            file.seek(offset + start * row)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        record = {"start": start, "stop": start + len(rows), "digest": digest, "values": list(map(float, values))}
-        self.index.done.append(record)
-        self._write_index()
+        data = np.ascontiguousarray(rows, self.matrix.dtype).reshape(-1).view(np.uint8).data
+        with self.matrix.opened(write=True) as file:
+            self.matrix.write(file, start, data)
+        record = {
+            "start": start,
+            "stop": start + len(rows),
+            "digest": hashlib.blake2b(data, digest_size=16).hexdigest(),
+            "values": [float(value) for value in values],
+        }
+        self._run.write(("chunk", start), record)
+        self._done[start] = record
 
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Store the report of the complete attribution."""
-        self.index.report = dict(report)
-        self._write_index()
+        """Store the report of the complete attribution, and an index for people."""
+        self._run.write("report", dict(report))
+        self._run.show(INDEX, asdict(self.index) | {"values": losses_of(self._done), "report": dict(report)})
 
-    def _write_index(self) -> None:
-        text = json.dumps(asdict(self.index), indent=1)
-        replace_file(self.path / INDEX, lambda path: path.write_text(text, "utf-8"))
+    def close(self) -> None:
+        self._run.close()
 
+    def __enter__(self) -> ScoreFile:
+        return self
 
-def read_index(directory: str | os.PathLike[str]) -> Index:
-    """The index of a directory. Raises BadData if the directory holds no scores of this format."""
-    path = Path(directory) / INDEX
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if record.get("format") != FORMAT:
-            raise ValueError(f"expected format {FORMAT}; got format {record.get('format')!r}")
-        return Index(**record)
-    except (OSError, ValueError, TypeError) as error:
-        raise BadData(f"expected {path} to be the index of an attribution's scores; {error}") from error
+    def __exit__(self, *error: Any) -> None:
+        self._run.__exit__(*error)
 
 
-def read_training(directory: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The training's losses `[T]`, its examples' weights `[n]` and, if known, how often each was read `[n]`.
+class Matrix:
+    """The file `scores.npy`: a header of numpy's, and rows. Nothing is written to a link, or to a file of others."""
 
-    Raises BadData if the directory does not describe a training.
-    """
-    path = Path(directory) / TRAINING
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["losses"], arrays["weights"], arrays.get("visits")
-    except (OSError, ValueError, KeyError) as error:
-        raise BadData(f"expected {path} to describe the training of an attribution; {error}") from error
+    def __init__(self, path: Path, index: Index):
+        self.path, self.dtype = path, np.dtype(index.dtype)
+        self.shape = (index.shape[0], index.shape[1])
+        header = io.BytesIO()
+        description = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(header, description)
+        self.header = header.getvalue()
+        self.row = self.shape[1] * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + self.shape[0] * self.row
+
+    def make(self) -> None:
+        """Make the file, sparse and of its full size, unless it is there already."""
+        with self._naming_the_file():
+            temporary = self.path.with_name(f".{SCORES}.{secrets.token_hex(8)}")
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                try:
+                    file.write(self.header)
+                    file.truncate(self.bytes)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    if not os.path.lexists(self.path):  # else `opened` sees whether it is what it should be
+                        os.replace(temporary, self.path)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary)
+
+    @contextlib.contextmanager
+    def opened(self, write: bool = False) -> Iterator[int]:
+        """A file descriptor. Raises UnknownFormat unless the file is the one that was made here."""
+        with self._naming_the_file():
+            flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(self.path, flags)
+            try:
+                facts = os.fstat(file)
+                if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+                    raise UnknownFormat(str(self.path), "no regular file, or one that has another name, too")
+                if facts.st_size != self.bytes or os.pread(file, len(self.header), 0) != self.header:
+                    raise CorruptScores(str(self.path), 0, self.shape[0])
+                yield file
+            finally:
+                os.close(file)
+
+    def write(self, file: int, start: int, data: memoryview) -> None:
+        place = len(self.header) + start * self.row
+        while data:
+            count = os.pwrite(file, data, place)
+            data, place = data[count:], place + count
+        os.fsync(file)
+
+    def verify(self, file: int, record: Mapping[str, Any]) -> None:
+        """Raise CorruptScores unless the rows of a chunk have the bytes that were written."""
+        state, left = hashlib.blake2b(digest_size=16), (record["stop"] - record["start"]) * self.row
+        place = len(self.header) + record["start"] * self.row
+        while left:
+            data = os.pread(file, min(left, DIGEST_BYTES), place)
+            if not data:
+                break
+            state.update(data)
+            left, place = left - len(data), place + len(data)
+        if state.hexdigest() != record["digest"]:
+            raise CorruptScores(str(self.path), record["start"], record["stop"])
+
+    def mapped(self, file: int) -> np.memmap:
+        """The scores `[k, n]` as a read-only memory map."""
+        with open(os.dup(file), "rb") as mine:
+            return np.memmap(mine, self.dtype, "r", len(self.header), self.shape)
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreIOError:
+            raise
+        except FileNotFoundError as error:
+            raise CorruptScores(str(self.path), 0, self.shape[0]) from error
+        except OSError as error:
+            raise StoreIOError(error.errno or 0, str(self.path), "cannot use the file of scores") from error
 
 
-def open_scores(directory: str | os.PathLike[str]) -> np.memmap:
-    """The scores `[k, n]` as a read-only memory map. Raises BadData if the file is not one of scores."""
-    path = Path(directory) / SCORES
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise BadData(f"expected {path} to hold an attribution's scores; {error}") from error
+def done(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """The records of finished chunks, by their first row and in the order of rows."""
+    starts = sorted(key[1] for key in run.keys() if isinstance(key, tuple) and key[0] == "chunk")
+    return {start: run.read(("chunk", start)) for start in starts}
+
+
+def losses_of(records: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    """The losses of the queries whose rows are done, in the order of rows."""
+    return [value for start in sorted(records) for value in records[start]["values"]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A directory of scores as it was read. rows_done: how many rows are there. report: None until all of them are."""
+
+    index: Index
+    scores: np.memmap
+    values: Tensor
+    weights: Tensor
+    visits: Tensor | None
+    rows_done: int
+    report: dict[str, Any] | None
+
+
+def read(directory: str | os.PathLike[str]) -> Stored:
+    """What a directory of scores holds, all of it checked. Raises as `ScoreFile` does."""
+    with RunDirectory.existing(directory, KIND) as run:
+        index, training, records = Index(**run.need("index")), run.need("training"), done(run)
+        report = run.read("report")
+    matrix = Matrix(run.path / SCORES, index)
+    with matrix.opened() as file:  # others may read the entries meanwhile: rows that are done do not change
+        for record in records.values():
+            matrix.verify(file, record)
+        scores = matrix.mapped(file)
+    rows = sum(record["stop"] - record["start"] for record in records.values())
+    values = torch.tensor(losses_of(records), dtype=torch.float64)
+    return Stored(index, scores, values, training["weights"], training["visits"], rows, report)
 
 
 def first_difference(first: np.ndarray, second: np.ndarray) -> int | None:

@@ -46,9 +46,13 @@ class EagerEvaluator:
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None = None
     ) -> Evaluation:
         known = microbatch.loss.plain_since
-        evaluation = self._gradient(microbatch, parameters, before, look)
-        if microbatch.loss.plain_since == known:
-            return evaluation
+        try:
+            evaluation = self._gradient(microbatch, parameters, before, look)
+            if microbatch.loss.plain_since == known:
+                return evaluation
+        except Exception:  # perhaps since the loss asked for a gradient inside of a formula that was replaced
+            if microbatch.loss.plain_since == known:
+                raise
         # Norms are evaluated in another way from the first step on whose loss differentiates the model.
         return self._gradient(microbatch, parameters, before, look)
 
@@ -56,7 +60,11 @@ class EagerEvaluator:
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
     ) -> Evaluation:
         t, inputs = microbatch.step, leaves(parameters)
-        frozen, metaparameters = microbatch.loss.binding.frozen, microbatch.metaparameters.tensors
+        # Metaparameters need gradients, as where second derivatives are evaluated: that decides which operators run.
+        metaparameters = [
+            x if x.requires_grad else x.detach().requires_grad_() for x in microbatch.metaparameters.tensors
+        ]
+        frozen = microbatch.loss.binding.frozen
         given = [*inputs, *frozen, *metaparameters]
         versions = [tensor._version for tensor in given]
         copies = {name: b.clone() for name, b in before.items()}
@@ -83,12 +91,16 @@ class EagerEvaluator:
                 if look is not None:
                     look(loss)
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+                if all(g is None for g in grads):
+                    check_unmodified()
+                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
             except RuntimeError as error:
                 check_unmodified()
                 if isinstance(error, MetagradientError):
                     raise
                 if "leaf Variable" in str(error):
-                    raise ParametersModified(t) from error
+                    what = "parameters or metaparameters" if metaparameters else "parameters"
+                    raise ParametersModified(t, what) from error
                 if not all(x.requires_grad for x in inputs):
                     raise BadLoss(
                         f"expected the loss to leave requires_grad of the model's parameters as it is; at step {t} it "

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from mgd_kernels import functional
 
-MANY_LOGITS = 1 << 24  # 64 MiB in float32: above, it takes about the same time, and less memory
+MANY_LOGITS = 1 << 24  # 64 MiB in float32: above, memory is worth a few more products
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 # Of a tensor whose last dimension stays as it is: the order of its rows stays, too.
@@ -30,7 +30,8 @@ def without_logits(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     for loss in [node for node in graph.nodes if node.target is F.cross_entropy]:
         arguments = inspect.signature(F.cross_entropy).bind(*loss.args, **loss.kwargs).arguments
-        found = _linear(arguments.pop("input"))
+        logits = arguments.pop("input")
+        found = _linear(logits)
         if found is None or any(arguments.pop(name, None) is not None for name in ("weight", "size_average", "reduce")):
             continue
         linear, rows = found
@@ -45,7 +46,11 @@ def without_logits(module: fx.GraphModule) -> fx.GraphModule:
         call.meta = dict(loss.meta)
         loss.replace_all_uses_with(call)
         graph.erase_node(loss)
-    graph.eliminate_dead_code()
+        while not logits.users:  # as far as the linear layer; what draws random numbers stays
+            last, logits = logits, logits.args[0]
+            graph.erase_node(last)
+            if last is linear:
+                break
     return fx.GraphModule(module, graph)
 
 

@@ -135,7 +135,7 @@ def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -
 
         sweep = function._trained(z, place_and_tick)
         mark()
-        function._reversed(sweep)
+        function._reversed(sweep, z)
         mark()
     spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in itertools.pairwise(marks)]
     report = function._report(sweep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mgd.errors import BadArgument
 from mgd.plan.actions import Advance, Drop, Load, Reverse, Save
 from mgd.ui import charts
+from mgd.util.files import write_file
 from mgd.util.text import format_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +86,9 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
 
 def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Draw the plan to `path` (.png): position above, bytes held in each tier below, over time."""
-    picture(plan).savefig(path)
+    buffer = io.BytesIO()
+    picture(plan).savefig(buffer, format="png")
+    write_file(path, buffer.getvalue())
 
 
 def picture(plan: Plan) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mgd.descent.checkpoint import DescentCheckpoint
 from mgd.descent.constraints import Constraint
 from mgd.descent.state import DescentState, MetaStep, Variables
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient
-from mgd.util.checkpoint_directory import CheckpointDirectory
+from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
+from mgd.util.run_directory import RunDirectory
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
 
@@ -103,31 +106,40 @@ class MetaDescent:
         variables: floating-point tensors, by name, at which the descent starts. They are not changed.
         patience: end after this many meta-steps without a lower score.
         directory: save history and state there after every meta-step. The same call then continues an interrupted
-            descent, to the same bits; a call with more steps continues a finished one. The start, the constraints and
-            the optimizer are compared with those of the saved descent; the problem is not.
+            descent, to the same bits; a call with more steps continues a finished one. All that it depends on is
+            compared with the saved descent: the start, the constraints, the optimizer, `validate`, and the first
+            training, as `TrainingFunction.identity` tells it. For that a `problem` is called once more at the start.
         observe: called after every training, with the variables that were used for it.
 
-        Raises BadArgument for variables that do not fit, StaleRun if the directory belongs to another descent,
-        CorruptState if its file is damaged, and NonFiniteState if the start itself, or every smaller step, diverges.
+        Raises BadArgument for variables that do not fit, and NonFiniteState if the start itself, or every smaller step,
+        diverges. For a directory: StaleRun if it belongs to another run, UnknownFormat if it holds something else,
+        StoreBusy if another process uses it, CorruptState if it is damaged.
         """
         if steps < 1 or (patience is not None and patience < 1):
             raise BadArgument(f"expected steps and patience of at least 1; got {steps} and {patience}")
         state = DescentState(variables, self.constraints, self.optimizer)
-        checkpoints = None if directory is None else CheckpointDirectory(directory)
-        if checkpoints is not None:
-            checkpoints.restore(state)
-        with tracked("meta-steps", steps, len(state.history), progress) as tick:
+        with contextlib.ExitStack() as stack:
+            checkpoint = None
+            if directory is not None:
+                run = RunDirectory(directory, "descent", self._identity(state))
+                checkpoint = DescentCheckpoint(stack.enter_context(run), state, self.validate)
+            tick = stack.enter_context(tracked("meta-steps", steps, len(state.history), progress))
             while len(state.history) < steps and not state.stalled(patience):
                 step, result = self._train(state)
                 if observe is not None:
                     observe(step, result, state.copy())
                 state.record(step)
                 state.descend()
-                if checkpoints is not None:
-                    checkpoints.save(state)
+                if checkpoint is not None:
+                    checkpoint.save(result)
                 tick(f"objective {step.value:.4f}")
         stopped = "steps" if len(state.history) >= steps else "patience"
         return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
+
+    def _identity(self, state: DescentState) -> dict[str, str]:
+        with torch.random.fork_rng([]):
+            f, z = self._training(state.leaves, 0)
+        return state.identity() | f.identity(_detached(z)) | {"the score": digest(self.validate is None)}
 
     def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:
         """A training with its metagradient, at the variables of `state`, or closer to the last ones if it diverges."""
@@ -148,7 +160,7 @@ class MetaDescent:
     def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
         """The metagradient, propagated from `z` to the variables: into the `grad` of each of them."""
         f, z = self._training(leaves, index)
-        result = f.metagradient(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(z)))
+        result = f.metagradient(_detached(z))
         if result.value.ndim:
             raise BadArgument(f"expected one objective to descend on; got {result.value.numel()}")
         gradients = tree_flatten({key: result.grads[key] for key in z})[0]
@@ -175,6 +187,10 @@ class MetaDescent:
                 f"expected problem to return a TrainingFunction and its z; got {type(f).__name__}, {type(z).__name__}"
             )
         return f, z
+
+
+def _detached(z: Mapping[str, Any]) -> dict[str, Any]:
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, dict(z))
 
 
 def _moves(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The state of a metagradient descent, which a `CheckpointDirectory` can hold."""
+"""The state of a metagradient descent, which a `RunDirectory` can hold."""
 
 from __future__ import annotations
 
@@ -65,24 +65,41 @@ class DescentState:
         self.constraints = constraints
         self.leaves = {name: x.detach().clone().requires_grad_() for name, x in variables.items()}
         self._project()
-        self.optimizer = optimizer(list(self.leaves.values()))
+        self._make, self.optimizer = optimizer, optimizer(list(self.leaves.values()))
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise BadArgument(f"expected optimizer to make one of torch.optim; got {type(self.optimizer).__name__}")
-        self.identity = self._identity()
         self.history: list[MetaStep] = []
         self.notes: list[str] = []
         self.best, self.best_step = self.copy(), 0
         self.before: dict[str, Any] | None = None  # the variables, gradients and optimizer state before the last step
 
-    def _identity(self) -> dict[str, str]:
-        """Digests of what tells this descent from others of the same problem."""
-        optimizer = [v for group in self.optimizer.param_groups for v in _plain({**group, "params": None})]
+    def identity(self) -> dict[str, str]:
+        """Digests of what tells this descent from others of the same problem.
+
+        Constraints and optimizers may be anybody's, so what they do counts, too: to points far and near, and in a few
+        steps.
+        """
         starts = {f"the start of {name!r}": digest(x) for name, x in self.leaves.items()}
-        constraints = {
-            f"the constraint on {name!r}": digest(type(c).__name__, *_plain(getattr(c, "__dict__", {})))
-            for name, c in self.constraints.items()
-        }
-        return starts | constraints | {"the outer optimizer": digest(type(self.optimizer).__name__, *optimizer)}
+        constraints = {}
+        for name, c in self.constraints.items():
+            x = self.leaves[name].detach()
+            projected = [c.project(_pattern(x) * scale) for scale in (1.0, 100.0)]
+            constraints[f"the constraint on {name!r}"] = digest(type(c).__name__, getattr(c, "__dict__", {}), projected)
+        groups = [{**group, "params": None} for group in self.optimizer.param_groups]
+        kind = type(self.optimizer).__name__
+        return starts | constraints | {"the outer optimizer": digest(kind, groups, self._trial())}
+
+    def _trial(self) -> list[Tensor]:
+        """Where copies of the variables are after a few steps of an optimizer of their own."""
+        copies = [x.detach().clone().requires_grad_() for x in self.leaves.values()]
+        optimizer = self._make(copies)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            for scale in (1.0, -0.1, 0.3):
+                for x in copies:
+                    x.grad = _pattern(x) * scale
+                optimizer.step()
+        return [x.detach() for x in copies]
 
     def copy(self) -> Variables:
         return {name: x.detach().clone() for name, x in self.leaves.items()}
@@ -155,10 +172,9 @@ class DescentState:
         self.best, self.best_step = state["best"]
 
 
-def _plain(values: Mapping[str, Any]) -> list[Any]:
-    """The names and values that have the same meaning in every process."""
-    kinds = (Tensor, bool, int, float, str, tuple, type(None))
-    return [x for name, value in sorted(values.items()) if isinstance(value, kinds) for x in (name, value)]
+def _pattern(x: Tensor) -> Tensor:
+    """Numbers of both signs in the shape of x, no two of them equal."""
+    return torch.linspace(-1.0, 1.3, x.numel(), dtype=torch.float64).reshape(x.shape).to(x)
 
 
 def _rank(step: MetaStep) -> float:

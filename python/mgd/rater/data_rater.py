@@ -10,6 +10,7 @@ autograd propagates those into the rater, so the rater itself is never part of t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import defaultdict
@@ -27,9 +28,9 @@ from mgd.rater.population_adam import PopulationAdam
 from mgd.rater.sampling import Sampler, lengths, sampler
 from mgd.results import Metagradient
 from mgd.step.rng import seed_of
-from mgd.util.checkpoint_directory import CheckpointDirectory
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
+from mgd.util.run_directory import RunDirectory
 from mgd.util.text import describe
 from mgd_kernels import AdamW, Optimizer
 
@@ -128,7 +129,8 @@ class DataRater:
         self.history: list[RaterStep] = []
         self.notes: list[str] = []
         self.seconds: dict[str, float] = defaultdict(float)
-        self._start = {name: digest(x) for name, x in rater.state_dict().items()}
+        self._start = {name: x.detach().clone() for name, x in rater.state_dict().items()}
+        self._sources, self._lr = (pool, held_out), lr
 
     # --- learning ----------------------------------------------------------------------------------------------
 
@@ -164,18 +166,26 @@ class DataRater:
         """Continue until `steps` meta-steps have been taken. observe: called after each.
 
         directory: save the state there every `save_every` meta-steps, so that the same call continues an interrupted
-        one, to the same bits. Raises StaleRun if the directory belongs to another DataRater.
+            one, to the same bits. All that it depends on is compared with the saved run: the settings, the rater and
+            its first ratings, the pool, the held-out examples, and the first window of the first inner model, as
+            `TrainingFunction.identity` tells it. Of a pool that is a function, the first examples count.
+
+        For a directory, raises StaleRun if it belongs to another run, UnknownFormat if it holds something else,
+        StoreBusy if another process uses it, and CorruptState if it is damaged.
         """
-        checkpoints = None if directory is None else CheckpointDirectory(directory)
-        if checkpoints is not None:
-            checkpoints.restore(self)
-        with tracked("meta-steps", steps, len(self.history), progress) as tick:
+        with contextlib.ExitStack() as stack:
+            run = None
+            if directory is not None:
+                run = stack.enter_context(RunDirectory(directory, "rater", self.identity()))
+                if (saved := run.read("state")) is not None:
+                    self.load_state_dict(saved)
+            tick = stack.enter_context(tracked("meta-steps", steps, len(self.history), progress))
             while len(self.history) < steps:
                 step = self.step()
-                if checkpoints is not None and (len(self.history) % save_every == 0 or len(self.history) == steps):
-                    checkpoints.save(self)
                 if observe is not None:
                     observe(step)
+                if run is not None and (len(self.history) % save_every == 0 or len(self.history) == steps):
+                    self._save(run)
                 finite = [value for value in step.values if value is not None]
                 tick(f"held-out loss {sum(finite) / max(1, len(finite)):.3f}")
         return self
@@ -224,7 +234,32 @@ class DataRater:
         self.notes = list(state["notes"])
         self.seconds = defaultdict(float, state["seconds"])
 
-    state, load = state_dict, load_state_dict  # the names that `CheckpointDirectory` calls
+    def identity(self) -> dict[str, str]:
+        """Digests of what must be the same for a saved run to continue as this one, by name."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, 0, 0))
+        examples = self.pool(self.window * self.batch, generator)
+        held_out = self.held_out(self.held_out_batch, generator)
+        with torch.random.fork_rng([]), torch.no_grad():
+            torch.manual_seed(seed_of(self.seed, 0, 0))
+            ratings = torch.func.functional_call(
+                self.rater, {k: x.clone() for k, x in self._start.items()}, (examples,)
+            )
+        adam = self.adam
+        parts = {
+            "batch": (self.batch, self.held_out_batch, self.window),
+            "population": (len(self.population.members), self.lifetime),
+            "the seed": self.seed,
+            "the outer Adam": (self._lr, adam.betas, adam.eps),
+            "the start of the rater": self._start,
+            "the first ratings": ratings,
+            "the pool": (examples, self._sources[0]),
+            "the held-out examples": (held_out, self._sources[1]),
+        }
+        return self.population.identity(examples, held_out) | {name: digest(part) for name, part in parts.items()}
+
+    def _save(self, run: RunDirectory) -> None:
+        run.write("state", self.state_dict())
+        run.show("history.json", [asdict(step) for step in self.history])
 
     # --- private -----------------------------------------------------------------------------------------------
 
@@ -288,20 +323,6 @@ class DataRater:
         for kind, seconds in result.report.seconds.items():
             self.seconds[KINDS.get(kind, "other")] += seconds
         self.seconds["other"] += window - sum(result.report.seconds.values())
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Digests of what must be the same for a saved run to continue as this one, by name."""
-        optimizer = self.population.function.optimizer
-        parts = {
-            "batch": (self.batch, self.held_out_batch, self.window),
-            "population": (len(self.population.members), self.lifetime),
-            "the seed": (self.seed,),
-            "the inner optimizer": (type(optimizer).__name__, optimizer.table()),
-            "the outer Adam": (self.adam.betas, self.adam.eps),
-        }
-        start = {f"the start of {name!r}": value for name, value in self._start.items()}
-        return start | {name: digest(*values) for name, values in parts.items()}
 
 
 def _effective(weights: Tensor) -> float:

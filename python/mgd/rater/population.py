@@ -97,6 +97,13 @@ class Population:
         member.age += 1
         return result
 
+    def identity(self, examples: Any, held_out: Any) -> dict[str, str]:
+        """Digests of what the first member's first window on these examples depends on."""
+        self.batches.examples, self.held_out = examples, held_out
+        self._load(Member(_tensors(self._fresh(0, 0)), {}, 0, 1))
+        self.function.optimizer_state = {}
+        return self.function.identity({"weights": torch.full((self.batches.size,), 1 / self.batches.size)})
+
     def steps(self, i: int) -> int:
         """The number of steps for which a member has been trained."""
         return self.members[i].age * len(self.batches)
@@ -135,6 +142,7 @@ class _Window(Sequence):
 
     def __init__(self, window: int, batch: int):
         self.examples: Any = None
+        self.size = window * batch
         self.indices = [torch.arange(t * batch, (t + 1) * batch) for t in range(window)]
 
     def __len__(self) -> int:

@@ -27,8 +27,8 @@ class BoundLoss:
 
     autocast: the dtype of torch.autocast, or None. seed: of the random streams. steps_before: steps of an earlier
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
-    norms are plain arithmetic from there on (see `FunctionOverrides`). precision: the machine epsilon of the coarsest
-    dtype of the loss's autograd graph, once that was inspected.
+    norms are plain arithmetic, and formulas as written, from there on (see `FunctionOverrides`). precision: the machine
+    epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected.
     """
 
     def __init__(
@@ -67,11 +67,13 @@ class BoundLoss:
         with self.casting():
             z = microbatch.metaparameters.mapping(list(metaparameters))
             overrides = FunctionOverrides(self.plain_since is not None and microbatch.step >= self.plain_since)
-            loss, left = self.binding.call(
-                self.function, parameters, buffers, batch, z, until=until, overrides=overrides
-            )
-        if overrides.differentiates and not overrides.plain:
-            self.plain_since = microbatch.step
+            try:
+                loss, left = self.binding.call(
+                    self.function, parameters, buffers, batch, z, until=until, overrides=overrides
+                )
+            finally:
+                if overrides.differentiates and not overrides.plain:
+                    self.plain_since = microbatch.step
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             raise BadLoss(
                 f"expected the loss to be a floating-point scalar (shape []); got {describe(loss)} at step "

@@ -94,7 +94,7 @@ class Binding:
         with contextlib.ExitStack() as own:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
-            overrides = stack.enter_context(overrides or FunctionOverrides())
+            overrides = stack.enter_context(overrides or FunctionOverrides(formulas=False))
             overrides.in_loss = True
             value = function(self.model, *args)
             overrides.in_loss = False

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from mgd.step import class_weights, norms
+from mgd.step import class_weights, norms, written_out
 from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
@@ -27,14 +27,18 @@ class FunctionOverrides(TorchFunctionMode):
     matrix products: what transformers takes in place of torch's, in a capture among others, is only once
     differentiable.
 
+    formulas: whether formulas that models write out are replaced as well (`mgd.step.written_out`).
+
     plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
-    third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic.
-    differentiates: whether a graph of a gradient was made while `in_loss`.
+    third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic, and
+    formulas stay as they are written. differentiates: whether a graph of a gradient was made while `in_loss`, or a
+    gradient inside of such a formula asked for.
     """
 
-    def __init__(self, plain: bool = False):
+    def __init__(self, plain: bool = False, formulas: bool = True):
         super().__init__()
-        self.plain, self.in_loss, self.differentiates = plain, False, False
+        self.plain, self.formulas = plain, formulas and not plain
+        self.in_loss = self.differentiates = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -42,13 +46,16 @@ class FunctionOverrides(TorchFunctionMode):
             self.differentiates |= bool(
                 kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
             )
+        if self.in_loss and func in written_out.LOOKS:
+            self.differentiates |= written_out.looks((args, kwargs))
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
             return _grad(self, *args, **kwargs)
         if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):
             return PLAIN[func](*args, **kwargs)
         if isinstance(func, _OPERATORS):
             func = OPERATORS.get(str(func).removesuffix(".default"), func)
-        return OVERRIDES.get(func, func)(*args, **kwargs)
+        result = OVERRIDES.get(func, func)(*args, **kwargs)
+        return written_out.replaced(func, args, kwargs, result) if self.formulas else result
 
 
 def _grad(

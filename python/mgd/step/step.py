@@ -68,7 +68,7 @@ class StepFunction:
         total: Tensor | None = None
         losses, history, residuals = [], [buffers], []
         parameters = self.arena.tensors(params)
-        for microbatch in self._evaluations(t, meta):
+        for microbatch in self.evaluations(t, meta):
             result = self.evaluator.gradient(microbatch, parameters, history[-1])
             total = self._accumulate(total, result.gradients, into)
             losses.append(result.loss.double())
@@ -90,7 +90,7 @@ class StepFunction:
         losses, history = [], [buffers]
         parameters = self.arena.tensors(params)
         moved = [self.arena.tensors(direction.params) for direction in directions]
-        for microbatch in self._evaluations(t, meta):
+        for microbatch in self.evaluations(t, meta):
             given = [
                 Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
                 for tensors, direction in zip(moved, directions, strict=True)
@@ -166,7 +166,7 @@ class StepFunction:
         """The second derivatives of all microbatches, last one first, without a look at what they belong to."""
         parameters = self.arena.tensors(params)
         tangents = [self.arena.tensors(direction) for direction in directions]
-        evaluations = list(self._evaluations(t, meta)) if result.residuals is None else None
+        evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
         terms = Terms(len(directions), buffer_adjoints)
         for i in reversed(range(self.microbatches)):
             before = result.buffers[i]
@@ -184,9 +184,10 @@ class StepFunction:
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:
         """The error of a replayed step whose microbatch `i` has another loss than at first."""
-        return list(self._evaluations(t, meta))[i].diverged(first, second)
+        return list(self.evaluations(t, meta))[i].diverged(first, second)
 
-    def _evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
+    def evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
+        """The microbatches of step `t`."""
         for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
             yield Microbatch(self.loss, self.batches, t, i, batch, share, meta.at(batch, t))
 

@@ -28,10 +28,12 @@ from mgd.sweep.adjoint import Adjoint
 from mgd.sweep.prefetch import Prefetcher
 from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
+from mgd.util.finite import all_finite
 from mgd_kernels import Optimizer, OptimizerState
 from mgd_kernels.dispatch import dot
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+LOST = "a parameter, at this step or before it,"  # where only its effect was seen; `WatchedSweep` says more
 
 
 class Sweep:
@@ -78,10 +80,12 @@ class Sweep:
     # --- forward -----------------------------------------------------------------------------------------------
 
     def forward(self) -> Trained:
-        """Train to the end, keeping what the plan says."""
+        """Train to the end, keeping what the plan says. `WatchedSweep` says where a NaN came from."""
         if self.trained is None:
             with self.timings.phase("first sweep"):
                 end = self._train_all()
+            if not all_finite(end[0].params):
+                raise NonFiniteState(self.length - 1, LOST)
             self.meta.check_all_read()
             self.trained = self._end(*end)
             if self.storage.checkpoint is not None:
@@ -203,7 +207,7 @@ class Sweep:
         """Record the losses of step `t`, which is made for the first time."""
         values = result.losses.tolist()
         if not all(map(math.isfinite, values)):
-            raise NonFiniteState(t, "the loss")
+            raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
         self._losses[t] = values
         self.visited = t + 1
         self.tick("train")

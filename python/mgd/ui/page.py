@@ -48,9 +48,10 @@ class Page:
 
 def write(page: Page, folder: str | Path) -> list[Path]:
     """Write every figure as PNG and a self-contained `index.html` into `folder`. Returns the paths."""
+    from mgd.util.files import write_file  # brings torch
+
     folder = Path(folder)
     sections = page.sections()
-    folder.mkdir(parents=True, exist_ok=True)
     body, paths = [], []
     for section in sections:
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
@@ -63,13 +64,13 @@ def write(page: Page, folder: str | Path) -> list[Path]:
             buffer = io.BytesIO()
             section.figure.savefig(buffer, format="png")
             path = folder / f"{section.name}.png"
-            path.write_bytes(buffer.getvalue())
+            write_file(path, buffer.getvalue())
             paths.append(path)
             data = base64.b64encode(buffer.getvalue()).decode()
             body.append(f'<img alt="{html.escape(section.title, quote=True)}" src="data:image/png;base64,{data}">')
         body.append("</section>")
     index, title, lead = folder / "index.html", html.escape(page.title), html.escape(page.lead)
-    index.write_text(_PAGE.format(title=title, lead=lead, body="\n".join(body)), "utf-8")
+    write_file(index, _PAGE.format(title=title, lead=lead, body="\n".join(body)))
     return [index, *paths]
 
 

@@ -13,11 +13,11 @@ def write_json(path: Path, command: str, result: dict[str, Any]) -> None:
     null."""
     import torch
 
+    from mgd.util.files import write_file
     from mgd_kernels import __version__
 
     made_by = {"command": command, "version": __version__, "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(made_by | result), indent=2, allow_nan=False) + "\n", "utf-8")
+    write_file(path, json.dumps(finite(made_by | result), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:

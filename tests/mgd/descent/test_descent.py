@@ -249,9 +249,9 @@ def test_a_directory_of_another_descent_is_refused_and_says_how_it_differs(tmp_p
 def test_a_damaged_directory_is_an_error_that_names_the_file(damage, tmp_path):
     descent = mgd.MetaDescent(pulled_to(), adam)
     descent.run({"a": START}, 1, directory=tmp_path)
-    file = tmp_path / "state.pt"
+    file = tmp_path / "text-state.mgd"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CorruptState, match=r"state\.pt"):
+    with pytest.raises(CorruptState, match=r"'state'.*delete it to start again"):
         descent.run({"a": START}, 2, directory=tmp_path)
 
 

@@ -23,6 +23,7 @@ from mgd.recipes.lr_schedule.search import Objective, Record, Shape
 from mgd.recipes.small_images import Task
 from mgd.ui.console import show
 from mgd.ui.page import write
+from mgd.util.run_directory import RunDirectory
 from mgd_kernels import SGD
 
 T = 40
@@ -128,17 +129,18 @@ def steep():
 
 
 def test_the_objective_is_that_of_the_training_and_infinite_where_it_diverges(tmp_path):
-    f, file = steep(), tmp_path / "evaluations.jsonl"
-    objective = Objective(f, file)
+    f = steep()
+    opened = lambda: RunDirectory(tmp_path, "search", {})
     good, bad = torch.full((T,), 1e-4), torch.full((T,), 1.0)
-    assert objective(good) == float(f.value({"lr": good})) and objective(bad) == math.inf
-    assert len(objective.seconds) == 2
-    with file.open("a") as kept:
-        kept.write('{"rates": "abc", "val')  # of a process that was ended
-    again = Objective(f, file)
-    assert (again(good), again(bad)) == (objective(good), math.inf) and again.seconds == []
-    again(torch.full((T,), 2e-4))
-    assert len(Objective(f, file)._known) == 3
+    with opened() as run:
+        objective = Objective(f, run)
+        assert objective(good) == float(f.value({"lr": good})) and objective(bad) == math.inf
+        assert len(objective.seconds) == 2
+    with opened() as run:
+        again = Objective(f, run)
+        assert (again(good), again(bad)) == (objective(good), math.inf) and again.seconds == []
+        again(torch.full((T,), 2e-4))
+        assert len(Objective(f, run)._known) == 3
 
 
 def test_the_descent_takes_a_smaller_step_where_a_training_diverges_and_says_so():

@@ -16,7 +16,6 @@ from mgd.recipes import data
 from mgd.recipes.poison import attack, cancelling, checks, recipe, report
 from mgd.recipes.poison.training import NETWORKS, Training, check_data, schedule, wrong_probability
 from mgd.ui.page import write
-from pages import run_page
 
 
 def digits(n: int, start: int = 0):
@@ -244,7 +243,3 @@ def test_fewer_images_keep_the_proportions():
     fitted = settings.fitting(1000)
     assert (fitted.training, fitted.held_out, fitted.defender) == (500, 300, 200)
     assert settings.fitting(5000) is settings
-
-
-def test_the_example_of_the_page_runs():
-    run_page("recipes/poison.md", blocks=1)

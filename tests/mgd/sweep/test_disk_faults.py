@@ -201,7 +201,7 @@ def test_directories_of_other_versions(tmp_path, often, interrupt, monkeypatch):
         f.metagradient(z, resume=tmp_path / "run")
     marker.write_text(text)
     with monkeypatch.context() as patch:
-        patch.setattr("mgd.function.version", lambda _: "99.0")  # its plans may differ
+        patch.setattr("mgd.identity.version", lambda _: "99.0")  # its plans may differ
         with pytest.raises(StaleRun, match="the version of mgd"):
             f.metagradient(z, resume=tmp_path / "run")
     assert same(f.metagradient(z, resume=tmp_path / "run"), f.metagradient(z))

@@ -32,6 +32,11 @@ def torchs_batch_norm(x, w=None, b=None):
     return F.batch_norm(x, None, None, w, b, True), mean, variance
 
 
+def written_out_rotary(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
 def cases() -> dict[str, Case]:
     """Sizes that are and are not multiples of 4, 8 and 16 lanes, below one register, beyond a block of rows."""
     g = torch.Generator().manual_seed(0)
@@ -59,9 +64,12 @@ def cases() -> dict[str, Case]:
 
         pair = layer_norm(functional.layer_norm), layer_norm(F.layer_norm)
         inputs = [random(*shape, scale=2, shift=1), random(*tail), random(*tail)]
-        name = "layer_norm-" + "x".join(map(str, shape))
-        found[name] = Case(*pair, inputs, "layer_norm")
-        found[name + "-plain"] = Case(*pair, inputs[:1], "layer_norm")
+        name = "x".join(map(str, shape))
+        found[f"layer_norm-{name}"] = Case(*pair, inputs, "layer_norm")
+        found[f"layer_norm-{name}-plain"] = Case(*pair, inputs[:1], "layer_norm")
+        pair = [lambda x, w=None, f=f, tail=tail: f(x, tail, w, 0.1) for f in (functional.rms_norm, F.rms_norm)]
+        found[f"rms_norm-{name}"] = Case(*pair, inputs[:2], "rms_norm")
+        found[f"rms_norm-{name}-plain"] = Case(*pair, inputs[:1], "rms_norm")
     for shape in ((4, 8, 5, 5), (2, 4, 16), (3, 12, 2, 3, 3), (70, 4, 2, 2)):
         inputs = [random(*shape, scale=2, shift=3), random(shape[1]), random(shape[1])]
         pair = [lambda x, w=None, b=None, f=f: f(x, 4, w, b) for f in (functional.group_norm, F.group_norm)]
@@ -88,6 +96,25 @@ def cases() -> dict[str, Case]:
     ]
     inputs = [random(2, 6, 150, 8), random(2, 3, 140, 8), random(2, 3, 140, 4)]
     found["strips-150x140"] = Case(*pair, inputs, "attention")
+    for kind, shape in (("seen", (2, 1, 5, 9)), ("seen", (7, 40)), ("added", (1, 3, 5, 9)), ("added", (2, 3, 1, 33))):
+        rows, columns = 5 if shape[-2] == 1 else shape[-2], shape[-1]
+        inputs = [random(2, 3, rows, 8), random(2, 3, columns, 8), random(2, 3, columns, 4)]
+        mask = random(*shape)
+        if kind == "added":
+            inputs.append(mask)
+        else:
+            mask = mask > 0
+            mask[..., 0, :] = False  # a row that sees nothing
+        pair = [
+            lambda q, k, v, mask=mask, f=f: f(q, k, v, attn_mask=mask if mask.dtype is torch.bool else mask.to(q.dtype))
+            for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        ]
+        found[f"attention-{kind}-" + "x".join(map(str, shape))] = Case(*pair, inputs, "softmax")
+    for (batch, heads, length, width), own in (((2, 3, 5, 8), 1), ((3, 1, 7, 34), 3), ((1, 2, 9, 96), 1)):
+        angles = [random(own, 1, length, width) for _ in range(2)]
+        inputs = [random(batch, heads, length, width), *angles]
+        name = "x".join(map(str, inputs[0].shape))
+        found[f"rotary-{name}"] = Case(functional.rotary, written_out_rotary, inputs, "rotary")
     for reduction, classes in (("none", 37), ("mean", 16), ("sum", 5)):
         target = torch.randint(classes, (50,), generator=g)
         target[7] = -100
@@ -153,10 +180,12 @@ CASES = cases()
 SAMPLES = [
     "gelu-15",
     "layer_norm-3x2x77",
+    "rms_norm-3x2x77",
     "group_norm-4x8x5x5",
     "batch_norm-4x8x5x5",
     "softmax-2x7x33",
     "attention-33x33-True",
+    "attention-added-1x3x5x9",
     "cross_entropy-mean",
     "linear_cross_entropy-all",
     "strips-150x140",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from operator_cases import EPS
+from peak import growth
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -178,8 +177,9 @@ def test_what_it_leaves_to_torch(monkeypatch):
 
 
 _PEAK = """
-import resource, sys, torch
+import sys, torch
 from torch import nn
+from peak import peak
 from mgd_kernels.functional import scaled_dot_product_attention as attention
 length = int(sys.argv[1])
 torch.manual_seed(0)
@@ -197,11 +197,11 @@ class Block(nn.Module):
 
 model = nn.Sequential(Block(), Block())
 parameters, x = list(model.parameters()), torch.randn(1, length, 64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 gradient = torch.autograd.grad(model(x).square().mean(), parameters, create_graph=True)
 second = torch.autograd.grad(gradient, parameters, [torch.randn_like(p) for p in parameters])
 assert all(p.isfinite().all() for p in second)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+print(peak() - before)
 """
 
 
@@ -210,6 +210,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 def test_memory_of_long_sequences(length, megabytes):
     """Second derivatives of a two-layer model, whose matrices would take 1.9 GB, and 31 GB. In a process of its own,
     since a peak is one of a process."""
-    command = [sys.executable, "-c", _PEAK, str(length)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
-    assert int(done.stdout) < megabytes
+    assert 10 < growth(_PEAK, str(length)) < megabytes

@@ -35,7 +35,8 @@ def test_other_modes_are_torchs_own():
     logits, target = torch.randn(5, 3, generator=g), torch.tensor([0, 1, 2, 1, 0])
     weight = torch.rand(3, generator=g)
     for name, *args in (
-        ("scaled_dot_product_attention", q, k, v, mask),
+        ("scaled_dot_product_attention", q, k, v, mask[:, :1]),
+        ("scaled_dot_product_attention", q[0], k[0], v[0], mask),
         ("softmax", q, 1),
         ("gelu", image),
         ("group_norm", image, 2),
@@ -52,6 +53,22 @@ def test_other_modes_are_torchs_own():
         tensor_arguments = [x for x in args if isinstance(x, Tensor)]
         found = traced_operators(lambda *_, f=mine, args=args: f(*args), *tensor_arguments)
         assert not any("mgd_kernels" in operator for operator in found), name
+
+
+def test_grouped_queries_are_torchs_own():
+    q, k, v = torch.randn(2, 4, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    mine, torchs = functional.scaled_dot_product_attention, F.scaled_dot_product_attention
+    assert torch.equal(mine(q, k, v, enable_gqa=True), torchs(q, k, v, enable_gqa=True))
+
+
+def test_attention_draws_the_dropout_that_torch_draws():
+    q, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 5) > 0.2
+    found = []
+    for function in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        torch.manual_seed(0)
+        found.append(function(q, q, q, mask, 0.5))
+    assert (found[0] != functional.scaled_dot_product_attention(q, q, q, mask)).any()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def test_torch_func_and_autocast_go_to_torch():

@@ -187,7 +187,7 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
             batch = _Arrays(file, encoding="bytes").load()
     except FileNotFoundError as error:
         raise BadData(f"expected {path}; CIFAR-10's Python version has data_batch_1 to _5 and test_batch") from error
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise BadData(f"cannot read {path} as a CIFAR-10 batch: {error}") from error
     batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in dict(batch).items()}
     data, labels = batch.get("data"), batch.get("labels")

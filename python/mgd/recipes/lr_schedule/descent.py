@@ -7,7 +7,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from mgd.descent.constraints import Box
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.state import MetaStep
 from mgd.function import TrainingFunction
-from mgd.util.checkpoint_directory import replace_file
+from mgd.util.run_directory import RunDirectory
 
 RANGE = (1e-6, 1.0)  # rates stay in it
 PAIRS = 3  # timings of a training and a metagradient, alternating
@@ -71,13 +70,13 @@ def costs(function: TrainingFunction, z: dict[str, Tensor]) -> tuple[float, floa
 
 
 class Knots:
-    """The knots of every meta-step, in memory and in a file."""
+    """The knots of every meta-step, in memory and, if there is a directory, there."""
 
-    def __init__(self, file: Path | None):
-        self.file = file
-        self.knots: dict[int, Tensor] = torch.load(file, weights_only=True) if file and file.exists() else {}
+    def __init__(self, run: RunDirectory | None):
+        self._run = run
+        self.knots: dict[int, Tensor] = (run.read("knots") if run is not None else None) or {}
 
     def reached(self, step: int, knots: Tensor) -> None:
         self.knots[step] = knots
-        if self.file is not None:
-            replace_file(self.file, lambda path: torch.save(self.knots, path))
+        if self._run is not None:
+            self._run.write("knots", self.knots)

@@ -8,7 +8,6 @@ other orders, judge what each of them found.
 
 from __future__ import annotations
 
-import json as json_
 import math
 import os
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mgd import schedules
 from mgd.descent.descent import Descent
-from mgd.errors import BadArgument, StaleRun
+from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
 from mgd.recipes.data import Images
 from mgd.recipes.lr_schedule import search
@@ -31,6 +30,8 @@ from mgd.recipes.lr_schedule.judging import Judged, judge
 from mgd.recipes.lr_schedule.search import Objective, Record
 from mgd.recipes.small_images import Task
 from mgd.ui.console import Reporter
+from mgd.util.fingerprint import digest
+from mgd.util.run_directory import RunDirectory
 from mgd_kernels import AdamW
 
 DESCENT, GRID = "metagradient descent", "grid"
@@ -140,22 +141,38 @@ def run(
     settings, reporter = settings or Settings(), reporter or Reporter()
     settings.check()
     task = Task.make(train, test, settings.steps * settings.batch, settings.held_out, settings.tested, seed)
-    folder = None if resume is None else _opened(Path(resume), task, settings, seed)
     function = training(task, settings, seed)
-    objective = Objective(function, folder and folder / "evaluations.jsonl")
     start = torch.full((settings.knots,), math.log(settings.start))
+    if resume is None:
+        return _run(task, settings, seed, function, start, None, None, reporter)
+    with _opened(Path(resume) / "searches", task, settings, seed, function, start) as kept:
+        return _run(task, settings, seed, function, start, kept, Path(resume) / "descent", reporter)
+
+
+def _run(
+    task: Task,
+    settings: Settings,
+    seed: int,
+    function: TrainingFunction,
+    start: Tensor,
+    kept: RunDirectory | None,
+    directory: Path | None,
+    reporter: Reporter,
+) -> Found:
+    """kept: where every training is kept. directory: that of the descent."""
+    objective = Objective(function, kept)
 
     with reporter.phase("timing", "timing a training and its metagradient"):
         training_seconds, ratio, trace = costs(function, {"lr": schedules.from_knots(start, settings.steps)})
     records: dict[str, Record] = {}
     with reporter.phase(DESCENT, f"{settings.meta_steps} meta-steps of descent, {ratio:.2f} trainings each"):
-        path = Knots(folder and folder / "path.pt")
+        path = Knots(kept)
         descent = descend_on_schedule(
             function,
             start,
             settings.meta_steps,
             outer=settings.outer,
-            directory=folder and folder / "descent",
+            directory=directory,
             progress=reporter.progress,
             observe=lambda step, result, variables: path.reached(step.step, variables["log_lr"]),
         )
@@ -208,21 +225,15 @@ def training(task: Task, settings: Settings, seed: int) -> TrainingFunction:
     )
 
 
-def _opened(folder: Path, task: Task, settings: Settings, seed: int) -> Path:
+def _opened(
+    folder: Path, task: Task, settings: Settings, seed: int, function: TrainingFunction, start: Tensor
+) -> RunDirectory:
     """The directory of this run, refused where it holds another one. A run may be continued with more trainings."""
-    folder.mkdir(parents=True, exist_ok=True)
     prolonged = ("meta_steps", "budget", "seeds")
-    mine = {"data": task.name, "seed": seed, "torch": torch.__version__}
+    mine = {"data": task.name, "seed": seed}
     mine |= {name: value for name, value in asdict(settings).items() if name not in prolonged}
-    kept = folder / "run.json"
-    if kept.exists():
-        known = json_.loads(kept.read_text("utf-8"))
-        differing = [key for key in known | mine if known.get(key) != mine.get(key)]
-        if differing:
-            raise StaleRun(str(folder), differing)
-    else:
-        kept.write_text(json_.dumps(mine, indent=1) + "\n", "utf-8")
-    return folder
+    identity = function.identity({"lr": schedules.from_knots(start, settings.steps)})
+    return RunDirectory(folder, "search", identity | {name: digest(value) for name, value in mine.items()})
 
 
 def _rounded(value: float) -> float:

@@ -7,13 +7,10 @@ values, one training each, and what it leaves behind. A training that diverges i
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from mgd import schedules
 from mgd.errors import BadArgument, MissingPackage, NonFiniteState
 from mgd.function import TrainingFunction
 from mgd.util.fingerprint import digest
+from mgd.util.run_directory import RunDirectory
 
 KINDS = ("one-cycle", "linear", "cosine")
 PEAKS, PARTS = (3e-4, 1e-1), (1e-2, 1.0)  # ranges of the peak, and of start and end as parts of it; both logarithmic
@@ -31,21 +29,14 @@ PEAKS, PARTS = (3e-4, 1e-1), (1e-2, 1.0)  # ranges of the peak, and of start and
 class Objective:
     """The objective after a training with these learning rates `[T]`; infinity where the training diverges.
 
-    file: keeps every value (a line of JSON each), so that a search that is run again does not train again.
+    run: keeps every value, so that a search that is run again does not train again.
     seconds: of the trainings that were run.
     """
 
-    def __init__(self, function: TrainingFunction, file: str | os.PathLike[str] | None = None):
-        self.function, self.file = function, None if file is None else Path(file)
+    def __init__(self, function: TrainingFunction, run: RunDirectory | None = None):
+        self.function, self._run = function, run
         self.seconds: list[float] = []
-        self._known: dict[str, float] = {}
-        if self.file is not None and self.file.exists():
-            whole, _, _ = self.file.read_text("utf-8").rpartition("\n")
-            self.file.write_text(
-                whole and f"{whole}\n", "utf-8"
-            )  # without what a process that was ended began to write
-            for entry in map(json.loads, whole.splitlines()):
-                self._known[entry["rates"]] = math.inf if entry["value"] is None else entry["value"]
+        self._known: dict[str, float] = (run.read("values") if run is not None else None) or {}
 
     def __call__(self, rates: Tensor) -> float:
         key = digest(rates)
@@ -57,10 +48,8 @@ class Objective:
                 value = math.inf
             self.seconds.append(time.perf_counter() - start)
             self._known[key] = value
-            if self.file is not None:
-                with self.file.open("a", encoding="utf-8") as file:
-                    line = json.dumps({"rates": key, "value": value if math.isfinite(value) else None})
-                    file.write(f"{line}\n")
+            if self._run is not None:
+                self._run.write("values", self._known)
         return self._known[key]
 
 

@@ -7,7 +7,7 @@ and does a fresh model learn faster from what it keeps?
 
 from __future__ import annotations
 
-import json
+import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from mgd.recipes.rate.models import InnerTraining, TextRater, losses
 from mgd.recipes.rate.selection import Selection, select
 from mgd.recipes.trainings import seeded
 from mgd.ui.console import Reporter
+from mgd.util.fingerprint import digest
+from mgd.util.run_directory import RunDirectory
 from mgd_kernels import AdamW
 
 SNAPSHOTS = 20  # times at which the ratings are looked at while they are learned
@@ -146,21 +148,9 @@ def run(settings: Settings, reporter: Reporter | None = None, directory: Path | 
     test = passages(domains[0], "test", s.judged, length, generator)
 
     rater = make_rater(s, pool.tokens, held_out)
-    course: dict[int, dict[str, float]] = {}
-
-    record = None if directory is None else directory / "course.json"
-    if record is not None and record.exists():
-        course |= {int(k): means for k, means in json.loads(record.read_text("utf-8")).items()}
-
-    def observe(step: RaterStep) -> None:
-        if (step.step + 1) % max(1, s.meta_steps // SNAPSHOTS) == 0:
-            course[step.step + 1] = mean_ratings(evaluated, rater.rate(evaluated.tokens))
-            if record is not None:
-                record.write_text(json.dumps(course) + "\n", "utf-8")
-
     words = f"learning to rate: {s.meta_steps} meta-steps, {s.population} inner models, windows of {s.window} steps"
     with reporter.phase("rating", words):
-        rater.fit(s.meta_steps, directory=directory, progress=reporter.progress, observe=observe)
+        course = learn(rater, evaluated, s, directory, reporter.progress)
     ratings = rater.rate(evaluated.tokens)
     with reporter.phase("transfer", "training on each domain alone"):
         transfer = transfer_losses(s, domains, test)
@@ -187,6 +177,28 @@ def run(settings: Settings, reporter: Reporter | None = None, directory: Path | 
         rater.notes,
         phases,
     )
+
+
+def learn(
+    rater: DataRater, evaluated: Pool, s: Settings, directory: Path | None, progress: bool
+) -> dict[int, dict[str, float]]:
+    """Fit the rater. Returns, now and then on the way, the mean rating of each domain, by meta-step."""
+    course: dict[int, dict[str, float]] = {}
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if directory is not None:
+            identity = rater.identity() | {"what is rated": digest(evaluated.tokens)}
+            kept = stack.enter_context(RunDirectory(directory / "course", "course", identity))
+            course |= kept.read("course") or {}
+
+        def observe(step: RaterStep) -> None:
+            if (step.step + 1) % max(1, s.meta_steps // SNAPSHOTS) == 0:
+                course[step.step + 1] = mean_ratings(evaluated, rater.rate(evaluated.tokens))
+                if kept is not None:
+                    kept.write("course", course)
+
+        rater.fit(s.meta_steps, directory=directory and directory / "rater", progress=progress, observe=observe)
+    return course
 
 
 def make_rater(s: Settings, pool: Tensor, held_out: Tensor) -> DataRater:

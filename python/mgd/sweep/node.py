@@ -1,0 +1,35 @@
+"""A training as a node of torch's autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class DifferentiableTraining(torch.autograd.Function):
+    """Forward: the training, keeping log and snapshots. Backward: one reverse sweep with the cotangent of the value."""
+
+    @staticmethod
+    def forward(ctx, function: Any, spec, *leaves: Any) -> Tensor:
+        ctx.function, ctx.spec = function, spec
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
+        with function._guarded() as tick:
+            ctx.sweep = function._trained(tree_unflatten(leaves, spec), tick)
+        return ctx.sweep.value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent: Tensor):
+        # Unpacking the saved tensors raises where z has changed since.
+        leaves = [x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+        z = tree_unflatten(leaves, ctx.spec)
+        with ctx.function._guarded() as tick:
+            # The log is consumed by a reverse sweep; a second backward trains again.
+            sweep, ctx.sweep = ctx.sweep or ctx.function._trained(z, tick), None
+            grads = ctx.function._reversed(sweep, z, cotangent.reshape(-1).tolist())
+        gradients = tree_flatten({key: grads[key] for key in z})[0]
+        return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, gradients, strict=True))
