@@ -147,8 +147,8 @@ def command(
     good, phases = close(results)
     text = (
         f"Medians of {rounds}; the ratio with its 20% and 80% quantiles. {good} of {phases} phases are predicted "
-        f"within {CLOSE:.0%}. Only transfers of the disk run beside the computation on a CPU: copies in memory, and those to "
-        "and from the disk's buffers, are part of it."
+        f"within {CLOSE:.0%}. On a CPU, only the disk's transfers run beside the computation. Copies in memory, and "
+        "those to and from the disk's buffers, are part of it."
     )
     session.table("Predicted and measured seconds", rows(results), text)
     session.write(None, {"machine": where, "directory": str(place), "close": [good, phases], "runs": results})

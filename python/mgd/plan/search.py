@@ -1,7 +1,7 @@
 """The search for the fastest plan under a budget: branch and bound over the shapes of `mgd.plan.shapes`.
 
 The shapes depend neither on the budget nor on the tiers. A larger budget only adds placements to choose from, and a
-faster tier makes none of them slower. So neither makes the plan slower, unless the search ends early (`MOST`).
+faster tier makes none of them slower. So neither makes the plan slower, but for what a search leaves out (`MOST`).
 """
 
 from __future__ import annotations
