@@ -265,7 +265,7 @@ def _layout(name: str, k: int | None, search: Search) -> Layout:
         raise _too_small(search, least * state, "1 snapshot" if least == 1 else f"{least:,} snapshots")
     if name != "auto" or chain <= 1:
         return plain
-    return search.best(plain)
+    return search.best()
 
 
 def _too_small(search: Search, needs: int, what: str) -> BudgetTooSmall:

@@ -8,6 +8,7 @@ length contains only O(s r) different blocks: schedules of millions of steps are
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import comb, isqrt
 
 
@@ -49,6 +50,7 @@ def saves(n: int, s: int) -> int:
     return max(reach(s - 1, r - 1), n - reach(s, r - 1)) - 1
 
 
+@lru_cache(maxsize=1 << 16)
 def split(n: int, s: int) -> int:
     """Where to put the next snapshot in a chain of n >= 2 steps, so that both `advances` and `saves` are attained.
 
@@ -68,6 +70,7 @@ def _gamma(s: int, r: int) -> int:
     return reach(s, r - 1) + reach(s - 1, r - 1) if s > 0 else 1
 
 
+@lru_cache(maxsize=1 << 16)
 def advances_from(n: int, s: int, position: int) -> int:
     """How many of the t(n, s) advances of the revolve schedule are over steps at or after `position`."""
     total = 0

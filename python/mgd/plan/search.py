@@ -1,32 +1,33 @@
 """The search for the fastest plan under a budget: branch and bound over the shapes of `mgd.plan.shapes`.
 
 The shapes depend neither on the budget nor on the tiers. A larger budget only adds placements to choose from, and a
-faster tier makes none of them slower. So neither makes the plan slower, unless the search ends early (`MOST`).
+faster tier makes none of them slower. So neither makes the plan slower, but for what a search leaves out (`MOST`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
 
 from mgd.plan.budget import Costs, Sizes
+from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, coarse, full_logs, near
+from mgd.plan.shapes import Bound, Shapes, coarse, every, full_logs, near
 from mgd.plan.tally import Slots
-
-#: Ample inner snapshots must make a plan faster by this factor to be worth their memory.
-THRIFT = 1.006
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: The most shapes that are placed in one search on one tier; on more, there are more ways to place each of them.
-MOST = 1200
+#: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
+#: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
+MOST = ((60, (1200, 1200, 240)), (1000, (1200, 300, 60)), (inf, (300, 75, 20)))
+FEWEST = MOST[-1][1]
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,86 @@ class Search:
     costs: Costs
     stop_at: int = 0
 
-    def best(self, plain: Layout) -> Layout:
-        """The fastest layout of all shapes; never slower than `plain`."""
-        chosen = self._best(coarse(self.chain), self.seconds(plain)) or plain
-        better: Layout | None = chosen
-        while better is not None:
-            chosen = better
-            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
-            better = self._best(shapes, ENOUGH * self.seconds(chosen))
+    def best(self) -> Layout:
+        """The fastest layout found. There must be room for a snapshot.
+
+        Every combination of tiers is searched, from what its parts led to. So one more tier never makes a plan slower.
+        """
+        ideal = Ideal(self.chain, self.sizes, self.limits, self.costs, self.stop_at)
+        enough = THRIFT * ideal.seconds
+        for layout in ideal.full_logs():
+            if self.seconds(layout) <= enough:
+                return layout
+        found: dict[frozenset[str], Layout] = {}
+        for tiers in self._combinations():
+            part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
+            starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
+            starts += part.revolve()
+            if starts:
+                chosen = self._widened(part._search(min(starts, key=self.seconds), enough))
+                if self.seconds(chosen) <= enough:
+                    break
+                found[tiers] = chosen
         return chosen
+
+    def revolve(self) -> list[Layout]:
+        """Layouts without a log, as far as there is room for a snapshot: as many snapshots as fit, half of them, ..."""
+        slots = min(self.chain - 1, sum(room // self.sizes.snapshot for room in self.limits.values()))
+        counts = [slots >> k for k in range(slots.bit_length())]
+        if len(self.limits) == 1:
+            del counts[1:]  # the bound of one tier is tight, so that the search finds the others soon
+        fits = (Layout.fit(self.limits, self.sizes, self.chain, 1, Revolve(count), count, 0) for count in counts)
+        return [layout for layout in fits if layout is not None]
 
     def best_log(self) -> Layout | None:
         """The fastest of the full logs; None if none fits."""
-        return self._best(full_logs(self.chain), inf)
+        return self._fastest(full_logs(self.chain), inf, 0.0, FEWEST)
 
-    def _best(self, shapes: Shapes, best: float) -> Layout | None:
-        """The fastest layout of some shapes, if it takes less than `best` seconds."""
+    def _combinations(self) -> Iterator[frozenset[str]]:
+        """Of the tiers that can hold anything, all combinations, and those of fewer tiers first."""
+        tiers = [tier for tier, room in self.limits.items() if room >= min(self.sizes.snapshot, self.sizes.gradient)]
+        for count in range(1, len(tiers) + 1):
+            yield from map(frozenset, itertools.combinations(tiers, count))
+
+    def _widened(self, layout: Layout) -> Layout:
+        """The layout of a search on some of the tiers, as one of all tiers."""
+        if layout.tiers == tuple(self.limits):
+            return layout
+
+        def on_all(counts: tuple[int, ...]) -> tuple[int, ...]:
+            held = dict(zip(layout.tiers, counts, strict=True))
+            return tuple(held.get(tier, 0) for tier in self.limits)
+
+        outer, inner = (Slots(on_all(slots.counts)) for slots in (layout.outer, layout.inner))
+        return replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+
+    def _search(self, start: Layout, enough: float) -> Layout:
+        """The fastest layout that is found, or one that takes no more than `enough` seconds."""
+        best = self.seconds(start)
+        most = next(most for steps, most in MOST if self.chain <= steps)
+        chosen = self._fastest(coarse(self.chain), best, enough, most) or start
+        if every(self.chain):
+            return chosen
+        better: Layout | None = chosen
+        while better is not None and (best := self.seconds(better)) > enough:
+            chosen = better
+            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
+            better = self._fastest(shapes, ENOUGH * best, enough, FEWEST)
+        return better or chosen
+
+    def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:
+        """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
         bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
-        bounds = np.where(shapes.ample, THRIFT * bounds, bounds)
+        order = np.flatnonzero(bounds < best)
+        order = order[np.argsort((np.where(shapes.ample, THRIFT, 1.0) * bounds)[order], kind="stable")]
         chosen = None
-        for i in np.argsort(bounds, kind="stable")[: MOST // len(self.limits) ** 2]:
-            if bounds[i] >= best:
+        for i in order[: most[len(self.limits) - 1]]:
+            if best <= enough:
                 break
-            found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
-            if found is not None and (seconds := found[0] * (THRIFT if shapes.ample[i] else 1)) < best:
-                best, chosen = seconds, found[1]
+            if bounds[i] < best:
+                found = self._placed(*(int(x[i]) for x in (shapes.length, shapes.outer, shapes.inner)))
+                if found is not None and found[0] < best:
+                    best, chosen = found
         return chosen
 
     def seconds(self, layout: Layout) -> float:

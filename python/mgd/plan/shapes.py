@@ -44,19 +44,39 @@ NEAR = 1.25
 
 @dataclass(frozen=True)
 class Shapes:
-    """Lengths of segments, and numbers of outer and of inner snapshots: an array of each."""
+    """Lengths of segments, and numbers of outer and of inner snapshots: an array of each. chain: of how many steps."""
 
+    chain: int
     length: Numbers
     outer: Numbers
     inner: Numbers
 
     def __getitem__(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> Shapes:
-        return Shapes(self.length[some], self.outer[some], self.inner[some])
+        return Shapes(self.chain, self.length[some], self.outer[some], self.inner[some])
 
     @cached_property
     def ample(self) -> NDArray[np.bool_]:
         """Whether there are more inner snapshots than `thrifty`."""
         return self.inner * (self.inner + 1) / 2 >= np.maximum(2, self.length)
+
+    @cached_property
+    def segments(self) -> Numbers:
+        return np.ceil(self.chain / self.length)
+
+    @cached_property
+    def first(self) -> Numbers:
+        """The length of the first segment."""
+        return self.chain - (self.segments - 1) * self.length
+
+    @cached_property
+    def turns(self) -> _Revolve:
+        """The schedule of the chain of segments."""
+        return _Revolve(self.segments, self.outer)
+
+    @cached_property
+    def inside(self) -> tuple[_Revolve, _Revolve]:
+        """The schedules of the first segment, and of each other one."""
+        return _Revolve(self.first, np.minimum(self.inner, self.first - 1)), _Revolve(self.length, self.inner)
 
     @classmethod
     def of(cls, chain: int, lengths: Iterable[int], outer: Grid, inner: Grid) -> Shapes:
@@ -68,7 +88,7 @@ class Shapes:
             inners = sorted({*inner(length - 1), *fewest_saves(length), thrifty(length)})
             pair = np.meshgrid(outers, inners, indexing="ij")
             rows.append(np.stack([np.full(pair[0].shape, length), *pair]).reshape(3, -1))
-        return cls(*np.concatenate(rows, axis=1).astype(float))
+        return cls(chain, *np.concatenate(rows, axis=1).astype(float))
 
 
 @lru_cache(maxsize=8)
@@ -77,15 +97,20 @@ def coarse(chain: int) -> Shapes:
     numbers = COARSE(chain)
     equal = (-(-chain // n) for n in numbers)
     lengths = sorted({*numbers, *equal, *(chain - x for x in numbers[:-1])})
-    return Shapes.of(chain, lengths, COARSE, COARSE_INNER)
+    return Shapes.of(chain, lengths, COARSE, COARSE if every(chain) else COARSE_INNER)
+
+
+def every(chain: int) -> bool:
+    """Whether `coarse` has all shapes."""
+    return chain <= COARSE.dense
 
 
 def near(chain: int, length: int, outer: int, inner: int) -> Shapes:
     """Finer steps around these numbers."""
     lengths = {*_around(length, chain), *(-(-chain // n) for n in _around(-(-chain // length), chain))}
     shapes = Shapes.of(chain, sorted(lengths), FINE, FINE_INNER)
-    every = shapes.outer == np.ceil(chain / shapes.length) - 1
-    return shapes[(every | _close(shapes.outer, outer)) & _close(shapes.inner, inner)]
+    most = shapes.outer == shapes.segments - 1
+    return shapes[(most | _close(shapes.outer, outer)) & _close(shapes.inner, inner)]
 
 
 def _close(numbers: Numbers, number: int) -> NDArray[np.bool_]:
@@ -131,11 +156,9 @@ class Bound:
     def __call__(self, shapes: Shapes) -> Numbers:
         """Infinite where a shape does not fit."""
         N, costs, state, grad = self.chain, self.costs, self.sizes.snapshot, self.sizes.gradient
-        length, outer = shapes.length, shapes.outer
-        n = np.ceil(N / length)
-        first = N - (n - 1) * length
-        inner, turns = shapes.inner, _Revolve(n, outer)
-        part, whole = _Revolve(first, np.minimum(inner, first - 1)), _Revolve(length, inner)
+        length, outer, inner = shapes.length, shapes.outer, shapes.inner
+        n, first, turns = shapes.segments, shapes.first, shapes.turns
+        part, whole = shapes.inside
         replayed = np.where(n > 1, length * turns.advances - (length - first) * turns.r + 1 - n, 0.0)
         held = state * (outer + inner) + grad * (length - 1)
         updates = (n - 1) * whole.updates + part.updates
@@ -143,16 +166,17 @@ class Bound:
         passing = np.maximum(0, n - 2) * np.maximum(0, inner - 1)
         rising = (n - 1) * whole.saved_again
         logged, loads = N - n, N - n
-        seconds = self._phase(costs.step * (self.stop_at + N), 1, held)
-        seconds = seconds + self._phase(
-            costs.step * replayed,
-            n - 1,
-            grad * np.maximum(0, logged - (length - 1)) + state * passing,
-            state * turns.saved_again,
-            state * turns.loads,
-        )
+        training = self._phase(costs.step * (self.stop_at + N), 1, held)
+        again = grad * np.maximum(0, logged - (length - 1)) + state * passing
+        replay = self._phase(costs.step * replayed, n - 1, again, state * turns.saved_again, state * turns.loads)
         work = costs.step * (n - 1) + costs.update * updates + costs.hvp * N
-        seconds = seconds + self._phase(work, n, grad * logged, state * rising, state * loads + grad * updates, "read")
+        reads = state * loads + grad * updates
+        reverse = self._phase(work, n, grad * logged, state * rising, reads, "read")
+        # What the training leaves is read at least once.
+        reads = np.maximum(0, grad * logged + reads + state * turns.loads - held)
+        writes = again + state * (turns.saved_again + rising)
+        after = self._phase(work + costs.step * replayed, 1, held, writes, reads, "read")
+        seconds = training + np.maximum(replay + reverse, after)
         work = work + costs.step * (self.stop_at + N + replayed)
         saved = passing + inner + rising + outer + turns.saved_again
         seconds = np.maximum(
@@ -201,11 +225,11 @@ class Bound:
         costs = self.costs
         rates = costs.write if way == "write" else costs.read
         copying = {t: 1 / (costs.copy if t in costs.overlap else rates[t]) for t in self.limits}
-        others = [
+        least = [
             min(1 / (costs.copy if t in costs.overlap else of[t]) for t in self.limits)
             for of in (costs.write, costs.read)
         ]
-        busy, left = work + write * others[0] + read * others[1], log
+        busy, left = work + write * least[0] + read * least[1], log
         for tier in sorted(copying, key=copying.__getitem__):
             here = np.minimum(left, times * self.limits[tier])
             busy, left = busy + here * copying[tier], left - here
@@ -216,7 +240,11 @@ class Bound:
             elsewhere = sum(room for tier, room in self.limits.items() if tier not in some)
             beside = np.maximum(beside, (log - times * elsewhere) / rate)
         if len(parallel) == len(self.limits):
-            beside = np.maximum(beside, (log + (write if way == "write" else read)) / rate)
+            moved, others = (log + write, read) if way == "write" else (log + read, write)
+            back = costs.read if way == "write" else costs.write
+            fastest, fastest_back = (max(of[tier] for tier in parallel) for of in (rates, back))
+            both = (moved / fastest + others / fastest_back) / len(parallel)
+            beside = np.maximum(beside, np.maximum(moved / rate, both))
         return np.maximum(busy, beside)
 
 

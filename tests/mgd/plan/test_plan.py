@@ -338,13 +338,13 @@ def test_explain_says_what_limits_each_phase_and_what_would_help():
     sizes, room = Sizes(14_400_000_000, 4_800_000_000), "200GB"
     text = plan(5000, sizes, Budget(host=room), Costs(step=0.9)).explain()
     assert "100 GB more host memory: 9.4 h to 8.3 h" in text
-    slow = plan(500, sizes, Budget(disk=("x", "9TB")), Costs(step=0.9, write={"disk": 1e9}, read={"disk": 1e9}))
+    slow = plan(500, sizes, Budget(disk=("x", "9TB")), Costs(step=0.9, write={"disk": 3e9}, read={"disk": 3e9}))
     assert [phase.limit(slow.layout.tiers, slow.costs) for phase in slow.phases][::2] == [
         "writing to disk",
         "reading from disk",
     ]
     assert "disk transfers twice as fast: " in slow.explain()
-    ample = plan(500, sizes, Budget(host="9TB"), Costs(step=0.9)).explain()
+    ample = plan(500, sizes, Budget(host="9TB"), Costs(step=9.0)).explain()
     assert "What would help" not in ample, "it takes as long as the work alone"
 
 

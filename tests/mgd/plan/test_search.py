@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 
 import numpy as np
 import pytest
+from long_search import PROBLEMS
 
-from mgd.errors import BudgetTooSmall
 from mgd.plan.budget import TIERS, Budget, Costs, Sizes
+from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.plan import Plan, plan
 from mgd.plan.reversal import Revolve
+from mgd.plan.search import Search
 from mgd.plan.shapes import Bound, Shapes
 from mgd.plan.tally import Slots
 
@@ -86,23 +89,53 @@ def test_many_placements_at_once_take_as_long_as_each_layout():
         rows = [np.array([draw.randrange(len(kind)) for _ in range(5)]) for kind in kinds]
         shape = Shape(T, length, outer, inner)
         seconds = Placements(shape, sizes, limits, costs, 3).seconds(*kinds, *rows)
-        bound = Bound(T, sizes, dict.fromkeys(limits, 10**9), costs, 3)
-        least = bound(Shapes(*(np.array([float(x)]) for x in (length, outer, inner))))
         for k in range(5):
             o, i, g = (tuple(kind[row[k]].tolist()) for kind, row in zip(kinds, rows, strict=True))
             layout = Layout(tuple(limits), sizes, T, length, Revolve(max(1, outer)), Slots(o), Slots(i), g)
             assert seconds[k] == pytest.approx(sum(p.seconds(layout.tiers, costs) for p in layout.phases(3)))
-            assert least[0] <= seconds[k]
+            bound = Bound(T, sizes, dict(zip(limits, layout.peak, strict=True)), costs, 3)
+            assert bound(Shapes(T, *(np.array([float(x)]) for x in (length, outer, inner))))[0] <= seconds[k]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_no_layout_of_a_small_problem_is_faster_by_one_percent(seed):
+def close_to_exhaustive(seed: int) -> None:
     draw = random.Random(seed)
     for tiers, most in ((1, 60), (2, 60), (2, 30), (3, 16)):
         T = draw.randint(2, most)
         sizes, limits, costs = problem(draw, T, tiers)
         least = exhaustive(T, sizes, limits, costs)
-        assert planned(T, sizes, limits, costs).predicted_seconds <= 1.01 * least, (T, sizes, limits, costs)
+        assert Ideal(T, sizes, limits, costs).seconds <= least * (1 + 1e-9), seed
+        assert planned(T, sizes, limits, costs).predicted_seconds <= 1.01 * least, (seed, T, sizes, limits, costs)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 50086])  # the last: a slow disk, where the bound says little
+def test_no_layout_of_a_small_problem_is_faster_by_one_percent(seed):
+    close_to_exhaustive(seed)
+
+
+def test_no_layout_of_a_fresh_small_problem_is_faster_by_one_percent():
+    for _ in range(16):
+        close_to_exhaustive(random.SystemRandom().randrange(1 << 32))
+
+
+#: python tests/mgd/plan/long_search.py 60
+LONG = {"adam on two tiers": 132.943, "slow steps on three tiers": 38.0632, "large gradients": 1563.21}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_random_search_of_a_large_problem_gains_at_most_three_percent(name):
+    assert planned(*PROBLEMS[name]).predicted_seconds <= 1.03 * LONG[name]
+
+
+@pytest.mark.parametrize("T", [2, 3, 5, 10, 1000, 10**6])
+@pytest.mark.parametrize("tiers", [{"host": 1 << 60}, {"host": 1 << 60, "disk": 1 << 60}], ids="+".join)
+def test_ample_memory_needs_no_search(T, tiers, monkeypatch):
+    monkeypatch.setattr(Search, "_fastest", None)
+    sizes = Sizes(3_000_000, 1_000_000)
+    costs = Costs(step=0.03, hvp=0.09, update=6e-4, write={"host": 2.8e9}, overlap=("disk",), copy=5e9)
+    for some in (costs, Costs()):
+        made = planned(T, sizes, tiers, some)
+        assert made.predicted_seconds <= THRIFT * Ideal(T, sizes, tiers, some).seconds
+        assert made.layout.segments == 1
 
 
 @pytest.mark.parametrize(
@@ -120,21 +153,31 @@ def test_a_large_model_with_many_snapshots_on_the_slow_tier(limits, hours):
     assert made.predicted_seconds / 3600 <= 1.001 * hours
 
 
-def test_more_memory_or_a_faster_tier_is_never_slower():
+def changed(draw: random.Random, T: int, sizes: Sizes, limits: dict[str, int], costs: Costs):
+    """More memory on a tier, one more tier, and a faster one: limits and costs of each."""
+    amounts = (1, sizes.gradient, 10 * sizes.snapshot, T * sizes.gradient)
+    tier = draw.choice(list(limits))
+    yield "memory", limits | {tier: limits[tier] + draw.choice(amounts)}, costs
+    for other in set(TIERS) - set(limits):
+        room = draw.choice((0, *amounts))
+        yield "tier", {name: limits.get(name, room) for name in TIERS if name in limits or name == other}, costs
+    way = draw.choice(("write", "read"))
+    rates = dict(getattr(costs, way))
+    rates[tier] *= draw.uniform(1, 4)
+    yield "speed", limits, dataclasses.replace(costs, **{way: rates})
+
+
+# One more tier is searched from the plan without it. More memory or speed lets a search see other shapes in the time it
+# has: of 1,010 pairs with T <= 60 none became slower, of 343 longer ones three, by 0.001%, 0.4% and 1.2%.
+@pytest.mark.parametrize(("shortest", "longest", "problems", "slack"), [(2, 60, 60, 1e-9), (100, 20_000, 10, 0.02)])
+def test_more_memory_or_a_faster_tier_is_never_slower(shortest, longest, problems, slack):
     draw = random.Random(5)
-    for _ in range(60):
-        T, tiers = draw.randint(2, 24), draw.randint(1, 3)
-        sizes, limits, costs = problem(draw, T, tiers)
-        try:
-            before = planned(T, sizes, limits, costs).predicted_seconds
-        except BudgetTooSmall:
-            continue
-        tier = draw.choice(TIERS)
-        room = limits.get(tier, 0) + draw.choice((0, 1, sizes.gradient, 10 * sizes.snapshot))
-        more = {name: limits.get(name, 0) for name in TIERS if name in limits or name == tier} | {tier: room}
-        assert planned(T, sizes, more, costs).predicted_seconds <= before * (1 + 1e-9)
-        for way in ("write", "read"):
-            rates = dict(getattr(costs, way))
-            rates[tier] *= draw.uniform(1, 4)
-            faster = Costs(**{k: getattr(costs, k) for k in costs.__dataclass_fields__} | {way: rates})
-            assert planned(T, sizes, limits, faster).predicted_seconds <= before * (1 + 1e-9)
+    for _ in range(problems):
+        T = round(shortest * (longest / shortest) ** draw.random())
+        sizes, limits, costs = problem(draw, T, draw.randint(1, 3))
+        before = planned(T, sizes, limits, costs).predicted_seconds
+        for what, more, faster in changed(draw, T, sizes, limits, costs):
+            after = planned(T, sizes, more, faster).predicted_seconds
+            as_good_as_any = THRIFT * Ideal(T, sizes, more, faster).seconds
+            most = before * (1 + (1e-9 if what == "tier" else slack))
+            assert after <= max(most, as_good_as_any), (what, T, sizes, limits, costs, more)
