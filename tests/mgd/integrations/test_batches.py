@@ -54,6 +54,7 @@ def test_a_dataset_is_visited_once_per_epoch_in_an_order_that_is_drawn_once():
     assert unshuffled.order == [(0, [0, 1, 2, 3, 4]), (0, [5, 6, 7, 8, 9])]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of packages that do not like forks
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_is_the_same_at_every_reading_and_differs_between_epochs(workers):
     before = generators()
