@@ -98,6 +98,8 @@ class Search:
 
     def _search(self, start: Layout, enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds."""
+        if len(self.limits) > 1:  # on one tier the bound is tight, so that the search finds full logs soon
+            start = self._fastest(full_logs(self.chain), self.seconds(start), enough, FEWEST) or start
         best = self.seconds(start)
         most = next(most for steps, most in MOST if self.chain <= steps)
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
