@@ -1,7 +1,8 @@
 """The directory of a run that outlives its process: of a descent, a rater, an attribution or a search.
 
-It is a state store (`docs/format.md`), which gives checksums over every byte, entries that are replaced as a whole, and
-a lock. The entry "run" says whose it is. `docs/directories.md` says what such a directory survives.
+It is a state store (`docs/format.md`), which gives checksums over every byte, entries that are replaced as a whole and
+that no other store takes for its own, and a lock. The entry "run" says whose it is. `docs/directories.md` says what
+such a directory survives.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mgd.errors import CorruptState, StaleRun, UnknownFormat
+from mgd.errors import CorruptState, StaleRun, StoreIOError, UnknownFormat
 from mgd.util.files import write_file
 from mgd.util.fingerprint import Identity, differing
 from mgd.util.values import from_bytes, from_tensors, to_bytes, to_tensors
@@ -44,26 +44,25 @@ class RunDirectory:
                 header = self._header()
                 if differences := differing(header["identity"], mine):
                     raise StaleRun(str(self.path), differences)
-                self._id = header["id"]
             else:
-                # With an entry of another run, which is valid for itself, goes another id.
-                self._id = secrets.token_hex(16)
-                header = {"format": _FORMAT, "id": self._id, "identity": mine}
-                self._store.put(_HEADER, to_bytes(json.dumps(header)))
+                self._store.put(_HEADER, to_bytes(json.dumps({"format": _FORMAT, "identity": mine})))
                 self._store.flush()
 
     @classmethod
     def existing(cls, directory: str | os.PathLike[str], kind: str) -> RunDirectory:
         """The directory of a run of this kind, whatever its identity. Raises UnknownFormat if it holds none."""
-        if not (Path(directory) / "MGD_STORE").exists():
-            raise UnknownFormat(os.fspath(directory), f"no directory of a run ({kind})")
+        try:
+            os.stat(Path(directory) / "MGD_STORE")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UnknownFormat(os.fspath(directory), f"no directory of a run ({kind})") from None
+        except OSError as error:
+            raise StoreIOError(error.errno or 0, os.fspath(directory), "cannot look into the directory") from error
         self = cls.__new__(cls)
         self._opened(directory)
         with self._closed_after_errors():
             header = self._header()
             if header["identity"].get("the kind of run") != kind:
                 raise UnknownFormat(str(self.path), f"a run of another kind than {kind}")
-            self._id = header["id"]
         return self
 
     def _opened(self, directory: str | os.PathLike[str]) -> None:
@@ -84,11 +83,9 @@ class RunDirectory:
         try:
             tensors = self._store.get(key)
             record = from_tensors(tensors if isinstance(tensors, list) else [])
-            if not isinstance(record, dict) or record.get("run") != self._id:
-                raise ValueError("it is an entry of another run")
-        except (CorruptState, ValueError) as error:
+            return record["value"]
+        except (CorruptState, ValueError, TypeError, KeyError) as error:
             raise _with_advice(key, error) from error
-        return record["value"]
 
     def need(self, key: Key) -> Any:
         """The value under a key that was written before. Raises CorruptState if it is gone, too."""
@@ -98,7 +95,7 @@ class RunDirectory:
 
     def write(self, key: Key, value: Any) -> None:
         """Replace the value under a key. It is on the disk when the call returns."""
-        self._store.put(key, to_tensors({"run": self._id, "value": value}))
+        self._store.put(key, to_tensors({"value": value}))
         self._store.flush()
 
     def show(self, name: str, value: Any) -> None:
