@@ -19,8 +19,9 @@ from mgd.plan.reversal import Revolve
 from mgd.plan.revolve import advances, saves
 from mgd.plan.shapes import fewest_saves, thrifty
 
-#: A plan that takes at most this factor of what no plan can beat is not searched any further.
-THRIFT = 1.006
+#: A plan that takes at most this factor of what no plan can beat, or so many seconds more, is not searched any further:
+#: a search takes about as long.
+THRIFT, SEARCH = 1.006, 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,19 @@ class Ideal:
         again = min((2 * others - 1) * update, ((others - 1) * save + (others + 1) * update) / 2, others * save)
         return self._loaded + (self.chain - 1) * once + save + max(0.0, again)
 
+    @property
+    def enough(self) -> float:
+        """Seconds of a plan that is good enough."""
+        return max(THRIFT * self.seconds, self.seconds + SEARCH)
+
     def full_logs(self) -> Iterator[Layout]:
-        """Full logs that may take at most THRIFT of the least seconds, those with the fewest snapshots first."""
+        """Full logs that may be good enough, those with the fewest snapshots first."""
         update, save = self._again
         logged = self._loaded + (self.chain - 1) * self.sizes.gradient * self._rates[2]
         for slots in sorted({thrifty(self.chain), *fewest_saves(self.chain)}):
             updates = advances(self.chain, slots) - (self.chain - 1)
             saved = max(slots, 1 + saves(self.chain, slots))
-            if logged + updates * update + saved * save <= THRIFT * self.seconds:
+            if logged + updates * update + saved * save <= self.enough:
                 layout = Layout.fit(self.limits, self.sizes, self.chain, self.chain, Revolve(1), 0, slots)
                 if layout is not None:
                     yield layout

@@ -49,7 +49,7 @@ class Search:
         Every combination of tiers is searched, from what its parts led to. So one more tier never makes a plan slower.
         """
         ideal = Ideal(self.chain, self.sizes, self.limits, self.costs, self.stop_at)
-        enough = THRIFT * ideal.seconds
+        enough = ideal.enough
         for layout in ideal.full_logs():
             if self.seconds(layout) <= enough:
                 return layout
