@@ -19,9 +19,11 @@ from mgd.plan.reversal import Revolve
 from mgd.plan.revolve import advances, saves
 from mgd.plan.shapes import fewest_saves, thrifty
 
-#: A plan that takes at most this factor of what no plan can beat, or so many seconds more, is not searched any further:
-#: a search takes about as long.
-THRIFT, SEARCH = 1.006, 1e-3
+#: A plan that takes at most this factor of what no plan can beat is not searched any further.
+THRIFT = 1.006
+
+#: Neither is a full log that takes so many seconds more: a search takes about as long.
+SEARCH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Ideal:
 
     @property
     def enough(self) -> float:
-        """Seconds of a plan that is good enough."""
+        """Seconds of a full log that is good enough."""
         return max(THRIFT * self.seconds, self.seconds + SEARCH)
 
     def full_logs(self) -> Iterator[Layout]:

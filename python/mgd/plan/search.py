@@ -49,9 +49,9 @@ class Search:
         Every combination of tiers is searched, from what its parts led to. So one more tier never makes a plan slower.
         """
         ideal = Ideal(self.chain, self.sizes, self.limits, self.costs, self.stop_at)
-        enough = ideal.enough
+        enough = THRIFT * ideal.seconds
         for layout in ideal.full_logs():
-            if self.seconds(layout) <= enough:
+            if self.seconds(layout) <= ideal.enough:
                 return layout
         found: dict[frozenset[str], Layout] = {}
         for tiers in self._combinations():
