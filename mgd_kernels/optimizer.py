@@ -20,9 +20,8 @@ from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
 
 Hyper = Mapping[str, Any] | Tensor | None
-Value = (
-    float | Tensor | Callable[[int], float]
-)  # of a hyperparameter: fixed, one per step `[T]`, a function of the step
+# Of a hyperparameter: fixed, one per step `[T]`, or a function of the step.
+Value = float | Tensor | Callable[[int], float]
 
 
 @dataclass(repr=False)

@@ -120,16 +120,9 @@ class TrainingFunction:
         self.model, self.loss, self.batches = model, loss, batches
         self.optimizer, self.objective = optimizer, objective
         self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
-        self.fixed, self.per_example, self.autocast = (
-            dict(fixed or {}),
-            dict(per_example or {}),
-            arguments.checked_dtype(autocast),
-        )
-        self.budget, self.schedule, self.objective_mode = (
-            arguments.checked_budget(budget, model),
-            schedule,
-            objective_mode,
-        )
+        self.fixed, self.per_example = dict(fixed or {}), dict(per_example or {})
+        self.autocast, self.budget = arguments.checked_dtype(autocast), arguments.checked_budget(budget, model)
+        self.schedule, self.objective_mode = schedule, objective_mode
         self.trace, self.compile = trace, compile
         self.optimizer_state = made if optimizer_state is None else optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
@@ -279,10 +272,8 @@ class TrainingFunction:
         request = self._plan_request(start.arena, start.buffers)
         if not reversible:
             storage = no_storage(request)
-        elif resume is None or identity is None:
-            storage = open_storage(request)
         else:
-            storage = open_storage(request, Resume(resume, identity))
+            storage = open_storage(request, None if resume is None or identity is None else Resume(resume, identity))
         with storage.closed_after_errors():
             return kind(
                 start.step,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.errors import BadData
+from mgd.util.files import write_file
 from mgd.util.fingerprint import digest
 
 TREE, DIGEST = "mgd", "digest"  # entries of the file's metadata: how the tree is built; of that and of all tensors
@@ -19,8 +19,8 @@ TREE, DIGEST = "mgd", "digest"  # entries of the file's metadata: how the tree i
 
 def write(path: str | os.PathLike[str], tree: Any) -> None:
     """Write a tree of dicts (with texts as keys), lists, tuples, dataclasses (read as dicts), tensors and values of
-    JSON's types; whenever the process ends, `path` holds all of the old file or all of the new one."""
-    from safetensors.torch import save_file
+    JSON's types, as `write_file` does."""
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
 
@@ -38,10 +38,7 @@ def write(path: str | os.PathLike[str], tree: Any) -> None:
         return {"value": node}
 
     text = json.dumps(plain(tree, ""))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}")
-    save_file(tensors, temporary, {TREE: text, DIGEST: digest(text, *tensors.values())})
-    os.replace(temporary, target)
+    write_file(path, save(tensors, {TREE: text, DIGEST: digest(text, *tensors.values())}))
 
 
 def read(path: str | os.PathLike[str]) -> Any:
