@@ -57,20 +57,10 @@ def objective_adjoints(
 
     like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training.
     """
-    buffers = trained.buffers
-    names = differentiable(buffers)
-    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
-    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
-    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
-    versions = [p._version for p in parameters]
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        if mode == "eval":
-            binding.model.eval()
-        value = binding.call(objective, parameters, copies, until=stack)[0]
+        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, stack)
         with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
-            components = _checked(value, steps).reshape(-1).unbind()
-            if [p._version for p in parameters] != versions:
-                raise BadObjective("the objective changed parameters in place; expected it to only read them")
+            components = value.reshape(-1).unbind()
         gradients = [
             torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
             for component in components
@@ -102,17 +92,8 @@ def objective_tangents(
 ) -> tuple[Tensor, list[Tensor]]:
     """The objective's value (`[]` or `[k]`), and its derivative along each tangent of the final state. Outputs may be
     many: they share one evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
-    buffers = trained.buffers
-    names = differentiable(buffers)
-    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
-    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
-    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        if mode == "eval":
-            binding.model.eval()
-        value = binding.call(objective, parameters, copies, until=stack)[0]
-        with torch._C.DisableTorchFunction():
-            _checked(value, steps)
+        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, stack)
         seed = torch.zeros_like(value).requires_grad_()
         pulled = torch.autograd.grad(value, [*parameters, *floats], seed, create_graph=True, allow_unused=True)
         if all(g is None for g in pulled):
@@ -125,6 +106,31 @@ def objective_tangents(
             (derivative,) = torch.autograd.grad(along, seed, retain_graph=True, allow_unused=True)
             found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
     return value.detach(), [x.detach() for x in found]
+
+
+def _evaluated(
+    binding: Binding,
+    objective: Callable[..., Tensor],
+    trained: Trained,
+    steps: int,
+    mode: str,
+    until: contextlib.ExitStack,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The objective's value, and what it was computed from: parameters, and floating-point buffers."""
+    buffers = trained.buffers
+    names = differentiable(buffers)
+    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
+    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
+    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
+    versions = [p._version for p in parameters]
+    if mode == "eval":
+        binding.model.eval()
+    value = binding.call(objective, parameters, copies, until=until)[0]
+    with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
+        _checked(value, steps)
+        if [p._version for p in parameters] != versions:
+            raise BadObjective("the objective changed parameters in place; expected it to only read them")
+    return value, parameters, floats
 
 
 def _checked(value: Any, steps: int) -> Tensor:
