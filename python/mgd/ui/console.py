@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mgd.ui import page as pages
 from mgd.ui.charts import require_matplotlib
-from mgd.ui.page import Page, Table
-from mgd.ui.result import write_json
+from mgd.ui.page import WHOLE, Page, Table
+from mgd.ui.result import provenance, write_json
 from mgd.util.progress import tracked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WHOLE = 24  # columns of at most this many characters are never wrapped: numbers stay in one piece
 WIDTH = 120  # of what is written to a file or a pipe
 
 
@@ -101,7 +100,7 @@ class Session:
 
     def write(self, page: Page | None, result: dict[str, Any]) -> None:
         """Write the page and the JSON where they were asked for."""
-        paths = pages.write(page, self.out) if self.out and page else []
+        paths = pages.write(page, self.out, provenance(self.command, result)) if self.out and page else []
         if self.json:
             write_json(self.json, self.command, result)
             paths.append(self.json)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table = list[list[str]]  # the first row is the header
+WHOLE = 24  # cells of at most this many characters are never wrapped: numbers stay in one piece
 
 
 @dataclass
@@ -46,8 +47,11 @@ class Page:
     verdict: str = ""
 
 
-def write(page: Page, folder: str | Path) -> list[Path]:
-    """Write every figure as PNG and a self-contained `index.html` into `folder`. Returns the paths."""
+def write(page: Page, folder: str | Path, footer: str = "") -> list[Path]:
+    """Write every figure as PNG and a self-contained `index.html` into `folder`. Returns the paths.
+
+    footer: how the page came about, one thing per line.
+    """
     from mgd.util.files import write_file  # brings torch
 
     folder = Path(folder)
@@ -69,16 +73,28 @@ def write(page: Page, folder: str | Path) -> list[Path]:
             data = base64.b64encode(buffer.getvalue()).decode()
             body.append(f'<img alt="{html.escape(section.title, quote=True)}" src="data:image/png;base64,{data}">')
         body.append("</section>")
+    if footer:
+        body.append(f"<footer>{'<br>'.join(map(html.escape, footer.splitlines()))}</footer>")
     index, title, lead = folder / "index.html", html.escape(page.title), html.escape(page.lead)
     write_file(index, _PAGE.format(title=title, lead=lead, body="\n".join(body)))
     return [index, *paths]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = [[html.escape(str(cell)) for cell in row] for row in rows]
-    lines = ["<table><thead><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr></thead><tbody>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rest]
-    return "\n".join([*lines, "</tbody></table>"])
+    head, *rest = rows
+    lines = ['<div class="table"><table><thead>', _row("th", head), "</thead><tbody>"]
+    return "\n".join([*lines, *(_row("td", row) for row in rest), "</tbody></table></div>"])
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    """Spaces before a cell's text, which mark a part of the row above, become a margin; short cells stay in one
+    line, as in the terminal."""
+    out = []
+    for cell in map(str, cells):
+        text = cell.lstrip(" ")
+        classes = " ".join(name for name, holds in (("part", text != cell), ("whole", len(text) <= WHOLE)) if holds)
+        out.append(f'<{tag} class="{classes}">{html.escape(text)}</{tag}>')
+    return f"<tr>{''.join(out)}</tr>"
 
 
 _PAGE = """<!doctype html>
@@ -87,10 +103,13 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.55 system-ui, sans-serif; color: #1f2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2.5rem }} .lead {{ font-size: 1.1rem }}
-img {{ max-width: 100%; height: auto }} pre {{ overflow-x: auto; font-size: .85rem }}
+img {{ max-width: 100%; height: auto }} pre, .table {{ overflow-x: auto }} pre {{ font-size: .85rem }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid #e3e6ec }}
 th:first-child, td:first-child {{ text-align: left }}
+td.whole {{ white-space: nowrap }} .part {{ padding-left: 1.5rem }}
+footer {{ margin-top: 3rem; padding-top: .8rem; border-top: 1px solid #e3e6ec; color: #596273; font-size: .85rem;
+  overflow-wrap: anywhere }}
 </style></head><body>
 <h1>{title}</h1><p class="lead">{lead}</p>
 {body}

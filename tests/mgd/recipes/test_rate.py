@@ -66,7 +66,10 @@ def test_the_page_shows_what_was_found(found, tmp_path):
     for path in pictures:
         assert matplotlib.image.imread(path)[..., :3].std() > 0.02, path
     written = (tmp_path / "index.html").read_text()
-    assert f"{found.rank_correlation:.2f}" in written
+    agree, pairs = found.agreeing_pairs
+    assert pairs == 6 and agree >= 5 and f"Of 6 pairs of domains, {agree} " in written
+    means = found.mean_ratings()
+    assert [row[0] for row in page.tables[0][1][1:]] == sorted(means, key=lambda domain: -means[domain])
     best = int(found.ratings.argmax())
     assert len(page.tables[0][1]) == 1 + len(found.domains)
     assert any(data.readable(found.evaluated.tokens[best]) == row[0] for row in report.extremes(found, True))

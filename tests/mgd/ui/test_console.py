@@ -17,6 +17,7 @@ from mgd.errors import BadArgument
 from mgd.ui.console import Session, print_table
 from mgd.ui.options import parse_count, parse_names
 from mgd.ui.page import Page, Section, write
+from mgd.ui.result import documented, provenance
 
 
 def test_no_module_of_the_room_imports_a_heavy_package():
@@ -70,9 +71,33 @@ def test_a_page_escapes_its_texts_and_keeps_the_lines_of_a_listing(tmp_path):
     sections = [Section("a < b", "one\n\ntwo", figure, "f", [["", "x"], ["y", "<1"]], "1  2\n3  4")]
     index, picture = write(Page("T & U", "lead", sections=lambda: sections), tmp_path / "new")
     text = index.read_text("utf-8")
-    for part in ("T &amp; U", "a &lt; b", "<p>one</p>", "<p>two</p>", "<td>&lt;1</td>", "<pre>1  2\n3  4</pre>"):
+    for part in (
+        "T &amp; U",
+        "a &lt; b",
+        "<p>one</p>",
+        "<p>two</p>",
+        '<td class="whole">&lt;1</td>',
+        "<pre>1  2\n3  4</pre>",
+    ):
         assert part in text
-    assert picture.name == "f.png" and picture.read_bytes() == b"png"
+    assert picture.name == "f.png" and picture.read_bytes() == b"png" and "<footer>" not in text
+
+
+def test_a_page_says_how_it_came_about(monkeypatch, tmp_path):
+    result = {"settings": {"seed": 3}, "data": {"name": "digits"}}
+    Session("recipe rate", tmp_path).write(Page("t", "l"), result)
+    foot = (tmp_path / "index.html").read_text("utf-8").partition("<footer>")[2]
+    assert foot.startswith("mgd recipe rate<br>mgd-kernels ") and "seed 3, data: digits" in foot
+    monkeypatch.setattr(sys, "argv", ["/bin/mgd", "recipe", "rate", "--out", "a b"])
+    assert provenance("recipe rate", {}).startswith("mgd recipe rate --out 'a b'\n")
+
+
+def test_every_command_with_a_page_is_documented():
+    root = Path(__file__).resolve().parents[3]
+    recipes = [f"recipe {file.stem}" for file in (root / "docs/recipes").glob("*.md") if file.stem != "README"]
+    assert len(recipes) >= 6
+    for command in (*recipes, "demo", "plan", "bench kernels"):
+        assert (root / documented(command)).is_file(), command
 
 
 def test_names_and_counts_are_read_as_people_write_them():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = {OURS: charts.GOOD, "EK-FAC": charts.BAD, "TRAK": "#c08a2e", "gradient products": charts.SOFT}
 ROUGH = "metagradient, rough training"
 MOST_POINTS = 2000
+GAP = 0.35  # between columns, in widths of a picture
 
 
 def scores_by_fraction(smooth: Judged, rough: Judged | None) -> Figure:
@@ -74,22 +75,29 @@ def examples(task: Task, rows: list[tuple[int, Tensor, Tensor, Tensor]], count: 
     rows: the query, its row of scores, and the two lists of training examples.
     """
     assert task.pictures is not None and task.query_pictures is not None
-    columns = 2 * count + 2
-    fig, axes = charts.figure(0.95 * columns, 1.25 * len(rows) + 0.5, len(rows), columns, squeeze=False)
-    fig.suptitle(
-        "A test image, the most helpful training images (green), the most harmful ones (red)",
-        x=0.01,
-        ha="left",
-        fontweight="bold",
-        fontsize=11,
+    columns = 2 * count + 3  # the query and, each behind an empty column, the helpful and the harmful ones
+    widths = [1, GAP, *[1] * count, GAP, *[1] * count]
+    fig, axes = charts.figure(
+        0.95 * sum(widths), 1.4 * len(rows) + 0.5, len(rows), columns, squeeze=False, width_ratios=widths
     )
-    for line, (query, _, helpful, harmful) in zip(axes, rows, strict=True):
+    for text, column, colour in (
+        ("Test image", 0, charts.INK),
+        ("The most helpful training images, and their scores", 2, charts.GOOD),
+        ("The most harmful ones", count + 3, charts.BAD),
+    ):
+        place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes[0, column].annotate(text, (0, 1), (0, 22), fontsize=10, fontweight="bold", color=colour, **place)
+    for line, (query, scores, helpful, harmful) in zip(axes, rows, strict=True):
         for axis in line:
             axis.axis("off")
         _show(line[0], task.query_pictures[query], task.query_labels[query], charts.INK)
-        for shown, first, colour in ((helpful, 1, charts.GOOD), (harmful, count + 2, charts.BAD)):
+        for shown, first, colour in ((helpful, 2, charts.GOOD), (harmful, count + 3, charts.BAD)):
             for j, i in enumerate(shown[:count].tolist()):
                 _show(line[first + j], task.pictures[i], task.labels[i], colour)
+                line[first + j].text(
+                    0.5, -0.04, f"{scores[i]:+.1e}", transform=line[first + j].transAxes, ha="center", va="top",
+                    fontsize=6.5,
+                )  # fmt: skip
     return fig
 
 

@@ -58,7 +58,7 @@ class Settings:
 
     def quick(self) -> Settings:
         return replace(
-            self, steps=24, batch=32, held_out=300, tested=400, meta_steps=10, knots=6, outer=0.2, budget=20, seeds=2
+            self, steps=24, batch=32, held_out=300, tested=400, meta_steps=10, knots=6, outer=0.2, budget=40, seeds=2
         )
 
     def check(self) -> None:

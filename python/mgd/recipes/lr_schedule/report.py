@@ -48,14 +48,25 @@ def verdict(found: Found) -> str:
             f"The descent did not reach the held-out loss of the grid's best, {found.searches[GRID].lowest:.4f}; "
             f"its own best is {record.lowest:.4f}."
         )
-    better, elsewhere = judged[DESCENT].loss[0] <= judged[GRID].loss[0], judged[DESCENT].elsewhere
+    elsewhere = judged[DESCENT].elsewhere
     return (
         f"The descent was as good as the best of the grid at meta-step {found.early}, after "
         f"{record.spent[found.early]:.0f} trainings of work: {found.fraction:.0%} of the grid's. On test images "
-        f"its final schedule is {'better' if better else 'NOT better'}: {judged[DESCENT].loss[0]:.4f} against "
+        f"its final schedule is {_comparison(judged[DESCENT].here)}: {judged[DESCENT].loss[0]:.4f} against "
         f"{judged[GRID].loss[0]:.4f} ({_words(judged[DESCENT].here)})"
-        + ("." if elsewhere is None else f"; after other trainings the difference is {_words(elsewhere)}.")
+        + (
+            "."
+            if elsewhere is None
+            else f"; after other trainings it is {_comparison(elsewhere)} ({_words(elsewhere)})."
+        )
     )
+
+
+def _comparison(difference: Interval | None) -> str:
+    """What the 95% interval of a loss, less the grid's, allows to say."""
+    if difference is None or difference[1] <= 0 <= difference[2]:
+        return "not clearly better or worse"
+    return "better" if difference[2] < 0 else "worse"
 
 
 def budgets(found: Found) -> list[int]:

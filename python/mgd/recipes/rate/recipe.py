@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ class Found:
     def mean_ratings(self) -> dict[str, float]:
         """Of the clean passages of every domain."""
         return mean_ratings(self.evaluated, self.ratings)
+
+    @property
+    def agreeing_pairs(self) -> tuple[int, int]:
+        """Of how many pairs of domains the better rated one leads to the lower loss, and how many pairs there are."""
+        means = self.mean_ratings()
+        pairs = list(combinations(self.domains, 2))
+        agree = ((means[a] - means[b]) * (self.transfer[a] - self.transfer[b]) < 0 for a, b in pairs)
+        return sum(agree), len(pairs)
 
     def to_dict(self) -> dict[str, Any]:
         thinned = self.history[:: max(1, len(self.history) // 100)]

@@ -27,6 +27,7 @@ from mgd.ui.console import Reporter
 from mgd_kernels import AdamW
 
 BASE = "as it stands"
+ENOUGH = 8  # ways to train, for a correlation over them
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,15 @@ class Timings:
 
 @dataclass
 class Found:
-    """rho: Spearman's, of smoothness and the prediction's error over the choices. interval: its 95% by bootstrap."""
+    """rho: Spearman's, of smoothness and the prediction's error over the choices. interval: its 95% by bootstrap. Both
+    None where fewer than `ENOUGH` choices were measured: a correlation of a handful of points says nothing."""
 
     settings: Settings
     data: str
     seed: int
     measured: dict[str, Timings]
-    rho: float
-    interval: tuple[float, float]
+    rho: float | None
+    interval: tuple[float, float] | None
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class Found:
             "seed": self.seed,
             "settings": asdict(self.settings),
             "spearman": self.rho,
-            "spearman_95_percent": list(self.interval),
+            "spearman_95_percent": self.interval and list(self.interval),
             "choices": {
                 name: {
                     "choice": asdict(CHOICES[name]),
@@ -177,6 +179,8 @@ def run(
                 measure(task, CHOICES[name], settings, number, entry)
                 tick(name)
     pairs = [(m.smoothness, m.error) for m in measured.values() if not math.isnan(m.smoothness)]
+    if len(pairs) < ENOUGH:
+        return Found(settings, train.name, seed, measured, None, None, reporter.seconds)
     rho, low, high = spearman([x for x, _ in pairs], [y for _, y in pairs], seed)
     return Found(settings, train.name, seed, measured, rho, (low, high), reporter.seconds)
 

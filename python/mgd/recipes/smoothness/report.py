@@ -37,6 +37,8 @@ def lead(found: Found) -> str:
 
 
 def verdict(found: Found) -> str:
+    if found.rho is None or found.interval is None:
+        return f"{len(found.measured)} ways to train are too few to say whether smoothness foretells the error."
     low, high = found.interval
     words = "predicts" if high < 0 else "does NOT clearly predict"
     return (
@@ -49,14 +51,23 @@ def verdict(found: Found) -> str:
 def ranking(found: Found) -> Table:
     """By smoothness; a choice that diverged comes last."""
     base = found.measured[BASE]
-    rows = [["way to train", "smooth-\nness", "against\nas it stands", "prediction's\nerror", "test\naccuracy", "cost"]]
+    rows = [
+        [
+            "way to train",
+            "smooth-\nness",
+            "against\nas it stands",
+            "prediction's\nerror",
+            "test\naccuracy",
+            "against\nas it stands",
+        ]
+    ]
     for name, m in sorted(found.measured.items(), key=lambda pair: _key(pair[1].smoothness)):
         if math.isnan(m.smoothness):
             rows.append([name, "diverged", "", "", "", ""])
             continue
         change = "" if name == BASE else f"{m.smoothness - base.smoothness:+.3f}"
-        cost = "" if name == BASE else f"{100 * (m.accuracy - base.accuracy):+.1f} pp"
-        rows.append([name, f"{m.smoothness:.3f}", change, f"{m.error:.1%}", f"{m.accuracy:.1%}", cost])
+        gain = "" if name == BASE else f"{100 * (m.accuracy - base.accuracy):+.1f} pp"
+        rows.append([name, f"{m.smoothness:.3f}", change, f"{m.error:.1%}", f"{m.accuracy:.1%}", gain])
     return rows
 
 
@@ -65,13 +76,11 @@ def _key(smoothness: float) -> float:
 
 
 def _sections(found: Found) -> list[Section]:
-    low, high = found.interval
     return [
         Section(
-            "Smooth trainings can be predicted",
+            "Can smooth trainings be predicted?",
             "Each point is a way to train. Across: its metasmoothness. Up: by how much the metagradient was wrong "
-            "about what a step along it does. Spearman's rank correlation is "
-            f"{found.rho:.2f}, with a 95% bootstrap interval of {low:.2f} to {high:.2f}.",
+            f"about what a step along it does.\n\n{verdict(found)}",
             scatter(found),
             "smoothness-and-error",
         ),
@@ -91,7 +100,7 @@ def scatter(found: Found) -> Figure:
     axes.set_yscale("log")
     charts.label(
         axes,
-        f"Spearman's ρ = {found.rho:.2f} [{found.interval[0]:.2f}, {found.interval[1]:.2f}]",
+        "Smoothness, and what a step along the metagradient does",
         "metasmoothness",
         "error of the predicted change, relative to it (logarithmic)",
     )
