@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast docs attack sanitize data bench bench-gpu lint format clean
+.PHONY: demo test test-fast docs package attack sanitize data bench bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -49,6 +49,15 @@ sanitize: $(VENV)/.installed
 	        MGD_SANITIZED=$$(ls build/sanitize/_core*.so) PYTHONPATH=tests/attack \
 	        $(BIN)/python -m pytest -q -p sanitized -p no:faulthandler $(SANITIZED_TESTS) || exit 1; \
 	done
+
+# The source distribution, the wheel made from it, and both tried in an empty environment outside this folder.
+package: $(VENV)/.installed
+	$(BIN)/pip install --quiet build
+	rm -rf build/package && $(BIN)/python -m build --outdir build/package
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/pip install --quiet --constraint constraints.txt build/package/*.whl
+	cd build/package && venv/bin/mgd --version && venv/bin/python -m mgd_kernels && \
+	    venv/bin/python $(abspath examples)/noisy_labels.py
 
 # The documentation as a site, in build/site.
 docs: $(VENV)/.installed
