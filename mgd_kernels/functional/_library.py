@@ -179,15 +179,10 @@ def twice(
 
 
 def served(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors here: float32, on the CPU, with elements, no autocast, and no
-    torch.func transform other than vmap."""
+    """Whether the kernels can take these tensors here: float32, on the CPU, with elements, no subclass that has its own
+    say in functions of torch, no autocast, and no torch.func transform other than vmap."""
     for tensor in tensors:
-        if tensor is not None and (
-            tensor.dtype is not torch.float32
-            or tensor.device.type != "cpu"
-            or tensor.layout is not torch.strided
-            or tensor.numel() == 0
-        ):
+        if tensor is not None and (tensor.dtype is not torch.float32 or not _dense(tensor)):
             return False
     if torch.is_autocast_enabled("cpu") or cpu.unavailable() is not None:
         return False
@@ -197,16 +192,25 @@ def served(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether x is an ordinary CPU tensor with elements. A subclass may compute functions in its own way."""
+    kind = type(x)
+    return (
+        (kind in _ORDINARY or kind.__torch_function__ is torch._C._disabled_torch_function_impl)
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.numel() != 0
+    )
+
+
 def served_by_products(*tensors: Tensor | None) -> bool:
-    """Whether operators that are made of torch's matrix products can take these tensors here: float32 or float64, on
-    the CPU, with elements, no autocast, and no torch.func transform."""
+    """Whether operators that are made of torch's matrix products can take these tensors here: float32 or float64, and
+    otherwise as `served`, but no torch.func transform."""
     present = [x for x in tensors if x is not None]
     return (
         present[0].dtype in (torch.float32, torch.float64)
-        and all(
-            x.dtype is present[0].dtype and x.device.type == "cpu" and x.layout is torch.strided and x.numel()
-            for x in present
-        )
+        and all(x.dtype is present[0].dtype and _dense(x) for x in present)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and cpu.unavailable() is None

@@ -336,9 +336,10 @@ class TrainingFunction:
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
             task = sweep.step.loss.binding, self.objective, sweep.arena, trained
+            how = len(self), self.objective_mode, sweep.step.loss.written
             if isinstance(sweep, ForwardSweep):
-                return objective_tangents(*task, sweep.tangents, len(self), self.objective_mode)
-            return objective_adjoints(*task, state, len(self), self.objective_mode)
+                return objective_tangents(*task, sweep.tangents, *how)
+            return objective_adjoints(*task, state, *how)
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(

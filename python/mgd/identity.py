@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.step.batches import flatten
 from mgd.step.metaparameters import Metaparameters
-from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.util.fingerprint import digest, leaf_digests
@@ -113,11 +113,10 @@ def _objective(start: Start, objective: Objective, exact: bool) -> Any:
     binding, loss = start.binding, start.step.loss
     parameters = [p.detach().clone().requires_grad_() for p in start.arena.tensors(start.state.params)]
     buffers = {name: b.clone() for name, b in start.buffers.items()}
-    floats = [buffers[name].requires_grad_() for name in differentiable(buffers)]
     seed_generators(seed_of(loss.seed, loss.steps_before + len(start.step.batches)), start.arena.device)
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
         value = binding.call(objective, parameters, buffers, until=stack)[0]
         if not isinstance(value, Tensor) or not value.requires_grad:
             return value  # the end of the training will refuse it
-        gradients = torch.autograd.grad(value.sum(), [*parameters, *floats], allow_unused=True) if exact else None
+        gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True) if exact else None
     return value, gradients

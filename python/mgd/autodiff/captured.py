@@ -11,7 +11,6 @@ give other ones is used where it was asked for, and not where it was chosen for 
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections import Counter
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mgd.autodiff.captured_step import NUMBER, CapturedStep
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.autodiff.execution import derivatives_of, present, reason, same_bits, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
@@ -48,6 +48,38 @@ Kind = tuple[str, str, float, tuple[torch.Size, ...]]
 
 
 @dataclass(slots=True)
+class StepGraph:
+    """A joint graph, and what is around it.
+
+    extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
+    for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
+    """
+
+    joint: JointGraph
+    extras: int
+    written: frozenset[str]
+    moving: tuple[bool, ...]
+
+    def ways(
+        self, directions: Sequence[Sequence[Tensor]], cotangents: Sequence[Sequence[Tensor]]
+    ) -> list[tuple[Tensor, ...]]:
+        """The directions in which the joint graph is evaluated. cotangents: one a floating-point buffer."""
+        if not all(self.moving):
+            cotangents = [[x for x, moves in zip(c, self.moving, strict=True) if moves] for c in cotangents]
+        return [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
+
+    def derivatives(self, results: SecondDerivatives, parameters: int) -> Derivatives:
+        """From what the joint graph gives for each way; absent for buffers that it does not differentiate."""
+        if not all(self.moving):
+            rests = [iter(result[parameters:]) for result in results]
+            results = [
+                [*result[:parameters], *[next(rest) if moves else None for moves in self.moving], *rest]
+                for result, rest in zip(results, rests, strict=True)
+            ]
+        return derivatives_of(results)
+
+
+@dataclass(slots=True)
 class GraphResiduals:
     """What a joint graph computed for the second derivatives of one microbatch.
 
@@ -55,7 +87,7 @@ class GraphResiduals:
     tensors: what the graph reads beside them; whoever keeps it may put copies in their place.
     """
 
-    graph: JointGraph
+    graph: StepGraph
     given: list[Tensor]
     tensors: Sequence[Any]
     versions: list[int]
@@ -70,8 +102,9 @@ class GraphResiduals:
     ) -> Derivatives:
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
-        ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
-        return derivatives_of(self.graph.hvp_from_residuals(parameters, self.given, self.tensors, ways))
+        ways = self.graph.ways(directions, cotangents)
+        results = self.graph.joint.hvp_from_residuals(parameters, self.given, self.tensors, ways)
+        return self.graph.derivatives(results, len(parameters))
 
 
 class CapturedEvaluator:
@@ -84,9 +117,10 @@ class CapturedEvaluator:
     def __init__(self, eager: EagerEvaluator, at_once: bool, compile: bool = False):
         self.fallback, self.at_once, self.compile, self._warned = eager, at_once, compile, False
         self.payoff = Payoff()
-        self.graphs: dict[Hashable, tuple[JointGraph, int]] = {}
+        self.graphs: dict[Hashable, StepGraph] = {}
         self.refused: str | None = None
         self.left_out: str | None = None
+        self._writes: dict[Hashable, frozenset[str]] = {}  # of each graph of a front
         self._fronts: dict[tuple[str, str], Front] = {}
         self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Kind] = set()
@@ -111,16 +145,17 @@ class CapturedEvaluator:
         self.refused = reason
 
     def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        step: _Step | None = None
+        step: CapturedStep | None = None
 
-        def forward(joint: JointGraph, given: list[Tensor], extras: int) -> tuple[Tensor, Sequence[Any]]:
+        def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
-            loss, grads, left, residuals = joint.forward(parameters, given)
-            count = len(left) - extras
+            loss, grads, left, residuals = graph.joint.forward(parameters, given)
+            count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
-            buffers = {name: b if torch.equal(b, after[name]) else after[name] for name, b in before.items()}
+            buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
+            microbatch.wrote(graph.written)
             versions = [x._version for x in given]
-            kept = GraphResiduals(joint, given, residuals, versions, microbatch.metaparameters)
+            kept = GraphResiduals(graph, given, residuals, versions, microbatch.metaparameters)
             step.evaluation = Evaluation(loss, grads, buffers, kept)
             return loss, left[count:]
 
@@ -131,7 +166,7 @@ class CapturedEvaluator:
         if not known and not self.payoff.pays(kind):
             return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
         plain = None if known else self.fallback.gradient(microbatch, parameters, before)
-        step = _Step(microbatch, parameters, before)
+        step = CapturedStep(microbatch, parameters, before)
         if not self._call(kind, step, forward):
             return plain or self.fallback.gradient(microbatch, parameters, before)
         assert step.evaluation is not None
@@ -162,26 +197,27 @@ class CapturedEvaluator:
         cotangents: Sequence[Sequence[Tensor]],
         expected: Tensor,
     ) -> Derivatives:
-        ways = [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
-        results: SecondDerivatives | None = None
+        found: Derivatives | None = None
 
-        def recompute(joint: JointGraph, given: list[Tensor], extras: int) -> tuple[Tensor, Sequence[Any]]:
-            nonlocal results
-            if not extras:
+        def recompute(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
+            nonlocal found
+            joint, ways, rest = graph.joint, graph.ways(directions, cotangents), []
+            if graph.extras:
+                loss, _, left, residuals = joint.forward(parameters, given)
+                results, rest = joint.hvp_from_residuals(parameters, given, residuals, ways), left[-graph.extras :]
+            else:
                 loss, results = joint.recompute_hvp(parameters, given, ways)
-                return loss, ()
-            loss, _, left, residuals = joint.forward(parameters, given)
-            results = joint.hvp_from_residuals(parameters, given, residuals, ways)
-            return loss, left[len(left) - extras :]
+            found = graph.derivatives(results, len(parameters))
+            return loss, rest
 
         kind = self._kind(microbatch)
         if kind is not None and (self.at_once or kind in self._served):
-            step = _Step(microbatch, parameters, before)
+            step = CapturedStep(microbatch, parameters, before)
             if self._call(kind, step, recompute):
-                assert results is not None and step.loss is not None
+                assert found is not None and step.loss is not None
                 if not torch.equal(step.loss.double().cpu(), expected):
                     raise microbatch.diverged(float(expected), float(step.loss))
-                return derivatives_of(results)
+                return found
         arguments = microbatch, parameters, before, directions, cotangents, expected
         return self.payoff.second(kind, lambda: self.fallback.second_derivatives(*arguments))
 
@@ -203,8 +239,8 @@ class CapturedEvaluator:
     def _call(
         self,
         kind: Kind,
-        step: _Step,
-        use: Callable[[JointGraph, list[Tensor], int], tuple[Tensor, Sequence[Any]]],
+        step: CapturedStep,
+        use: Callable[[StepGraph, list[Tensor]], tuple[Tensor, Sequence[Any]]],
     ) -> bool:
         """Call the loss through its graph, which `use` runs. False where there is none."""
         microbatch, structures = step.microbatch, kind[:2]
@@ -219,24 +255,28 @@ class CapturedEvaluator:
         def run(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
             nonlocal used
             with microbatch.loss.uncast():
+                named = structures, graph.number
+                if named not in self._writes:
+                    self._writes[named] = step.writes(graph, arguments)
+                step.arrange(self._writes[named])
                 others, places = step.split(arguments)
                 given = [*step.floats, *step.metaparameters, *step.others, *others]
                 key = (
-                    structures,
-                    graph.number,
+                    named,
                     microbatch.share,
                     places,
+                    step.moving,
                     tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
                 )
                 if key not in self.graphs:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                    self.graphs[key] = self._make(graph, places, step, others)
-                joint, extras = self.graphs[key]
+                    joint, extras = self._make(graph, places, step, others)
+                    self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
                 step.note(places)
                 microbatch.reseed()
                 began = time.perf_counter()
-                step.loss, rest = use(joint, given, extras)
+                step.loss, rest = use(self.graphs[key], given)
                 used = time.perf_counter() - began
                 return step.loss, *rest
 
@@ -273,7 +313,7 @@ class CapturedEvaluator:
             )
 
     def _make(
-        self, graph: CapturedGraph, places: tuple[Any, ...], step: _Step, others: list[Tensor]
+        self, graph: CapturedGraph, places: tuple[Any, ...], step: CapturedStep, others: list[Tensor]
     ) -> tuple[JointGraph, int]:
         """The joint graph at this step, and the number of outputs beside loss and buffers."""
         point = Point(
@@ -291,17 +331,23 @@ class CapturedEvaluator:
         counts, share = [0, 0, 0], step.microbatch.share
         rewritten = self.at_once and step.microbatch.loss.autocast is None
         captured = without_logits(graph.module) if rewritten else graph.module
+        loss_of = step.microbatch.loss
+        plain = loss_of.plain_at(step.microbatch.step)
 
         def evaluate(p, b, z, constants):
             owned = [x.clone() for x in constants[: len(step.others)]]
             known = [*p, *b, *owned, *z]
             rest = iter(constants[len(step.others) :])
             arguments = [
-                known[place] if place >= 0 else next(rest).item() if place == _NUMBER else next(rest)
-                for place in places
+                known[place] if place >= 0 else next(rest).item() if place == NUMBER else next(rest) for place in places
             ]
-            with step.microbatch.loss.casting(), FunctionOverrides():
+            overrides = FunctionOverrides(plain)
+            with loss_of.casting(), overrides:
+                overrides.in_loss = True
                 loss, *extra = captured(*arguments)
+                overrides.in_loss = False
+            if overrides.differentiates and not plain:
+                raise _LooksInside
             counts[2] = len(extra)
             return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
 
@@ -314,14 +360,19 @@ class CapturedEvaluator:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             step.microbatch.reseed()
+            try:
+                expected = function(*inputs)
+            except _LooksInside:
+                plain = True
+                step.microbatch.reseed()
+                expected = function(*inputs)
+            step.microbatch.reseed()
             module = make_fx(function, tracing_mode="fake")(*inputs)
             if not without_mutation(module.graph):
                 module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
             clean(module)
             if changes_inputs(module.graph):
                 raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
-            step.microbatch.reseed()
-            expected = function(*inputs)
             joint = JointGraph(module, fixed, (counts[0], counts[1]), self.compile)
             step.microbatch.reseed()
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
@@ -335,66 +386,11 @@ class CapturedEvaluator:
         return joint, counts[2]
 
 
+class _LooksInside(Exception):
+    """The loss asks for gradients inside of what was replaced."""
+
+
 def _same(x: Evaluation, y: Evaluation) -> bool:
     """Whether two evaluations are equal, bit by bit."""
     buffers = [(x.buffers[name], y.buffers[name]) for name in x.buffers]
     return torch.equal(x.loss, y.loss) and same_bits(x.gradients, y.gradients) and all(a.equal(b) for a, b in buffers)
-
-
-# In place of an index: a Python number, and a tensor that is no parameter, buffer or metaparameter.
-_NUMBER, _OTHER = -1, -2
-
-
-def _number(value: bool | int | float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-
-
-class _Step:
-    """The tensors of one microbatch, bound to the model while its loss is called through a graph.
-
-    names: of the buffers, floating-point ones first. z: what the loss sees of it.
-    """
-
-    def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
-        self.microbatch, self.parameters, slices = microbatch, parameters, microbatch.metaparameters
-        floats = differentiable(before)
-        self.names = [*floats, *(name for name in before if name not in floats)]
-        self.floats = [before[name] for name in floats]
-        self.others = [before[name] for name in self.names[len(floats) :]]
-        self.metaparameters = list(slices.tensors)
-        self._leaves = [x.detach().requires_grad_() for x in parameters]
-        self._buffers = {name: before[name].clone() for name in self.names}
-        self._slices = [x.detach().requires_grad_() for x in slices.tensors]
-        self.z = slices.owner.rebuilt(self._slices)
-        known = [*self._leaves, *self._buffers.values(), *self._slices]
-        self._places = {id(x): i for i, x in enumerate(known)}
-        self.loss: Tensor | None = None
-        self.evaluation: Evaluation | None = None
-
-    @contextlib.contextmanager
-    def bound(self):
-        """The model holds the tensors. Raises NotCaptured where the loss put others in their places."""
-        loss = self.microbatch.loss
-        buffers = [self._buffers[name] for name in loss.binding.buffer_names]
-        with loss.binding.swapped(self._leaves, buffers), loss.casting():
-            yield
-            if not loss.binding.holds(buffers):
-                raise NotCaptured("the loss replaces a buffer of the model")
-
-    def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
-        others: list[Tensor] = []
-        places = []
-        for argument in arguments:
-            place = self._places.get(id(argument))
-            if place is None:
-                tensor = isinstance(argument, Tensor)
-                place = _OTHER if tensor else _NUMBER
-                others.append(argument.detach() if tensor else _number(argument))
-            places.append(place)
-        return others, tuple(places)
-
-    def note(self, places: tuple[int, ...]) -> None:
-        """Which metaparameters the loss reads: those that its graph does."""
-        owner, first = self.microbatch.metaparameters.owner, len(self._leaves) + len(self._buffers)
-        owner.note({owner.owner[place - first] for place in places if place >= first}, self.microbatch.step)

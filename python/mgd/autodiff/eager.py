@@ -67,7 +67,8 @@ class EagerEvaluator:
         frozen = microbatch.loss.binding.frozen
         given = [*inputs, *frozen, *metaparameters]
         versions = [tensor._version for tensor in given]
-        copies = {name: b.clone() for name, b in before.items()}
+        moved = microbatch.moved(before)
+        copies = {n: (b.detach().requires_grad_() if n in moved else b).clone() for n, b in before.items()}
 
         def check_unmodified() -> None:
             """Raises where the loss changed what it was given."""
@@ -113,7 +114,9 @@ class EagerEvaluator:
                     ) from error
                 raise
         check_unmodified()
-        return Evaluation(loss.detach(), grads, _settled(before, copies, left))
+        after = _settled(before, copies, left)
+        microbatch.wrote(name for name in after if after[name] is not before[name])
+        return Evaluation(loss.detach(), grads, after)
 
     def second_derivatives(
         self,
@@ -140,6 +143,7 @@ class EagerEvaluator:
             found = self._twice(microbatch, function, lambda function: first_and_tangents(function, point, directions))
         if microbatch.loss.plain_since != known:
             return self.tangents(microbatch, parameters, before, directions)
+        microbatch.wrote(name for name, written in zip(function.names, found.written, strict=False) if written)
         after = dict(zip(function.names, found.buffers, strict=True))
         evaluation = Evaluation(found.loss, found.gradient, {name: after[name] for name in before})
         return Tangents(evaluation, found.losses, found.gradients, found.floats)
@@ -184,7 +188,8 @@ def point_of(
 ) -> Point:
     """Where `function` is evaluated, and in which directions."""
     floats = [before[name] for name in function.names[: function.floats]]
-    return Point(parameters, floats, microbatch.metaparameters.tensors, function.constants, directions, cotangents)
+    z = microbatch.metaparameters.tensors
+    return Point(parameters, floats, z, function.constants, directions, cotangents, function.moved)
 
 
 def _settled(before: Buffers, copies: Buffers, after: Buffers) -> Buffers:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._device import DeviceContext
 
 from mgd.step.overrides import FunctionOverrides
+from mgd.step.written_out import data_of
 
 # run(graph, its arguments) -> its outputs, real values: the first is the loss
 Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
@@ -91,6 +92,7 @@ class Front:
     def _backend(self, module: fx.GraphModule, weak: weakref.ref[Front]) -> Callable[..., Sequence[Any]]:
         _refuse_custom_functions(module)
         _inline_checkpoints(module)
+        _show_data(module)
         graph = CapturedGraph(module, self.graphs)
         self.graphs += 1
 
@@ -141,6 +143,15 @@ def _refuse_custom_functions(module: fx.GraphModule) -> None:
         for node in part.graph.nodes:
             if node.target is _HIGHER_ORDER.autograd_function_apply:
                 raise NotCaptured("the loss uses a torch.autograd.Function of its own")
+
+
+def _show_data(module: fx.GraphModule) -> None:
+    """Modes hear of `tensor.data`, through which memory may be written."""
+    for part in _modules(module):
+        for node in part.graph.nodes:
+            if node.target is getattr(torch._C._autograd, "_get_data_attr", None):
+                node.target = data_of
+        part.recompile()
 
 
 def _inline_checkpoints(module: fx.GraphModule) -> None:

@@ -27,7 +27,8 @@ class Point:
     """Where the loss is evaluated, and in which directions its second derivatives are wanted.
 
     constants: every other tensor that the evaluation reads. directions: for each objective, one tensor a parameter.
-    cotangents: for each objective, one tensor a buffer.
+    cotangents: for each objective, one tensor a buffer. moved: for each buffer, whether derivatives with respect to it
+    are wanted; all are if it is empty.
     """
 
     parameters: Tensors
@@ -36,10 +37,18 @@ class Point:
     constants: Tensors
     directions: Sequence[Tensors]
     cotangents: Sequence[Tensors]
+    moved: Sequence[bool] = ()
 
     def fixed(self) -> list[Tensors]:
         """The tensors that all directions share, by kind."""
         return [self.parameters, self.buffers, self.metaparameters, self.constants]
+
+    def leaves(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters, buffers and metaparameters, as leaves of a new graph."""
+        buffers = leaves(self.buffers)
+        for buffer, moved in zip(buffers, self.moved, strict=False):
+            buffer.requires_grad_(moved)
+        return leaves(self.parameters), buffers, leaves(self.metaparameters)
 
 
 def leaves(tensors: Tensors) -> list[Tensor]:
@@ -65,7 +74,7 @@ def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
     The gradient is seeded with `one`, a tensor that is 1, and is linear in it. So the derivative with respect to `one`
     is `<gradient, direction>` of this very evaluation, at no cost: the sweep compares it with the logged gradient's.
     """
-    p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
+    p, b, z = point.leaves()
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
     one = torch.ones_like(loss).requires_grad_()
     inputs = [*p, *b, *z, one]
@@ -82,12 +91,21 @@ def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
         ]
         keep = [True] * (len(cotangents) - 1) + [False]
         results = [
-            list(torch.autograd.grad(list(live.values()), inputs, cotangent, allow_unused=True, retain_graph=retain))
+            gradients(list(live.values()), inputs, cotangent, retain_graph=retain)
             for cotangent, retain in zip(cotangents, keep, strict=True)
         ]
     products = [result.pop() for result in results]
     zero = torch.zeros_like(loss).detach()
     return SecondOrder(loss.detach(), gradient, after, results, [zero if x is None else x for x in products])
+
+
+def gradients(
+    outputs: Tensors, inputs: Tensors, seeds: Tensors | None = None, retain_graph: bool | None = None, **options: bool
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`, with None for inputs that need none."""
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, seeds, retain_graph, allow_unused=True, **options))
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
 # The code of what @once_differentiable makes of a backward function.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mgd.autodiff.second_order import Point, leaves
+from mgd.autodiff.second_order import Point, gradients
 from mgd.errors import BadLoss
 from mgd.step.evaluator import Direction
 from mgd.step.loss import Evaluate
@@ -22,12 +22,14 @@ from mgd.step.loss import Evaluate
 
 @dataclass
 class FirstAndTangents:
-    """loss, gradient, buffers: of the evaluation, detached. losses, gradients, floats: for each direction, the
+    """loss, gradient, buffers: of the evaluation, detached. written: for each floating-point buffer, whether it was
+    written to. losses, gradients, floats: for each direction, the
     derivatives of the loss, of the gradient, and of the floating-point buffers."""
 
     loss: Tensor
     gradient: list[Tensor | None]
     buffers: list[Tensor]
+    written: list[bool]
     losses: list[Tensor] = field(default_factory=list)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
     floats: list[list[Tensor]] = field(default_factory=list)
@@ -35,22 +37,24 @@ class FirstAndTangents:
 
 def first_and_tangents(evaluate: Evaluate, point: Point, directions: Sequence[Direction]) -> FirstAndTangents:
     """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction."""
-    p, b, z = leaves(point.parameters), leaves(point.buffers), leaves(point.metaparameters)
-    loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
+    p, b, z = point.leaves()
+    copies = [x.clone() for x in b]
+    loss, left = evaluate(p, list(copies), z, list(point.constants))
+    kept = [x is y and x._version == 0 and torch.equal(x, own) for x, y, own in zip(copies, left, b, strict=False)]
     if not loss.requires_grad:
         raise BadLoss("the loss does not depend on the parameters; was it detached?")
     inputs, after = [*p, *b, *z], left[: len(b)]
-    gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    first = gradients([loss], inputs, create_graph=True)
     moving = [i for i, x in enumerate(after) if x.requires_grad]
     seeds = [torch.zeros_like(after[i]).requires_grad_() for i in moving]
     pulled: Sequence[Tensor | None] = [None] * len(inputs)
     if moving:
-        pulled = torch.autograd.grad([after[i] for i in moving], inputs, seeds, create_graph=True, allow_unused=True)
-    gradient: list[Tensor | None] = [None if g is None else g.detach() for g in gradients[: len(p)]]
-    found = FirstAndTangents(loss.detach(), gradient, [x.detach() for x in left])
+        pulled = gradients([after[i] for i in moving], inputs, seeds, create_graph=True)
+    gradient: list[Tensor | None] = [None if g is None else g.detach() for g in first[: len(p)]]
+    found = FirstAndTangents(loss.detach(), gradient, [x.detach() for x in left], [not k for k in kept])
     for direction in directions:
         tangents = [*direction.parameters, *direction.buffers, *direction.metaparameters]
-        along = _inner(gradients, tangents)
+        along = _inner(first, tangents)
         found.losses.append(torch.zeros_like(loss).detach() if along is None else along.detach())
         found.gradients.append(_gradient(along, p))
         moved = dict(zip(moving, _gradient(_inner(pulled, tangents), seeds), strict=True))

@@ -68,10 +68,10 @@ def _parts(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callab
     """The runs of each part of the captured graph in a metagradient."""
     evaluator = function._evaluator
     assert isinstance(evaluator, CapturedEvaluator)
-    ((joint, _),) = evaluator.graphs.values()
+    (graph,) = evaluator.graphs.values()
     parts = {"gradient": "_forward", "second derivatives": "_refresh_once"}
     return {
-        name: _replays(function, z, functools.partial(setattr, joint, part), getattr(joint, part))
+        name: _replays(function, z, functools.partial(setattr, graph.joint, part), getattr(graph.joint, part))
         for name, part in parts.items()
     }
 

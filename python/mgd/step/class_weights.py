@@ -24,9 +24,15 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """As `torch.nn.functional.cross_entropy`, differentiable in `weight` for class indices without smoothing."""
-    if weight is not None and not target.is_floating_point() and label_smoothing == 0.0:
-        return _weighted(functional.cross_entropy, input, target, weight, ignore_index, reduction)
+    """As `torch.nn.functional.cross_entropy`, differentiable in `weight` for class indices."""
+    if weight is not None and not target.is_floating_point() and size_average is None and reduce is None:
+        losses, weights = _weighted(functional.cross_entropy, input, target, weight, ignore_index)
+        if label_smoothing:
+            classes = 0 if input.ndim == 1 else 1
+            every = (F.log_softmax(input, classes).movedim(classes, -1) * weight).sum(-1)
+            share = label_smoothing / len(weight)
+            losses = (1 - label_smoothing) * losses - share * torch.where(target != ignore_index, every, 0)
+        return _reduced(losses, weights, reduction)
     return functional.cross_entropy(
         input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     )  # fmt: skip
@@ -42,18 +48,22 @@ def nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `torch.nn.functional.nll_loss`, differentiable in `weight`."""
-    if weight is not None:
-        return _weighted(F.nll_loss, input, target, weight, ignore_index, reduction)
+    if weight is not None and size_average is None and reduce is None:
+        return _reduced(*_weighted(F.nll_loss, input, target, weight, ignore_index), reduction)
     return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
 
 
 def _weighted(
-    loss: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
+    loss: Callable[..., Tensor], input: Tensor, target: Tensor, weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each target times the weight of its class, and these weights."""
     losses = loss(input, target, ignore_index=ignore_index, reduction="none")
     counted = target != ignore_index
     weights = torch.where(counted, weight[target.where(counted, 0)], 0)
-    weighted = losses * weights
+    return losses * weights, weights
+
+
+def _reduced(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
-        return weighted
-    return weighted.sum() if reduction == "sum" else weighted.sum() / weights.sum()
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / weights.sum()

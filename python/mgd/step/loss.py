@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class BoundLoss:
     autocast: the dtype of torch.autocast, or None. seed: of the random streams. steps_before: steps of an earlier
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
     norms are plain arithmetic, and formulas as written, from there on (see `FunctionOverrides`). precision: the machine
-    epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected.
+    epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected. written: for every buffer that
+    was written to, the step and microbatch that did so first.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BoundLoss:
     ):
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
+        self.written: dict[str, tuple[int, int]] = {}
         self.plain_since: int | None = None
         self.precision: float | None = None
 
@@ -53,6 +55,10 @@ class BoundLoss:
     def uncast(self) -> contextlib.AbstractContextManager:
         """Out of `casting` again, as a backward pass is."""
         return torch.autocast(self.device.type, enabled=False) if self.autocast else contextlib.nullcontext()
+
+    def plain_at(self, step: int) -> bool:
+        """Whether formulas are as written, and norms plain arithmetic, at this step."""
+        return self.plain_since is not None and step >= self.plain_since
 
     def __call__(
         self,
@@ -66,7 +72,7 @@ class BoundLoss:
         """The loss times the microbatch's share, and the buffers as the model leaves them. See `Binding.call`."""
         with self.casting():
             z = microbatch.metaparameters.mapping(list(metaparameters))
-            overrides = FunctionOverrides(self.plain_since is not None and microbatch.step >= self.plain_since)
+            overrides = FunctionOverrides(self.plain_at(microbatch.step))
             try:
                 loss, left = self.binding.call(
                     self.function, parameters, buffers, batch, z, until=until, overrides=overrides
@@ -118,6 +124,20 @@ class Microbatch:
         """The loss at these tensors, and the buffers as the model leaves them."""
         return self.loss(self, self.batch, parameters, buffers, metaparameters, until)
 
+    def moved(self, buffers: Buffers) -> list[str]:
+        """The names of those that carry an adjoint: floating-point ones that an earlier evaluation wrote to.
+
+        The others are constants, in every evaluation of this microbatch: what requires a gradient decides which of its
+        kernels torch takes, and whether it takes a tensor at all, as for the weights of some losses.
+        """
+        here, written = (self.step, self.index), self.loss.written
+        return [name for name in differentiable(buffers) if name in written and written[name] < here]
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """Take note that this evaluation wrote to these buffers."""
+        for name in names:
+            self.loss.written.setdefault(name, (self.step, self.index))
+
     def of_tensors(self, before: Buffers, until: contextlib.ExitStack) -> TensorLoss:
         """The loss as a function of tensors alone, at the buffers `before`."""
         return TensorLoss(self, before, until)
@@ -144,7 +164,8 @@ class TensorLoss:
     """A microbatch's loss as a function of tensors alone.
 
     names: of the buffers in the order of the function: first those that can carry an adjoint, `floats` in number, then
-    the others. constants: the tensors it reads beside parameters, floating-point buffers and metaparameters.
+    the others. constants: the tensors it reads beside parameters, floating-point buffers and metaparameters. moved:
+    which of the first need derivatives.
     """
 
     def __init__(self, microbatch: Microbatch, before: Buffers, until: contextlib.ExitStack):
@@ -152,6 +173,8 @@ class TensorLoss:
         self._others = [name for name in before if name not in floats]
         self._microbatch, self._until, self.floats = microbatch, until, len(floats)
         self.names = [*floats, *self._others]
+        moved = microbatch.moved(before)
+        self.moved = [name in moved for name in floats]
         tensors, self._rebuild = split_tensors(microbatch.batch)
         self.constants = [before[name] for name in self._others] + tensors
 

@@ -14,6 +14,7 @@ from mgd.step import class_weights, norms, written_out
 from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
+_WATCHED = {*_DIFFERENTIATE, *written_out.LOOKS, *written_out.EXPOSES, written_out.NODE}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -32,22 +33,20 @@ class FunctionOverrides(TorchFunctionMode):
     plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
     third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic, and
     formulas stay as they are written. differentiates: whether a graph of a gradient was made while `in_loss`, or a
-    gradient inside of such a formula asked for.
+    gradient inside of such a formula asked for. exposed: memory that may be written unseen, held so that no other
+    tensor gets it.
     """
 
     def __init__(self, plain: bool = False, formulas: bool = True):
         super().__init__()
         self.plain, self.formulas = plain, formulas and not plain
-        self.in_loss = self.differentiates = False
+        self.in_loss = self.differentiates = self.replaced = False
+        self.exposed: list[torch.UntypedStorage] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.in_loss and func in _DIFFERENTIATE:
-            self.differentiates |= bool(
-                kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
-            )
-        if self.in_loss and func in written_out.LOOKS:
-            self.differentiates |= written_out.looks((args, kwargs))
+        if self.in_loss and func in _WATCHED:
+            self._watch(func, args, kwargs)
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
             return _grad(self, *args, **kwargs)
         if func in PLAIN and (self.plain or torch._C._are_functorch_transforms_active()):
@@ -55,7 +54,24 @@ class FunctionOverrides(TorchFunctionMode):
         if isinstance(func, _OPERATORS):
             func = OPERATORS.get(str(func).removesuffix(".default"), func)
         result = OVERRIDES.get(func, func)(*args, **kwargs)
-        return written_out.replaced(func, args, kwargs, result) if self.formulas else result
+        if not self.formulas:
+            return result
+        found = written_out.replaced(func, args, kwargs, result, self.exposed)
+        self.replaced |= found is not result
+        return found
+
+    def _watch(self, func, args, kwargs):
+        if func in _DIFFERENTIATE:
+            self.differentiates |= bool(
+                kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
+            )
+        if func in written_out.LOOKS:
+            self.differentiates |= written_out.looks((args, kwargs))
+        elif func == written_out.NODE:
+            self.differentiates |= written_out.looks(args) or (self.replaced and written_out.walks(args[0]))
+        elif func in written_out.EXPOSES:
+            tensors = [x for x in args if isinstance(x, torch.Tensor) and torch._C._has_storage(x)]
+            self.exposed += [x.untyped_storage() for x in tensors]
 
 
 def _grad(

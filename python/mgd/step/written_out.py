@@ -16,31 +16,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
 from mgd_kernels import functional
+
+try:
+    from torch._higher_order_ops.register_hook import register_hook_op as _REGISTER_HOOK  # as Dynamo writes it
+except ImportError:
+    _REGISTER_HOOK = Tensor.register_hook  # type: ignore[assignment]
 
 _CUBIC, _OUTER = 0.044715, math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a tensor is of x: its `role` in a formula. other: the norm's eps, or what was multiplied. versions: of all
-    these tensors, where they were not changed since."""
+    """What a tensor is of x: its `role` in a formula. other: the norm's eps, or what was multiplied. states: of all
+    these tensors, by which a change is noticed."""
 
     role: str
     source: Callable[[], Tensor | None]
     other: Any
-    versions: tuple[int, ...]
+    states: tuple[Any, ...]
 
     @property
     def x(self) -> Any:
         return self.source()
 
 
-def _versions(x: Tensor, result: Tensor, other: float | Tensor) -> tuple[int, ...]:
-    return x._version, result._version, other._version if isinstance(other, Tensor) else 0
+def _states(*tensors: Any) -> tuple[Any, ...]:
+    """What differs once a value was changed in place, or cut off its graph: `detach_` leaves the version as it is."""
+    return tuple([(x._version, x.requires_grad, x.is_leaf) for x in tensors if isinstance(x, Tensor)])
 
 
 def part_of(tensor: Any) -> Part | None:
@@ -48,16 +54,24 @@ def part_of(tensor: Any) -> Part | None:
     part: Part | None = getattr(tensor, "_mgd_part", None)
     if part is None or (x := part.x) is None:
         return None
-    return part if part.versions == _versions(x, tensor, part.other) else None
+    return part if part.states == _states(x, tensor, part.other) else None
 
 
-def replaced(function: Callable, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
-    """The result of this call of torch; where the call ends a formula, that of the fused operator."""
+def replaced(
+    function: Callable, args: Sequence[Any], kwargs: dict[str, Any], result: Any, exposed: Sequence[UntypedStorage] = ()
+) -> Any:
+    """The result of this call of torch; where the call ends a formula, that of the fused operator.
+
+    exposed: memory that may have been written unseen, which no formula reads.
+    """
     find = _FIND.get(function)
     if kwargs and find not in (_mean, _concatenate):
         return result
-    # What needs no gradient here may be a constant of a formula whose derivative is another one.
-    if find is None or not isinstance(result, Tensor) or not result.requires_grad or torch.compiler.is_compiling():
+    # Without gradients, a result may be a constant of a formula whose derivative is another one. With them, what needs
+    # none is treated as what does: a buffer's formula has the same bits whether an adjoint of the buffer is wanted.
+    if find is None or not isinstance(result, Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return result
+    if exposed and any(_lies_in(exposed, x) for x in tree_leaves((args, kwargs))):
         return result
     found = find(*args, **kwargs)
     if isinstance(found, Tensor):
@@ -66,24 +80,59 @@ def replaced(function: Callable, args: Sequence[Any], kwargs: dict[str, Any], re
         role, x, other = found
         # A product with a number does not keep x for its derivative, and must not keep it alive for this.
         source = weakref.ref(x) if role == "half" else lambda: x
-        result._mgd_part = Part(role, source, other, _versions(x, result, other))  # type: ignore[attr-defined]
+        result._mgd_part = Part(role, source, other, _states(x, result, other))  # type: ignore[attr-defined]
     return result
 
 
-# Their caller asks for the gradient of a part, or may write to it unseen: what is replaced has no parts.
+# Their caller asks for the gradient of what may be a part, or changes it: what is replaced has no parts.
 LOOKS = {
     Tensor.register_hook,
+    _REGISTER_HOOK,
     Tensor.retain_grad,
     Tensor.backward,
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    torch.autograd.backward,
     torch.autograd.grad,
 }
+NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]  # from there, the whole graph can be walked
+
+
+def data_of(tensor: Tensor) -> Tensor:
+    """`tensor.data` as Dynamo writes it, which no mode hears of."""
+    if torch.overrides.has_torch_function_unary(tensor):
+        return torch.overrides.handle_torch_function(data_of, (tensor,), tensor)
+    return torch._C._autograd._get_data_attr(tensor)  # type: ignore[attr-defined]
+
+
+# From here on the tensor's memory may be written, and no version tells.
+EXPOSES = {
+    data_of,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+    Tensor.set_,
+}
+
+
+def _lies_in(exposed: Sequence[UntypedStorage], x: Any) -> bool:
+    """Whether x, or what it is a part of, lies in this memory."""
+    part = part_of(x)
+    tensors = [y for y in ((x,) if part is None else (x, part.x, part.other)) if isinstance(y, Tensor)]
+    return any(torch._C._has_storage(y) and y.untyped_storage()._cdata == s._cdata for y in tensors for s in exposed)
 
 
 def looks(args: Any) -> bool:
     """Whether a part of a formula is among the arguments."""
     return any(hasattr(x, "_mgd_part") for x in tree_leaves(args))
+
+
+def walks(tensor: Tensor) -> bool:
+    """Whether a user asks for this tensor's node, and not torch, which does for its hooks of modules."""
+    return type(tensor.grad_fn).__name__ != "BackwardHookFunctionBackward"
 
 
 # --- of a function of torch: (role, x, other), where its result is a part; the replacement where the formula ends ---
@@ -131,7 +180,7 @@ def _multiply(a: Any, b: Any) -> Found:
             continue
         if part.role == "rms" and part.x is x:
             return "normalised", x, part.other
-        if part.role == "normalised" and x.shape == part.x.shape[-1:]:
+        if part.role == "normalised" and x.ndim == 1 and x.shape == part.x.shape[-1:]:
             return functional.rms_norm(part.x, x.shape, x, part.other) if functional.served(x) else None
         if part.role == "1 + tanh" and (half := part_of(x)) and half.role == "half" and half.x is part.x:
             return functional.gelu(part.x, "tanh")
@@ -179,7 +228,7 @@ def _follows(role: str, following: str) -> Callable[..., Found]:
 
 
 def _served(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad and functional.served(x)
+    return isinstance(x, Tensor) and functional.served(x)
 
 
 _FIND: dict[Any, Callable[..., Found]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +52,19 @@ def objective_adjoints(
     like: OptimizerState,
     steps: int,
     mode: str,
+    moved: Collection[str],
 ) -> tuple[Tensor, list[Adjoint]]:
     """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
 
-    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training.
+    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training. moved: the
+    buffers that the training wrote to. No metaparameter leads to the others: they are constants, and their adjoint 0.
     """
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, stack)
+        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, moved, stack)
         with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
             components = value.reshape(-1).unbind()
         gradients = [
-            torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
+            torch.autograd.grad(component, [*parameters, *floats.values()], retain_graph=True, allow_unused=True)
             for component in components
         ]
     adjoints = []
@@ -73,11 +75,12 @@ def objective_adjoints(
         pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-        own = [torch.zeros_like(b) for b in floats]  # memory of its own: a gradient may be a view with stride 0
-        for b, g in zip(own, grads[len(parameters) :], strict=True):
+        # Memory of its own: a gradient may be a view with stride 0.
+        own = {name: torch.zeros_like(trained.buffers[name]) for name in differentiable(trained.buffers)}
+        for name, g in zip(floats, grads[len(parameters) :], strict=True):
             if g is not None:
-                b.copy_(g)
-        adjoints.append(Adjoint(adjoint, own))
+                own[name].copy_(g)
+        adjoints.append(Adjoint(adjoint, list(own.values())))
     return value.detach(), adjoints
 
 
@@ -89,21 +92,22 @@ def objective_tangents(
     tangents: Sequence[Adjoint],
     steps: int,
     mode: str,
+    moved: Collection[str],
 ) -> tuple[Tensor, list[Tensor]]:
     """The objective's value (`[]` or `[k]`), and its derivative along each tangent of the final state. Outputs may be
     many: they share one evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, stack)
+        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, moved, stack)
         seed = torch.zeros_like(value).requires_grad_()
-        pulled = torch.autograd.grad(value, [*parameters, *floats], seed, create_graph=True, allow_unused=True)
+        pulled = torch.autograd.grad(value, [*parameters, *floats.values()], seed, create_graph=True, allow_unused=True)
         if all(g is None for g in pulled):
             raise BadObjective("the objective depends on no trained parameter")
         found = []
         for tangent in tangents:
-            moved = [*arena.tensors(tangent.state.params), *tangent.buffers]
-            terms = [(g * x).sum() for g, x in zip(pulled, moved, strict=True) if g is not None]
-            along = torch.stack(terms).sum()
-            (derivative,) = torch.autograd.grad(along, seed, retain_graph=True, allow_unused=True)
+            buffers = dict(zip(differentiable(trained.buffers), tangent.buffers, strict=True))
+            along = [*arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
+            terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
+            (derivative,) = torch.autograd.grad(torch.stack(terms).sum(), seed, retain_graph=True, allow_unused=True)
             found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
     return value.detach(), [x.detach() for x in found]
 
@@ -114,14 +118,14 @@ def _evaluated(
     trained: Trained,
     steps: int,
     mode: str,
+    moved: Collection[str],
     until: contextlib.ExitStack,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The objective's value, and what it was computed from: parameters, and floating-point buffers."""
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """The objective's value, and what it was computed from: parameters, and buffers that carry an adjoint."""
     buffers = trained.buffers
-    names = differentiable(buffers)
     parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
-    floats = [buffers[name].detach().clone().requires_grad_() for name in names]
-    copies = {n: b.clone() for n, b in buffers.items()} | {n: b.clone() for n, b in zip(names, floats, strict=True)}
+    floats = {name: buffers[name].detach().requires_grad_() for name in differentiable(buffers) if name in moved}
+    copies = {name: b.clone() for name, b in (buffers | floats).items()}
     versions = [p._version for p in parameters]
     if mode == "eval":
         binding.model.eval()

@@ -307,6 +307,7 @@ class Sweep:
             **numbers,
             "step": self.state.step,
             "first_read": self.meta.first_read,
+            "written": self.step.loss.written,
             "trained": self.trained is not None,
             "objectives": len(self.adjoints),
             "losses": self.losses,
@@ -334,6 +335,7 @@ class Sweep:
         self.index, self.visited, self.reversed = state["index"], state["visited"], state["reversed"]
         self.tick("train", self.visited)
         self.meta.first_read.update(state["first_read"])
+        self.step.loss.written.update({name: (t, i) for name, (t, i) in state["written"].items()})
         self.losses.copy_(state["losses"])
         if end is not None:
             self._load_training(end, self.length)
