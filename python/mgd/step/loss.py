@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.errors import BadLoss, ReplayDivergence
+from mgd.errors import BadLoss, NotDifferentiable, ParametersModified, ReplayDivergence
 from mgd.step.batches import same, split_tensors
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Binding, Buffers, differentiable
@@ -74,6 +74,19 @@ class BoundLoss:
             finally:
                 if overrides.differentiates and not overrides.plain:
                     self.plain_since = microbatch.step
+        for what, tensors in (
+            ("parameters", parameters),
+            ("parameters that do not require a gradient", self.binding.frozen),
+            ("metaparameters", metaparameters),
+        ):
+            if overrides.written(tensors):
+                raise ParametersModified(microbatch.step, what)
+        if moving := [name for name, buffer in left.items() if buffer.is_complex() and buffer.requires_grad]:
+            raise NotDifferentiable(
+                f"the buffer {moving[0]!r}",
+                "it is complex, and the step computes it from what is differentiated. Hold its real and imaginary "
+                "part in a buffer (torch.view_as_real), or update it under torch.no_grad().",
+            )
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             raise BadLoss(
                 f"expected the loss to be a floating-point scalar (shape []); got {describe(loss)} at step "

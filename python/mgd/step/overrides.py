@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# What gives access to a tensor's memory past autograd's count of versions.
+_MEMORY = {
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,
+}
 
 
 class FunctionOverrides(TorchFunctionMode):
@@ -33,15 +43,32 @@ class FunctionOverrides(TorchFunctionMode):
     third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic, and
     formulas stay as they are written. differentiates: whether a graph of a gradient was made while `in_loss`, or a
     gradient inside of such a formula asked for.
+
+    opened: tensors whose memory was asked for while `in_loss`: where that was, the tensor, and its values then.
     """
 
     def __init__(self, plain: bool = False, formulas: bool = True):
         super().__init__()
         self.plain, self.formulas = plain, formulas and not plain
         self.in_loss = self.differentiates = False
+        self.opened: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def written(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether one of these tensors was changed past autograd, as `.data` allows. What changes a tensor otherwise
+        counts its version."""
+        if not self.opened:
+            return False
+        known = {id(tensor) for tensor in tensors} | {_place(tensor) for tensor in tensors}
+        return any(
+            (place in known or id(tensor) in known)
+            and not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)
+            for place, tensor, before in self.opened
+        )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.in_loss and func in _MEMORY and args[0].layout is torch.strided:
+            self.opened.append((_place(args[0]), args[0], args[0].detach().clone()))
         if self.in_loss and func in _DIFFERENTIATE:
             self.differentiates |= bool(
                 kwargs.get("create_graph") or (func is torch.Tensor.backward and args[3:4] == (True,))
@@ -56,6 +83,10 @@ class FunctionOverrides(TorchFunctionMode):
             func = OPERATORS.get(str(func).removesuffix(".default"), func)
         result = OVERRIDES.get(func, func)(*args, **kwargs)
         return written_out.replaced(func, args, kwargs, result) if self.formulas else result
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _grad(
