@@ -78,6 +78,8 @@ class Arena:
             end += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
         self.offsets = tuple(offsets)
         self.numel = end
+        if not end:
+            raise BadArgument(f"expected at least one element to lay out; got none in {list(self.names)}")
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
         self._uniform = len(set(self.dtypes)) == 1
         self._gaps = [b - a - s.numel() for a, b, s in zip(offsets, [*offsets[1:], end], self.shapes, strict=True)]

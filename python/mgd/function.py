@@ -6,17 +6,15 @@ import contextlib
 import functools
 import inspect
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
-from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
+from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState, StaleRun
 from mgd.identity import Objective, Start, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
@@ -26,15 +24,17 @@ from mgd.step import arguments
 from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
 from mgd.step.metaparameters import Metaparameters
-from mgd.step.model import Binding, Buffers, model_kept
+from mgd.step.model import Binding, Buffers
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
-from mgd.sweep.adjoint import objective_adjoints, objective_tangents, weighted_sum
+from mgd.step.turn import turn
+from mgd.sweep.adjoint import objective_adjoints, objective_tangents, objective_value, weighted_sum
 from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.node import DifferentiableTraining
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
+from mgd.util.files import path_of
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer
@@ -43,10 +43,6 @@ from mgd_kernels.fused import FusedOptimizer
 
 def _no_tick(phase: str, steps: int = 1) -> None:
     """The progress of a sweep that nobody watches."""
-
-
-# A call changes torch's default generators, and the model's tensors, which other functions may share.
-_one_at_a_time = threading.RLock()
 
 
 class TrainingFunction:
@@ -165,6 +161,7 @@ class TrainingFunction:
         profile: a file that receives every operator's time as a Chrome trace, with the phases of the report marked in
             it (some MB per second; open it in chrome://tracing or ui.perfetto.dev). A profiled run takes longer.
         """
+        resume = None if resume is None else path_of(resume)
         with chrome_trace(profile), self._guarded(progress) as tick:
             sweep = self._trained(z, tick, resume)
             grads = self._reversed(sweep, z)
@@ -233,15 +230,10 @@ class TrainingFunction:
     def _guarded(self, progress: bool = False) -> Iterator[Callable[..., None]]:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
         mode. Calls from other threads wait. Yields the progress bar's tick."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         with (
-            _one_at_a_time,
+            turn(self.model),
             torch.inference_mode(False),
             torch.enable_grad(),
-            # The fused attention kernels have no second derivatives.
-            sdpa_kernel(SDPBackend.MATH),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            model_kept(self.model),
             Progress(len(self), progress) as bar,
         ):
             yield bar.tick
@@ -299,6 +291,9 @@ class TrainingFunction:
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep, z))
+            elif not torch.equal(sweep.value, self._value(sweep)):
+                assert resume is not None
+                raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.state)
         return sweep
 
@@ -328,6 +323,13 @@ class TrainingFunction:
             if error.where == LOST:
                 self._sweep(z, kind=WatchedSweep).forward()
             raise
+
+    def _value(self, sweep: Sweep) -> Tensor:
+        """The objective at the end of a training that ran until there."""
+        assert sweep.trained is not None
+        seed_generators(seed_of(self.seed, sweep.state.before + len(self)), sweep.arena.device)
+        binding = sweep.step.loss.binding
+        return objective_value(binding, self.objective, sweep.trained, len(self), self.objective_mode)
 
     def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
         """The objective's value at the end of the training, which runs until there, and its adjoints; of one that

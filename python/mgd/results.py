@@ -175,7 +175,7 @@ def load(path: str | os.PathLike[str]) -> Metagradient | Trained | Jvp:
             return Jvp(**values | {"report": Report(**values["report"]), "trained": Trained(**values["trained"])})
         if kind == "Metagradient":
             return Metagradient(**values | {"report": Report(**values["report"])})
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise BadData(f"expected a result of this version of mgd in {os.fspath(path)}: {error}") from None
     raise BadData(f"expected a file that a result's save() wrote; got {os.fspath(path)}, which holds no result")
 

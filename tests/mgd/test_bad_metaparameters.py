@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import adamw, weighted, weights
+from cases import adamw, cross_entropy, weighted, weights
 from refusals import CALLS, STEPS, base, refused
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mgd import errors
 from mgd_kernels import SGD, RMSprop
@@ -145,3 +146,45 @@ def test_an_initial_value_of_a_frozen_parameter():
 def test_an_index_of_per_example_that_is_not_one(index):
     case = base(per_example={"data_weights": lambda batch: index}).but({"data_weights": weights()}, loss=weighted)
     refused(errors.BadMetaparameter, "per_example['data_weights']", "integer", step=0, case=case)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(2).to_sparse(),
+        torch.ones(3).to(torch.float8_e4m3fn),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        FakeTensorMode().from_tensor(torch.ones(3)),
+    ],
+)
+@pytest.mark.parametrize("key", ["lr", "weights"])
+def test_tensors_that_are_not_dense(key, value):
+    refused(errors.BadMetaparameter, f"z['{key}']", "dense", z={key: value})
+
+
+def test_tensors_of_inference_mode_are_as_others():
+    case = base(trace=False)
+    with torch.inference_mode():
+        z = {key: value.clone() for key, value in case.z.items()}
+    assert all(value.is_inference() for value in z.values())
+    found, expected = case.function().metagradient(z), case.metagradient()
+    assert all(torch.equal(found.grads[key], expected.grads[key]) for key in z)
+
+
+def test_a_complex_buffer_that_depends_on_parameters():
+    """Buffers carry an adjoint if they are real: it must not be lost in silence."""
+    case = base(trace=False)
+    case.model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+
+    def loss(model, batch, z):
+        value = cross_entropy(model, batch, z)
+        model.phase = 0.9 * model.phase + 0.1 * model[0].weight[0, :2]
+        return value + model.phase.abs().sum()
+
+    refused(errors.NotDifferentiable, "'phase'", "complex", case=case, loss=loss)
+
+
+def test_a_model_without_elements():
+    model = torch.nn.Module()
+    model.empty = torch.nn.Parameter(torch.ones(0, 3))
+    refused(errors.BadArgument, "at least one element", model=model, trace=False)

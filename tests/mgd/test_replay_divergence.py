@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+import torch
 from cases import cross_entropy
 from refusals import STEPS, base, refused
 
@@ -41,3 +42,38 @@ def test_random_numbers_that_are_not_torchs():
     stream = random.Random(0)
     loss = lambda m, b, z: cross_entropy(m, b, z) * (1 + stream.random())
     refused(errors.ReplayDivergence, "random numbers", step=STEPS - 1, loss=loss, trace=False)
+
+
+class OtherIndices(list):
+    """Batches whose examples have other numbers from the second reading on. Equal weights hide it from the loss."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.read = [0] * len(batches)
+
+    def __getitem__(self, t):
+        x, y, i = super().__getitem__(t)
+        self.read[t] += 1
+        return x, y, i if self.read[t] == 1 else i.flip(0)
+
+
+def test_batches_that_have_other_indices_when_asked_again():
+    case = base(trace=False)
+    refused(errors.ReplayDivergence, "other indices or labels", case=case, batches=OtherIndices(case.batches))
+
+
+def test_labels_that_the_loss_masks_in_place():
+    """To the same end each time: that is no divergence."""
+
+    def mask(model, batch, z):
+        batch[1][0] = 0
+        return cross_entropy(model, batch, z)
+
+    def masked(model, batch, z):
+        x, y, i = batch
+        return cross_entropy(model, (x, torch.cat([y.new_zeros(1), y[1:]]), i), z)
+
+    case = base(trace=False)
+    batches = [(x, y.clone(), i) for x, y, i in case.batches]
+    expected = case.but(loss=masked).metagradient()
+    assert torch.equal(case.but(loss=mask, batches=batches).metagradient().grads["lr"], expected.grads["lr"])

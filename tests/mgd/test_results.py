@@ -11,7 +11,8 @@ from cases import mlp, supervised
 from torch.utils._pytree import tree_leaves
 
 import mgd
-from mgd.errors import BadData
+from mgd.errors import BadArgument, BadData
+from mgd.util.tensor_file import write
 from mgd_kernels import SGD, AdamW, Arena
 
 CASE = supervised(mlp(), (5,)).but({"weight_decay": torch.tensor([0.02], dtype=torch.float64)})
@@ -68,8 +69,21 @@ def test_other_files_are_refused(tmp_path):
     for name in ("text", "tensors", "other", "list", "odd"):
         with pytest.raises(BadData):
             mgd.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        mgd.load(tmp_path / "nothing")
+    for other in (tmp_path / "nothing", tmp_path, "/dev/null"):
+        with pytest.raises(BadData):
+            mgd.load(other)
+    for no_path in (5, None, "", "a\0b"):
+        with pytest.raises(BadArgument):
+            mgd.load(no_path)
+        with pytest.raises(BadArgument):
+            write(no_path, 1)
+
+
+def test_a_file_that_says_it_is_another_kind(tmp_path):
+    for kind in ("Trained", "Jvp", "Metagradient"):
+        write(tmp_path / "kind", {"kind": kind, "losses": torch.ones(1)})
+        with pytest.raises(BadData, match="this version"):
+            mgd.load(tmp_path / "kind")
 
 
 def test_a_damaged_file_is_refused(result, tmp_path):

@@ -27,6 +27,7 @@ from mgd.attribution.result import Attribution, AttributionReport
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient, Trained
+from mgd.util.files import path_of
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
 from mgd.util.system import free_memory
@@ -89,6 +90,9 @@ def attribute(
 
     dtype, titles = str(weight.dtype).removeprefix("torch."), None if names is None else list(names)
     parts = [numbers[first : first + chunk] for first in range(0, len(numbers), chunk)]
+    for path in (out, resume):
+        if path is not None:
+            path_of(path)
     directory = out if out is not None else resume
     file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64)
     with contextlib.ExitStack() as stack:
@@ -113,7 +117,7 @@ def attribute(
                 report.chunks_kept += 1
             else:
                 shared.objective = _objective(objectives, part)
-                place = None if resume is None else Path(resume) / f"queries-{first}"
+                place = None if resume is None else path_of(resume) / f"queries-{first}"
                 result = _repeated(shared, z, place, rehearsal, progress and single)
                 report.add(result)
                 begin = time.perf_counter()

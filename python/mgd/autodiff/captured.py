@@ -332,9 +332,10 @@ class CapturedEvaluator:
         rewritten = self.at_once and step.microbatch.loss.autocast is None
         captured = without_logits(graph.module) if rewritten else graph.module
         loss_of = step.microbatch.loss
-        plain = loss_of.plain_at(step.microbatch.step)
+        plain, overrides = loss_of.plain_at(step.microbatch.step), FunctionOverrides()
 
         def evaluate(p, b, z, constants):
+            nonlocal overrides
             owned = [x.clone() for x in constants[: len(step.others)]]
             known = [*p, *b, *owned, *z]
             rest = iter(constants[len(step.others) :])
@@ -366,6 +367,7 @@ class CapturedEvaluator:
                 plain = True
                 step.microbatch.reseed()
                 expected = function(*inputs)
+            loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
             step.microbatch.reseed()
             module = make_fx(function, tracing_mode="fake")(*inputs)
             if not without_mutation(module.graph):

@@ -55,10 +55,12 @@ class CapturedStep:
     def writes(self, graph: CapturedGraph, arguments: Sequence[Any]) -> frozenset[str]:
         """The names of the buffers that a graph of this step writes to."""
         names = {id(b): name for name, b in self._buffers.items()}
-        copies = {names[id(x)]: x.clone() for x in arguments if id(x) in names}
+        # Copies of all that it reads: a write that nothing counts must not reach the training.
+        inputs = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        copies = {names[id(x)]: copy for x, copy in zip(arguments, inputs, strict=True) if id(x) in names}
         self.microbatch.reseed()
         with self.microbatch.loss.casting(), FunctionOverrides():
-            graph.module(*[copies[names[id(x)]] if id(x) in names else x for x in arguments])
+            graph.module(*inputs)
         # Through `tensor.data` it may write in some steps and not in others.
         unseen = any(node.target is data_of for node in graph.module.graph.nodes)
         return frozenset(n for n, b in copies.items() if unseen or b._version or not torch.equal(b, self._buffers[n]))

@@ -90,7 +90,7 @@ class Front:
             raise NotCaptured("what the loss returns is not what its graph computes first")
 
     def _backend(self, module: fx.GraphModule, weak: weakref.ref[Front]) -> Callable[..., Sequence[Any]]:
-        _refuse_custom_functions(module)
+        _refuse_unsound(module)
         _inline_checkpoints(module)
         _show_data(module)
         graph = CapturedGraph(module, self.graphs)
@@ -137,12 +137,15 @@ def _modules(module: fx.GraphModule) -> list[fx.GraphModule]:
     return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
 
 
-def _refuse_custom_functions(module: fx.GraphModule) -> None:
-    """Dynamo captures one backward pass of an autograd.Function, not the derivative of that, nor whether it has one."""
+def _refuse_unsound(module: fx.GraphModule) -> None:
+    """Dynamo captures one backward pass of an autograd.Function, not the derivative of that, nor whether it has one.
+    What is assigned to `.data` changes a tensor behind every trace."""
     for part in _modules(module):
         for node in part.graph.nodes:
             if node.target is _HIGHER_ORDER.autograd_function_apply:
                 raise NotCaptured("the loss uses a torch.autograd.Function of its own")
+            if node.target is torch.Tensor.set_:
+                raise NotCaptured("the loss gives a tensor other memory, as by assigning to .data")
 
 
 def _show_data(module: fx.GraphModule) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from mgd.errors import BadArgument
+from mgd.util.files import path_of
 from mgd.util.text import parse_bytes
 
 #: The tiers, fastest first. On a machine without an accelerator, "device" and "host" are both plain memory.
@@ -22,7 +24,7 @@ class Budget:
     `Budget()` is the default: host memory alone, up to `default_host_bytes` of `plan`, which is a share of the free
     memory.
 
-    Raises ValueError for malformed sizes, and if `disk` is not a pair.
+    Raises BadArgument for malformed sizes, and if `disk` is not a pair of a path and a size.
     """
 
     device: int | str | None = None
@@ -30,8 +32,10 @@ class Budget:
     disk: tuple[str | os.PathLike[str], int | str] | None = None
 
     def __post_init__(self) -> None:
-        if self.disk is not None and (isinstance(self.disk, str) or len(self.disk) != 2):
-            raise ValueError(f'expected disk=(directory, size), such as ("runs/log", "100GB"); got {self.disk!r}')
+        if self.disk is not None and not (isinstance(self.disk, tuple | list) and len(self.disk) == 2):
+            raise BadArgument(f'expected disk=(directory, size), such as ("runs/log", "100GB"); got {self.disk!r}')
+        if self.disk is not None:
+            path_of(self.disk[0])
         self.limits()  # reports malformed sizes here, where the caller wrote them
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.errors import BadLoss, ReplayDivergence
+from mgd.errors import BadLoss, NotDifferentiable, ParametersModified, ReplayDivergence
 from mgd.step.batches import same, split_tensors
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Binding, Buffers, differentiable
@@ -60,6 +60,18 @@ class BoundLoss:
         """Whether formulas are as written, and norms plain arithmetic, at this step."""
         return self.plain_since is not None and step >= self.plain_since
 
+    def refuse_writes(
+        self, step: int, overrides: FunctionOverrides, parameters: Sequence[Tensor], metaparameters: Sequence[Tensor]
+    ) -> None:
+        """Raises ParametersModified if an evaluation inside of `overrides` wrote to these tensors past autograd."""
+        for what, tensors in (
+            ("parameters", parameters),
+            ("parameters that do not require a gradient", self.binding.frozen),
+            ("metaparameters", metaparameters),
+        ):
+            if overrides.written(tensors):
+                raise ParametersModified(step, what)
+
     def __call__(
         self,
         microbatch: Microbatch,
@@ -80,6 +92,13 @@ class BoundLoss:
             finally:
                 if overrides.differentiates and not overrides.plain:
                     self.plain_since = microbatch.step
+        self.refuse_writes(microbatch.step, overrides, parameters, metaparameters)
+        if moving := [name for name, buffer in left.items() if buffer.is_complex() and buffer.requires_grad]:
+            raise NotDifferentiable(
+                f"the buffer {moving[0]!r}",
+                "it is complex, and the step computes it from what is differentiated. Hold its real and imaginary "
+                "part in a buffer (torch.view_as_real), or update it under torch.no_grad().",
+            )
         if not isinstance(loss, Tensor) or loss.shape != () or not loss.is_floating_point():
             raise BadLoss(
                 f"expected the loss to be a floating-point scalar (shape []); got {describe(loss)} at step "

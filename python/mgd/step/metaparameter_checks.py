@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_unflatten
 
 from mgd.errors import BadMetaparameter
@@ -16,6 +17,7 @@ from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.errors import BadArgument
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RESERVED = ("lr", "weight_decay", "momentum", "beta1", "beta2", "eps", "eps_root")
 
 
@@ -32,8 +34,8 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
     def convert(path: Any, leaf: Any) -> Tensor:
         if isinstance(leaf, float):
             return torch.tensor(leaf, dtype=torch.float64)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta and all_finite(leaf):
-            return leaf
+        if isinstance(leaf, Tensor) and _usable(leaf) and all_finite(leaf):
+            return leaf.clone() if leaf.is_inference() else leaf  # autograd refuses tensors of inference mode
         name = f"z[{key!r}]{keystr(path)}"
         if not isinstance(leaf, Tensor):
             raise BadMetaparameter(f"expected {name} to be a tensor; got {describe(leaf)}")
@@ -46,6 +48,11 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
             raise BadMetaparameter(
                 f"expected {name} on {device}, where the model is; got {leaf.device}, without values"
             )
+        if not _usable(leaf):
+            raise BadMetaparameter(
+                f"expected {name} to be a dense tensor in one of {', '.join(map(str, DTYPES))}; got "
+                f"{type(leaf).__name__} of {leaf.dtype}, layout {leaf.layout}"
+            )
         raise BadMetaparameter(f"expected finite values in {name}; it holds NaN or infinity")
 
     if isinstance(value, Tensor):  # the common cases, without torch's slow recursion
@@ -54,6 +61,12 @@ def _tensors(key: str, value: Any, device: torch.device) -> Any:
         return {name: convert((MappingKey(name),), leaf) for name, leaf in value.items()}
     paths, spec = tree_flatten_with_path(value)
     return tree_unflatten([convert(path, leaf) for path, leaf in paths], spec)
+
+
+def _usable(leaf: Tensor) -> bool:
+    """Whether the tensor has values, one after the other, in a dtype that torch computes with."""
+    plain = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_meta
+    return plain and leaf.dtype in DTYPES and not isinstance(leaf, FakeTensor)
 
 
 def check_reserved(z: Mapping[str, Any], optimizer: Optimizer) -> None:

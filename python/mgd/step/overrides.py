@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,29 @@ class FunctionOverrides(TorchFunctionMode):
     plain: for a loss that differentiates the model itself, as a gradient penalty does. The metagradient then needs
     third derivatives, in which torch holds the statistics of its norms constant: there they are plain arithmetic, and
     formulas stay as they are written. differentiates: whether a graph of a gradient was made while `in_loss`, or a
-    gradient inside of such a formula asked for. exposed: memory that may be written unseen, held so that no other
-    tensor gets it.
+    gradient inside of such a formula asked for.
+
+    opened: tensors whose memory was asked for while `in_loss`, where it may be written unseen: the memory, held so that
+    no other tensor gets it, the tensor, and its values then.
     """
 
     def __init__(self, plain: bool = False, formulas: bool = True):
         super().__init__()
         self.plain, self.formulas = plain, formulas and not plain
         self.in_loss = self.differentiates = self.replaced = False
-        self.exposed: list[torch.UntypedStorage] = []
+        self.opened: list[tuple[torch.UntypedStorage, torch.Tensor, torch.Tensor]] = []
+
+    def written(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether one of these tensors was changed past autograd, as `.data` allows. What changes a tensor otherwise
+        counts its version."""
+        if not self.opened:
+            return False
+        known = {id(tensor) for tensor in tensors} | {tensor.untyped_storage()._cdata for tensor in tensors}
+        return any(
+            (memory._cdata in known or id(tensor) in known)
+            and not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)
+            for memory, tensor, before in self.opened
+        )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,7 +70,7 @@ class FunctionOverrides(TorchFunctionMode):
         result = OVERRIDES.get(func, func)(*args, **kwargs)
         if not self.formulas:
             return result
-        found = written_out.replaced(func, args, kwargs, result, self.exposed)
+        found = written_out.replaced(func, args, kwargs, result, [memory for memory, _, _ in self.opened])
         self.replaced |= found is not result
         return found
 
@@ -71,7 +85,7 @@ class FunctionOverrides(TorchFunctionMode):
             self.differentiates |= written_out.looks(args) or (self.replaced and written_out.walks(args[0]))
         elif func in written_out.EXPOSES:
             tensors = [x for x in args if isinstance(x, torch.Tensor) and torch._C._has_storage(x)]
-            self.exposed += [x.untyped_storage() for x in tensors]
+            self.opened += [(x.untyped_storage(), x, x.detach().clone()) for x in tensors]
 
 
 def _grad(

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd.errors import ReplayDivergence
 from mgd.step.agreement import Agreement, Terms
-from mgd.step.batches import microbatches
+from mgd.step.batches import microbatches, split_tensors
 from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
 from mgd.step.model import Buffers
+from mgd.util.fingerprint import digest
 from mgd_kernels import Arena
 
 
@@ -60,6 +62,7 @@ class StepFunction:
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
         self._agreement = Agreement(arena)
+        self._numbers: dict[int, set[str]] = {}  # of each step's batch: digests of its indices and labels
 
     def gradient(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
@@ -188,8 +191,25 @@ class StepFunction:
 
     def evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
         """The microbatches of step `t`."""
-        for i, (batch, share) in enumerate(microbatches(self.batches[t], self.microbatches, t)):
+        whole = self.batches[t]
+        numbers = [x for x in split_tensors(whole)[0] if not x.is_floating_point() and x.device.type == "cpu"]
+        if numbers:
+            self._check_numbers(t, numbers)
+        for i, (batch, share) in enumerate(microbatches(whole, self.microbatches, t)):
             yield Microbatch(self.loss, self.batches, t, i, batch, share, meta.at(batch, t))
+        if any([not x.is_inference() and x._version for x in numbers]):
+            self._numbers[t].add(digest(numbers))  # the loss may mask labels in place, to the same end each time
+
+    def _check_numbers(self, t: int, numbers: list[Tensor]) -> None:
+        """Raises ReplayDivergence if the batch has other indices or labels than when it was read first: the loss need
+        not show it, where weights are equal. On the CPU: to copy them from a GPU would wait for it."""
+        found = digest(numbers)
+        if found not in self._numbers.setdefault(t, {found}):
+            raise ReplayDivergence(
+                t,
+                f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
+                "(fix the order of the examples and their augmentation).",
+            )
 
     def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None], into: Tensor | None) -> Tensor:
         present = [g for g in grads if g is not None]

@@ -13,6 +13,7 @@ from torch import Tensor
 from mgd.errors import BadObjective, NonFiniteState
 from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
+from mgd.step.overrides import FunctionOverrides
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, OptimizerState
@@ -112,6 +113,14 @@ def objective_tangents(
     return value.detach(), [x.detach() for x in found]
 
 
+def objective_value(
+    binding: Binding, objective: Callable[..., Tensor], trained: Trained, steps: int, mode: str
+) -> Tensor:
+    """The objective's value at the end of a training, `[]` or `[k]`."""
+    with modes_kept(binding.model), contextlib.ExitStack() as stack:
+        return _evaluated(binding, objective, trained, steps, mode, stack)[0].detach()
+
+
 def _evaluated(
     binding: Binding,
     objective: Callable[..., Tensor],
@@ -129,10 +138,11 @@ def _evaluated(
     versions = [p._version for p in parameters]
     if mode == "eval":
         binding.model.eval()
-    value = binding.call(objective, parameters, copies, until=until)[0]
+    overrides = FunctionOverrides(formulas=False)
+    value = binding.call(objective, parameters, copies, until=until, overrides=overrides)[0]
     with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
         _checked(value, steps)
-        if [p._version for p in parameters] != versions:
+        if [p._version for p in parameters] != versions or overrides.written(parameters):
             raise BadObjective("the objective changed parameters in place; expected it to only read them")
     return value, parameters, floats
 

@@ -14,6 +14,7 @@ from mgd.plan.plan import Plan
 from mgd.plan.training import SHARE, PlanRequest, staging
 from mgd.sweep.history import History
 from mgd.sweep.residuals import ResidualCache
+from mgd.util.files import path_of
 
 if TYPE_CHECKING:
     from mgd.sweep.checkpoint import RunCheckpoint
@@ -68,7 +69,7 @@ def open_storage(request: PlanRequest, resume: Resume | None = None) -> Storage:
         return _fresh(request, request.plan())
     from mgd.sweep.checkpoint import RunCheckpoint
 
-    directory, sizes = os.fspath(resume.directory), request.sizes(through_store=True)
+    directory, sizes = os.fspath(path_of(resume.directory)), request.sizes(through_store=True)
     settings = {"disk": _disk_limit(directory, request.budget.limits())}
     checkpoint = RunCheckpoint(directory, staging({}, sizes), resume.identity, settings)
     history = History(

@@ -6,8 +6,20 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from mgd.errors import BadArgument, StoreIOError
+
+
+def path_of(path: Any) -> Path:
+    """What was given as the path of a file or a directory. Raises BadArgument where it is none."""
+    try:
+        name = os.fsdecode(path)
+    except TypeError:
+        name = ""
+    if not name or "\0" in name:
+        raise BadArgument(f"expected a path; got {path!r}")
+    return Path(name)
 
 
 def write_file(path: str | os.PathLike[str], content: bytes | str, *, private: bool = False) -> None:
@@ -17,7 +29,7 @@ def write_file(path: str | os.PathLike[str], content: bytes | str, *, private: b
     private: only this user may read it. Raises BadArgument where the path is a link or no file, which are left alone,
     and StoreIOError where the system refuses.
     """
-    path, data = Path(path), content.encode() if isinstance(content, str) else content
+    path, data = path_of(path), content.encode() if isinstance(content, str) else content
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise BadArgument(
             f"expected {path} to be a file, or free; got a link, a folder or a device. Name another path."

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+
+from mgd.errors import StoreIOError
+from mgd.util.files import path_of
 
 
 @contextlib.contextmanager
@@ -16,9 +18,12 @@ def chrome_trace(path: str | os.PathLike[str] | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # so that a path that cannot be written fails before the work, not after it
+    path = path_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # so that a path that cannot be written fails before the work, not after it
+    except OSError as error:
+        raise StoreIOError(error.errno or 0, str(path), "cannot write the file") from error
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -11,12 +11,11 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mgd.errors import CorruptState, StaleRun, StoreIOError, UnknownFormat
-from mgd.util.files import write_file
+from mgd.util.files import path_of, write_file
 from mgd.util.fingerprint import Identity, differing
 from mgd.util.values import from_bytes, from_tensors, to_bytes, to_tensors
 from mgd_kernels.store import Key, Store
@@ -52,7 +51,7 @@ class RunDirectory:
     def existing(cls, directory: str | os.PathLike[str], kind: str) -> RunDirectory:
         """The directory of a run of this kind, whatever its identity. Raises UnknownFormat if it holds none."""
         try:
-            os.stat(Path(directory) / "MGD_STORE")
+            os.stat(path_of(directory) / "MGD_STORE")
         except (FileNotFoundError, NotADirectoryError):
             raise UnknownFormat(os.fspath(directory), f"no directory of a run ({kind})") from None
         except OSError as error:
@@ -66,7 +65,7 @@ class RunDirectory:
         return self
 
     def _opened(self, directory: str | os.PathLike[str]) -> None:
-        self.path = Path(directory)
+        self.path = path_of(directory)
         self._store = Store.open(directory, host=_BUFFERS, threads=1, durable=True)
 
     def __contains__(self, key: Key) -> bool:

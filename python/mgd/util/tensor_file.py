@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.errors import BadData
-from mgd.util.files import write_file
+from mgd.errors import BadData, StoreIOError
+from mgd.util.files import path_of, write_file
 from mgd.util.fingerprint import digest
 
 TREE, DIGEST = "mgd", "digest"  # entries of the file's metadata: how the tree is built; of that and of all tensors
@@ -58,12 +58,17 @@ def read(path: str | os.PathLike[str]) -> Any:
             return [built(child) for child in value] if kind == "list" else tuple(built(child) for child in value)
         return value
 
+    path = path_of(path)
+    if not path.is_file():  # safetensors maps the file, which a folder or a device does not allow
+        raise BadData(f"expected a file of results of mgd; got {path}, which is none")
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tree = built(json.loads(metadata[TREE]))
             if digest(metadata[TREE], *tensors) != metadata[DIGEST]:
                 raise ValueError("its checksum is another one")
             return tree
+    except OSError as error:
+        raise StoreIOError(error.errno or 0, str(path), "cannot read the file") from error
     except (SafetensorError, KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise BadData(f"expected a file of results of mgd; got {os.fspath(path)}: {error!r}") from None
+        raise BadData(f"expected a file of results of mgd; got {path}: {error!r}") from None

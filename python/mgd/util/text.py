@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+from mgd.errors import BadArgument
+
+MOST = 1 << 62  # bytes: as good as no limit, and a number that everything here can hold
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgtp", start=1)
@@ -17,17 +21,18 @@ _UNITS = {"": 1, "b": 1} | {
 def parse_bytes(text: int | str) -> int:
     """Bytes from a number or from text such as "1GB" (10**9), "512MiB" (512 * 2**20), "1.5 GB", "0".
 
-    Raises ValueError if the text is not a size, or the number is negative or not whole.
+    Raises BadArgument if the text is not a size, or the number is negative or not whole.
     """
     if isinstance(text, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+        match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})\s*([a-z]*)\s*", text.lower())
         if match is None or match[2] not in _UNITS:
-            raise ValueError(f'expected a size such as "1GB", "512MiB" or a number of bytes; got {text!r}')
+            raise BadArgument(f'expected a size such as "1GB", "512MiB" or a number of bytes; got {text[:80]!r}')
         number, unit = match[1], _UNITS[match[2]]
-        return int(number) * unit if number.isdigit() else int(float(number) * unit)
-    if isinstance(text, bool) or text != int(text) or text < 0:
-        raise ValueError(f"expected a whole, non-negative number of bytes; got {text!r}")
-    return int(text)
+        return min(MOST, int(number) * unit if number.isdigit() else int(float(number) * unit))
+    whole = isinstance(text, Integral) or (isinstance(text, Real) and float(text).is_integer())
+    if isinstance(text, bool) or not whole or text < 0:
+        raise BadArgument(f"expected a whole, non-negative number of bytes; got {text!r}")
+    return min(MOST, int(text))
 
 
 def format_bytes(count: float) -> str:

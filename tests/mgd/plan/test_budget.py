@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import mgd
-from mgd.errors import BudgetTooSmall
+from mgd.errors import BadArgument, BudgetTooSmall
 from mgd.plan.plan import SCHEDULES
 from mgd.plan.training import STAGING
 from mgd_kernels import SGD, UpdateRule
@@ -227,3 +227,15 @@ def test_prediction_and_measurement_side_by_side(tmp_path):
     assert again.plan["costs"]["step"] == costs.step and again.predicted_seconds["first sweep"] >= 20 * costs.step
     memory_only = f.replaced(budget=mgd.Budget(host="1MB")).metagradient(z).report
     assert memory_only.store is None and "written at" not in str(memory_only)
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), -1, 1.5, True, [], b"1GB", object(), "9" * 5000, "1GBB"])
+@pytest.mark.parametrize("tier", ["host", "device", "disk"])
+def test_sizes_that_are_none(tier, size):
+    with pytest.raises(BadArgument):
+        mgd.Budget(**{tier: ("runs", size) if tier == "disk" else size})
+
+
+def test_sizes_beyond_all_memory():
+    for size in (10**30, 1e30, "9999999999999 TB"):
+        assert mgd.Budget(disk=("runs", size)).limits() == {"disk": 1 << 62}

@@ -8,7 +8,7 @@ import pytest
 from interruptions import CHECKPOINT_EVERY, T, killed, same, training
 
 from mgd import Budget
-from mgd.errors import CorruptState, StaleRun, StoreBusy
+from mgd.errors import BadArgument, CorruptState, StaleRun, StoreBusy
 from mgd_kernels import Store
 
 
@@ -95,3 +95,23 @@ def test_two_at_once_are_refused(tmp_path):
     f, z = training(steps=3)
     with Store.open(tmp_path), pytest.raises(StoreBusy):
         f.metagradient(z, resume=tmp_path)
+
+
+def test_another_objective_with_the_same_start(tmp_path, often, interrupt):
+    """Its value and gradient at the initial parameters are the same; at the trained ones they are not."""
+    f, z = training(trace=False)
+    start = f.model[0].weight.detach().clone()
+    other = f.replaced(objective=lambda model: f.objective(model) + (model[0].weight - start).pow(4).sum())
+    assert interrupt(lambda: f.metagradient(z, resume=tmp_path), T + CHECKPOINT_EVERY + 2)[0] is None
+    with pytest.raises(StaleRun, match="the objective at the trained parameters"):
+        other.metagradient(z, resume=tmp_path)
+    assert same(f.metagradient(z, resume=tmp_path), f.metagradient(z))
+
+
+@pytest.mark.parametrize("no_path", [5, "", "a\0b"])
+def test_what_is_no_path(no_path):
+    f, z = training(2)
+    with pytest.raises(BadArgument, match="path"):
+        f.metagradient(z, resume=no_path)
+    with pytest.raises(BadArgument, match="path"):
+        Budget(disk=(no_path, "1GB"))
