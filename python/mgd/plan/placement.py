@@ -96,6 +96,15 @@ class Ways:
         return cls(counts, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
 
+class Snapshots(NamedTuple):
+    """Seconds beside the computation and of it, as of `Placements._transfers`: [ways, ...]; of those that are not
+    written because they are there already, [inner, outer, ...]."""
+
+    outer: tuple[Seconds, Seconds]
+    inner: tuple[Seconds, Seconds]
+    reused: tuple[Seconds, Seconds] | None = None
+
+
 @dataclass(frozen=True)
 class Placements:
     """The placements of a shape within `limits`, bytes by tier, fastest first, and what they cost."""
@@ -120,10 +129,11 @@ class Placements:
         a, b, free, logs = a[enough], b[enough], free[enough], logs[enough]
         if not len(a):
             return None
+        snapshots = self.snapshots(outers, inners)
         if entries:
             splits = _splits(entries, room // grad, GRADIENTS)
             if len(a) * len(splits) > COMBINATIONS:
-                seconds = self.seconds(outers, inners, logs, a, b, np.arange(len(a)))
+                seconds = self.seconds(snapshots, logs, a, b, np.arange(len(a)))
                 some = np.argsort(seconds, kind="stable")[: 1 + COMBINATIONS // len(splits)]
                 a, b, free, logs = a[some], b[some], free[some], logs[some]
             pair, split = np.nonzero((splits <= free[:, None]).all(-1))
@@ -132,21 +142,26 @@ class Placements:
             logs = np.concatenate([logs, splits])
         else:
             c = np.arange(len(a))
-        seconds = self.seconds(outers, inners, logs, a, b, c)
+        seconds = self.seconds(snapshots, logs, a, b, c)
         ties = np.flatnonzero(seconds <= seconds.min() * (1 + 1e-12))
         held = state * (outers[a[ties]] + inners[b[ties]]) + grad * logs[c[ties]]
         k = ties[np.lexsort(held.T)[0]]
         return float(seconds[k]), Placement(*(tuple(x.tolist()) for x in (outers[a[k]], inners[b[k]], logs[c[k]])))
 
-    def seconds(self, outers: Counts, inners: Counts, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
+    def snapshots(self, outers: Counts, inners: Counts) -> Snapshots:
+        """The times of ways to place the snapshots, by kind."""
+        kinds = [self._outer(outers), self._inner(inners)]
+        if self.shape.segments > 1:
+            kinds.append(self._reused(outers, inners))
+        return Snapshots(*map(self._transfers, kinds))
+
+    def seconds(self, snapshots: Snapshots, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
         """Predicted seconds of combinations, one way for each kind."""
         shape, costs = self.shape, self.costs
-        outer, inner, log = self._outer(outers), self._inner(inners), self._log(logs)
-        beside, busy = (
-            x[a] + y[b] + z[c] for x, y, z in zip(*(self._transfers(ways) for ways in (outer, inner, log)), strict=True)
-        )
-        if shape.segments > 1:
-            saved_beside, saved_busy = self._transfers(self._reused(outers, inners))
+        kinds = snapshots.outer, snapshots.inner, self._transfers(self._log(logs))
+        beside, busy = (x[a] + y[b] + z[c] for x, y, z in zip(*kinds, strict=True))
+        if snapshots.reused is not None:
+            saved_beside, saved_busy = snapshots.reused
             beside -= saved_beside[b, a]
             busy -= saved_busy[b, a]
         busy[:, _FIRST] += costs.step * (self.stop_at + shape.chain)
@@ -222,8 +237,8 @@ class Placements:
 
 def _by_tier(done: Profile, slots: int, up_to: Counts) -> tuple[Counts, Counts, Counts]:
     """The saves, loads and turns of each tier, which has the slots up to a count from the top."""
-    whole = done.below(np.array(slots))
-    saves, loads, turns = (_steps(every - below) for every, below in zip(whole, done.below(slots - up_to), strict=True))
+    depths = slots - np.concatenate([np.zeros_like(up_to[:1]), up_to])
+    saves, loads, turns = (_steps(below[0] - below[1:]) for below in done.below(depths))
     return saves, loads, turns
 
 

@@ -71,7 +71,7 @@ def exhaustive(T: int, sizes: Sizes, limits: dict[str, int], costs: Costs) -> fl
                 pair, c = np.nonzero((held[a, b][:, None] + sizes.gradient * logs <= room).all(-1))
                 if len(pair):
                     placements = Placements(Shape(T, length, outer, inner), sizes, limits, costs)
-                    best = min(best, placements.seconds(outers, inners, logs, a[pair], b[pair], c).min())
+                    best = min(best, placements.seconds(placements.snapshots(outers, inners), logs, a[pair], b[pair], c).min())
     return best
 
 
@@ -88,7 +88,8 @@ def test_many_placements_at_once_take_as_long_as_each_layout():
         kinds = [ways(count, 1, free) for count in (outer, inner, length - 1)]
         rows = [np.array([draw.randrange(len(kind)) for _ in range(5)]) for kind in kinds]
         shape = Shape(T, length, outer, inner)
-        seconds = Placements(shape, sizes, limits, costs, 3).seconds(*kinds, *rows)
+        placements = Placements(shape, sizes, limits, costs, 3)
+        seconds = placements.seconds(placements.snapshots(*kinds[:2]), kinds[2], *rows)
         for k in range(5):
             o, i, g = (tuple(kind[row[k]].tolist()) for kind, row in zip(kinds, rows, strict=True))
             layout = Layout(tuple(limits), sizes, T, length, Revolve(max(1, outer)), Slots(o), Slots(i), g)
