@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgd.plan.budget import Costs, Sizes
+from mgd.plan.layout import reversed_from_residuals
 from mgd.plan.reversal import Revolve
 from mgd.plan.revolve import advances, advances_from, repetitions
 from mgd.plan.tally import Counts, Profile, profile
@@ -98,8 +99,9 @@ class Ways:
 
 class Snapshots(NamedTuple):
     """Seconds beside the computation and of it, as of `Placements._transfers`: [ways, ...]; of those that are not
-    written because they are there already, [inner, outer, ...]."""
+    written because they are there already, [inner, outer, ...]. counts: of outer and inner ones, [ways, tiers]."""
 
+    counts: tuple[Counts, Counts]
     outer: tuple[Seconds, Seconds]
     inner: tuple[Seconds, Seconds]
     reused: tuple[Seconds, Seconds] | None = None
@@ -153,7 +155,7 @@ class Placements:
         kinds = [self._outer(outers), self._inner(inners)]
         if self.shape.segments > 1:
             kinds.append(self._reused(outers, inners))
-        return Snapshots(*map(self._transfers, kinds))
+        return Snapshots((outers, inners), *map(self._transfers, kinds))
 
     def seconds(self, snapshots: Snapshots, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
         """Predicted seconds of combinations, one way for each kind."""
@@ -167,7 +169,19 @@ class Placements:
         busy[:, _FIRST] += costs.step * (self.stop_at + shape.chain)
         busy[:, _REPLAY] += costs.step * shape.replayed
         busy[:, _REVERSE] += costs.step * (shape.segments - 1) + costs.update * shape.updates + costs.hvp * shape.chain
+        if self.sizes.residuals:
+            held = (
+                self.sizes.snapshot * (snapshots.counts[0][a] + snapshots.counts[1][b]) + self.sizes.gradient * logs[c]
+            )
+            busy[:, _REVERSE] -= (costs.hvp - costs.hvp_kept) * self._with_residuals(held)
         return np.maximum(busy, beside.max(-1, initial=0.0)).sum(-1)
+
+    def _with_residuals(self, held: Counts) -> Counts:
+        """The steps that are reversed with residuals, where so many bytes are held, [combinations, tiers]."""
+        memory, tiers = self.sizes.memory, list(self.limits)
+        room = self.limits[memory] - held[:, tiers.index(memory)] if memory in tiers else np.zeros(len(held), np.int64)
+        kept = np.minimum(self.shape.length, room // self.sizes.residuals)
+        return reversed_from_residuals(self.shape.parts, kept)
 
     def _transfers(self, ways: Ways) -> tuple[Seconds, Seconds]:
         """Seconds beside the computation, [ways, phases, overlapping tiers], and of the computation, [ways, phases]."""

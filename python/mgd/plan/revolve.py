@@ -75,12 +75,12 @@ def _gamma(s: int, r: int) -> int:
 class Run(NamedTuple):
     """What `split` does with a chain of n > s + 1 steps and s >= 2 snapshots, for several splits in a row.
 
-    Each of `count` splits takes a block off the left: F(s, r-1), F(s-1, r-1), ..., where F is γ or β. With the i-th one
-    F(s, r) - F(s-i, r) steps are gone. count 0: one split, which takes the block F(s-1, r') off the right; r' is r for γ
-    and r - 1 for β.
+    Each of that many splits takes a block off the left: F(s, r-1), F(s-1, r-1), ..., where F is γ or β. With the i-th
+    one F(s, r) - F(s-i, r) steps are gone. splits 0: one split, which takes the block F(s-1, r') off the right; r' is r
+    for γ and r - 1 for β.
     """
 
-    count: int
+    splits: int
     gamma: bool
     r: int
 
@@ -112,13 +112,13 @@ def advances_from(n: int, s: int, position: int) -> int:
             return total + n - 1 - position
         if s == 1:
             return total + (n - position) * (n - position - 1) // 2
-        splits = run(n, s)
-        if splits.count:
-            whole = splits.block(s, splits.r)
-            i = bisect_right(range(1, splits.count + 1), position, key=lambda i: whole - splits.block(s - i, splits.r))
-            gone = whole - splits.block(s - i, splits.r)
+        row = run(n, s)
+        if row.splits:
+            whole = row.block(s, row.r)
+            i = bisect_right(range(1, row.splits + 1), position, key=lambda i: whole - row.block(s - i, row.r))
+            gone = whole - row.block(s - i, row.r)
             n, s, position = n - gone, s - i, position - gone
-            if i == splits.count:
+            if i == row.splits:
                 continue
         m = split(n, s)
         if position >= m:

@@ -94,7 +94,8 @@ class Search:
             return tuple(held.get(tier, 0) for tier in self.limits)
 
         outer, inner = (Slots(on_all(slots.counts)) for slots in (layout.outer, layout.inner))
-        return replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+        layout = replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+        return layout.keeping(self.limits)
 
     def _search(self, start: Layout, enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds."""
@@ -114,7 +115,7 @@ class Search:
 
     def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
-        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
+        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes, best)
         order = np.flatnonzero(bounds < best)
         order = order[np.argsort((np.where(shapes.ample, THRIFT, 1.0) * bounds)[order], kind="stable")]
         chosen = None
@@ -138,4 +139,5 @@ class Search:
             return None
         seconds, (o, i, log) = found
         rule, tiers = Revolve(max(1, outer)), tuple(self.limits)
-        return seconds, Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)
+        layout = Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)
+        return seconds, layout.keeping(self.limits)

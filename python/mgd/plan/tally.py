@@ -6,7 +6,7 @@ import itertools
 import operator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +145,7 @@ def counted(n: int, rule: Rule) -> Counted:
 
 
 class Binomials:
-    """A sum of multiples of β(max(D - depth, least), r), for snapshots below depth D: two sums, of saves and of loads."""
+    """Two sums of multiples of β(max(D - depth, least), r) for snapshots below depth D: of saves and of loads."""
 
     def __init__(self) -> None:
         self._times: dict[tuple[int, int, int], list[int]] = {}
@@ -206,14 +206,14 @@ def binomial(n: int, s: int) -> Binomial:
             terms.add(LOADS, n - 1, depth, 0, 1)
             terms.add(LOADS, 1 - n, depth + 1, 0, 1)
             break
-        count, gamma, r = splits = run(n, s)
+        count, gamma, r = row = run(n, s)
         below = r - 1 if gamma else r
         if count:
             terms.telescope(SAVES, depth + 1, 0, below, count)
             terms.telescope(LOADS, depth, 0, below, count)
             if gamma:
                 terms.telescope(LOADS, depth + 1, -1, below, count)
-            n -= splits.block(s, r) - splits.block(s - count, r)
+            n -= row.block(s, r) - row.block(s - count, r)
             s, depth = s - count, depth + count
         else:
             terms.add(SAVES, 1, depth + 2, -1, r - 1)
@@ -224,7 +224,7 @@ def binomial(n: int, s: int) -> Binomial:
     return Binomial(total, terms.arrays())
 
 
-def _reach(x: Counts, r: int) -> NDArray[np.float64]:
+def _reach(x: Counts, r: int) -> NDArray[Any]:
     """β(x, r), and 0 for x = -1. Exact below 2**50."""
     most = int(x.max(initial=0))
     if r > 3 and most < 1000:
