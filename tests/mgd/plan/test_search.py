@@ -168,6 +168,23 @@ def test_a_large_model_with_many_snapshots_on_the_slow_tier(limits, hours):
     assert made.predicted_seconds / 3600 <= 1.001 * hours
 
 
+#: 124 million parameters, AdamW in float32, 2,000 steps: on a GPU, and on a CPU with the assumed speeds of its copies.
+SMALLER = Sizes(1_488_000_000, 496_000_000)
+ON_CPU = Costs(step=5.0, write={"host": 2.8e9}, overlap=("disk",), copy=5e9)
+
+
+@pytest.mark.parametrize(
+    ("limits", "costs", "hours"),
+    [
+        ({"device": 20 * GB, "host": 64 * GB}, Costs(step=0.15), 0.417),
+        ({"host": 16 * GB, "disk": 2000 * GB}, ON_CPU, 11.58),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_a_model_that_fits_a_workstation(limits, costs, hours):
+    assert planned(2000, SMALLER, limits, costs).predicted_seconds / 3600 <= 1.001 * hours
+
+
 def changed(draw: random.Random, T: int, sizes: Sizes, limits: dict[str, int], costs: Costs):
     """More memory on a tier, one more tier, and a faster one: limits and costs of each."""
     amounts = (1, sizes.gradient, 10 * sizes.snapshot, T * sizes.gradient)
