@@ -18,7 +18,7 @@ from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, coarse, every, full_logs, near
+from mgd.plan.shapes import NEAR, Bound, Shapes, coarse, every, full_logs, near
 from mgd.plan.tally import Slots
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
@@ -59,7 +59,7 @@ class Search:
             starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
             starts += part.revolve()
             if starts:
-                chosen = self._widened(part._search(min(starts, key=self.seconds), enough))
+                chosen = self._widened(part._search(sorted(starts, key=self.seconds), enough))
                 if self.seconds(chosen) <= enough:
                     break
                 found[tiers] = chosen
@@ -97,8 +97,12 @@ class Search:
         layout = replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
         return layout.keeping(self.limits)
 
-    def _search(self, start: Layout, enough: float) -> Layout:
-        """The fastest layout that is found, or one that takes no more than `enough` seconds."""
+    def _search(self, starts: Sequence[Layout], enough: float) -> Layout:
+        """The fastest layout that is found, or one that takes no more than `enough` seconds. starts: the best first.
+
+        Near each start is searched, too: the plans of fewer tiers differ in kind, and any may be close to the best.
+        """
+        start = starts[0]
         if len(self.limits) > 1:  # on one tier the bound is tight, so that the search finds full logs soon
             start = self._fastest(full_logs(self.chain), self.seconds(start), enough, FEWEST) or start
         best = self.seconds(start)
@@ -106,12 +110,24 @@ class Search:
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
-        better: Layout | None = chosen
+        done: list[Layout] = []
+        for other in (chosen, *starts):
+            if self.seconds(chosen) <= enough:
+                break
+            if other is chosen or not any(other.length / NEAR <= x.length <= NEAR * other.length for x in done):
+                found = self._refined(self._widened(other), enough)
+                done.append(found)
+                chosen = min(chosen, found, key=self.seconds)
+        return chosen
+
+    def _refined(self, layout: Layout, enough: float) -> Layout:
+        """The fastest layout that finer steps lead to."""
+        better: Layout | None = layout
         while better is not None and (best := self.seconds(better)) > enough:
-            chosen = better
-            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
+            layout = better
+            shapes = near(self.chain, layout.length, layout.outer.total, layout.inner.total)
             better = self._fastest(shapes, ENOUGH * best, enough, FEWEST)
-        return better or chosen
+        return better or layout
 
     def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
