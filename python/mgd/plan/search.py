@@ -24,6 +24,10 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
+#: Near a plan of fewer tiers that takes at most this factor of the best so far, a search of at most so many steps goes
+#: on; of more steps it would take too long.
+PROMISING, PARTS = 1.3, 20_000
+
 #: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
 #: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
 MOST = ((60, (1200, 1200, 240)), (1000, (1200, 300, 60)), (inf, (300, 75, 20)))
@@ -56,10 +60,9 @@ class Search:
         found: dict[frozenset[str], Layout] = {}
         for tiers in self._combinations():
             part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
-            starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
-            starts += part.revolve()
-            if starts:
-                chosen = self._widened(part._search(sorted(starts, key=self.seconds), enough))
+            parts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
+            if starts := parts + part.revolve():
+                chosen = self._widened(part._search(min(starts, key=self.seconds), parts, enough))
                 if self.seconds(chosen) <= enough:
                     break
                 found[tiers] = chosen
@@ -97,12 +100,11 @@ class Search:
         layout = replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
         return layout.keeping(self.limits)
 
-    def _search(self, starts: Sequence[Layout], enough: float) -> Layout:
-        """The fastest layout that is found, or one that takes no more than `enough` seconds. starts: the best first.
+    def _search(self, start: Layout, parts: Sequence[Layout], enough: float) -> Layout:
+        """The fastest layout that is found, or one that takes no more than `enough` seconds.
 
-        Near each start is searched, too: the plans of fewer tiers differ in kind, and any may be close to the best.
+        parts: plans of fewer tiers, near which is searched, too. They differ in kind, and any may be close to the best.
         """
-        start = starts[0]
         if len(self.limits) > 1:  # on one tier the bound is tight, so that the search finds full logs soon
             start = self._fastest(full_logs(self.chain), self.seconds(start), enough, FEWEST) or start
         best = self.seconds(start)
@@ -110,13 +112,14 @@ class Search:
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
-        done: list[Layout] = []
-        for other in (chosen, *starts):
+        seen: list[int] = []
+        for other in (chosen, *(parts if self.chain <= PARTS else ())):
             if self.seconds(chosen) <= enough:
                 break
-            if other is chosen or not any(other.length / NEAR <= x.length <= NEAR * other.length for x in done):
+            promising = self.seconds(other) <= PROMISING * self.seconds(chosen)
+            if promising and not any(other.length <= NEAR * x and x <= NEAR * other.length for x in seen):
                 found = self._refined(self._widened(other), enough)
-                done.append(found)
+                seen += other.length, found.length
                 chosen = min(chosen, found, key=self.seconds)
         return chosen
 
