@@ -122,6 +122,7 @@ class TrainingFunction:
         self.trace, self.compile = trace, compile
         self.optimizer_state = made if optimizer_state is None else optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
+        self._residuals = 0  # bytes that a captured step can keep, as measured
         self._evaluator = evaluator_for(model, loss, trace, compile)
 
     def __len__(self) -> int:
@@ -169,6 +170,7 @@ class TrainingFunction:
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
             trained, stats = sweep.trained, sweep.storage.stats
+            self._residuals = sweep.residuals.step_bytes
             self._costs = sweep.timings.costs(stats, sweep.arena.device) or self._costs
             state = trained.optimizer_state if sweep.keep_slots else None
             return Metagradient(sweep.value, grads, trained.model_state, trained.losses, self._report(sweep), state)
@@ -345,7 +347,15 @@ class TrainingFunction:
 
     def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
         return PlanRequest(
-            len(self), arena, self.optimizer, buffers, self.microbatches, self.budget, self._costs, self.schedule
+            len(self),
+            arena,
+            self.optimizer,
+            buffers,
+            self.microbatches,
+            self.budget,
+            self._costs,
+            self.schedule,
+            self._residuals,
         )
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:

@@ -141,6 +141,10 @@ def plan(
     ] = None,
     schedule: Annotated[str, typer.Option(help="One of auto, log, revolve, kary, kary:K, sqrt, binary, all.")] = "auto",
     step_seconds: Annotated[float | None, typer.Option(min=0, help="Measured duration of one training step.")] = None,
+    residuals: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help='What one captured step can keep, such as "92MB": plans how many steps do.'),
+    ] = None,
     out: Out = None,
     json: Json = None,
 ) -> None:
@@ -150,7 +154,7 @@ def plan(
 
     session = Session("plan", out, json)
     try:
-        made = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds)
+        made = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds, residuals)
     except ValueError as error:
         if _is_the_users(error):
             raise

@@ -9,6 +9,7 @@ from mgd.plan.budget import TIERS, Budget, Costs, Sizes
 from mgd.plan.plan import Plan, plan
 from mgd.ui.options import parse_count
 from mgd.ui.page import Page, Section
+from mgd.util.text import parse_bytes
 
 _SLOTS = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,8 +39,11 @@ def plan_for(
     budget: Sequence[str] = (),
     schedule: str = "auto",
     step_seconds: float | None = None,
+    residuals: str | None = None,
 ) -> Plan:
     """The plan of a training: states in float32 (float64 where the gradients are), gradients in `dtype`.
+
+    residuals: the size of what a captured step can keep for its second derivatives, in the budget's fastest memory.
 
     Raises BadArgument for a word without a meaning, BudgetTooSmall where nothing fits.
     """
@@ -48,9 +52,15 @@ def plan_for(
     if dtype not in _BYTES:
         raise BadArgument(f"expected a dtype among {', '.join(_BYTES)}; got {dtype!r}")
     count, size = parse_count(parameters), _BYTES[dtype]
-    sizes = Sizes(snapshot=(1 + _SLOTS[optimizer]) * max(4, size) * count, gradient=size * count)
+    limits = parse_budget(budget)
+    sizes = Sizes(
+        snapshot=(1 + _SLOTS[optimizer]) * max(4, size) * count,
+        gradient=size * count,
+        residuals=0 if residuals is None else parse_bytes(residuals),
+        memory="host" if limits.device is None else "device",
+    )
     costs = Costs() if step_seconds is None else Costs(step=step_seconds)
-    return plan(steps, sizes, parse_budget(budget), costs, schedule=schedule)
+    return plan(steps, sizes, limits, costs, schedule=schedule)
 
 
 def page(plan: Plan) -> Page:

@@ -41,6 +41,8 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
     now, position = 0.0, 0
     snapshots: dict[int, str] = {}
     log: dict[int, str] = {}
+    kept: set[int] = set()  # steps whose residuals are held
+    room = plan.layout.kept
     held = dict.fromkeys(plan.limits, 0)
     history = [(0.0, dict(held))]
 
@@ -64,6 +66,8 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
                 stroke("model", costs.step, step + 1)
                 if action.log is not None:
                     log[step] = action.log
+                    if len(kept) < room:
+                        kept.add(step)
                     held[action.log] += sizes.gradient
                     history.append((now, dict(held)))
         elif isinstance(action, Save):
@@ -74,12 +78,15 @@ def trace(plan: Plan) -> tuple[list[tuple[str, float, float, int, int]], list[tu
         elif isinstance(action, Drop):
             held[snapshots.pop(action.step)] -= sizes.snapshot
         elif isinstance(action, Reverse):
+            has_residuals = action.step in kept
             if action.step in log:
                 held[log.pop(action.step)] -= sizes.gradient
             else:
                 strokes.append(("model", now, now + costs.step, position, position))
                 now += costs.step
-            stroke("reverse", costs.hvp, position)
+                has_residuals = sizes.residuals > 0 and (position < plan.T - 1 or len(kept) < room)
+            kept.discard(action.step)
+            stroke("reverse", costs.hvp_kept if has_residuals else costs.hvp, position)
         history.append((now, dict(held)))
     return strokes, history
 

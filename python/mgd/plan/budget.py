@@ -53,15 +53,31 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one snapshot (parameters and optimizer state) and of one gradient, in the dtype the model produces."""
+    """Bytes of one snapshot (parameters and optimizer state) and of one gradient, in the dtype the model produces.
+
+    residuals: what one captured step can keep for its second derivatives; 0: nothing. memory: the tier that is the
+    training's own memory, the only one where they can be.
+
+    Raises ValueError for sizes that make no sense and an unknown tier.
+    """
 
     snapshot: int
     gradient: int
+    residuals: int = 0
+    memory: str = "host"
 
     def __post_init__(self) -> None:
-        if self.snapshot < 1 or self.gradient < 1:
-            raise ValueError(f"expected at least one byte per snapshot and per gradient; got {self}")
+        if self.snapshot < 1 or self.gradient < 1 or self.residuals < 0:
+            raise ValueError(
+                f"expected at least one byte per snapshot and per gradient, and none or more per residuals; got {self}"
+            )
+        if self.memory not in TIERS:
+            raise ValueError(f"expected the tier of residuals among {', '.join(TIERS)}; got {self.memory!r}")
 
+
+#: What kept residuals save of a step's second derivatives, if not measured: about the step's own gradient, less what is
+#: then moved and what the second derivatives alone can leave out.
+RESIDUALS = 0.7
 
 _WRITE = {"device": 5e11, "host": 1e10, "disk": 2e9}
 _READ = {"device": 5e11, "host": 1e10, "disk": 6e9}
@@ -72,8 +88,9 @@ class Costs:
     """Seconds per piece of work, and bytes per second of each tier. Predictions are as good as these numbers.
 
     step: one training gradient and its update. hvp: one adjoint step, that is the optimizer's VJP and the model's HVP
-    (default: 3 steps). update: one elementwise update from a logged gradient (default: 1/50 step). write, read: bytes
-    per second; tiers left out keep their default. overlap: the tiers whose transfers run beside the computation
+    (default: 3 steps). hvp_kept: the same where the step's residuals were kept, at most hvp (default: `RESIDUALS` of a
+    step less). update: one elementwise update from a logged gradient (default: 1/50 step). write, read: bytes per
+    second; tiers left out keep their default. overlap: the tiers whose transfers run beside the computation
     (write-behind and prefetch); copies on the other tiers add to its time. A machine without an accelerator has
     overlap=("disk",), since there the same processor does the memory copies. copy: bytes per second at which the
     processor copies to and from the buffers of overlapping transfers (infinite if another engine does it).
@@ -88,6 +105,7 @@ class Costs:
     read: Mapping[str, float] = field(default_factory=dict)
     overlap: tuple[str, ...] = ("host", "disk")
     copy: float = math.inf
+    hvp_kept: float = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if unknown := {*self.write, *self.read, *self.overlap} - set(TIERS):
@@ -103,6 +121,8 @@ class Costs:
         for name, value in bandwidths.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "hvp", 3 * self.step if self.hvp is None else self.hvp)
+        kept = max(0.0, self.hvp - RESIDUALS * self.step) if self.hvp_kept is None else self.hvp_kept
+        object.__setattr__(self, "hvp_kept", kept)
         object.__setattr__(self, "update", self.step / 50 if self.update is None else self.update)
-        if not min(self.step, self.hvp, self.update) >= 0:
-            raise ValueError(f"expected non-negative seconds; got {self}")
+        if not (min(self.step, self.hvp, self.update, kept) >= 0 and kept <= self.hvp):
+            raise ValueError(f"expected non-negative seconds, and hvp_kept of at most hvp; got {self}")

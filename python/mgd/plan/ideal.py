@@ -1,7 +1,8 @@
 """What no plan can beat, and plans that come close to it where memory is ample.
 
 Every step is trained once and reversed once. The state of each but the last is loaded, and its gradient is either
-logged, written and read, or computed again. Let w be the seconds to write a snapshot and u those of an update. The
+logged, written and read, or computed again, with its residuals then. Residuals of all others have to be held when the
+training ends, as far as there is room. Let w be the seconds to write a snapshot and u those of an update. The
 first state is saved. Each of the M = N - 2 after it is saved, or reached by an update from the state before it; by one
 alone, only if that one is saved. With S more saves this takes S w + (M - S) u + max(0, M - 2S - 1) u at least. That is
 linear between S = 0, (M - 1) / 2 and M, so the least is at one of them.
@@ -40,10 +41,13 @@ class Ideal:
     def seconds(self) -> float:
         """No plan takes less. More memory, one more tier or a faster one does not make it larger."""
         update, save = self._again
-        once = min(self.costs.step, self.sizes.gradient * self._rates[2])
+        step, log = self.costs.step, self.sizes.gradient * self._rates[2]
+        kept, saved = self._residuals
+        once = (kept - 1) * min(step, log) if kept else -max(0.0, min(step - saved, log))
+        once += (self.chain - kept) * min(step - saved, log)
         others = self.chain - 2
         again = min((2 * others - 1) * update, ((others - 1) * save + (others + 1) * update) / 2, others * save)
-        return self._loaded + (self.chain - 1) * once + save + max(0.0, again)
+        return self._loaded + once + save + max(0.0, again)
 
     @property
     def enough(self) -> float:
@@ -65,8 +69,17 @@ class Ideal:
     @cached_property
     def _loaded(self) -> float:
         """Training, reversing, and loading a state for each step but the last."""
-        work = self.costs.step * (self.stop_at + self.chain) + self.costs.hvp * self.chain
+        kept, saved = self._residuals
+        work = self.costs.step * (self.stop_at + self.chain) + self.costs.hvp * self.chain - saved * kept
         return work + (self.chain - 1) * self.sizes.snapshot * self._rates[1]
+
+    @cached_property
+    def _residuals(self) -> tuple[int, float]:
+        """The most steps whose residuals are held at a time, and the seconds that each of them saves."""
+        if not self.sizes.residuals:
+            return 0, 0.0
+        most = self.limits.get(self.sizes.memory, 0) // self.sizes.residuals
+        return min(self.chain, most), self.costs.hvp - self.costs.hvp_kept
 
     @cached_property
     def _again(self) -> tuple[float, float]:

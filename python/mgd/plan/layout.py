@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.plan.budget import Costs, Sizes
@@ -25,7 +28,10 @@ from mgd.plan.tally import Slots, Tally, tally
 
 @dataclass(frozen=True)
 class Phase:
-    """The work of one phase: the numbers of model steps, updates and adjoint steps, and the bytes moved by tier."""
+    """The work of one phase: the numbers of model steps, updates and adjoint steps, and the bytes moved by tier.
+
+    kept: of the adjoint steps, those with the residuals that the step left.
+    """
 
     name: str
     model: int
@@ -33,6 +39,7 @@ class Phase:
     adjoint: int
     written: tuple[int, ...]
     read: tuple[int, ...]
+    kept: int = 0
 
     def seconds(self, tiers: Sequence[str], costs: Costs) -> float:
         """The time of the computation and of its own copies, or of the slowest parallel transfer if that is longer."""
@@ -52,6 +59,7 @@ class Phase:
     def _parts(self, tiers: Sequence[str], costs: Costs) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds of the work, of the copies that add to it, and of the transfers beside it by tier."""
         work = self.model * costs.step + self.update * costs.update + self.adjoint * costs.hvp
+        work -= self.kept * (costs.hvp - costs.hvp_kept)
         copies, beside = {}, {}
         for tier, written, read in zip(tiers, self.written, self.read, strict=True):
             parallel = tier in costs.overlap
@@ -65,7 +73,7 @@ class Phase:
 @dataclass(frozen=True)
 class Layout:
     """A chain of `chain` steps, at least 0, in segments of `length`, with its slots and log entries by tier, fastest
-    first.
+    first. kept: how many steps' residuals are held at a time, in the room that is left.
 
     All tiers are fullest at the same moment, the end of the first sweep.
     """
@@ -78,6 +86,7 @@ class Layout:
     outer: Slots
     inner: Slots
     log: tuple[int, ...]
+    kept: int = 0
     segments: int = field(init=False)
     first: int = field(init=False)
 
@@ -108,7 +117,17 @@ class Layout:
         outer_slots = place(outer, sizes.snapshot)
         if (sum(inner_slots), sum(log), sum(outer_slots)) != (inner, length - 1, outer):
             return None
-        return cls(tuple(limits), sizes, chain, length, rule, Slots(outer_slots), Slots(inner_slots), log)
+        return cls(tuple(limits), sizes, chain, length, rule, Slots(outer_slots), Slots(inner_slots), log).keeping(
+            limits
+        )
+
+    def keeping(self, limits: Mapping[str, int]) -> Layout:
+        """The layout with as many steps' residuals as there is room for."""
+        memory = self.sizes.memory
+        if not self.sizes.residuals or memory not in self.tiers or self.chain == 0:
+            return self
+        room = limits[memory] - self.peak[self.tiers.index(memory)]
+        return replace(self, kept=min(self.length, room // self.sizes.residuals))
 
     @property
     def peak(self) -> tuple[int, ...]:
@@ -219,10 +238,11 @@ class Layout:
         steps = self.length * outer.advances - (self.length - self.first) * self._first_segment_passes()
         replayed = steps - (self.chain - self.length) + (self.chain - self.segments) - (self.length - 1)
         turned = self.segments - 1
+        kept = int(reversed_from_residuals(self._lengths(), self.kept)) if self.sizes.residuals else 0
         return (
             Phase("first sweep", origin + self.chain, 0, 0, first_written, none),
             Phase("replay", replayed, 0, 0, replay_written, _times(state, outer.loads)),
-            Phase("reverse sweep", turned, updates, self.chain, written, read),
+            Phase("reverse sweep", turned, updates, self.chain, written, read, kept),
         )
 
     def _first_saves(self) -> tuple[int, ...]:
@@ -263,6 +283,18 @@ class Layout:
         for i, low, high in self._pieces(length - 1):
             reads[i] = advances_from(length, slots, low) - advances_from(length, slots, high)
         return tuple(reads)
+
+
+def reversed_from_residuals(parts: Sequence[tuple[int, int]], kept: Any) -> Any:
+    """How many steps are reversed with residuals of their own, where `kept` steps' are held at a time.
+
+    parts: (length, number of segments), the full ones first. A segment keeps those of its first steps, as it is logged.
+    Its last step is turned on the spot, and so needs no room for them; that of the training is held like the others.
+    """
+    segments = sum(count for _, count in parts)
+    whole = parts[0][0]
+    steps = sum(count * np.minimum(kept, length - 1) for length, count in parts)
+    return steps + segments - 1 + (np.minimum(kept, whole) - np.minimum(kept, whole - 1))
 
 
 def _sum(*vectors: Sequence[int]) -> tuple[int, ...]:

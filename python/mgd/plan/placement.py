@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgd.plan.budget import Costs, Sizes
+from mgd.plan.layout import reversed_from_residuals
 from mgd.plan.reversal import Revolve
 from mgd.plan.revolve import advances, advances_from, repetitions
 from mgd.plan.tally import Counts, Profile, profile
@@ -96,6 +97,16 @@ class Ways:
         return cls(counts, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
 
+class Snapshots(NamedTuple):
+    """Seconds beside the computation and of it, as of `Placements._transfers`: [ways, ...]; of those that are not
+    written because they are there already, [inner, outer, ...]. counts: of outer and inner ones, [ways, tiers]."""
+
+    counts: tuple[Counts, Counts]
+    outer: tuple[Seconds, Seconds]
+    inner: tuple[Seconds, Seconds]
+    reused: tuple[Seconds, Seconds] | None = None
+
+
 @dataclass(frozen=True)
 class Placements:
     """The placements of a shape within `limits`, bytes by tier, fastest first, and what they cost."""
@@ -120,10 +131,11 @@ class Placements:
         a, b, free, logs = a[enough], b[enough], free[enough], logs[enough]
         if not len(a):
             return None
+        snapshots = self.snapshots(outers, inners)
         if entries:
             splits = _splits(entries, room // grad, GRADIENTS)
             if len(a) * len(splits) > COMBINATIONS:
-                seconds = self.seconds(outers, inners, logs, a, b, np.arange(len(a)))
+                seconds = self.seconds(snapshots, logs, a, b, np.arange(len(a)))
                 some = np.argsort(seconds, kind="stable")[: 1 + COMBINATIONS // len(splits)]
                 a, b, free, logs = a[some], b[some], free[some], logs[some]
             pair, split = np.nonzero((splits <= free[:, None]).all(-1))
@@ -132,27 +144,44 @@ class Placements:
             logs = np.concatenate([logs, splits])
         else:
             c = np.arange(len(a))
-        seconds = self.seconds(outers, inners, logs, a, b, c)
+        seconds = self.seconds(snapshots, logs, a, b, c)
         ties = np.flatnonzero(seconds <= seconds.min() * (1 + 1e-12))
         held = state * (outers[a[ties]] + inners[b[ties]]) + grad * logs[c[ties]]
         k = ties[np.lexsort(held.T)[0]]
         return float(seconds[k]), Placement(*(tuple(x.tolist()) for x in (outers[a[k]], inners[b[k]], logs[c[k]])))
 
-    def seconds(self, outers: Counts, inners: Counts, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
+    def snapshots(self, outers: Counts, inners: Counts) -> Snapshots:
+        """The times of ways to place the snapshots, by kind."""
+        kinds = [self._outer(outers), self._inner(inners)]
+        if self.shape.segments > 1:
+            kinds.append(self._reused(outers, inners))
+        return Snapshots((outers, inners), *map(self._transfers, kinds))
+
+    def seconds(self, snapshots: Snapshots, logs: Counts, a: Counts, b: Counts, c: Counts) -> Seconds:
         """Predicted seconds of combinations, one way for each kind."""
         shape, costs = self.shape, self.costs
-        outer, inner, log = self._outer(outers), self._inner(inners), self._log(logs)
-        beside, busy = (
-            x[a] + y[b] + z[c] for x, y, z in zip(*(self._transfers(ways) for ways in (outer, inner, log)), strict=True)
-        )
-        if shape.segments > 1:
-            saved_beside, saved_busy = self._transfers(self._reused(outers, inners))
+        kinds = snapshots.outer, snapshots.inner, self._transfers(self._log(logs))
+        beside, busy = (x[a] + y[b] + z[c] for x, y, z in zip(*kinds, strict=True))
+        if snapshots.reused is not None:
+            saved_beside, saved_busy = snapshots.reused
             beside -= saved_beside[b, a]
             busy -= saved_busy[b, a]
         busy[:, _FIRST] += costs.step * (self.stop_at + shape.chain)
         busy[:, _REPLAY] += costs.step * shape.replayed
         busy[:, _REVERSE] += costs.step * (shape.segments - 1) + costs.update * shape.updates + costs.hvp * shape.chain
+        if self.sizes.residuals:
+            held = (
+                self.sizes.snapshot * (snapshots.counts[0][a] + snapshots.counts[1][b]) + self.sizes.gradient * logs[c]
+            )
+            busy[:, _REVERSE] -= (costs.hvp - costs.hvp_kept) * self._with_residuals(held)
         return np.maximum(busy, beside.max(-1, initial=0.0)).sum(-1)
+
+    def _with_residuals(self, held: Counts) -> Counts:
+        """The steps that are reversed with residuals, where so many bytes are held, [combinations, tiers]."""
+        memory, tiers = self.sizes.memory, list(self.limits)
+        room = self.limits[memory] - held[:, tiers.index(memory)] if memory in tiers else np.zeros(len(held), np.int64)
+        kept = np.minimum(self.shape.length, room // self.sizes.residuals)
+        return reversed_from_residuals(self.shape.parts, kept)
 
     def _transfers(self, ways: Ways) -> tuple[Seconds, Seconds]:
         """Seconds beside the computation, [ways, phases, overlapping tiers], and of the computation, [ways, phases]."""
@@ -222,8 +251,8 @@ class Placements:
 
 def _by_tier(done: Profile, slots: int, up_to: Counts) -> tuple[Counts, Counts, Counts]:
     """The saves, loads and turns of each tier, which has the slots up to a count from the top."""
-    whole = done.below(np.array(slots))
-    saves, loads, turns = (_steps(every - below) for every, below in zip(whole, done.below(slots - up_to), strict=True))
+    depths = slots - np.concatenate([np.zeros_like(up_to[:1]), up_to])
+    saves, loads, turns = (_steps(below[0] - below[1:]) for below in done.below(depths))
     return saves, loads, turns
 
 

@@ -7,7 +7,7 @@ and knows in advance what they add up to. docs/planning.md explains the model, t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite, isqrt
 from typing import Any
@@ -61,6 +61,11 @@ class Plan:
         return sum(phase.update for phase in self.phases)
 
     @property
+    def steps_kept(self) -> int:
+        """The adjoint steps that use residuals which their own step left; `layout.kept` of them are held at a time."""
+        return sum(phase.kept for phase in self.phases)
+
+    @property
     def peak(self) -> dict[str, int]:
         """The most bytes of snapshots and logged gradients held at any time, by tier."""
         return dict(zip(self.limits, self.layout.peak, strict=True))
@@ -92,10 +97,11 @@ class Plan:
             "T": self.T,
             "stop_at": self.stop_at,
             "schedule": self.schedule,
-            "sizes": {"snapshot": self.sizes.snapshot, "gradient": self.sizes.gradient},
+            "sizes": asdict(self.sizes),
             "costs": {
                 "step": self.costs.step,
                 "hvp": self.costs.hvp,
+                "hvp_kept": self.costs.hvp_kept,
                 "update": self.costs.update,
                 "write": dict(self.costs.write),
                 "read": dict(self.costs.read),
@@ -109,6 +115,8 @@ class Plan:
             "snapshots": by_tier(layout.outer.counts),
             "inner_snapshots": by_tier(layout.inner.counts),
             "logged_gradients": by_tier(layout.log),
+            "residuals_held": layout.kept,
+            "steps_with_residuals": self.steps_kept,
             "model_steps": self.model_steps,
             "update_steps": self.update_steps,
             "peak": self.peak,
@@ -120,6 +128,7 @@ class Plan:
                     "model_steps": phase.model,
                     "update_steps": phase.update,
                     "adjoint_steps": phase.adjoint,
+                    "with_residuals": phase.kept,
                     "written": by_tier(phase.written),
                     "read": by_tier(phase.read),
                     "seconds": phase.seconds(tiers, self.costs),
@@ -135,7 +144,8 @@ class Plan:
 
     def _advice(self) -> list[str]:
         """What would make it faster, where it is slow because of its budget."""
-        ideal = self.T * self.costs.step + (self.T - self.stop_at) * self.costs.hvp
+        hvp = self.costs.hvp_kept if self.sizes.residuals else self.costs.hvp
+        ideal = self.T * self.costs.step + (self.T - self.stop_at) * hvp
         if self.schedule != "auto" or self.predicted_seconds <= (1 + NOTHING) * ideal:
             return []
         search = Search(self.T - self.stop_at, self.sizes, self.limits, self.costs, self.stop_at)
@@ -169,12 +179,31 @@ class Plan:
                 f"{_count(layout.inner.total)} inside a segment; {self.update_steps:,} elementwise updates"
                 " rebuild the states between them."
             )
+        if self.sizes.residuals:
+            lines.append(self._residuals())
         lines.append(
             f"The model computes {self.model_steps:,} gradients, {again:,} more than training alone"
             f" ({self.model_steps / self.T:.3g} trainings), and {back:,} HVPs."
             f" Predicted time: {format_seconds(self.predicted_seconds)}."
         )
         return lines
+
+    def _residuals(self) -> str:
+        """How many steps keep residuals, and why not more."""
+        kept, size, tier = self.layout.kept, self.sizes.residuals, self.sizes.memory
+        saved = format_seconds(self.costs.hvp - self.costs.hvp_kept)
+        text = f"{self.steps_kept:,} of {self.T - self.stop_at:,} HVPs use residuals that their step left ({saved} less"
+        text += (
+            f" each): {kept:,} steps keep {format_bytes(size)} at a time, {format_bytes(kept * size)} of {tier} memory."
+        )
+        if self.steps_kept == self.T - self.stop_at:
+            return text
+        room = self.limits.get(tier, 0)
+        if room < size:
+            return f"{text} There is no room for more."
+        if self.schedule != "auto":
+            return f"{text} That is what this schedule leaves."
+        return f"{text} More would take memory from the log and the snapshots, where it saves more."
 
     def _work_table(self) -> list[str]:
         tiers = self.layout.tiers
@@ -194,11 +223,16 @@ class Plan:
         if not layout.tiers:
             return []
         head = ["tier", "budget", "snapshots", "inner snapshots", "logged gradients", "peak"]
+        residuals = self.layout.kept * self.sizes.residuals
         columns = zip(layout.outer.counts, layout.inner.counts, layout.log, strict=True)
         rows = [
             [tier, format_bytes(limit), *(f"{x:,}" for x in held), format_bytes(self.peak[tier])]
             for (tier, limit), held in zip(self.limits.items(), columns, strict=True)
         ]
+        if self.sizes.residuals:
+            head.append("residuals")
+            for row in rows:
+                row.append(format_bytes(residuals if row[0] == self.sizes.memory else 0))
         return ["", *table(head, rows)]
 
 

@@ -8,8 +8,10 @@ length contains only O(s r) different blocks: schedules of millions of steps are
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from math import comb, isqrt
+from typing import NamedTuple
 
 
 def reach(s: int, r: int) -> int:
@@ -70,6 +72,35 @@ def _gamma(s: int, r: int) -> int:
     return reach(s, r - 1) + reach(s - 1, r - 1) if s > 0 else 1
 
 
+class Run(NamedTuple):
+    """What `split` does with a chain of n > s + 1 steps and s >= 2 snapshots, for several splits in a row.
+
+    Each of that many splits takes a block off the left: F(s, r-1), F(s-1, r-1), ..., where F is γ or β. With the i-th
+    one F(s, r) - F(s-i, r) steps are gone. splits 0: one split, which takes the block F(s-1, r') off the right; r' is r
+    for γ and r - 1 for β.
+    """
+
+    splits: int
+    gamma: bool
+    r: int
+
+    def block(self, s: int, r: int) -> int:
+        return _gamma(s, r) if self.gamma else reach(s, r)
+
+
+@lru_cache(maxsize=1 << 16)
+def run(n: int, s: int) -> Run:
+    """The run of splits that begins with `split(n, s)`. How much a chain lacks of F(s, r) does not change along it."""
+    r = repetitions(n, s)
+    lacks = _gamma(s, r) - n
+    if lacks >= 0:
+        count = s - 1 - bisect_left(range(s - 1), lacks, key=lambda j: reach(j, r - 1))
+        return Run(count, True, r) if count else Run(0, False, r)
+    lacks = reach(s, r) - n
+    count = s - 2 - bisect_left(range(s - 2), lacks, key=lambda j: reach(j, r)) if lacks else s - 1
+    return Run(count, False, r) if count else Run(0, True, r)
+
+
 @lru_cache(maxsize=1 << 16)
 def advances_from(n: int, s: int, position: int) -> int:
     """How many of the t(n, s) advances of the revolve schedule are over steps at or after `position`."""
@@ -77,11 +108,18 @@ def advances_from(n: int, s: int, position: int) -> int:
     while n - 1 > position:
         if position == 0:
             return total + advances(n, s)
-        if n <= 2 * s + 1:  # see `_all_saved` and `_paired` of `mgd.plan.tally`
-            pairs = max(0, n - s - 1)
-            return total + n - 1 - position + max(0, pairs - (position + 1) // 2)
+        if n <= s + 1:
+            return total + n - 1 - position
         if s == 1:
             return total + (n - position) * (n - position - 1) // 2
+        row = run(n, s)
+        if row.splits:
+            whole = row.block(s, row.r)
+            i = bisect_right(range(1, row.splits + 1), position, key=lambda i: whole - row.block(s - i, row.r))
+            gone = whole - row.block(s - i, row.r)
+            n, s, position = n - gone, s - i, position - gone
+            if i == row.splits:
+                continue
         m = split(n, s)
         if position >= m:
             n, s, position = n - m, s - 1, position - m

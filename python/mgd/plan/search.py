@@ -18,11 +18,15 @@ from mgd.plan.ideal import THRIFT, Ideal
 from mgd.plan.layout import Layout
 from mgd.plan.placement import Placements, Shape
 from mgd.plan.reversal import Revolve
-from mgd.plan.shapes import Bound, Shapes, coarse, every, full_logs, near
+from mgd.plan.shapes import NEAR, Bound, Shapes, coarse, every, full_logs, near
 from mgd.plan.tally import Slots
 
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
+
+#: Near a plan of fewer tiers that takes at most this factor of the best so far, a search of at most so many steps goes
+#: on; of more steps it would take too long.
+PROMISING, PARTS = 1.3, 20_000
 
 #: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
 #: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
@@ -56,10 +60,9 @@ class Search:
         found: dict[frozenset[str], Layout] = {}
         for tiers in self._combinations():
             part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
-            starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
-            starts += part.revolve()
-            if starts:
-                chosen = self._widened(part._search(min(starts, key=self.seconds), enough))
+            parts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
+            if starts := parts + part.revolve():
+                chosen = self._widened(part._search(min(starts, key=self.seconds), parts, enough))
                 if self.seconds(chosen) <= enough:
                     break
                 found[tiers] = chosen
@@ -94,10 +97,14 @@ class Search:
             return tuple(held.get(tier, 0) for tier in self.limits)
 
         outer, inner = (Slots(on_all(slots.counts)) for slots in (layout.outer, layout.inner))
-        return replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+        layout = replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
+        return layout.keeping(self.limits)
 
-    def _search(self, start: Layout, enough: float) -> Layout:
-        """The fastest layout that is found, or one that takes no more than `enough` seconds."""
+    def _search(self, start: Layout, parts: Sequence[Layout], enough: float) -> Layout:
+        """The fastest layout that is found, or one that takes no more than `enough` seconds.
+
+        parts: plans of fewer tiers, near which is searched, too. They differ in kind, and any may be close to the best.
+        """
         if len(self.limits) > 1:  # on one tier the bound is tight, so that the search finds full logs soon
             start = self._fastest(full_logs(self.chain), self.seconds(start), enough, FEWEST) or start
         best = self.seconds(start)
@@ -105,16 +112,29 @@ class Search:
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
-        better: Layout | None = chosen
+        seen: list[int] = []
+        for other in (chosen, *(parts if self.chain <= PARTS else ())):
+            if self.seconds(chosen) <= enough:
+                break
+            promising = self.seconds(other) <= PROMISING * self.seconds(chosen)
+            if promising and not any(other.length <= NEAR * x and x <= NEAR * other.length for x in seen):
+                found = self._refined(self._widened(other), enough)
+                seen += other.length, found.length
+                chosen = min(chosen, found, key=self.seconds)
+        return chosen
+
+    def _refined(self, layout: Layout, enough: float) -> Layout:
+        """The fastest layout that finer steps lead to."""
+        better: Layout | None = layout
         while better is not None and (best := self.seconds(better)) > enough:
-            chosen = better
-            shapes = near(self.chain, chosen.length, chosen.outer.total, chosen.inner.total)
+            layout = better
+            shapes = near(self.chain, layout.length, layout.outer.total, layout.inner.total)
             better = self._fastest(shapes, ENOUGH * best, enough, FEWEST)
-        return better or chosen
+        return better or layout
 
     def _fastest(self, shapes: Shapes, best: float, enough: float, most: Sequence[int]) -> Layout | None:
         """The fastest layout of some shapes, if it takes less than `best` seconds; or one that takes `enough`."""
-        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes)
+        bounds = Bound(self.chain, self.sizes, self.limits, self.costs, self.stop_at)(shapes, best)
         order = np.flatnonzero(bounds < best)
         order = order[np.argsort((np.where(shapes.ample, THRIFT, 1.0) * bounds)[order], kind="stable")]
         chosen = None
@@ -138,4 +158,5 @@ class Search:
             return None
         seconds, (o, i, log) = found
         rule, tiers = Revolve(max(1, outer)), tuple(self.limits)
-        return seconds, Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)
+        layout = Layout(tiers, self.sizes, self.chain, length, rule, Slots(o), Slots(i), log)
+        return seconds, layout.keeping(self.limits)

@@ -10,7 +10,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, inf
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,24 @@ class Shapes:
         """The schedules of the first segment, and of each other one."""
         return _Revolve(self.first, np.minimum(self.inner, self.first - 1)), _Revolve(self.length, self.inner)
 
+    @cached_property
+    def counts(self) -> Numbers:
+        """What each shape does, [8, shapes]; the rows are those of `Counts`."""
+        n, length, inner, turns = self.segments, self.length, self.inner, self.turns
+        part, whole = self.inside
+        return np.stack(
+            [
+                n,
+                length,
+                self.outer,
+                inner,
+                np.where(n > 1, length * turns.advances - (length - self.first) * turns.r + 1 - n, 0.0),
+                (n - 1) * whole.updates + part.updates,
+                turns.saved_again,
+                (n - 1) * whole.saved_again,
+            ]
+        )
+
     @classmethod
     def of(cls, chain: int, lengths: Iterable[int], outer: Grid, inner: Grid) -> Shapes:
         """Segments of these lengths, with all numbers of outer and inner snapshots of the grids."""
@@ -89,6 +108,20 @@ class Shapes:
             pair = np.meshgrid(outers, inners, indexing="ij")
             rows.append(np.stack([np.full(pair[0].shape, length), *pair]).reshape(3, -1))
         return cls(chain, *np.concatenate(rows, axis=1).astype(float))
+
+
+class Counts(NamedTuple):
+    """replayed, updates: steps. again: saves of outer snapshots after the first sweep. rising: saves of inner ones
+    after a segment's first pass."""
+
+    segments: Numbers
+    length: Numbers
+    outer: Numbers
+    inner: Numbers
+    replayed: Numbers
+    updates: Numbers
+    again: Numbers
+    rising: Numbers
 
 
 @lru_cache(maxsize=8)
@@ -153,36 +186,55 @@ class Bound:
     costs: Costs
     stop_at: int = 0
 
-    def __call__(self, shapes: Shapes) -> Numbers:
-        """Infinite where a shape does not fit."""
-        N, costs, state, grad = self.chain, self.costs, self.sizes.snapshot, self.sizes.gradient
-        length, outer, inner = shapes.length, shapes.outer, shapes.inner
-        n, first, turns = shapes.segments, shapes.first, shapes.turns
-        part, whole = shapes.inside
-        replayed = np.where(n > 1, length * turns.advances - (length - first) * turns.r + 1 - n, 0.0)
-        held = state * (outer + inner) + grad * (length - 1)
-        updates = (n - 1) * whole.updates + part.updates
+    def __call__(self, shapes: Shapes, best: float = inf) -> Numbers:
+        """Infinite where a shape does not fit, or where its work alone takes `best` seconds."""
+        every = Counts(*shapes.counts)
+        held = self.sizes.snapshot * (every.outer + every.inner) + self.sizes.gradient * (every.length - 1)
+        training, replaying, reversing = self._work(every, held)
+        bounds = np.full(len(held), inf)
+        some = np.flatnonzero((held <= sum(self.limits.values())) & (training + replaying + reversing < best))
+        if len(some):
+            bounds[some] = self._bounds(Counts(*shapes.counts[:, some]), held[some]) * (1 - 1e-9)
+        return bounds
+
+    def _work(self, of: Counts, held: Numbers) -> tuple[float, Numbers, Numbers]:
+        """Seconds of the first sweep, the replays and the reverse sweep, without traffic."""
+        costs = self.costs
+        reverse = costs.step * (of.segments - 1) + costs.update * of.updates + costs.hvp * self.chain
+        if self.sizes.residuals:
+            reverse = reverse - (costs.hvp - costs.hvp_kept) * self._with_residuals(of, held)
+        return costs.step * (self.stop_at + self.chain), costs.step * of.replayed, reverse
+
+    def _with_residuals(self, of: Counts, held: Numbers) -> Numbers:
+        """At most so many steps are reversed with residuals."""
+        memory = self.limits.get(self.sizes.memory, 0)
+        elsewhere = sum(self.limits.values()) - memory
+        kept = np.floor((memory - np.maximum(0, held - elsewhere)) / self.sizes.residuals)
+        kept = np.maximum(0, np.minimum(kept, of.length))
+        return np.minimum(self.chain, of.segments * (kept + 1))
+
+    def _bounds(self, of: Counts, held: Numbers) -> Numbers:
+        N, state, grad = self.chain, self.sizes.snapshot, self.sizes.gradient
+        n, inner = of.segments, of.inner
+        training, replaying, reversing = self._work(of, held)
         # Of the snapshots of a pass that logs, that of the start may be an outer one.
         passing = np.maximum(0, n - 2) * np.maximum(0, inner - 1)
-        rising = (n - 1) * whole.saved_again
-        logged, loads = N - n, N - n
-        training = self._phase(costs.step * (self.stop_at + N), 1, held)
-        again = grad * np.maximum(0, logged - (length - 1)) + state * passing
-        replay = self._phase(costs.step * replayed, n - 1, again, state * turns.saved_again, state * turns.loads)
-        work = costs.step * (n - 1) + costs.update * updates + costs.hvp * N
-        reads = state * loads + grad * updates
-        reverse = self._phase(work, n, grad * logged, state * rising, reads, "read")
+        logged = loads = N - n
+        turned = n - 1  # loads of outer snapshots
+        first = self._phase(training, 1, held)
+        again = grad * np.maximum(0, logged - (of.length - 1)) + state * passing
+        replay = self._phase(replaying, turned, again, state * of.again, state * turned)
+        reads = state * loads + grad * of.updates
+        reverse = self._phase(reversing, n, grad * logged, state * of.rising, reads, "read")
         # What the training leaves is read at least once.
-        reads = np.maximum(0, grad * logged + reads + state * turns.loads - held)
-        writes = again + state * (turns.saved_again + rising)
-        after = self._phase(work + costs.step * replayed, 1, held, writes, reads, "read")
-        seconds = training + np.maximum(replay + reverse, after)
-        work = work + costs.step * (self.stop_at + N + replayed)
-        saved = passing + inner + rising + outer + turns.saved_again
-        seconds = np.maximum(
-            seconds, self._copies(work, n, grad * logged, grad * updates, state * saved, state * (loads + turns.loads))
-        )
-        return np.where(held <= sum(self.limits.values()), seconds * (1 - 1e-9), np.inf)
+        reads = np.maximum(0, grad * logged + reads + state * turned - held)
+        writes = again + state * (of.again + of.rising)
+        after = self._phase(reversing + replaying, 1, held, writes, reads, "read")
+        seconds = first + np.maximum(replay + reverse, after)
+        work = training + replaying + reversing
+        saved = passing + inner + of.rising + of.outer + of.again
+        copies = self._copies(work, n, grad * logged, grad * of.updates, state * saved, state * (loads + turned))
+        return np.maximum(seconds, copies)
 
     def _copies(
         self,
@@ -233,7 +285,7 @@ class Bound:
         for tier in sorted(copying, key=copying.__getitem__):
             here = np.minimum(left, times * self.limits[tier])
             busy, left = busy + here * copying[tier], left - here
-        beside = np.zeros_like(busy)
+        beside: Numbers = np.zeros_like(busy)
         parallel = [tier for tier in self.limits if tier in costs.overlap]
         for some in (c for k in range(len(parallel)) for c in itertools.combinations(parallel, k + 1)):
             rate = sum(rates[tier] for tier in some)
@@ -267,7 +319,6 @@ class _Revolve:
         self.r = np.where(some, r, 0.0)
         self.advances = np.where(some, r * (n - reach / (s + 1)), 0.0)
         self.updates = np.where(some, self.advances - (n - 1), 0.0)
-        self.loads = np.where(some, n - 1, 0.0)
         before = reach * r / (s + r)
         saves = np.maximum(before * s / (s + r - 1), n - before)
         self.saved_again = np.where(some, np.maximum(0, saves - s), 0.0)

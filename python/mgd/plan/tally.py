@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mgd.plan.reversal import Revolve, Rule
+from mgd.plan.revolve import advances, run, split
 
 Counts: TypeAlias = NDArray[np.int64]
 
@@ -60,12 +63,29 @@ class Tally:
     held: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What a reversal does: its advances, and what it does with the snapshots of each depth.
+class Profile(Protocol):
+    """What a reversal does: its advances, and what it does with the snapshots of each depth."""
 
-    depths: those where anything changes, from 0 on. sums: for each of them, how often the snapshots of all lower depths
-    are saved, loaded, and turned at (`held`); in between these sums are linear.
+    @property
+    def advances(self) -> int: ...
+
+    def below(self, depths: Counts) -> tuple[Counts, Counts, Counts]:
+        """The saves, loads and turns of all snapshots below these depths."""
+        ...
+
+
+def profile(n: int, rule: Rule) -> Profile:
+    """Count the moves of `reversal(n, rule)` without making them."""
+    return binomial(n, rule.root) if isinstance(rule, Revolve) else counted(n, rule)
+
+
+# --- trees: each different block of a depth is counted once ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counted:
+    """depths: those where anything changes, from 0 on. sums: for each of them, how often the snapshots of all lower
+    depths are saved, loaded, and turned at; in between these sums are linear.
     """
 
     advances: int
@@ -73,14 +93,12 @@ class Profile:
     sums: Counts
 
     def below(self, depths: Counts) -> tuple[Counts, Counts, Counts]:
-        """The saves, loads and turns of all snapshots below these depths."""
         saves, loads, held = (np.rint(np.interp(depths, self.depths, row)).astype(np.int64) for row in self.sums)
         return saves, loads, held
 
 
-@lru_cache(maxsize=4096)
-def profile(n: int, rule: Rule) -> Profile:
-    """Count the moves of `reversal(n, rule)` without making them: each different block of a depth is counted once."""
+@lru_cache(maxsize=256)
+def counted(n: int, rule: Rule) -> Counted:
     advances = 0
     changes: dict[int, list[int]] = {0: [0, 0, 0]}
 
@@ -105,17 +123,6 @@ def profile(n: int, rule: Rule) -> Profile:
                 advances += times * (length - 1)
                 add(depth + 1, depth + length - 1, times, 0, 0)
                 add(depth, depth + length - 1, 0, times, times)
-            elif isinstance(rule, Revolve) and label == 1:  # one snapshot: start over for every step
-                advances += times * (length * (length - 1) // 2)
-                add(depth, depth + 1, 0, times * (length - 1), times)
-            elif isinstance(rule, Revolve) and length <= 2 * label + 1:  # two steps at a time until the rest fits
-                pairs = length - label - 1
-                rest, top = length - 2 * pairs, depth + pairs
-                advances += times * (3 * pairs + rest - 1)
-                add(depth + 1, top + (rest > 1), times, 0, 0)
-                add(depth, top, 0, 2 * times, times)
-                add(top + 1, top + rest - 1, times, 0, 0)
-                add(top, top + rest - 1, 0, times, times)
             else:
                 m, left, right = rule.divide(length, label)
                 advances += times * m
@@ -131,7 +138,104 @@ def profile(n: int, rule: Rule) -> Profile:
     rates = np.cumsum([changes[d] for d in depths.tolist()], axis=0)
     sums = np.zeros((3, len(depths)), dtype=np.int64)
     sums[:, 1:] = np.cumsum(rates[:-1] * np.diff(depths)[:, None], axis=0).T
-    return Profile(advances, depths, sums)
+    return Counted(advances, depths, sums)
+
+
+# --- revolve: sums of binomials --------------------------------------------------------------------------------------
+
+
+class Binomials:
+    """Two sums of multiples of β(max(D - depth, least), r) for snapshots below depth D: of saves and of loads."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[int, int, int], list[int]] = {}
+
+    def add(self, kind: int, times: int, depth: int, least: int, r: int) -> None:
+        self._times.setdefault((r, depth, least), [0, 0])[kind] += times
+
+    def telescope(self, kind: int, depth: int, least: int, r: int, count: int) -> None:
+        self.add(kind, 1, depth, least, r)
+        self.add(kind, -1, depth + count, least, r)
+
+    def arrays(self) -> tuple[tuple[int, Counts, Counts, NDArray[np.float64]], ...]:
+        """For each r: depths and least numbers, [terms, 1], and times, [2, terms]."""
+        arrays = []
+        for r, some in itertools.groupby(sorted(self._times), key=operator.itemgetter(0)):
+            keys = list(some)
+            _, depths, least = np.array(keys).T[:, :, None]
+            arrays.append((r, depths, least, np.array([self._times[key] for key in keys], dtype=float).T))
+        return tuple(arrays)
+
+
+SAVES, LOADS = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Binomial:
+    """A chain's own snapshot at depth 0 is saved once, and every snapshot is turned at once: turns are saves.
+
+    Let x = D - d for a block that begins at depth d. Below depth D, a block β(s, r) loads β(x, r) - 1 times and saves,
+    beside its own start, β(x-1, r) - 1 times; a block γ(s, r) loads γ(x, r) - 1 and saves β(x-1, r-1) - 1 times. Over a
+    `Run` of blocks these telescope.
+    """
+
+    advances: int
+    terms: tuple[tuple[int, Counts, Counts, NDArray[np.float64]], ...]
+
+    def below(self, depths: Counts) -> tuple[Counts, Counts, Counts]:
+        different, where = np.unique(depths, return_inverse=True)
+        total = np.zeros((2, len(different)))
+        for r, starts, least, times in self.terms:
+            total += times @ _reach(np.maximum(different - starts, least), r)
+        saves, loads = np.rint(total).astype(np.int64)[:, where.reshape(depths.shape)]
+        return saves, loads, saves
+
+
+@lru_cache(maxsize=4096)
+def binomial(n: int, s: int) -> Binomial:
+    """What revolve does with n steps and s snapshots."""
+    total, depth, terms = advances(n, s), 0, Binomials()
+    if n > 1:
+        terms.telescope(SAVES, 0, 0, 1, 1)
+    while n > 1:
+        if n <= s + 1:
+            terms.telescope(SAVES, depth + 1, 0, 1, n - 2)
+            terms.telescope(LOADS, depth, 0, 1, n - 1)
+            break
+        if s == 1:
+            terms.add(LOADS, n - 1, depth, 0, 1)
+            terms.add(LOADS, 1 - n, depth + 1, 0, 1)
+            break
+        count, gamma, r = row = run(n, s)
+        below = r - 1 if gamma else r
+        if count:
+            terms.telescope(SAVES, depth + 1, 0, below, count)
+            terms.telescope(LOADS, depth, 0, below, count)
+            if gamma:
+                terms.telescope(LOADS, depth + 1, -1, below, count)
+            n -= row.block(s, r) - row.block(s - count, r)
+            s, depth = s - count, depth + count
+        else:
+            terms.add(SAVES, 1, depth + 2, -1, r - 1)
+            terms.add(LOADS, 1, depth + 1, -1, r - 1)
+            if gamma:
+                terms.add(LOADS, 1, depth + 2, -1, r - 1)
+            n = split(n, s)
+    return Binomial(total, terms.arrays())
+
+
+def _reach(x: Counts, r: int) -> NDArray[Any]:
+    """β(x, r), and 0 for x = -1. Exact below 2**50."""
+    most = int(x.max(initial=0))
+    if r > 3 and most < 1000:
+        of = np.ones(most + 2)
+        of[1:-1] += r / np.arange(1, most + 1)
+        of[-1] = 0.0  # that of -1
+        return np.cumprod(of)[x]
+    product = 1.0 + x
+    for i in range(2, r + 1):
+        product *= 1 + x / i
+    return product
 
 
 def tally(n: int, rule: Rule, slots: Slots) -> Tally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ KEY = 64  # bytes, more than any key of a history
 class PlanRequest:
     """What the plan of a training depends on.
 
-    steps: T. buffers: those of the model. costs: as an earlier metagradient measured them; None if there was none.
+    steps: T. buffers: those of the model. costs, residuals: as an earlier metagradient measured them, the latter in
+    bytes of what a captured step can keep; None and 0 if there was none.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class PlanRequest:
     budget: Budget
     costs: Costs | None
     schedule: str
+    residuals: int = 0
 
     def sizes(self, through_store: bool = False) -> Sizes:
         """Bytes of a snapshot and of a log entry: the gradient, and the buffers before and after each microbatch.
@@ -52,7 +54,7 @@ class PlanRequest:
         Buffers are counted as if each evaluation replaced all of them; a buffer that none replaces is stored only once.
         Entries that may pass through the store are as large as their files (docs/format.md).
         """
-        arena = self.arena
+        arena, residuals, memory = self.arena, self.residuals, own_memory(self.arena.device)
         history = [b.numel() * b.element_size() for b in self.buffers.values()]
         ranks = [b.ndim for b in self.buffers.values()]
         state, times = 1 + len(self.optimizer.slots), 1 + self.microbatches
@@ -62,8 +64,10 @@ class PlanRequest:
             return Sizes(
                 snapshot=_file_bytes(snapshot, [1] * state + ranks),
                 gradient=_file_bytes([*gradient, 8 * self.microbatches], [1, *ranks * times, 1]),
+                residuals=residuals,
+                memory=memory,
             )
-        return Sizes(snapshot=sum(snapshot), gradient=sum(gradient))
+        return Sizes(snapshot=sum(snapshot), gradient=sum(gradient), residuals=residuals, memory=memory)
 
     def plan(self) -> Plan:
         """The plan within the budget.
@@ -77,9 +81,14 @@ class PlanRequest:
 
         Uses no measured costs, because a resumed run must get the same plan as the run that began.
         """
-        sizes = self.sizes(through_store=True)
+        sizes = replace(self.sizes(through_store=True), residuals=0)
         late = CHECKPOINT_EVERY * sizes.gradient + PENDING_SNAPSHOTS * sizes.snapshot
         return choose(self.steps, sizes, Budget(disk=(directory, disk)), None, self.schedule, self.arena.device, late)
+
+
+def own_memory(device: torch.device) -> str:
+    """The tier that is the training's own memory, where residuals can be."""
+    return "host" if device.type == "cpu" else "device"
 
 
 def _file_bytes(tensors: Sequence[int], ranks: Sequence[int]) -> int:

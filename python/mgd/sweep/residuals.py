@@ -31,13 +31,16 @@ class ResidualCache:
     always stay, and count once, however many steps hold them. Inputs count although the caller may hold them as well,
     since batches may be made anew at each access; a view counts its own bytes.
 
-    room: bytes that all of this may take. steps: how many may come. peak: the most bytes it held.
+    room: bytes that all of this may take. steps: how many may come. peak: the most bytes it held. step_bytes: what one
+    step takes, once one has come; without what several hold, if there was room for several.
     """
 
     def __init__(self, room: int = 0, steps: int = 0):
         self.room, self.steps = room, steps
         self._ample: bool | None = None
         self.kept = self.peak = 0
+        self.step_bytes = 0
+        self._held_steps = self._held_bytes = 0
         self._steps: dict[int, _Kept] = {}
         self._slabs = Slabs()
         self._beside = 0  # bytes that stay where they are
@@ -45,7 +48,7 @@ class ResidualCache:
 
     def put(self, t: int, residuals: list[Residuals]) -> None:
         """Keep the residuals of step `t`, if there is room."""
-        if not self.room:
+        if not self.room and self.step_bytes:
             return
         tensors = [x for part in residuals for x in part.tensors if isinstance(x, Tensor)]
         given = [x for part in residuals for x in part.given]
@@ -58,8 +61,10 @@ class ResidualCache:
         if layout is None:
             references |= storages.items()
         beside = sum([size for address, size in references if (address, size) not in self._references])
+        needed = beside + (sum(layout.pieces) if layout is not None else 0)
+        self.step_bytes = self.step_bytes or needed
         room = self.room - self._slabs.size - self._beside - beside
-        if room < 0:
+        if not self.room or room < 0:
             return
         places, copied = [], 0
         if layout is not None:
@@ -74,6 +79,8 @@ class ResidualCache:
         self._beside += beside
         self._steps[t] = _Kept(residuals, places, references, copied)
         self.kept += copied
+        self._held_steps, self._held_bytes = self._held_steps + 1, self._held_bytes + needed
+        self.step_bytes = -(-self._held_bytes // self._held_steps)
         self.peak = max(self.peak, self.kept + self._beside)
 
     def take(self, t: int) -> list[Residuals] | None:

@@ -97,12 +97,12 @@ def _fresh(request: PlanRequest, plan: Plan) -> Storage:
     history = History(
         dict(request.buffers), request.microbatches, arena=request.arena, store=store, in_memory=own_memory
     )
-    return Storage(plan, history, residual_cache(plan, on_device))
+    return Storage(plan, history, residual_cache(plan))
 
 
-def residual_cache(plan: Plan, on_device: bool) -> ResidualCache:
-    """For residuals in the training's own memory, as far as the plan leaves it free."""
-    tier = "device" if on_device else "host"
+def residual_cache(plan: Plan) -> ResidualCache:
+    """For residuals in the training's own memory, as far as the plan leaves it free: as it chose, once it knew them."""
+    tier = plan.sizes.memory
     return ResidualCache(max(0, plan.limits.get(tier, 0) - plan.peak.get(tier, 0)), plan.T)
 
 

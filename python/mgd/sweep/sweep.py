@@ -285,7 +285,8 @@ class Sweep:
             for slices, derivatives in with_metaparameters:
                 gradients.add(j, slices, derivatives)
 
-        with self.timings.timed("hvp"):
+        kind = "hvp, computed again" if result.residuals is None else "hvp, residuals kept"
+        with self.timings.timed("hvp"), self.timings.part(kind):
             before = self.step.second_derivatives(
                 t, self.state.params, result, self.meta, directions, [a.buffers for a in adjoints], add
             )

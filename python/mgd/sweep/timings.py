@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mgd.plan.budget import Costs
+from mgd.plan.budget import RESIDUALS, Costs
 from mgd.plan.training import transfers
 from mgd.util.profiler import phase
 
@@ -19,12 +19,13 @@ ENOUGH = 1 << 20  # bytes, from which on a transfer's bandwidth is worth remembe
 @dataclass
 class Timings:
     """seconds, counts: by kind of work. phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind
-    of work, the seconds of the first time, and the number of times."""
+    of work, the seconds of the first time, and the number of times. parts: seconds of what is a part of some work."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter = field(default_factory=Counter)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _timers: dict[str, Timer] = field(default_factory=dict)
 
     def timed(self, work: str) -> Timer:
@@ -32,6 +33,10 @@ class Timings:
         if work not in self._timers:
             self._timers[work] = Timer(self.seconds, work, self.firsts)
         return self._timers[work]
+
+    def part(self, kind: str) -> Timer:
+        """Adds the seconds of a block to those of a kind that is a part of some work."""
+        return Timer(self.parts, kind, self.firsts)
 
     def phase(self, name: str) -> Timer:
         """Adds the seconds of a block to those of a phase of the plan."""
@@ -48,22 +53,36 @@ class Timings:
     def mean(self, work: str) -> float:
         """Seconds each time. The first is left out: it warms up."""
         first, times = self.firsts.get(work, (0.0, 0))
-        return (self.seconds[work] - first) / (times - 1) if times > 1 else first
+        seconds = self.parts[work] if work in self.parts else self.seconds[work]
+        return (seconds - first) / (times - 1) if times > 1 else first
+
+    def _hvp(self) -> tuple[float, float]:
+        """Of one step's second derivatives, computed again and from residuals; of one that was not measured, or by
+        autograd before a capture, as `RESIDUALS` estimates. Residuals save no more than the step's gradient."""
+        again, kept = self.mean("hvp, computed again"), self.mean("hvp, residuals kept")
+        gradient = self.mean("training")
+        saved = RESIDUALS * gradient
+        if kept and (not again or self.seconds.get("capture")):
+            again = kept + saved
+        elif not kept:
+            kept = max(0.0, again - saved)
+        return again, min(again, max(kept, again - gradient))
 
     def costs(self, store: dict[str, Any] | None, device: torch.device) -> Costs | None:
         """What the work cost, for the plan of the next metagradient; None where a part of it was never done.
 
         store: what `Store.stats` says, where there was a store.
         """
-        step, hvp = self.mean("training") + self.mean("update"), self.mean("optimizer vjp") + self.mean("hvp")
+        step, (again, kept) = self.mean("training") + self.mean("update"), self._hvp()
         rebuilt = self.counts["rebuilt steps"]
-        if not step or not hvp:
+        if not step or not again:
             return None
         rates = {way: store[way] for way in ("write", "read") if store and store[way]["bytes"] >= ENOUGH}
         write, read = ({"disk": rates[way]["bandwidth"]} if way in rates else {} for way in ("write", "read"))
         return Costs(
             step=step,
-            hvp=hvp,
+            hvp=self.mean("optimizer vjp") + again,
+            hvp_kept=self.mean("optimizer vjp") + kept,
             update=self.seconds["rebuild"] / rebuilt if rebuilt else self.mean("update"),
             read=read,
             **transfers(device.type != "cpu", write),

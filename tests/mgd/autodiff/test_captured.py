@@ -67,6 +67,21 @@ def test_what_is_kept_stays_within_the_budget():
     assert 0 < part.report.kept_bytes <= budget.host - sum(part.report.plan["peak"].values())
 
 
+def test_the_next_plan_counts_on_what_the_first_call_measured():
+    case = cases()["gpt"].to(torch.float32)
+    f = case.function(trace=True)
+    first, second = (f.metagradient(case.z) for _ in range(2))
+    assert same(first, second)
+    before, after = (result.report.plan for result in (first, second))
+    assert before["sizes"]["residuals"] == 0 == before["residuals_held"]
+    assert after["residuals_held"] == after["steps_with_residuals"] == len(f)
+    assert after["sizes"]["residuals"] * len(f) == pytest.approx(second.report.kept_bytes, rel=0.2)
+    # With room for the log and less than all residuals, a plan says how many are kept.
+    room = sum(after["peak"].values()) + after["sizes"]["residuals"] * (len(f) - 1)
+    f.budget = mgd.Budget(host=room)
+    assert f.plan().layout.kept >= 1 and same(f.metagradient(case.z), first)
+
+
 def test_a_convnet_keeps_its_products_alone(monkeypatch):
     """Elementwise results are computed again: kept, they would take most of the memory."""
     case = cases()["convnet"].to(torch.float32)

@@ -148,7 +148,8 @@ def test_plan_counts_the_sizes_of_the_optimizer(capsys, tmp_path):
         "--budget", "host=100MB", "--budget", "disk=runs/x:1GB", "--step-seconds", 0.5, "--json", file,
     )  # fmt: skip
     plan = json.loads(file.read_text())
-    assert plan["sizes"] == {"snapshot": 3 * 4 * 1_500_000, "gradient": 2 * 1_500_000}
+    sizes = {"snapshot": 3 * 4 * 1_500_000, "gradient": 2 * 1_500_000}
+    assert plan["sizes"] == {**sizes, "residuals": 0, "memory": "host"}
     assert plan["limits"] == {"host": 100_000_000, "disk": 1_000_000_000}
     assert plan["directory"] == "runs/x" and plan["costs"]["step"] == 0.5
     assert "100 training steps" in out

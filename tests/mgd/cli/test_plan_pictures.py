@@ -7,17 +7,18 @@ from mgd.cli.plan_table import compare
 from mgd.plan.budget import Budget, Sizes
 from mgd.plan.plan import plan
 
-SIZES = Sizes(snapshot=3, gradient=1)
 
-
-def test_trace_and_picture(tmp_path):
+@pytest.mark.parametrize("residuals", [0, 1, 8])
+def test_trace_and_picture(tmp_path, residuals):
     """The picture's data are the plan's: its strokes add up to the predicted computation, its bytes peak where said."""
 
-    made = plan(40, SIZES, Budget(host=100, disk=("runs", 60)))
+    made = plan(40, Sizes(snapshot=3, gradient=1, residuals=residuals), Budget(host=40, disk=("runs", 20)))
     strokes, history = trace(made)
     computed = sum(end - begin for _, begin, end, _, _ in strokes)
     costs = made.costs
-    assert computed == pytest.approx(made.model_steps * costs.step + made.update_steps * costs.update + 40 * costs.hvp)
+    hvps = 40 * costs.hvp - made.steps_kept * (costs.hvp - costs.hvp_kept)
+    assert computed == pytest.approx(made.model_steps * costs.step + made.update_steps * costs.update + hvps)
+    assert (made.steps_kept > 0) == (residuals > 0)
     assert {tier: max(held[tier] for _, held in history) for tier in made.limits} == made.peak
     assert set(history[-1][1].values()) == {0}
     draw(made, tmp_path / "plan.png")

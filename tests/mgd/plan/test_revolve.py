@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgd.plan.reversal import KAry, Revolve, kary, reversal, stack_height
 from mgd.plan.revolve import advances, advances_from, repetitions, saves, split
-from mgd.plan.tally import Slots, Tally, tally
+from mgd.plan.tally import Slots, Tally, binomial, counted, tally
 
 
 @lru_cache(None)
@@ -90,6 +91,16 @@ def test_every_reversal_of_up_to_250_steps():
             assert passed[0] == max(passed.values()) == repetitions(n, s)
             for position in {0, 1, n // 3, n // 2, n - 2, n - 1, n}:
                 assert advances_from(n, s, position) == sum(passed[i] for i in range(position, n)), position
+
+
+@given(n=st.integers(2, 10**6), s=st.integers(1, 3000), share=st.floats(0, 1))
+@settings(deadline=None)
+def test_the_binomials_are_what_blocks_counted_one_by_one_add_up_to(n, s, share):
+    s = min(s, n - 1)
+    depths = np.array([0, 1, s // 3, round(share * s), s - 1, s])
+    done, blocks = (of.below(depths) for of in (binomial(n, s), counted(n, Revolve(s))))
+    for kind, expected in zip(done, blocks, strict=True):
+        assert kind.tolist() == expected.tolist()
 
 
 def test_every_tree_of_up_to_250_steps():
