@@ -100,6 +100,8 @@ def measure(
 def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
     """The same work in torch: autograd for the VJP, torch.optim for the steps, the specification for the JVP."""
     if pass_ == "jvp":
+        from mgd_kernels.backends import reference
+
         seconds = timing.least(2, lambda: problem.jvp(reference), device=device)[0]
         return {"torch": "torch, in strips", "torch_seconds": seconds}
     if pass_ == "vjp":
@@ -134,7 +136,8 @@ def rows(measured: dict[str, Any]) -> Table:
 CAPTION = (
     "GB/s: bytes that must be moved over the time. of plain: of the best bandwidth of a copy, memcpy and an addition "
     "in place, measured in between. "
-    "vjp: the step is computed again inside. jvp: along one direction. error: against float64, the largest of all results, relative in norm."
+    "vjp: the step is computed again inside. jvp: along one direction. error: against float64, the largest of all "
+    "results, relative in norm."
 )
 
 STATIC = (
