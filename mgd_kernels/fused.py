@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mgd_kernels import dispatch
-from mgd_kernels.backends.reference import jvp_
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.optimizer import Optimizer, Value
 from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule, check_range
@@ -68,18 +67,20 @@ class FusedOptimizer(Optimizer):
             grad_scale,
         )
 
-    def _jvp_(self, state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale):
-        jvp_(
+    def _jvp_(self, state, grad, table, tangents, grad_tangents, hyper_tangents, grad_scale, advance):
+        self.backend(state.params, grad).jvp_(
             self.rule,
-            state.tensors(),
+            state.params,
+            state.slots,
             grad,
             table,
             state.next_count,
             state.segments,
-            tangent.tensors(),
-            grad_tangent,
-            hyper_tangent,
+            [tangent.tensors() for tangent in tangents],
+            [moved.to(state.params.dtype) for moved in grad_tangents],
+            hyper_tangents,
             grad_scale,
+            advance,
         )
 
     def _replay_(self, state, grads, tables, grad_scales):

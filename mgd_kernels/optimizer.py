@@ -291,24 +291,37 @@ class Optimizer(ABC):
         state: OptimizerState,
         grad: Tensor,
         hyper: Hyper,
-        tangent: OptimizerState,
-        grad_tangent: Tensor,
+        tangent: OptimizerState | Sequence[OptimizerState],
+        grad_tangent: Tensor | Sequence[Tensor],
         hyper_tangent: Tensor | None = None,
         grad_scale: float | Tensor = 1.0,
+        advance: bool = False,
     ) -> None:
         """The JVP of `step_`: the tangent of `state` becomes that of the state after the step, in place.
 
-        `state` is the state before the step and stays as it is. grad_tangent: of the scaled gradient
-        `grad_scale * grad`, `[n]`. hyper_tangent: float64 `[G, H]`, in the columns of `table`; None stands for zeros.
+        grad_tangent: of the scaled gradient `grad_scale * grad`, `[n]`. hyper_tangent: float64 `[G, H]`, in the columns
+        of `table`; None stands for zeros. For D directions at once: lists of tangents and of grad_tangents, and
+        hyper_tangent `[D, G, H]`. advance: `state` makes the step too, with the bits of `step_`; otherwise it is the
+        state before the step and stays as it is.
         """
+        single = isinstance(tangent, OptimizerState)
+        tangents = [tangent] if isinstance(tangent, OptimizerState) else list(tangent)
+        grad_tangents = [grad_tangent] if isinstance(grad_tangent, Tensor) else list(grad_tangent)
         self._check(state, grad)
-        self._check(tangent, grad_tangent)
+        if len(tangents) != len(grad_tangents):
+            raise BadArgument(f"expected a grad_tangent for each of {len(tangents)} tangents; got {len(grad_tangents)}")
+        for each, moved in zip(tangents, grad_tangents, strict=True):
+            self._check(each, moved)
         table = self.table(hyper, state.step)
         if hyper_tangent is None:
-            hyper_tangent = torch.zeros_like(table)
-        if hyper_tangent.shape != table.shape:
-            raise BadArgument(f"expected hyper_tangent {list(table.shape)}; got {list(hyper_tangent.shape)}")
-        self._jvp_(state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale)
+            hyper_tangent = torch.zeros_like(table) if single else table.new_zeros(len(tangents), *table.shape)
+        shape = table.shape if single else (len(tangents), *table.shape)
+        if hyper_tangent.shape != shape:
+            raise BadArgument(f"expected hyper_tangent {list(shape)}; got {list(hyper_tangent.shape)}")
+        hyper_tangents = hyper_tangent[None] if single else hyper_tangent
+        self._jvp_(state, grad, table, tangents, grad_tangents, hyper_tangents, grad_scale, advance)
+        if advance:
+            state.step += 1
 
     def _check(self, state: OptimizerState, grad: Tensor) -> None:
         if grad.shape != state.params.shape or grad.device != state.params.device:
@@ -350,10 +363,11 @@ class Optimizer(ABC):
         state: OptimizerState,
         grad: Tensor,
         table: Tensor,
-        tangent: OptimizerState,
-        grad_tangent: Tensor,
-        hyper_tangent: Tensor,
+        tangents: Sequence[OptimizerState],
+        grad_tangents: Sequence[Tensor],
+        hyper_tangents: Tensor,
         grad_scale: float | Tensor,
+        advance: bool,
     ) -> None: ...
 
     def _replay_(

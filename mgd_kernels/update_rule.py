@@ -104,7 +104,13 @@ class UpdateRule(Optimizer):
             _assign(views[count:], new_adjoints)
         return out
 
-    def _jvp_(self, state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale):
+    def _jvp_(self, state, grad, table, tangents, grad_tangents, hyper_tangents, grad_scale, advance):
+        for tangent, grad_tangent, hyper_tangent in zip(tangents, grad_tangents, hyper_tangents, strict=True):
+            self._jvp_along_(state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale)
+        if advance:
+            self._step_(state, grad, table, grad_scale)
+
+    def _jvp_along_(self, state, grad, table, tangent, grad_tangent, hyper_tangent, grad_scale):
         check_extents_apart(tangent.tensors(), [*state.tensors(), grad, grad_tangent, table, hyper_tangent])
         dtype, count = state.params.dtype, len(self.slots) + 1
         buffers = (grad.to(dtype) * grad_scale, grad_tangent.to(dtype), *state.tensors(), *tangent.tensors())

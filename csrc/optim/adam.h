@@ -1,4 +1,4 @@
-// Adam and AdamW, element by element: the step and its vector-Jacobian product.
+// Adam and AdamW, element by element: the step, its vector-Jacobian product and its Jacobian-vector product.
 //
 // Kingma & Ba 2015 (arXiv 1412.6980); decoupled weight decay after Loshchilov & Hutter 2019 (arXiv 1711.05101);
 // eps_root inside the square root as in optax. With g = grad_scale * grad + l2 * p:
@@ -26,6 +26,15 @@ struct Adam {
     struct Coefficients {
         T lr, decay, l2, beta1, beta2, one_minus_beta1, one_minus_beta2, two_one_minus_beta2;
         T inverse_c1, inverse_c2, eps, eps_root, grad_scale;
+        bool scaled, coupled;  // grad_scale is not 1, l2 is not 0
+        bool may_vanish;       // D = 0 is possible
+    };
+
+    // The derivatives of the coefficients in a direction.
+    template <class T>
+    struct Tangents {
+        T lr, decay, l2, beta1, beta2, inverse_c1, inverse_c2, eps, eps_root;
+        bool any;  // is not 0
     };
 
     template <class V>
@@ -51,6 +60,28 @@ struct Adam {
         c.eps = T(h[eps]);
         c.eps_root = T(h[eps_root]);
         c.grad_scale = T(grad_scale);
+        c.scaled = c.grad_scale != 1;
+        c.coupled = c.l2 != 0;
+        c.may_vanish = !(c.eps > 0);
+        return c;
+    }
+
+    // From a row of the table, its tangent `d` and k: all in double, rounded to T once.
+    template <class T>
+    MGD_HD Tangents<T> prepare_tangents(const double* h, const double* d, double k) {
+        const double c1 = 1 - pow(h[beta1], k), c2 = 1 - pow(h[beta2], k);
+        Tangents<T> c;
+        c.lr = T(d[lr]);
+        c.decay = T(-(d[lr] * h[weight_decay] + h[lr] * d[weight_decay]));
+        c.l2 = T(d[l2]);
+        c.beta1 = T(d[beta1]);
+        c.beta2 = T(d[beta2]);
+        c.inverse_c1 = T(k * pow(h[beta1], k - 1) * d[beta1] / (c1 * c1));
+        c.inverse_c2 = T(k * pow(h[beta2], k - 1) * d[beta2] / (c2 * c2));
+        c.eps = T(d[eps]);
+        c.eps_root = T(d[eps_root]);
+        c.any = false;
+        for (int i = 0; i < columns; ++i) c.any = c.any || d[i] != 0;
         return c;
     }
 
@@ -58,15 +89,21 @@ struct Adam {
     MGD_HD Terms<V> terms(const Coefficients<T>& c, V grad, V p, V m, V v, V ap) {
         const V zero = V{}, one = V{} + T(1);
         Terms<V> t;
-        t.g = grad * c.grad_scale + p * c.l2;
+        t.g = grad;
+        if (c.scaled) t.g = t.g * c.grad_scale;
+        if (c.coupled) t.g = t.g + p * c.l2;
         t.m1 = m * c.beta1 + t.g * c.one_minus_beta1;
         t.v1 = v * c.beta2 + t.g * c.one_minus_beta2 * t.g;
         const V vhat = t.v1 * c.inverse_c2 + c.eps_root;
-        t.S = root(vhat > zero ? vhat : zero);
-        const V D = t.S + c.eps;
-        t.safe_D = D > zero ? D : one;
-        t.n = D > zero ? t.m1 * c.inverse_c1 / t.safe_D : zero;
-        t.ap = D > zero ? ap : zero;
+        t.S = root(maximum(vhat, zero));
+        t.ap = ap;
+        const V D = t.safe_D = t.S + c.eps;
+        if (c.may_vanish) t.safe_D = D > zero ? D : one;
+        t.n = t.m1 * c.inverse_c1 / t.safe_D;
+        if (c.may_vanish) {
+            t.n = D > zero ? t.n : zero;
+            t.ap = D > zero ? ap : zero;
+        }
         return t;
     }
 
@@ -102,10 +139,41 @@ struct Adam {
         sum.add(dvhat, through_vhat);
         sum.add(u_grad, dg, grad);
 
-        adjoint[0] = ap * c.decay + dg * c.l2;
+        adjoint[0] = ap * c.decay;
+        if (c.coupled) adjoint[0] = adjoint[0] + dg * c.l2;
         adjoint[1] = dm1 * c.beta1;
         adjoint[2] = dv1 * c.beta2;
         u = dg * c.grad_scale;
+    }
+
+    // state: p, m, v before the step. tangent: of these in, of those after the step out; dgrad: of grad_scale * grad.
+    template <class V, class T>
+    MGD_HD void jvp(const Coefficients<T>& c, const Tangents<T>& d, V grad, V dgrad, const V* state, V* tangent) {
+        const V zero = V{};
+        const V p = state[0], m = state[1], v = state[2];
+        const Terms<V> t = terms(c, grad, p, m, v, zero);
+        V dg = dgrad;
+        if (c.coupled) dg = dg + tangent[0] * c.l2;
+        if (d.any) dg = dg + p * d.l2;
+        V dm1 = tangent[1] * c.beta1 + dg * c.one_minus_beta1;
+        V dv1 = tangent[2] * c.beta2 + t.g * c.two_one_minus_beta2 * dg;
+        if (d.any) {
+            dm1 = dm1 + (m - t.g) * d.beta1;
+            dv1 = dv1 + (v - t.g * t.g) * d.beta2;
+        }
+        V dvhat = dv1 * c.inverse_c2, dmhat = dm1 * c.inverse_c1;
+        if (d.any) {
+            dvhat = dvhat + t.v1 * d.inverse_c2 + d.eps_root;
+            dmhat = dmhat + t.m1 * d.inverse_c1;
+        }
+        V dD = t.S > zero ? dvhat / (t.S + t.S) : zero;
+        if (d.any) dD = dD + d.eps;
+        V dn = (dmhat - t.n * dD) / t.safe_D;
+        if (c.may_vanish) dn = t.S + c.eps > zero ? dn : zero;
+        tangent[0] = tangent[0] * c.decay - dn * c.lr;
+        if (d.any) tangent[0] = tangent[0] + (p * d.decay - t.n * d.lr);
+        tangent[1] = dm1;
+        tangent[2] = dv1;
     }
 
     // The cotangents of the columns and, last, of grad_scale, from the sums: `out` has columns + 1 places.

@@ -126,6 +126,26 @@ void bind_optim(py::module_& m) {
         "The VJP of step k, from adjoint to new_adjoint (which may be the same) and u; out: address of float64 "
         "[groups, columns + 1].");
     m.def(
+        "optim_jvp",
+        [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, Address grad, double grad_scale,
+           Address hyper, int64_t groups, int64_t k, Address segments, int64_t rows, const Addresses& tangents,
+           const Addresses& grad_tangents, Address hyper_tangents, bool advance, int threads) {
+            const Addresses grads{grad};
+            Tensors tensors{};
+            set(tensors.state, state);
+            if (advance) set(tensors.new_state, state);
+            tensors.grads = pointers(grads);
+            tensors.tangents = reinterpret_cast<void* const*>(tangents.data());
+            tensors.grad_tangents = pointers(grad_tangents);
+            const Problem all = flat(n, segments, rows, groups, hyper, k, threads, tensors);
+            Task made = task(rule, dtype, grad_dtype, 1, groups, false);
+            made.directions = grad_tangents.size();
+            py::gil_scoped_release release;
+            run_jvp(made, all, reinterpret_cast<const double*>(hyper_tangents), grad_scale);
+        },
+        "The JVP of step k in place, one direction for each of grad_tangents; tangents: addresses, direction by "
+        "direction; hyper_tangents: address of float64 [directions, groups, columns]; advance: the state makes the step.");
+    m.def(
         "optim_update",
         [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,
            size_t tensors, const Addresses& state, const Addresses& grads, Address hyper, int64_t groups, int64_t k,

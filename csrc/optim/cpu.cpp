@@ -135,6 +135,17 @@ void set_coefficients(Task& task, const Problem& problem, const double* grad_sca
     });
 }
 
+template <class T, class R>
+const void* prepare_tangents(R, const Task& task, const Problem& problem, const double* tangents) {
+    using Tangents = typename R::template Tangents<T>;
+    static thread_local std::vector<Tangents> kept;
+    Tangents* out = workspace(kept, task.directions * task.groups);
+    for (int64_t i = 0; i < task.directions * task.groups; ++i)
+        out[i] = R::template prepare_tangents<T>(problem.hyper + i % task.groups * R::columns, tangents + i * R::columns,
+                                                 static_cast<double>(problem.first_step));
+    return out;
+}
+
 }  // namespace
 
 void run_replay(Task task, const Problem& problem, const double* grad_scales) {
@@ -172,6 +183,21 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
             R::cotangents(row, static_cast<double>(problem.first_step), sums, cotangents);
             for (int c = 0; c <= R::columns; ++c) out[group * (R::columns + 1) + c] += cotangents[c];
         }
+    });
+}
+
+void run_jvp(Task task, const Problem& problem, const double* hyper_tangents, double grad_scale) {
+    set_coefficients(task, problem, &grad_scale);
+    task.tangents = with_rule(task.rule, [&](auto rule) {
+        return task.dtype == DType::f64 ? prepare_tangents<double>(rule, task, problem, hyper_tangents)
+                                        : prepare_tangents<float>(rule, task, problem, hyper_tangents);
+    });
+    const Tiles tiles(problem);
+    const Kernels& kernels = current().kernels;
+    parallel(problem.threads, tiles.count(), [&](int64_t tile) {
+        tiles.visit(tile, [&](const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
+            kernels.jvp(task, tensors, group, begin, end);
+        });
     });
 }
 

@@ -11,7 +11,7 @@ namespace mgd {
 
 // Elements that are reduced together: the partition is fixed, so that sums depend on neither threads nor machine.
 constexpr int64_t kTile = 16384;
-constexpr int kLanes = 16;  // virtual accumulators of a reduction: element i of a tile goes to lane i % kLanes
+constexpr int kPass = 16;  // elements that are folded to four, which are added to a sum's four accumulators
 
 // The tensors that a stretch of elements lies in. Each result lies where its input was, or apart from everything.
 // A null pointer stands for zeros in state, grads and adjoint, and in new_adjoint for a cotangent that is not wanted.
@@ -22,9 +22,12 @@ struct Tensors {
     void* new_adjoint[3];  // written by a VJP, as is u
     void* u;
     const void* const* grads;  // one for each step
+    // Of a JVP: [directions][slots + 1], in place, and [directions].
+    void* const* tangents;
+    const void* const* grad_tangents;
 };
 
-// A step, a replay of several, or a VJP over all tiles.
+// A step, a replay of several, a VJP or a JVP over all tiles.
 struct Task {
     RuleId rule;
     DType dtype;       // of state, adjoint and u
@@ -33,6 +36,8 @@ struct Task {
     int64_t steps;
     int64_t groups;
     const void* coefficients;  // [steps][groups] of the rule's Coefficients<dtype>
+    int64_t directions;        // of a JVP
+    const void* tangents;      // [directions][groups] of the rule's Tangents<dtype>
 };
 
 struct Dot {
@@ -45,6 +50,8 @@ struct Dot {
 struct Kernels {
     void (*replay)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
     void (*vjp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end, double* sums);
+    // Along all directions; then the step, where there is a new_state.
+    void (*jvp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
     void (*dot)(const Dot&, int64_t begin, int64_t end, double* sums);
 };
 

@@ -12,41 +12,27 @@ namespace {
 
 // States of a replay stay in the first-level cache over all steps: 3 x 8 KiB in float32.
 constexpr int64_t kReplayTile = 2048;
-static_assert(kTile % kReplayTile == 0 && kReplayTile % kLanes == 0);
+static_assert(kTile % kReplayTile == 0 && kReplayTile % kPass == 0);
 
-// Registers that one pass over kLanes elements takes, and registers of doubles that hold kLanes.
+// Registers that one pass over kPass elements takes.
 template <class T>
-constexpr int kPacks = kLanes / Pack<T>::width;
-constexpr int kDoublePacks = kLanes / Pack<double>::width;
+constexpr int kPacks = kPass / Pack<T>::width;
 
-// Adds products to the virtual lanes, in double; lane order is that of memory, whatever the register width.
-template <class T>
-struct LaneSums;
-
-template <>
-struct LaneSums<double> {
-    DoublePack (*lanes)[kDoublePacks];
-    int at;
-    MGD_HD LaneSums make(DoublePack (*lanes)[kDoublePacks], int pack) { return {lanes, pack}; }
-    inline __attribute__((always_inline)) void add(int i, DoublePack x) const { lanes[i][at] += x; }
-    inline __attribute__((always_inline)) void add(int i, DoublePack x, DoublePack y) const { lanes[i][at] += x * y; }
+// The terms that one pass adds to the sums over all elements. They are rounded to T, as the factors are that they are
+// made of; from four per pass on, everything is added in double.
+template <class T, int sums>
+struct Terms {
+    typename Pack<T>::type of[sums][kPacks<T>] = {};
 };
 
-template <>
-struct LaneSums<float> {
-    DoublePack (*lanes)[kDoublePacks];
-    int at;
-    MGD_HD LaneSums make(DoublePack (*lanes)[kDoublePacks], int pack) { return {lanes, 2 * pack}; }
-    inline __attribute__((always_inline)) void add(int i, FloatPack x) const {
-        const Widened wide = widen(x);
-        lanes[i][at] += wide.low;
-        lanes[i][at + 1] += wide.high;
-    }
-    inline __attribute__((always_inline)) void add(int i, FloatPack x, FloatPack y) const {
-        const Widened a = widen(x), b = widen(y);
-        lanes[i][at] += a.low * b.low;
-        lanes[i][at + 1] += a.high * b.high;
-    }
+// What an element function sees of them: those of one register.
+template <class T, int sums>
+struct RegisterTerms {
+    using V = typename Pack<T>::type;
+    Terms<T, sums>& terms;
+    int pack;
+    inline __attribute__((always_inline)) void add(int i, V x) const { terms.of[i][pack] = x; }
+    inline __attribute__((always_inline)) void add(int i, V x, V y) const { terms.of[i][pack] = x * y; }
 };
 
 // Where the sums are not wanted.
@@ -55,17 +41,12 @@ struct NoSums {
     inline __attribute__((always_inline)) void add(int, V...) const {}
 };
 
-double in_order(const DoublePack* lanes) {
-    double all[kLanes], sum = 0;
-    __builtin_memcpy(all, lanes, sizeof all);
-    for (int lane = 0; lane < kLanes; ++lane) sum += all[lane];
-    return sum;
-}
+double in_order(Quad x) { return ((x[0] + x[1]) + x[2]) + x[3]; }
 
-// A copy of the last, incomplete kLanes elements, padded with zeros (zeros add nothing to any sum).
+// A copy of the last, incomplete kPass elements, padded with zeros (zeros add nothing to any sum).
 template <class T>
 struct Padded {
-    alignas(64) T values[kLanes] = {};
+    alignas(64) T values[kPass] = {};
     Padded() = default;
     Padded(const T* from, int64_t count) {
         for (int64_t i = 0; i < count; ++i) values[i] = from[i];
@@ -84,6 +65,7 @@ struct Over {
     static constexpr int tensors = R::slots + 1;
     using V = typename Pack<T>::type;
     using Coefficients = typename R::template Coefficients<T>;
+    using Tangents = typename R::template Tangents<T>;
 
     static Coefficients coefficients(const Task& task, int64_t step, int64_t group) {
         return static_cast<const Coefficients*>(task.coefficients)[step * task.groups + group];
@@ -97,6 +79,14 @@ struct Over {
             store(to, x);
     }
 
+    // kPass elements into the first-level cache.
+    template <class X>
+    MGD_HD void fetch(const X* from) {
+#pragma GCC unroll 2
+        for (size_t line = 0; line < kPass * sizeof(X); line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + line, 0, 3);
+    }
+
     static bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kRegister == 0; }
 
     template <class X>
@@ -104,11 +94,11 @@ struct Over {
         return tensor ? static_cast<const X*>(tensor) + at : zeros_of<X>;
     }
 
+    // The kPass elements from `at` on.
     template <bool Stream>
-    MGD_HD void step_lanes(const Coefficients& c, const T* const* state, const G* grad, T* const* out) {
+    MGD_HD void step_pass(const Coefficients& c, const T* const* state, const G* grad, T* const* out, int64_t at) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kPacks<T>; ++j) {
-            const int at = j * Pack<T>::width;
+        for (int j = 0; j < kPacks<T>; ++j, at += Pack<T>::width) {
             V s[tensors];
 #pragma GCC unroll 3
             for (int i = 0; i < tensors; ++i) s[i] = load<V>(state[i] + at);
@@ -118,29 +108,43 @@ struct Over {
         }
     }
 
-    template <bool Stream>
-    static void step(const Coefficients& c, const T* const* state, const G* grad, T* const* out, int64_t count) {
-        int64_t at = 0;
-        for (; at + kLanes <= count; at += kLanes) {
-            const T* here[tensors];
-            T* there[tensors];
-#pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) {
-                here[i] = state[i] + at;
-                there[i] = out[i] + at;
-            }
-            step_lanes<Stream>(c, here, grad + at, there);
-        }
-        if (at == count) return;
-        Padded<T> last[tensors];
-        const T* here[tensors];
-        T* there[tensors];
+    // What a step fetches meanwhile, of as many elements as its own.
+    struct Ahead {
+        const T* state = nullptr;
+        const G* grad = nullptr;
+    };
+
+    template <bool Stream, bool Fetch = false>
+    static void step(const Coefficients& given, const T* const* from, const G* grad, T* const* to, int64_t count,
+                     Ahead ahead = {}) {
+        const Coefficients c = given;  // copies that no store can change: they stay in registers
+        const T* state[tensors];
+        T* out[tensors];
         for (int i = 0; i < tensors; ++i) {
-            last[i] = Padded<T>(state[i] + at, count - at);
-            here[i] = there[i] = last[i].values;
+            state[i] = from[i];
+            out[i] = to[i];
         }
-        step_lanes<false>(c, here, Padded<G>(grad + at, count - at).values, there);
-        for (int i = 0; i < tensors; ++i) last[i].write(out[i] + at, count - at);
+        const int64_t whole = count / kPass * kPass;
+        for (int64_t at = 0; at < whole; at += kPass) {
+            if constexpr (Fetch) {
+                fetch(ahead.state + at);
+                fetch(ahead.grad + at);
+            }
+            step_pass<Stream>(c, state, grad, out, at);
+        }
+        if (whole < count) rest_of_step(c, state, grad, out, whole, count - whole);
+    }
+
+    static __attribute__((noinline)) void rest_of_step(const Coefficients& c, const T* const* state, const G* grad,
+                                                       T* const* out, int64_t at, int64_t count) {
+        Padded<T> last[tensors];
+        T* places[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            last[i] = Padded<T>(state[i] + at, count);
+            places[i] = last[i].values;
+        }
+        step_pass<false>(c, places, Padded<G>(grad + at, count).values, places, 0);
+        for (int i = 0; i < tensors; ++i) last[i].write(out[i] + at, count);
     }
 
     static void replay(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
@@ -156,28 +160,100 @@ struct Over {
                 state[i] = read_from<T>(all.state[i], at);
                 out[i] = static_cast<T*>(all.new_state[i]) + at;
             }
+            // Gradients are read in stretches that are too short for the processor to see what comes next: a step
+            // fetches the gradient of the next one, and its share of the state of the next stretch.
+            const int64_t next = end - at < 2 * kReplayTile ? at : at + kReplayTile;
             for (int64_t k = 0; k < task.steps; ++k) {
                 const Coefficients c = coefficients(task, k, group);
                 const G* grad = read_from<G>(all.grads[k], at);
-                if (streams)
+                if (streams) {
                     step<true>(c, state, grad, out, count);
-                else
+                } else if (task.steps == 1) {
                     step<false>(c, state, grad, out, count);
+                } else {
+                    const bool last = k + 1 == task.steps;
+                    const Ahead ahead{k < tensors ? read_from<T>(all.state[k], next) : state[0],
+                                      last ? read_from<G>(all.grads[0], next) : read_from<G>(all.grads[k + 1], at)};
+                    step<false, true>(c, state, grad, out, count, ahead);
+                }
                 for (int i = 0; i < tensors; ++i) state[i] = out[i];
             }
         }
         if (streams) fence();
     }
 
+    MGD_HD void jvp_pass(const Coefficients& c, const Tangents& d, const T* const* state, const G* grad, T* const* tangent,
+                         const T* dgrad, int64_t at) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kPacks<T>; ++j, at += Pack<T>::width) {
+            V s[tensors], ds[tensors];
+#pragma GCC unroll 3
+            for (int i = 0; i < tensors; ++i) {
+                s[i] = load<V>(state[i] + at);
+                ds[i] = load<V>(tangent[i] + at);
+            }
+            R::jvp(c, d, load_as(grad + at, V{}), load<V>(dgrad + at), s, ds);
+#pragma GCC unroll 3
+            for (int i = 0; i < tensors; ++i) store(tangent[i] + at, ds[i]);
+        }
+    }
+
+    static void jvp_passes(const Coefficients& given, const Tangents& given_tangents, const T* const* from, const G* grad,
+                           T* const* tangent_at, const T* dgrad, int64_t count) {
+        const Coefficients c = given;  // as in `step`
+        const Tangents d = given_tangents;
+        const T* state[tensors];
+        T* tangent[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            state[i] = from[i];
+            tangent[i] = tangent_at[i];
+        }
+        const int64_t whole = count / kPass * kPass, rest = count - whole;
+        for (int64_t at = 0; at < whole; at += kPass) jvp_pass(c, d, state, grad, tangent, dgrad, at);
+        if (!rest) return;
+        Padded<T> last[tensors], last_tangent[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            last[i] = Padded<T>(state[i] + whole, rest);
+            last_tangent[i] = Padded<T>(tangent[i] + whole, rest);
+            state[i] = last[i].values;
+            tangent[i] = last_tangent[i].values;
+        }
+        jvp_pass(c, d, state, Padded<G>(grad + whole, rest).values, tangent, Padded<T>(dgrad + whole, rest).values, 0);
+        for (int i = 0; i < tensors; ++i) last_tangent[i].write(tangent_at[i] + whole, rest);
+    }
+
+    // Stretch by stretch: what all directions and the step read stays in the first-level cache.
+    static void jvp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
+        const Coefficients c = coefficients(task, 0, group);
+        for (int64_t at = begin; at < end; at += kReplayTile) {
+            const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
+            const G* grad = static_cast<const G*>(all.grads[0]) + at;
+            const T* state[tensors];
+            for (int i = 0; i < tensors; ++i) state[i] = static_cast<const T*>(all.state[i]) + at;
+            for (int64_t direction = 0; direction < task.directions; ++direction) {
+                const Tangents& d = static_cast<const Tangents*>(task.tangents)[direction * task.groups + group];
+                T* tangent[tensors];
+                for (int i = 0; i < tensors; ++i)
+                    tangent[i] = static_cast<T*>(all.tangents[direction * tensors + i]) + at;
+                jvp_passes(c, d, state, grad, tangent, static_cast<const T*>(all.grad_tangents[direction]) + at, count);
+            }
+            if (!all.new_state[0]) continue;
+            T* out[tensors];
+            for (int i = 0; i < tensors; ++i) out[i] = static_cast<T*>(all.new_state[i]) + at;
+            step<false>(c, state, grad, out, count);
+        }
+    }
+
     // Stream: which of the outputs are written past the caches.
     enum { kNothing, kCotangent, kEverything };
 
+    // The kPass elements from `at` on.
     template <int Stream, bool Sum>
-    MGD_HD void vjp_lanes(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
-                          T* const* out, T* u, DoublePack (*lanes)[kDoublePacks]) {
+    MGD_HD void vjp_pass(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
+                         T* const* out, T* u, int64_t at, Quad* sums) {
+        Terms<T, R::sums> terms;
 #pragma GCC unroll 8
-        for (int j = 0; j < kPacks<T>; ++j) {
-            const int at = j * Pack<T>::width;
+        for (int j = 0; j < kPacks<T>; ++j, at += Pack<T>::width) {
             V s[tensors], a[tensors], cotangent;
 #pragma GCC unroll 3
             for (int i = 0; i < tensors; ++i) {
@@ -186,37 +262,39 @@ struct Over {
             }
             const V g = load_as(grad + at, V{});
             if constexpr (Sum)
-                R::vjp(c, g, s, a, cotangent, LaneSums<T>::make(lanes, j));
+                R::vjp(c, g, s, a, cotangent, RegisterTerms<T, R::sums>{terms, j});
             else
                 R::vjp(c, g, s, a, cotangent, NoSums{});
 #pragma GCC unroll 3
             for (int i = 0; i < tensors; ++i) put<Stream == kEverything>(out[i] + at, a[i]);
             put<Stream != kNothing>(u + at, cotangent);
         }
+        if constexpr (Sum)
+#pragma GCC unroll 16
+            for (int i = 0; i < R::sums; ++i) sums[i] += doubles(fold(terms.of[i]));
     }
 
     template <int Stream, bool Sum>
-    static void vjp_lanes_of_tile(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
-                                  T* const* out, T* u, int64_t count, DoublePack (*lanes)[kDoublePacks]) {
-        DoublePack sums[R::sums][kDoublePacks] = {};
-        for (int64_t at = 0; at < count; at += kLanes) {
-            const T *s[tensors], *a[tensors];
-            T* o[tensors];
-#pragma GCC unroll 3
-            for (int i = 0; i < tensors; ++i) {
-                s[i] = state[i] + at;
-                a[i] = adjoint[i] + at;
-                o[i] = out[i] + at;
-            }
-            vjp_lanes<Stream, Sum>(c, s, grad + at, a, o, u + at, sums);
+    static void vjp_passes(const Coefficients& given, const T* const* state_at, const G* grad,
+                           const T* const* adjoint_at, T* const* to, T* u, int64_t count, Quad* total) {
+        const Coefficients c = given;  // as in `step`
+        const T *state[tensors], *adjoint[tensors];
+        T* out[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            state[i] = state_at[i];
+            adjoint[i] = adjoint_at[i];
+            out[i] = to[i];
         }
-        __builtin_memcpy(lanes, sums, sizeof sums);
+        Quad sums[R::sums] = {};
+        for (int64_t at = 0; at < count; at += kPass)
+            vjp_pass<Stream, Sum>(c, state, grad, adjoint, out, u, at, sums);
+        __builtin_memcpy(total, sums, sizeof sums);
     }
 
     template <bool Sum>
     static void vjp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end, double* sums) {
         const Coefficients c = coefficients(task, 0, group);
-        const int64_t count = end - begin, whole = count / kLanes * kLanes, rest = count - whole;
+        const int64_t count = end - begin, whole = count / kPass * kPass, rest = count - whole;
         const T *state[tensors], *adjoint[tensors];
         T* out[tensors];
         const G* grad = read_from<G>(all.grads[0], begin);
@@ -230,13 +308,13 @@ struct Over {
             out[i] = all.new_adjoint[i] ? static_cast<T*>(all.new_adjoint[i]) + begin : u;
             apart = apart && out[i] != adjoint[i] && aligned(out[i]);
         }
-        DoublePack lanes[R::sums][kDoublePacks];
+        Quad totals[R::sums];
         if (!aligned(u))
-            vjp_lanes_of_tile<kNothing, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+            vjp_passes<kNothing, Sum>(c, state, grad, adjoint, out, u, whole, totals);
         else if (apart)
-            vjp_lanes_of_tile<kEverything, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+            vjp_passes<kEverything, Sum>(c, state, grad, adjoint, out, u, whole, totals);
         else
-            vjp_lanes_of_tile<kCotangent, Sum>(c, state, grad, adjoint, out, u, whole, lanes);
+            vjp_passes<kCotangent, Sum>(c, state, grad, adjoint, out, u, whole, totals);
         fence();
         if (rest) {
             Padded<T> last_state[tensors], last_adjoint[tensors], last_u;
@@ -249,30 +327,33 @@ struct Over {
                 a[i] = o[i] = last_adjoint[i].values;
             }
             const Padded<G> last_grad(grad + whole, rest);
-            vjp_lanes<kNothing, Sum>(c, s, last_grad.values, a, o, last_u.values, lanes);
+            vjp_pass<kNothing, Sum>(c, s, last_grad.values, a, o, last_u.values, 0, totals);
             for (int i = 0; i < tensors; ++i) last_adjoint[i].write(out[i] + whole, rest);
             last_u.write(u + whole, rest);
         }
         if constexpr (Sum)
-            for (int i = 0; i < R::sums; ++i) sums[i] = in_order(lanes[i]);
+            for (int i = 0; i < R::sums; ++i) sums[i] = in_order(totals[i]);
     }
 };
 
-template <class T, class X, class Y>
+// Products in double: exact for floats.
+template <class X, class Y>
 double dot_tile(const X* x, const Y* y, int64_t count) {
-    using V = typename Pack<T>::type;
-    DoublePack lanes[1][kDoublePacks] = {};
-    const auto add = [&lanes](const X* from_x, const Y* from_y) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kPacks<T>; ++j) {
-            const int at = j * Pack<T>::width;
-            LaneSums<T>::make(lanes, j).add(0, load_as(from_x + at, V{}), load_as(from_y + at, V{}));
+    constexpr int packs = kPacks<double>;
+    Quad sum{};
+    const auto add = [&sum](const X* from_x, const Y* from_y) __attribute__((always_inline)) {
+        DoublePack products[packs];
+#pragma GCC unroll 16
+        for (int j = 0; j < packs; ++j) {
+            const int at = j * Pack<double>::width;
+            products[j] = load_as(from_x + at, DoublePack{}) * load_as(from_y + at, DoublePack{});
         }
+        sum += fold(products);
     };
-    const int64_t whole = count / kLanes * kLanes;
-    for (int64_t at = 0; at < whole; at += kLanes) add(x + at, y + at);
+    const int64_t whole = count / kPass * kPass;
+    for (int64_t at = 0; at < whole; at += kPass) add(x + at, y + at);
     if (whole < count) add(Padded<X>(x + whole, count - whole).values, Padded<Y>(y + whole, count - whole).values);
-    return in_order(lanes[0]);
+    return in_order(sum);
 }
 
 // --- From run-time types to compile-time ones ---------------------------------------------------------------------
@@ -339,31 +420,16 @@ void vjp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin,
     });
 }
 
-template <class X, class Y>
-struct Wider {
-    using type = float;
-};
-template <class Y>
-struct Wider<double, Y> {
-    using type = double;
-};
-template <class X>
-struct Wider<X, double> {
-    using type = double;
-};
-template <>
-struct Wider<double, double> {
-    using type = double;
-};
+void jvp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
+    with_types(task, [&](auto over) { decltype(over)::jvp(task, tensors, group, begin, end); });
+}
 
 void dot(const Dot& task, int64_t begin, int64_t end, double* sums) {
     with_float(task.x_dtype, [&](auto x_type) {
         with_float(task.y_dtype, [&](auto y_type) {
             using X = typename decltype(x_type)::type;
             using Y = typename decltype(y_type)::type;
-            using T = typename Wider<X, Y>::type;
-            sums[0] =
-                dot_tile<T>(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin, end - begin);
+            sums[0] = dot_tile(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin, end - begin);
         });
     });
 }
@@ -371,7 +437,7 @@ void dot(const Dot& task, int64_t begin, int64_t end, double* sums) {
 }  // namespace
 
 namespace MGD_ISA {
-Kernels kernels() { return {replay, vjp, dot}; }
+Kernels kernels() { return {replay, vjp, jvp, dot}; }
 }  // namespace MGD_ISA
 
 }  // namespace mgd

@@ -35,8 +35,8 @@ constexpr int kMaxSteps = 32;  // of one launch: their gradients' addresses trav
 // The arguments of every launch over the segments; all pointers are to device memory.
 struct Launch {
     void* state[3];
-    void* adjoint[3];
-    void* u;
+    void* adjoint[3];  // JVP: the tangents
+    void* u;           // JVP: the tangent of the scaled gradient, which is read
     const void* grads[kMaxSteps];  // one for each step
     const int64_t* segments;       // [rows][3]: start, stop, group
     const int64_t* first_tile;     // [rows + 1]: of each row, then the number of tiles
@@ -47,9 +47,11 @@ struct Launch {
     const double* hyper;       // [steps][groups][columns]
     const double* grad_scale;  // [steps]
     double* out;               // VJP: [groups][columns + 1]
+    const double* hyper_tangent;  // JVP: [groups][columns]
     void* workspace;
     RuleId rule;
     DType dtype, grad_dtype;
+    int advance;  // JVP: the state makes the step
 };
 
 struct DotLaunch {
@@ -185,9 +187,18 @@ __host__ __device__ __forceinline__ int64_t coefficient_bytes(int64_t steps, int
     return (steps * groups * int64_t(sizeof(Adam::Coefficients<double>)) + 255) / 256 * 256;
 }
 template <class R, class T>
+using Tangents = typename R::template Tangents<T>;
+
+template <class R, class T>
 __device__ __forceinline__ Coefficients<R, T>* coefficients(const Launch& a) {
     static_assert(sizeof(Coefficients<R, T>) <= sizeof(Adam::Coefficients<double>));
     return static_cast<Coefficients<R, T>*>(a.workspace);
+}
+// Of a JVP, where the coefficients of a second step would be.
+template <class R, class T>
+__device__ __forceinline__ Tangents<R, T>* tangents(const Launch& a) {
+    static_assert(sizeof(Tangents<R, T>) <= sizeof(Adam::Coefficients<double>));
+    return reinterpret_cast<Tangents<R, T>*>(static_cast<char*>(a.workspace) + coefficient_bytes(1, a.groups));
 }
 __device__ __forceinline__ double* tile_sums(const Launch& a, int64_t tile) {
     char* after = static_cast<char*>(a.workspace) + coefficient_bytes(a.steps, a.groups);
@@ -204,6 +215,14 @@ __global__ void prepare_kernel(const Launch a) {
     const double* row = a.hyper + i * R::columns;
     const double k = double(*a.k + a.step_offset + step);
     coefficients<R, T>(a)[i] = R::template prepare<T>(row, k, a.grad_scale[step], a.rule);
+}
+
+template <class R, class T>
+__global__ void prepare_tangents_kernel(const Launch a) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= a.groups) return;
+    tangents<R, T>(a)[i] = R::template prepare_tangents<T>(a.hyper + i * R::columns, a.hyper_tangent + i * R::columns,
+                                                          double(*a.k + a.step_offset));
 }
 
 template <class R, class T, class G>
@@ -285,6 +304,57 @@ __global__ void __launch_bounds__(kThreads) vjp_kernel(const Launch a) {
         stream(u + at, of_grad, count, aligned);
     }
     block_sums(sums, tile_sums(a, blockIdx.x));
+}
+
+template <class R, class T, class G>
+__global__ void __launch_bounds__(kThreads) jvp_kernel(const Launch a) {
+    constexpr int tensors = R::slots + 1;
+    const Tile tile = find_tile(a, blockIdx.x);
+    const Coefficients<R, T> c = coefficients<R, T>(a)[tile.group];
+    const Tangents<R, T> d = tangents<R, T>(a)[tile.group];
+    const G* grads = static_cast<const G*>(a.grads[0]);
+    const T* dgrads = static_cast<const T*>(a.u);
+    T* state[tensors];
+    T* tangent[tensors];
+    bool aligned = is_aligned(dgrads + tile.begin) && is_aligned(grads + tile.begin);
+#pragma unroll
+    for (int i = 0; i < tensors; ++i) {
+        state[i] = static_cast<T*>(a.state[i]);
+        tangent[i] = static_cast<T*>(a.adjoint[i]);
+        aligned = aligned && is_aligned(state[i] + tile.begin) && is_aligned(tangent[i] + tile.begin);
+    }
+    for (int64_t at = tile.begin + kVector * threadIdx.x; at < tile.end; at += kVector * kThreads) {
+        const int count = tile.end - at < kVector ? int(tile.end - at) : kVector;
+        Four<T> now[tensors], moved[tensors];
+#pragma unroll
+        for (int i = 0; i < tensors; ++i) {
+            now[i] = load(state[i] + at, count, aligned);
+            moved[i] = load(tangent[i] + at, count, aligned);
+        }
+        const Four<G> grad = load(grads + at, count, aligned);
+        const Four<T> dgrad = load(dgrads + at, count, aligned);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+            T one[tensors], tangents[tensors];
+#pragma unroll
+            for (int i = 0; i < tensors; ++i) {
+                one[i] = now[i].x[e];
+                tangents[i] = moved[i].x[e];
+            }
+            R::jvp(c, d, T(value(grad.x[e])), dgrad.x[e], one, tangents);
+            if (a.advance) R::step(c, T(value(grad.x[e])), one);
+#pragma unroll
+            for (int i = 0; i < tensors; ++i) {
+                now[i].x[e] = one[i];
+                moved[i].x[e] = tangents[i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < tensors; ++i) {
+            store(tangent[i] + at, moved[i], count, aligned);
+            if (a.advance) store(state[i] + at, now[i], count, aligned);
+        }
+    }
 }
 
 // One block for each group: its rows in order, the tiles of a row over the threads in one order.
@@ -442,6 +512,19 @@ MGD_API int mgd_cuda_vjp(const Launch* a, void* stream) {
         int error = prepare<R, T>(*a, stream);
         if (!error) error = launch(vjp_kernel<R, T, typename decltype(grad)::type>, *a, a->tiles, stream);
         return error ? error : launch(finish_kernel<R>, *a, a->groups, stream);
+    });
+}
+
+// The JVP of step *k + step_offset along one direction: tangents in place; with `advance`, the step as well. The
+// workspace is that of two steps without sums.
+MGD_API int mgd_cuda_jvp(const Launch* a, void* stream) {
+    if (a->steps != 1) return cudaErrorInvalidValue;
+    return with_types(*a, [&](auto rule, auto state, auto grad) -> int {
+        using R = typename decltype(rule)::type;
+        using T = typename decltype(state)::type;
+        int error = prepare<R, T>(*a, stream);
+        if (!error) error = launch(prepare_tangents_kernel<R, T>, *a, (a->groups + kThreads - 1) / kThreads, stream);
+        return error ? error : launch(jvp_kernel<R, T, typename decltype(grad)::type>, *a, a->tiles, stream);
     });
 }
 

@@ -2,8 +2,8 @@
 // CPU's vector units (`cpu_kernels.cpp`) and for CUDA (`cuda.cu`).
 //
 // Element functions are templated on `V`, the type of one element or of a vector register of elements, and on `T`,
-// the scalar type of the coefficients: everything they need is + - * / > ?: and `root`, which must be declared before
-// they are (`simd.h` declares it for vector registers).
+// the scalar type of the coefficients: everything they need is + - * / > ?:, `root` and `maximum`, which must be declared
+// before they are (`simd.h` declares them for vector registers).
 
 #pragma once
 
@@ -23,5 +23,9 @@ namespace mgd {
 
 MGD_HD float root(float x) { return sqrtf(x); }
 MGD_HD double root(double x) { return sqrt(x); }
+
+// y where x is NaN.
+MGD_HD float maximum(float x, float y) { return x > y ? x : y; }
+MGD_HD double maximum(double x, double y) { return x > y ? x : y; }
 
 }  // namespace mgd

@@ -27,6 +27,10 @@ void run_replay(Task task, const Problem& problem, const double* grad_scales);
 // The VJP of one step; out: [groups][columns + 1], overwritten, or null where it is not wanted.
 void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
 
+// The JVP of one step along task.directions, and where there is a new_state, which is the state, the step itself;
+// hyper_tangents: [directions][groups][columns].
+void run_jvp(Task task, const Problem& problem, const double* hyper_tangents, double grad_scale);
+
 double run_dot(const Dot& task, int64_t n, int threads);
 
 // Instruction sets that this machine can run, best last; the one in use; choosing another (std::invalid_argument where

@@ -1,4 +1,4 @@
-// SGD, element by element: the step and its vector-Jacobian product. The rule is that of `torch.optim.SGD` (coupled
+// SGD, element by element: the step, its vector-Jacobian product and its Jacobian-vector product. The rule is that of `torch.optim.SGD` (coupled
 // weight decay l2, momentum, dampening, Nesterov; the first step sets the buffer to g), with decoupled weight decay
 // beside it. With g = grad_scale * grad + l2 * p:
 //
@@ -27,6 +27,13 @@ struct Sgd {
         bool first, nesterov;
     };
 
+    // The derivatives of the coefficients in a direction.
+    template <class T>
+    struct Tangents {
+        T lr, decay, l2, momentum, dampening;
+        bool any;  // is not 0
+    };
+
     template <class V>
     struct Terms {
         V g, buf1, d;
@@ -44,6 +51,20 @@ struct Sgd {
         c.grad_scale = T(grad_scale);
         c.first = k == 1;
         c.nesterov = rule == RuleId::sgd_nesterov;
+        return c;
+    }
+
+    // From a row of the table and its tangent `d`: all in double, rounded to T once.
+    template <class T>
+    MGD_HD Tangents<T> prepare_tangents(const double* h, const double* d, double) {
+        Tangents<T> c;
+        c.lr = T(d[lr]);
+        c.decay = T(-(d[lr] * h[weight_decay] + h[lr] * d[weight_decay]));
+        c.l2 = T(d[l2]);
+        c.momentum = T(d[momentum]);
+        c.dampening = T(d[dampening]);
+        c.any = false;
+        for (int i = 0; i < columns; ++i) c.any = c.any || d[i] != 0;
         return c;
     }
 
@@ -93,6 +114,30 @@ struct Sgd {
         sum.add(u_grad, dg, grad);
         adjoint[0] = ap * c.decay + dg * c.l2;
         u = dg * c.grad_scale;
+    }
+
+    // state: before the step. tangent: of it in, of that after the step out; dgrad: of grad_scale * grad.
+    template <class V, class T>
+    MGD_HD void jvp(const Coefficients<T>& c, const Tangents<T>& d, V grad, V dgrad, const V* state, V* tangent) {
+        const Terms<V> t = terms(c, grad, state);
+        V dg = dgrad + tangent[0] * c.l2;
+        if (d.any) dg = dg + state[0] * d.l2;
+        V dd = dg;
+        if constexpr (Slots > 0) {
+            V dbuf1 = dg;
+            if (!c.first) {
+                dbuf1 = tangent[1] * c.momentum + dg * c.one_minus_dampening;
+                if (d.any) dbuf1 = dbuf1 + (state[1] * d.momentum - t.g * d.dampening);
+            }
+            dd = dbuf1;
+            if (c.nesterov) {
+                dd = dg + dbuf1 * c.momentum;
+                if (d.any) dd = dd + t.buf1 * d.momentum;
+            }
+            tangent[1] = dbuf1;
+        }
+        tangent[0] = tangent[0] * c.decay - dd * c.lr;
+        if (d.any) tangent[0] = tangent[0] + (state[0] * d.decay - t.d * d.lr);
     }
 
     // The cotangents of the columns and, last, of grad_scale, from the sums: `out` has columns + 1 places.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "optim/element.h"
 
@@ -81,15 +82,23 @@ MGD_HD void fence() {
 #if defined(__AVX512F__)
 MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm512_sqrt_ps((__m512)x); }
 MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm512_sqrt_pd((__m512d)x); }
+MGD_HD FloatPack maximum(FloatPack x, FloatPack y) { return (FloatPack)_mm512_max_ps((__m512)x, (__m512)y); }
+MGD_HD DoublePack maximum(DoublePack x, DoublePack y) { return (DoublePack)_mm512_max_pd((__m512d)x, (__m512d)y); }
 #elif defined(__AVX2__)
 MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm256_sqrt_ps((__m256)x); }
 MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm256_sqrt_pd((__m256d)x); }
+MGD_HD FloatPack maximum(FloatPack x, FloatPack y) { return (FloatPack)_mm256_max_ps((__m256)x, (__m256)y); }
+MGD_HD DoublePack maximum(DoublePack x, DoublePack y) { return (DoublePack)_mm256_max_pd((__m256d)x, (__m256d)y); }
 #elif defined(__SSE2__)
 MGD_HD FloatPack root(FloatPack x) { return (FloatPack)_mm_sqrt_ps((__m128)x); }
 MGD_HD DoublePack root(DoublePack x) { return (DoublePack)_mm_sqrt_pd((__m128d)x); }
+MGD_HD FloatPack maximum(FloatPack x, FloatPack y) { return (FloatPack)_mm_max_ps((__m128)x, (__m128)y); }
+MGD_HD DoublePack maximum(DoublePack x, DoublePack y) { return (DoublePack)_mm_max_pd((__m128d)x, (__m128d)y); }
 #else
 MGD_HD FloatPack root(FloatPack x) { return FloatPack{sqrtf(x[0]), sqrtf(x[1])}; }
 MGD_HD DoublePack root(DoublePack x) { return DoublePack{sqrt(x[0])}; }
+MGD_HD FloatPack maximum(FloatPack x, FloatPack y) { return x > y ? x : y; }
+MGD_HD DoublePack maximum(DoublePack x, DoublePack y) { return x > y ? x : y; }
 #endif
 
 struct Widened {
@@ -108,6 +117,53 @@ MGD_HD Widened widen(FloatPack x) {
     return {DoublePack{x[0]}, DoublePack{x[1]}};
 #endif
 }
+
+// Four elements, whatever the register width.
+typedef float Four __attribute__((vector_size(16)));
+typedef double Quad __attribute__((vector_size(32)));
+
+// 2^k registers to four elements, half added to half: the order is that of memory, whatever the register width.
+MGD_HD auto fold(FloatPack x) {
+#if defined(__AVX512F__)
+    const __m256 half = _mm512_castps512_ps256((__m512)x) + _mm512_extractf32x8_ps((__m512)x, 1);
+    return (Four)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+    return (Four)(_mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1));
+#else
+    return x;
+#endif
+}
+MGD_HD auto fold(DoublePack x) {
+#if defined(__AVX512F__)
+    return (Quad)(_mm512_castpd512_pd256((__m512d)x) + _mm512_extractf64x4_pd((__m512d)x, 1));
+#else
+    return x;
+#endif
+}
+template <class V, int n>
+MGD_HD auto fold(const V (&x)[n]) {
+    if constexpr (n == 1) {
+        return fold(x[0]);
+    } else if constexpr (n * sizeof(V) == 4 * sizeof(x[0][0])) {
+        std::conditional_t<sizeof(x[0][0]) == 4, Four, Quad> four;
+        __builtin_memcpy(&four, x, sizeof four);
+        return four;
+    } else {
+        V half[n / 2];
+#pragma GCC unroll 16
+        for (int i = 0; i < n / 2; ++i) half[i] = x[i] + x[i + n / 2];
+        return fold(half);
+    }
+}
+
+MGD_HD Quad doubles(Four x) {
+#if defined(__AVX2__)
+    return (Quad)_mm256_cvtps_pd((__m128)x);
+#else
+    return Quad{x[0], x[1], x[2], x[3]};
+#endif
+}
+MGD_HD Quad doubles(Quad x) { return x; }
 
 // 16-bit floats to float, exactly, in registers.
 typedef uint16_t Bits16 __attribute__((vector_size(kRegister / 2)));

@@ -122,6 +122,16 @@ def check_slots(rule: Rule, slots: Sequence[Slot], what: str) -> list[Slot]:
     return list(slots)
 
 
+def check_tangents(rule: Rule, tangents: Sequence[Sequence[Tensor]], grad_tangents: Sequence[Tensor]) -> list[Tensor]:
+    """The tangents of all directions one after the other; BadArgument where there is none, or not one for each."""
+    if not tangents or len(grad_tangents) != len(tangents):
+        raise BadArgument(
+            f"expected tangents along one direction or more, and of the gradient one per direction; got "
+            f"{len(tangents)} and {len(grad_tangents)}"
+        )
+    return [x for params, *slots in tangents for x in (params, *check_slots(rule, slots, "tangents of slots"))]
+
+
 def check_leaves(
     like: Sequence[Tensor], grads: Leaves, others: Sequence[Leaves], groups: Sequence[int]
 ) -> tuple[torch.dtype, torch.dtype, list[int]]:

@@ -50,10 +50,12 @@ class _Launch(ctypes.Structure):
         ("hyper", ctypes.c_void_p),
         ("grad_scale", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("hyper_tangent", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("rule", ctypes.c_int),
         ("dtype", ctypes.c_int),
         ("grad_dtype", ctypes.c_int),
+        ("advance", ctypes.c_int),
     ]
 
 
@@ -77,7 +79,7 @@ class _DotLaunch(ctypes.Structure):
 def _open(path: Path) -> ctypes.CDLL:
     """The library with its signatures; KernelError where it was built from other sources than this file."""
     library = ctypes.CDLL(str(path))
-    for name, argument in (("replay", _Launch), ("vjp", _Launch), ("dot", _DotLaunch)):
+    for name, argument in (("replay", _Launch), ("vjp", _Launch), ("jvp", _Launch), ("dot", _DotLaunch)):
         getattr(library, f"mgd_cuda_{name}").argtypes = [ctypes.POINTER(argument), ctypes.c_void_p]
     library.mgd_cuda_error.restype = ctypes.c_char_p
     library.mgd_cuda_workspace.restype = ctypes.c_int64
@@ -162,7 +164,7 @@ class _Tiles:
                 )
             end = stop
             first.append(first[-1] - (start - stop) // tile)
-        self.end, self.rows, self.count = end, table.shape[0], first[-1]
+        self.end, self.rows, self.count, self.groups = end, table.shape[0], first[-1], segments.groups
         self.table = table.to(device)
         self.first = torch.tensor(first, dtype=torch.int64, device=device)
 
@@ -178,6 +180,22 @@ def _tiles(segments: Segments, params: Tensor, tile: int) -> _Tiles:
     if tiles.end > params.numel():
         raise BadArgument(f"expected segments inside [0, {params.numel()}); the last one ends at {tiles.end}")
     return tiles
+
+
+def _launch(rule: Rule, params: Tensor, grad: Tensor, tiles: _Tiles, k: Tensor, **fields: Any) -> _Launch:
+    # The fields that are not given are 0.
+    return _Launch(
+        segments=tiles.table.data_ptr(),
+        first_tile=tiles.first.data_ptr(),
+        rows=tiles.rows,
+        groups=tiles.groups,
+        tiles=tiles.count,
+        k=k.data_ptr(),
+        rule=code(rule),
+        dtype=DTYPES[params.dtype],
+        grad_dtype=DTYPES[grad.dtype],
+        **fields,
+    )
 
 
 def _on(device: torch.device, values: Any, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> Tensor:
@@ -246,27 +264,20 @@ def replay_(
     scales = _on(device, grad_scales, torch.float64, (len(grads),), "grad_scales")
     first = _on(device, k, torch.int64, (), "the step number")
     to, (*sources, hyper) = gate(state, [*grads, hypers])
+    common = rule, params, grads[0], tiles, first
     size = library.mgd_cuda_workspace(min(len(grads), _MAX_STEPS), groups, 0)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     for at in range(0, len(grads), _MAX_STEPS):
         part = sources[at : at + _MAX_STEPS]
-        launch = _Launch(
+        launch = _launch(
+            *common,
             state=(ctypes.c_void_p * 3)(*to),
             grads=(ctypes.c_void_p * _MAX_STEPS)(*part),
-            segments=tiles.table.data_ptr(),
-            first_tile=tiles.first.data_ptr(),
-            rows=tiles.rows,
-            groups=groups,
-            tiles=tiles.count,
             steps=len(part),
             step_offset=at,
-            k=first.data_ptr(),
             hyper=hyper + at * hypers.stride(0) * hypers.itemsize,
             grad_scale=scales[at:].data_ptr(),
             workspace=workspace.data_ptr(),
-            rule=code(rule),
-            dtype=DTYPES[params.dtype],
-            grad_dtype=DTYPES[grads[0].dtype],
         )
         _call(library.mgd_cuda_replay, launch, device)
     wrote(state)
@@ -297,31 +308,71 @@ def vjp_(
     first = _on(device, k, torch.int64, (), "the step number")
     workspace = torch.empty(library.mgd_cuda_workspace(1, groups, tiles.count), dtype=torch.uint8, device=device)
     out = torch.empty(groups, len(rule.hyper) + 1, dtype=torch.float64, device=device)
+    common = rule, params, grad, tiles, first
     (*to, to_u), (*sources, source, table) = gate([*adjoint, u], [*state, grad, hyper])
-    launch = _Launch(
+    launch = _launch(
+        *common,
         state=(ctypes.c_void_p * 3)(*sources),
         adjoint=(ctypes.c_void_p * 3)(*to),
         u=to_u,
         grads=(ctypes.c_void_p * _MAX_STEPS)(source),
-        segments=tiles.table.data_ptr(),
-        first_tile=tiles.first.data_ptr(),
-        rows=tiles.rows,
-        groups=groups,
-        tiles=tiles.count,
         steps=1,
-        step_offset=0,
-        k=first.data_ptr(),
         hyper=table,
         grad_scale=scale.data_ptr(),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),
-        rule=code(rule),
-        dtype=DTYPES[params.dtype],
-        grad_dtype=DTYPES[grad.dtype],
     )
     _call(library.mgd_cuda_vjp, launch, device)
     wrote([*adjoint, u])
     return out
+
+
+def jvp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    tangents: Sequence[Sequence[Tensor]],
+    grad_tangents: Sequence[Tensor],
+    hyper_tangents: Tensor,
+    grad_scale: float | Tensor = 1.0,
+    advance: bool = False,
+) -> None:
+    """A pass over memory for each direction, of which the last makes the step; k as in `step_`."""
+    library = _library()
+    state = [params, *check_slots(rule, slots, "slots")]
+    moved = addresses.check_tangents(rule, tangents, grad_tangents)
+    check(unsupported, rule, [*state, *moved, *grad_tangents], [grad])
+    device, groups, count = params.device, segments.groups, len(tangents)
+    tiles = _tiles(segments, params, library.mgd_cuda_tile())
+    hyper = _on(device, hyper, torch.float64, (groups, len(rule.hyper)), "hyperparameters")
+    shape = (count, groups, len(rule.hyper))
+    hyper_tangents = _on(device, hyper_tangents, torch.float64, shape, "tangents of hyperparameters")
+    scale = _on(device, grad_scale, torch.float64, (), "grad_scale")
+    first = _on(device, k, torch.int64, (), "the step number")
+    workspace = torch.empty(library.mgd_cuda_workspace(2, groups, 0), dtype=torch.uint8, device=device)
+    common = rule, params, grad, tiles, first
+    written = [*moved, *state] if advance else moved
+    gate(written, [*(() if advance else state), *grad_tangents, grad, hyper, hyper_tangents])
+    for i, (tangent, grad_tangent) in enumerate(zip(tangents, grad_tangents, strict=True)):
+        launch = _launch(
+            *common,
+            state=(ctypes.c_void_p * 3)(*map(address, state)),
+            adjoint=(ctypes.c_void_p * 3)(*map(address, tangent)),
+            u=address(grad_tangent),
+            grads=(ctypes.c_void_p * _MAX_STEPS)(address(grad)),
+            steps=1,
+            hyper=address(hyper),
+            grad_scale=scale.data_ptr(),
+            hyper_tangent=address(hyper_tangents[i]),
+            workspace=workspace.data_ptr(),
+            advance=advance and i == count - 1,
+        )
+        _call(library.mgd_cuda_jvp, launch, device)
+    wrote(written)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

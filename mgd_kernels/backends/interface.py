@@ -80,6 +80,28 @@ class Backend(Protocol):
         last column, that of `grad_scale`. (None only where a backend was told that they are not wanted.)
         """
 
+    def jvp_(
+        self,
+        rule: Rule,
+        params: Tensor,
+        slots: Sequence[Tensor],
+        grad: Tensor,
+        hyper: Tensor,
+        k: int,
+        segments: Segments,
+        tangents: Sequence[Sequence[Tensor]],
+        grad_tangents: Sequence[Tensor],
+        hyper_tangents: Tensor,
+        grad_scale: float | Tensor = 1.0,
+        advance: bool = False,
+    ) -> None:
+        """For each of D directions, turn the tangents of `(params, *slots)` into those after step `k`, in place.
+
+        tangents: D of `(params, *slots)`, each `[n]`. grad_tangents: D tangents of the scaled gradient
+        `grad_scale * grad`, `[n]`. hyper_tangents: float64 `[D, G, H]`. advance: `params` and `slots` make the step in
+        the same pass, with the bits of `step_`; else they stay as they are.
+        """
+
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner product of two `[n]` tensors, accumulated in float64: a 0-d float64 tensor."""
 

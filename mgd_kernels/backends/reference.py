@@ -238,28 +238,32 @@ STRIP = 1 << 16  # elements: what is computed for as many stays in the processor
 
 def jvp_(
     rule: Rule,
-    state: Sequence[Tensor],
+    params: Tensor,
+    slots: Sequence[Tensor],
     grad: Tensor,
     hyper: Tensor,
     k: int,
     segments: Segments,
-    tangents: Sequence[Tensor],
-    grad_tangent: Tensor,
-    hyper_tangent: Tensor,
+    tangents: Sequence[Sequence[Tensor]],
+    grad_tangents: Sequence[Tensor],
+    hyper_tangents: Tensor,
     grad_scale: float | Tensor = 1.0,
+    advance: bool = False,
 ) -> None:
-    """The tangents of `(params, *slots)`, those after the step in place of those before it. grad_tangent: of the
-    scaled gradient."""
-    check_extents_apart(tangents, [*state, grad, grad_tangent, hyper, hyper_tangent])
-    dtype = state[0].dtype
+    state, moved = (params, *slots), [x for tangent in tangents for x in tangent]
+    written = [*moved, *(state if advance else ())]
+    check_extents_apart(written, [*(() if advance else state), grad, *grad_tangents, hyper, hyper_tangents])
     for row, end, group in segments.rows():
-        h, dh = hyper[group].tolist(), hyper_tangent[group].tolist()
+        h, dhs = hyper[group].tolist(), hyper_tangents[:, group].tolist()
         for start in range(row, end, STRIP):
             part = slice(start, min(start + STRIP, end))
-            x, dx = [tensor[part] for tensor in state], [tensor[part] for tensor in tangents]
-            g, dg = grad[part].to(dtype) * grad_scale, grad_tangent[part].to(dtype)
-            for old, new in zip(dx, jvp(rule, x[0], x[1:], g, h, k, dx, dg, dh), strict=True):
-                old.copy_(new)
+            x, g = [tensor[part] for tensor in state], grad[part].to(params.dtype) * grad_scale
+            for tangent, grad_tangent, dh in zip(tangents, grad_tangents, dhs, strict=True):
+                dx, dg = [tensor[part] for tensor in tangent], grad_tangent[part].to(params.dtype)
+                for old, new in zip(dx, jvp(rule, x[0], x[1:], g, h, k, dx, dg, dh), strict=True):
+                    old.copy_(new)
+    if advance:
+        step_(rule, params, slots, grad, hyper, k, segments, grad_scale)
 
 
 def replay_(

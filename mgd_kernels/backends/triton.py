@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.arena import Segments
+from mgd_kernels.backends.addresses import check_tangents
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.memory import check_extents_apart, wrote
 from mgd_kernels.rules import Rule
@@ -324,6 +325,53 @@ def vjp_(
             )  # fmt: skip
         wrote(written)
         return _sum(partials, tiles.ranges, segments.groups)
+
+
+def jvp_(
+    rule: Rule,
+    params: Tensor,
+    slots: Sequence[Tensor],
+    grad: Tensor,
+    hyper: Tensor,
+    k: int | Tensor,
+    segments: Segments,
+    tangents: Sequence[Sequence[Tensor]],
+    grad_tangents: Sequence[Tensor],
+    hyper_tangents: Tensor,
+    grad_scale: float | Tensor = 1.0,
+    advance: bool = False,
+) -> None:
+    """A pass over memory for each direction, of which the last makes the step; k as in `step_`."""
+    kernels, rules, groups, width = _kernels(), _rules(), segments.groups, len(rule.hyper)
+    moved, state, count = check_tangents(rule, tangents, grad_tangents), [params, *slots], len(tangents)
+    _check(params.numel(), *state, *moved, grad, *grad_tangents)
+    written = [*moved, *state] if advance else moved
+    check_extents_apart(written, [grad, *grad_tangents, *(() if advance else state)])
+    if hyper_tangents.shape != (count, groups, width):
+        raise BadArgument(f"expected hyper_tangents [{count}, {groups}, {width}]; got {list(hyper_tangents.shape)}")
+    device = params.device
+    with _on(device):
+        tiles = tiles_of(segments, kernels.VJP_BLOCK, device)
+        if not tiles.count:
+            return
+        table, _ = _coefficients(rule, hyper[None], k, [grad_scale], segments, device)
+        hyper, dhyper = (
+            x.to(device, torch.float64, non_blocking=True).resolve_neg().contiguous() for x in (hyper, hyper_tangents)
+        )
+        k_tensor = k.to(device, torch.int64, non_blocking=True) if isinstance(k, Tensor) else None
+        dtable = torch.zeros(count, groups, rules.TANGENT_WIDTH.value, dtype=torch.float32, device=device)
+        rules.tangents_kernel[(count * groups,)](
+            hyper, dhyper, k_tensor, 0 if k_tensor is not None else k, dtable, groups, width, RULE=_variant(rule),
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        for i, ((tangent, *rest), grad_tangent) in enumerate(zip(tangents, grad_tangents, strict=True)):
+            for programs, where, block, aligned in tiles.parts:
+                kernels.jvp_kernel[(programs,)](
+                    params, *_pair(slots), grad, tangent, *_pair(rest), grad_tangent, table, dtable[i], where,
+                    params.numel(), RULE=_variant(rule), ALIGNED=aligned, ADVANCE=advance and i == count - 1,
+                    BLOCK=block, **_options(block),
+                )  # fmt: skip
+    wrote(written)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

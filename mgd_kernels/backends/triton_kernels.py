@@ -14,7 +14,9 @@ import triton.language as tl
 from mgd_kernels.backends.triton_rules import (
     WIDTH64,
     adam_vjp,
+    jvp,
     read_coefficients,
+    read_tangents,
     sgd_vjp,
     step,
 )
@@ -125,6 +127,46 @@ def replay_kernel(
         _store(slot1, at, s1, mask)
     if low is not None:
         _store(low, at, p, mask)
+
+
+# --- Jacobian-vector products ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def jvp_kernel(
+    param, slot0, slot1, grad, tangent, tangent0, tangent1, grad_tangent, table, tangent_table, tiles, numel,
+    RULE: tl.constexpr, ALIGNED: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The tangents of the state before a step become those of the state after it, in place; ADVANCE: the state makes
+    the step."""
+    start, stop, group, _ = _tile(tiles, numel, BLOCK, ALIGNED)
+    at = start + tl.max_contiguous(tl.arange(0, BLOCK), 4)
+    mask = at < stop
+    c = read_coefficients(table, group)
+    p = _load(param, at, mask)
+    dp = _load(tangent, at, mask)
+    s0, s1, ds0, ds1 = p, p, dp, dp
+    if slot0 is not None:
+        s0 = _load(slot0, at, mask)
+        ds0 = _load(tangent0, at, mask)
+    if slot1 is not None:
+        s1 = _load(slot1, at, mask)
+        ds1 = _load(tangent1, at, mask)
+    g = _load(grad, at, mask) * c[3]
+    dg = _load(grad_tangent, at, mask)
+    dp, ds0, ds1 = jvp(p, s0, s1, g, dp, ds0, ds1, dg, c, read_tangents(tangent_table, group), RULE)
+    _store(tangent, at, dp, mask)
+    if slot0 is not None:
+        _store(tangent0, at, ds0, mask)
+    if slot1 is not None:
+        _store(tangent1, at, ds1, mask)
+    if ADVANCE:
+        p, s0, s1 = step(p, s0, s1, g, c, RULE)
+        _store(param, at, p, mask)
+        if slot0 is not None:
+            _store(slot0, at, s0, mask)
+        if slot1 is not None:
+            _store(slot1, at, s1, mask)
 
 
 # --- Vector-Jacobian products ------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import triton.language as tl
 # float64 for the reductions.
 WIDTH = tl.constexpr(12)
 WIDTH64 = tl.constexpr(4)
+# And of the table of their derivatives in a direction, float32.
+TANGENT_WIDTH = tl.constexpr(9)
 
 
 # --- Coefficients ------------------------------------------------------------------------------------------------
@@ -96,6 +98,54 @@ def read_coefficients(table, row):
         tl.load(table + 9),
         tl.load(table + 10),
         tl.load(table + 11),
+    )
+
+
+@triton.jit(do_not_specialize=["groups", "width", "k"])
+def tangents_kernel(hyper, hyper_tangents, k_ptr, k, out, groups, width, RULE: tl.constexpr):  # fmt: skip
+    """Program i turns row i of `hyper_tangents` `[directions * groups, width]`, tangents of the rows of `hyper`
+    `[groups, width]` at step k, into row i of `out`, the derivatives of the coefficients."""
+    row = tl.program_id(0)
+    if k_ptr is not None:
+        k = tl.load(k_ptr)
+    k = k.to(tl.int64)
+    hyper += (row % groups).to(tl.int64) * width
+    hyper_tangents += row.to(tl.int64) * width
+    out += row.to(tl.int64) * TANGENT_WIDTH
+    dlr = tl.load(hyper_tangents)
+    dweight_decay = tl.load(hyper_tangents + 1)
+    tl.store(out, dlr)
+    tl.store(out + 1, -(dlr * tl.load(hyper + 1) + tl.load(hyper) * dweight_decay))
+    tl.store(out + 2, tl.load(hyper_tangents + 2))
+    tl.store(out + 3, tl.load(hyper_tangents + 3))
+    tl.store(out + 4, tl.load(hyper_tangents + 4))
+    if RULE == "adam":
+        beta1 = tl.load(hyper + 3)
+        beta2 = tl.load(hyper + 4)
+        power1 = _power(beta1, k - 1)
+        power2 = _power(beta2, k - 1)
+        c1 = 1.0 - power1 * beta1
+        c2 = 1.0 - power2 * beta2
+        tl.store(out + 5, k.to(tl.float64) * power1 * tl.load(hyper_tangents + 3) / (c1 * c1))
+        tl.store(out + 6, k.to(tl.float64) * power2 * tl.load(hyper_tangents + 4) / (c2 * c2))
+        tl.store(out + 7, tl.load(hyper_tangents + 5))
+        tl.store(out + 8, tl.load(hyper_tangents + 6))
+
+
+@triton.jit
+def read_tangents(table, row):
+    """One row of their derivatives, likewise."""
+    table += row * TANGENT_WIDTH
+    return (
+        tl.load(table),
+        tl.load(table + 1),
+        tl.load(table + 2),
+        tl.load(table + 3),
+        tl.load(table + 4),
+        tl.load(table + 5),
+        tl.load(table + 6),
+        tl.load(table + 7),
+        tl.load(table + 8),
     )
 
 
@@ -193,6 +243,37 @@ def sgd_vjp(p, buf, g, ap, ab, c, RULE: tl.constexpr):
         dmomentum,
         ddampening,
     )
+
+
+@triton.jit
+def jvp(p, s0, s1, g, dp, ds0, ds1, dg, c, d, RULE: tl.constexpr):
+    """The tangents of the state after one step of any rule, from those before it, of g (without the L2 term) and of
+    the coefficients; those of slots that the rule lacks pass through."""
+    decay, lr, l2 = c[0], c[1], c[2]
+    dlr, ddecay, dl2 = d[0], d[1], d[2]
+    dg = dg + l2 * dp + dl2 * p
+    g = g + l2 * p
+    if RULE == "adam":
+        _, _, _, _, beta1, rest1, beta2, rest2, inverse_c1, inverse_c2, _, _ = c
+        _, _, _, dbeta1, dbeta2, dinverse_c1, dinverse_c2, deps, deps_root = d
+        m1, v1, _, S, D, safe_D, n = _adam_terms(s0, s1, g, c)
+        dm1 = beta1 * ds0 + rest1 * dg + dbeta1 * (s0 - g)
+        dv1 = beta2 * ds1 + 2 * rest2 * g * dg + dbeta2 * (s1 - g * g)
+        dvhat = dv1 * inverse_c2 + v1 * dinverse_c2 + deps_root
+        dD = tl.where(S > 0, tl.div_rn(dvhat, tl.where(S > 0, 2 * S, 1.0)), 0.0) + deps
+        dn = tl.where(D > 0, tl.div_rn(dm1 * inverse_c1 + m1 * dinverse_c1 - n * dD, safe_D), 0.0)
+        ds0, ds1 = dm1, dv1
+    else:
+        momentum, rest, first = c[4], c[5], c[6]
+        dmomentum, ddampening = d[3], d[4]
+        n, buf1 = _sgd_terms(s0, g, c, RULE)
+        dn = dg
+        if RULE != "sgd":
+            ds0 = tl.where(first > 0, dg, momentum * ds0 + rest * dg + (dmomentum * s0 - ddampening * g))
+            dn = ds0
+            if RULE == "nesterov":
+                dn = dg + momentum * ds0 + dmomentum * buf1
+    return decay * dp - lr * dn + (ddecay * p - dlr * n), ds0, ds1
 
 
 @triton.jit

@@ -185,7 +185,7 @@ class TrainingFunction:
         many, `metagradient`.
 
         dz: tensors for some keys of z, of their shapes; or a list of m such directions, which gives the tangents a
-            first dimension `[m]`. A further direction costs about a training and a half.
+            first dimension `[m]`. A further direction costs about two trainings.
         """
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
         with self._guarded(progress) as tick:

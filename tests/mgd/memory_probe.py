@@ -2,6 +2,7 @@
 
 memory_probe.py budgets STEPS '[{"host": 1000}, ...]' OPTIONS   above where it stood, by budget, and in training
 memory_probe.py convnet STEPS '"METHOD"' BUDGET                 with a convnet of 10^6 parameters and its activations
+memory_probe.py forward '[STEPS, ...]'                          of forward mode, for trainings of these lengths
 memory_probe.py lora STEPS '[BUDGET, ...]'                      with adapters of a frozen transformer, captured
 """
 
@@ -73,6 +74,15 @@ def budgets(steps: int, given: list[dict], options: dict) -> dict:
     return {"training": training, "gradient": sizes.gradient, "budgets": measured}
 
 
+def forward(lengths: list[int]) -> dict:
+    def call(steps: int, width: int = 1024) -> Callable[[], object]:
+        f, z = dense(steps, width)
+        return lambda: f.jvp(z, z)
+
+    call(2, 8)()  # libraries, lazy imports
+    return {"rises": [rise(call(steps)) for steps in lengths]}
+
+
 def convnet(steps: int, method: str, budget: dict) -> dict:
     def call(length: int, width: int) -> Callable[[], object]:
         made = parts(resnet9("group", width), (3, 32, 32), length, 8) | {"optimizer": SGD(lr=0.05, momentum=0.9)}
@@ -136,4 +146,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     what, *arguments = sys.argv[1:]
-    print(json.dumps({"budgets": budgets, "convnet": convnet, "lora": lora}[what](*map(json.loads, arguments))))
+    print(json.dumps({"budgets": budgets, "forward": forward, "convnet": convnet, "lora": lora}[what](*map(json.loads, arguments))))

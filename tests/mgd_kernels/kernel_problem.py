@@ -82,6 +82,38 @@ class Problem:
         return torch.stack([x.expand(self.n) for x in dh] + [u * raw])
 
 
+class Directions(Problem):
+    """A problem with tangents along `directions`, all random; the last leaves the hyperparameters as they are."""
+
+    def __init__(self, rule, *arguments, directions=2, **options):
+        super().__init__(rule, *arguments, **options)
+        if rule is ADAM:
+            self.state[2] += 0.05  # or one element with the least v would decide which error is larger
+        random = torch.Generator().manual_seed(7)
+
+        def draw() -> Tensor:
+            return torch.randn(self.n, generator=random, dtype=torch.float64).to(self.state[0].dtype)
+
+        self.tangents = [[draw() for _ in self.state] for _ in range(directions)]
+        self.moved = [draw() for _ in range(directions)]
+        shape = (directions, *self.hyper.shape)
+        self.hyper_tangents = torch.randn(shape, generator=random, dtype=torch.float64) * self.hyper
+        self.hyper_tangents[-1] = 0.0
+
+    def jvp(self, backend, dtype=None, advance=False, device="cpu") -> tuple[list[Tensor], list[Tensor]]:
+        """The tangents, direction by direction, and the state."""
+
+        def copied(tensors) -> list[Tensor]:
+            return [x.to(device, dtype or x.dtype, copy=True) for x in tensors]
+
+        state, tangents, moved = copied(self.state), [copied(x) for x in self.tangents], copied(self.moved)
+        backend.jvp_(
+            self.rule, state[0], state[1:], self.grad.to(device), self.hyper, self.k, self.segments, tangents, moved,
+            self.hyper_tangents, self.scale, advance,
+        )  # fmt: skip
+        return [x.cpu() for tangent in tangents for x in tangent], [x.cpu() for x in state]
+
+
 def same_bits(a, b) -> bool:
     return all(
         x.dtype == y.dtype and x.shape == y.shape and x.numpy().tobytes() == y.numpy().tobytes()

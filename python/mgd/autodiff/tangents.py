@@ -2,8 +2,8 @@
 
 The Hessian is symmetric: the derivative of the gradient along a direction is the gradient of the derivative along it.
 With `d` the tangents of parameters, buffers and metaparameters, `<dL/d(all), d>` is the derivative of the loss, and its
-gradient with respect to the parameters is the derivative of the gradient. That of the buffers comes from the derivative
-of their VJP, which is linear in its cotangent.
+gradient with respect to the parameters, one VJP of the gradients with `d` as their cotangents, is the derivative of the
+gradient. That of the buffers comes from the derivative of their VJP, which is linear in its cotangent.
 """
 
 from __future__ import annotations
@@ -54,22 +54,26 @@ def first_and_tangents(evaluate: Evaluate, point: Point, directions: Sequence[Di
     found = FirstAndTangents(loss.detach(), gradient, [x.detach() for x in left], [not k for k in kept])
     for direction in directions:
         tangents = [*direction.parameters, *direction.buffers, *direction.metaparameters]
-        along = _inner(first, tangents)
-        found.losses.append(torch.zeros_like(loss).detach() if along is None else along.detach())
-        found.gradients.append(_gradient(along, p))
-        moved = dict(zip(moving, _gradient(_inner(pulled, tangents), seeds), strict=True))
+        found.losses.append(_inner(first, tangents, torch.zeros_like(loss)))
+        found.gradients.append(_vjp(first, p, tangents))
+        moved = dict(zip(moving, _vjp(pulled, seeds, tangents), strict=True))
         found.floats.append(
             [torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(point.buffers)]
         )
     return found
 
 
-def _inner(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> Tensor | None:
-    terms = [(x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None]
-    return sum(terms[1:], terms[0]) if terms else None
+@torch.no_grad()
+def _inner(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None], zero: Tensor) -> Tensor:
+    return sum(((x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None), zero)
 
 
-def _gradient(value: Tensor | None, inputs: list[Tensor]) -> list[Tensor | None]:
-    if value is None or not value.requires_grad:
+def _vjp(
+    outputs: Sequence[Tensor | None], inputs: list[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    pairs = zip(outputs, cotangents, strict=True)
+    live = [(x, y) for x, y in pairs if x is not None and y is not None and x.requires_grad]
+    if not live or not inputs:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True))
+    xs, ys = zip(*live, strict=True)
+    return list(torch.autograd.grad(xs, inputs, ys, retain_graph=True, allow_unused=True))

@@ -2,7 +2,8 @@
 
 Bytes per parameter in float32, with S tensors beside the parameters: the step reads parameters, slots and gradient and
 writes all but the gradient; the VJP reads those and the adjoints, and writes the adjoints and the cotangent of the
-gradient; a replay of k steps reads and writes the state once, and k gradients.
+gradient; a replay of k steps reads and writes the state once, and k gradients; the step with its JVP reads state,
+tangents, gradient and the tangent of the gradient, and writes state and tangents.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ class Problem:
             return torch.rand(n, device=device, generator=generator)
 
         width = 1 + len(self.rule.slots)
-        self.state, self.adjoint = ([draw() for _ in range(width)] for _ in range(2))
+        self.state, self.adjoint, self.tangent = ([draw() for _ in range(width)] for _ in range(3))
         self.grads = [draw() for _ in range(logged)]  # apart in memory, so that a replay must read each
-        self.grad, self.u = self.grads[0], torch.zeros(n, device=device)
+        self.grad, self.u, self.grad_tangent = self.grads[0], torch.zeros(n, device=device), self.grads[1]
         self.hyper = torch.tensor([hyper], dtype=torch.float64)
         self.segments = Segments.single(n)
 
     def bytes(self, pass_: str) -> int:
         """That one parameter must move."""
         width = len(self.state)
-        return 4 * {"step": 2 * width + 1, "vjp": 3 * width + 2, "replay": 2 * width + self.logged}[pass_]
+        tensors = {"step": 2 * width + 1, "vjp": 3 * width + 2, "replay": 2 * width + self.logged, "jvp": 4 * width + 2}
+        return 4 * tensors[pass_]
 
     def step(self) -> None:
         p, *slots = self.state
@@ -67,6 +69,14 @@ class Problem:
         hypers = self.hyper.expand(self.logged, 1, -1).contiguous()
         scales = [1.0] * self.logged
         self.backend.replay_(self.rule, p, slots, self.grads, hypers, K, self.segments, scales)
+
+    def jvp(self, backend: Backend | None = None) -> None:
+        """The step, and its JVP along one direction in which every hyperparameter moves."""
+        p, *slots = self.state
+        (backend or self.backend).jvp_(
+            self.rule, p, slots, self.grad, self.hyper, K, self.segments, [self.tangent], [self.grad_tangent],
+            self.hyper[None], advance=True,
+        )  # fmt: skip
 
     # --- what they are compared with ----------------------------------------------------------------------------
 
@@ -92,8 +102,9 @@ class Problem:
         return optimizer.step
 
     def errors(self) -> dict[str, float]:
-        """The largest relative errors (in norm) of step, VJP and replay against float64, on copies of the state."""
-        kept = [x.clone() for x in (*self.state, *self.adjoint)]
+        """The largest relative errors (in norm) of every pass against float64, on copies of the state."""
+        mutable = (*self.state, *self.adjoint, *self.tangent)
+        kept = [x.clone() for x in mutable]
         width = len(self.state)
         precise = [x.double() for x in self.state]
         h = self.hyper[0].tolist()
@@ -104,7 +115,7 @@ class Problem:
             return state
 
         def restore() -> None:
-            for mine, old in zip((*self.state, *self.adjoint), kept, strict=True):
+            for mine, old in zip(mutable, kept, strict=True):
                 mine.copy_(old)
 
         found = {}
@@ -120,6 +131,13 @@ class Problem:
             getattr(self, name)()
             found[name] = max(_error(a, b) for a, b in zip(self.state, advanced(precise, steps), strict=True))
             restore()
+        moved = [x.double() for x in self.tangent]
+        tangents = reference.jvp(
+            self.rule, precise[0], precise[1:], self.grad.double(), h, K, moved, self.grad_tangent.double(), h
+        )
+        self.jvp()
+        found["jvp"] = max(_error(a, b) for a, b in zip(self.tangent, tangents, strict=True))
+        restore()
         return found
 
 

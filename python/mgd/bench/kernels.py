@@ -22,7 +22,8 @@ from mgd.ui.console import Session
 from mgd.ui.options import Json, Out, parse_count
 from mgd.ui.page import Page, Section, Table
 
-PASSES = ("step", "vjp", "replay")
+PASSES = ("step", "vjp", "replay", "jvp")
+NAMES = {"jvp": "step and jvp"}
 CHECKED = 1 << 16  # parameters of the problem on which results are compared with float64
 # In norm. A float32 result of a few operations rounds by some 1e-7; sums over 65,536 parameters are made in double.
 PRECISE = 2e-6
@@ -78,7 +79,7 @@ def measure(
                     row: dict[str, Any] = {
                         "backend": name,
                         "rule": rule,
-                        "pass": pass_ + (f" of {problem.logged} steps" if pass_ == "replay" else ""),
+                        "pass": NAMES.get(pass_, pass_) + (f" of {problem.logged} steps" if pass_ == "replay" else ""),
                         "seconds": seconds,
                         "bytes_per_parameter": problem.bytes(pass_),
                         "gigabytes_per_second": moved / 1e9,
@@ -97,7 +98,12 @@ def measure(
 
 
 def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
-    """The same work in torch: autograd for the VJP, torch.optim for the steps."""
+    """The same work in torch: autograd for the VJP, torch.optim for the steps, the specification for the JVP."""
+    if pass_ == "jvp":
+        from mgd_kernels.backends import reference
+
+        seconds = timing.least(2, lambda: problem.jvp(reference), device=device)[0]
+        return {"torch": "torch, in strips", "torch_seconds": seconds}
     if pass_ == "vjp":
         return {"torch": "autograd", "torch_seconds": timing.least(2, problem.autograd, device=device)[0]}
     seconds = timing.least(2, problem.optim(), device=device)[0]
@@ -130,7 +136,8 @@ def rows(measured: dict[str, Any]) -> Table:
 CAPTION = (
     "GB/s: bytes that must be moved over the time. of plain: of the best bandwidth of a copy, memcpy and an addition "
     "in place, measured in between. "
-    "vjp: the step is computed again inside. error: against float64, the largest of all results, relative in norm."
+    "vjp: the step is computed again inside. jvp: along one direction. error: against float64, the largest of all "
+    "results, relative in norm."
 )
 
 STATIC = (

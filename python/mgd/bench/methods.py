@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mgd.bench import baselines
 from mgd.bench.bergson import magic
@@ -15,18 +16,19 @@ from mgd.bench.cases import Case
 from mgd.plan.budget import Budget
 from mgd.results import Report
 
-OBJECTIVES = 16
+OBJECTIVES, DIRECTIONS = 16, 4
 BUDGET = "128MB"
 
 
 @dataclass
 class Outcome:
     """What a method found: the value, the gradient of every entry of `z` (of the mean objective); and the report of a
-    method of this package."""
+    method of this package. along: of forward mode, its directions and the value's derivatives along them."""
 
     value: Tensor
     grads: dict[str, Any]
     report: Report | None = None
+    along: tuple[list[dict[str, Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,29 @@ def _objectives(case: Case) -> Callable[[], Outcome]:
     return run
 
 
+def _forward(count: int) -> Callable[[Case], Callable[[], Outcome]]:
+    """Forward mode along random directions in which every entry of z moves by its own magnitude."""
+
+    def prepare(case: Case) -> Callable[[], Outcome]:
+        generator = torch.Generator().manual_seed(0)
+
+        def moved(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {key: moved(value) for key, value in x.items()}
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            return noise * x.detach().abs().mean()
+
+        directions = [moved(dict(case.z)) for _ in range(count)]
+
+        def run() -> Outcome:
+            found = case.function.jvp(case.z, directions)
+            return Outcome(found.value, {}, found.report, (directions, found.tangent))
+
+        return run
+
+    return prepare
+
+
 METHODS: dict[str, Method] = {
     "unrolled": Method("plain torch: one autograd graph through all steps", _plain(baselines.unrolled)),
     "states": Method("plain torch: every state kept, each step differentiated by autograd", _plain(baselines.states)),
@@ -101,8 +126,27 @@ METHODS: dict[str, Method] = {
         objectives=OBJECTIVES,
         share=1 / 8,
     ),
+    "forward": Method("mgd, forward mode along one direction, no gradient", _forward(1), ours=True),
+    "directions": Method(
+        f"mgd, forward mode along {DIRECTIONS} directions in one sweep, ratio for one of them",
+        _forward(DIRECTIONS),
+        ours=True,
+        objectives=DIRECTIONS,
+    ),
 }
-DEFAULT = tuple(name for name in METHODS if name not in ("bergson", "mgd", "compiled", "microbatches"))
+LEFT_OUT = ("bergson", "mgd", "compiled", "microbatches", "forward", "directions")
+DEFAULT = tuple(name for name in METHODS if name not in LEFT_OUT)
+
+
+def difference_along(outcome: Outcome, reference: Mapping[str, Any]) -> dict[str, float]:
+    """Of forward mode's derivatives from `<gradient, direction>`: over the root of the sum of its squared terms."""
+    assert outcome.along is not None
+    worst = 0.0
+    for direction, tangent in zip(*outcome.along, strict=True):
+        pairs = zip(tree_leaves(dict(reference)), tree_leaves(direction), strict=True)
+        terms = torch.cat([(g.double() * d.double()).flatten().cpu() for g, d in pairs])
+        worst = max(worst, float((tangent.double().cpu().sum() - terms.sum()).abs() / terms.square().sum().sqrt()))
+    return {"along": worst}
 
 
 def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import typer
 from mgd.bench import figures, peak, shared, timing
 from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import Case, load
-from mgd.bench.methods import DEFAULT, METHODS, Outcome, differences, training
+from mgd.bench.methods import DEFAULT, METHODS, Outcome, difference_along, differences, training
 from mgd.bench.workloads import WORKLOADS
 from mgd.results import Report
 from mgd.ui import machine
@@ -123,7 +123,10 @@ def _lengths(
 
 
 def _described(name: str, outcome: Outcome, reference: Outcome, length: int) -> dict[str, Any]:
-    differing = differences(outcome.grads, reference.grads)
+    if outcome.along is None:
+        differing = differences(outcome.grads, reference.grads)
+    else:
+        differing = difference_along(outcome, reference.grads)
     return {
         "what": METHODS[name].what,
         "ours": METHODS[name].ours,
@@ -148,7 +151,8 @@ def _noting(run: Callable[[], Outcome], name: str, reports: dict[str, Report]) -
 def _timed(entry: dict[str, Any], sample: timing.Samples, objectives: int, report: Report | None) -> None:
     summary = sample.summary()
     if report is not None:
-        entry["plan"] = {key: report.plan[key] for key in ("schedule", "peak", "limits", "model_steps", "update_steps")}
+        told = ("schedule", "peak", "limits", "model_steps", "update_steps")  # forward mode has no schedule
+        entry["plan"] = {key: report.plan[key] for key in told if key in report.plan}
         entry |= {"phases": report.seconds, "execution": report.execution}
     entry |= summary
     entry["ratio"] = {key: value / objectives for key, value in summary["ratio"].items()}

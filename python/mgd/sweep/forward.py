@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mgd.errors import BadMetaparameter, NonFiniteState
@@ -46,14 +47,19 @@ class ForwardSweep(Sweep):
         self._note_losses(t, result)
         scale, clip = self._clip(result)
         with self.timings.timed("optimizer jvp"):
-            for j, (tangent, moved) in enumerate(zip(self.tangents, gradients, strict=True)):
-                scaled = moved * scale
-                if clip:
-                    scaled.add_(result.gradient, alpha=clip * float(dot(result.gradient, moved)))
-                table, hypers = self.meta.tables[t], self._directions[j].hypers[t]
-                self.optimizer.step_jvp_(self.state, result.gradient, table, tangent.state, scaled, hypers, scale)
-                tangent.buffers = given[j].buffers
+            if clip:  # of the scaled gradient, from those of the gradient
+                along = [float(dot(result.gradient, moved)) for moved in gradients]
+                gradients = [
+                    (moved * scale).add_(result.gradient, alpha=clip * x)
+                    for moved, x in zip(gradients, along, strict=True)
+                ]
+            table, tangents = self.meta.tables[t], [tangent.state for tangent in self.tangents]
+            hypers = torch.stack([direction.hypers[t] for direction in self._directions])
+            self.optimizer.step_jvp_(
+                self.state, result.gradient, table, tangents, gradients, hypers, scale, advance=True
+            )
+            for j, (tangent, moved) in enumerate(zip(self.tangents, given, strict=True)):
+                tangent.buffers = moved.buffers
                 if not math.isfinite(float(tangent.state.params.sum())):
                     raise NonFiniteState(t, f"the tangent of the parameters along direction {j}")
-        self._update(self.state, result)
         self.buffers = result.buffers[-1]

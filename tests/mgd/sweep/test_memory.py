@@ -48,6 +48,13 @@ def test_a_declared_budget_is_kept(tmp_path, trace):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's VmHWM")
+def test_forward_mode_takes_no_more_memory_for_more_steps():
+    """A log of the longer training's gradients alone would be 170 MB."""
+    short, longer = probe("forward", [3, 43])["rises"]
+    assert longer <= short + SLACK, (short, longer)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's VmHWM")
 def test_a_tenth_of_unrolling():
     """A convnet of 10^6 parameters with GroupNorm, T = 64. Unrolling takes 2.7 GB by the line through 4 and 8 steps."""
     short, longer = (probe("convnet", steps, "unrolled", {})["rise"] for steps in (4, 8))

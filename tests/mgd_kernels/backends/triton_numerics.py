@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_problem import Directions
 from torch import Tensor
 
 from mgd_kernels import ops, use_backend
@@ -161,6 +162,26 @@ def test_replay(rule, name, n, k, steps):
     if steps <= 10:
         for x, y in zip(found, problem.single_steps(), strict=True):
             assert torch.equal(x, y), "a replay is bit-identical to its single steps"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "name, n, k, grad_dtype",
+    [("single", 1030, 1, torch.float16), ("ragged", 1100, 3, torch.float32), ("aligned", 1056, 1000, torch.float32)],
+)
+def test_jvp(rule, name, n, k, grad_dtype):
+    segments = layout(name, n)
+    problem = Directions(RULES[rule], grad_dtype=grad_dtype, n=n, k=k, groups=segments.groups)
+    problem.segments = segments
+    found, state = problem.jvp(triton, device=DEVICE)
+    assert all(torch.equal(x, y) for x, y in zip(state, problem.state, strict=True))
+    assert_as_good_as_torch(found, problem.jvp(reference)[0], problem.jvp(reference, torch.float64)[0])
+    again, state = problem.jvp(triton, device=DEVICE, advance=True)
+    assert all(torch.equal(x, y) for x, y in zip(again, found, strict=True))
+    p, *slots = (x.to(DEVICE, copy=True) for x in problem.state)
+    grad = problem.grad.to(DEVICE)
+    triton.step_(problem.rule, p, slots, grad, problem.hyper, k, segments, problem.scale)
+    assert all(torch.equal(x, y.cpu()) for x, y in zip(state, (p, *slots), strict=True)), "not the bits of the step"
 
 
 def test_replay_of_a_thousand_steps():
