@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from float32 import exact, initial, judge
 from formulas import FORMULAS, TOLD_OTHERWISE, Model
 from torch import Tensor
 from unrolled import unrolled
@@ -46,7 +47,7 @@ def training(name: str, dtype: torch.dtype) -> dict[str, Any]:
         return (z["w"] * m(x).flatten(1).cos().mean(1)).mean() + size(m)
 
     z = {"lr": torch.linspace(0.5, 0.3, STEPS).double(), "w": torch.linspace(0.5, 1.5, EXAMPLES).to(dtype)}
-    z["init"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    z["init"] = initial(model)
     return {
         "model": model,
         "loss": loss,
@@ -57,16 +58,9 @@ def training(name: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def flat(grads: dict[str, Any]) -> dict[str, Tensor]:
-    init = torch.cat([g.reshape(-1).double() for _, g in sorted(grads["init"].items())])
-    return {"lr": grads["lr"].double(), "w": grads["w"].double(), "init": init}
-
-
 @functools.cache
 def right(name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    t = training(name, torch.float64)
-    result = unrolled(t.pop("model"), t.pop("loss"), t.pop("batches"), t.pop("z"), **t)
-    return result.value, flat(result.grads)
+    return exact(functools.partial(training, name))
 
 
 def modes() -> list:
@@ -81,16 +75,7 @@ def modes() -> list:
 @pytest.mark.parametrize("name, mode", modes())
 def test_right(name: str, mode: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mgd.autodiff.payoff, "CAUTION", 0.0)  # the default captures at the first chance
-    value, grads = right(name)
-    t = training(name, torch.float32)
-    model, z = t["model"], t.pop("z")
-    before = {key: x.clone() for key, x in model.state_dict().items()}
-    result = mgd.TrainingFunction(**t, objective_mode="train", trace=MODES[mode]).metagradient(z)
-    assert (result.value - value).abs() <= TOLERANCE * value.abs()
-    for key, g in flat(result.grads).items():
-        assert (g - grads[key]).norm() <= TOLERANCE * grads[key].norm(), key
-    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    judge(functools.partial(training, name), MODES[mode], right(name), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMULAS if name not in TOLD_OTHERWISE])

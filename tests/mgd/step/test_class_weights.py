@@ -21,14 +21,26 @@ def test_values_are_those_of_torch(reduction, shape):
     y.view(-1)[1] = -100
     w = torch.rand(3, dtype=torch.float64)
     learned = w.clone().requires_grad_()
+    for smoothing in (0.0, 0.3):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        for weight in (learned, w):
+            expected = F.cross_entropy(x, y, w, **options)
+            torch.testing.assert_close(class_weights.cross_entropy(x, y, weight, **options), expected)
+            one = F.cross_entropy(x[0], y[0], w, **options) if not shape else None
+            if one is not None:
+                torch.testing.assert_close(class_weights.cross_entropy(x[0], y[0], weight, **options), one)
     for own, theirs in ((class_weights.cross_entropy, F.cross_entropy), (class_weights.nll_loss, F.nll_loss)):
         torch.testing.assert_close(own(x, y, learned, reduction=reduction), theirs(x, y, w, reduction=reduction))
         torch.testing.assert_close(own(x, y, w, reduction=reduction), theirs(x, y, w, reduction=reduction))
 
 
+def smoothed(*args, **kwargs):
+    return F.cross_entropy(*args, **kwargs, label_smoothing=0.3)
+
+
 @pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")  # what Dynamo itself does not take
 @pytest.mark.parametrize("trace", [False, True])
-@pytest.mark.parametrize("loss", [F.cross_entropy, lambda x, *a, **k: F.nll_loss(x.log_softmax(1), *a, **k)])
+@pytest.mark.parametrize("loss", [F.cross_entropy, smoothed, lambda x, *a, **k: F.nll_loss(x.log_softmax(1), *a, **k)])
 def test_a_training_with_learned_class_weights(trace, loss):
     torch.manual_seed(0)
     f = mgd.TrainingFunction(
