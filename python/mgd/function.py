@@ -320,7 +320,10 @@ class TrainingFunction:
     def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
         try:
-            return sweep.forward()
+            trained = sweep.forward()
+            step = sweep.step
+            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.state, step.moved, step.unmoved)
+            return trained
         except NonFiniteState as error:
             if error.where == LOST:
                 self._sweep(z, kind=WatchedSweep).forward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import warnings
@@ -35,37 +34,6 @@ def test_function_modes_that_an_interrupt_left_behind():
             raise Interrupt
         assert _get_current_function_mode_stack() == [mine]
     assert not _get_current_function_mode_stack()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that was just opened
-def test_interrupts_at_random_moments():
-    f, chance = CASE.function(trace=False), random.Random(0)
-    expected, before = f.metagradient(CASE.z), [(p, p.clone()) for p in CASE.model.parameters()]
-    stream = torch.get_rng_state()
-
-    def interrupt(*_):
-        raise Interrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    interrupted = 0
-    try:
-        for _ in range(30):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-4 + chance.random() * 0.05)
-                f.metagradient(CASE.z)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Interrupt:
-                interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            assert not _get_current_function_mode_stack()
-            after = CASE.model.parameters()
-            assert all(p is q and torch.equal(q, copy) for (p, copy), q in zip(before, after, strict=True))
-            assert torch.equal(torch.get_rng_state(), stream)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert interrupted
-    assert torch.equal(f.metagradient(CASE.z).grads["lr"], expected.grads["lr"])
 
 
 def test_a_fork_while_another_thread_has_the_turn():

@@ -109,6 +109,28 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise BadArgument(f"expected {name} among {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def warn_of_unmoved(
+    optimizer: Optimizer, hypers: Tensor, state: OptimizerState, moved: set[int], unmoved: set[int]
+) -> None:
+    """Warn where a parameter had no gradient and `torch.optim` would have done something else: it leaves it as it is,
+    where here its gradient is zero. moved, unmoved: see `StepFunction`."""
+    assert state.arena is not None
+    names = state.arena.names
+    decays = [False] * optimizer.groups
+    if "weight_decay" in optimizer.hyper_names:
+        decays = hypers[:, :, optimizer.column("weight_decay")].any(0).tolist()
+    groups = optimizer.group_of(names)
+    differing = [names[i] for i in sorted(unmoved) if decays[groups[i]] or (i in moved and optimizer.slots)]
+    if differing:
+        warnings.warn(
+            f"{', '.join(map(repr, differing[:3]))}{', ...' if differing[3:] else ''} had no gradient at some steps. "
+            "torch.optim would skip these parameters there; here their gradient is zero, and weight decay and momentum "
+            "act. Freeze (requires_grad=False) what no step uses",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def warn_of_noise(optimizer: Optimizer, hypers: Tensor, state: OptimizerState) -> None:
     """Warn where the derivative of a training may be noise. hypers: of all steps. state: near the end of it."""
     assert state.arena is not None

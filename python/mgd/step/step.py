@@ -56,11 +56,16 @@ Add = Callable[[int, Sequence["Tensor | None"], list[tuple[BatchMetaparameters, 
 
 
 class StepFunction:
-    """Evaluates the steps of one training."""
+    """Evaluates the steps of one training.
+
+    moved, unmoved: the parameters, by number, that had a gradient at some step, and those that had none at some step.
+    """
 
     def __init__(self, arena: Arena, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator):
         self.arena, self.loss, self.batches = arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
+        self.moved: set[int] = set()
+        self.unmoved: set[int] = set()
         self._agreement = Agreement(arena)
         self._numbers: dict[int, set[str]] = {}  # of each step's batch: digests of its indices and labels
 
@@ -71,14 +76,18 @@ class StepFunction:
         total: Tensor | None = None
         losses, history, residuals = [], [buffers], []
         parameters = self.arena.tensors(params)
+        moved: set[int] = set()
         for microbatch in self.evaluations(t, meta):
             result = self.evaluator.gradient(microbatch, parameters, history[-1])
+            moved.update(i for i, g in enumerate(result.gradients) if g is not None)
             total = self._accumulate(total, result.gradients, into)
             losses.append(result.loss.double())
             history.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
         assert total is not None  # there is at least one microbatch
+        self.moved |= moved
+        self.unmoved |= set(range(len(parameters))) - moved
         self._agreement.scale = self._agreement.scale or float(total.float().norm())
         values = torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
         return StepResult(total, values, history, residuals=residuals if len(residuals) == len(losses) else None)
