@@ -24,9 +24,8 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: Near a plan of fewer tiers that takes at most this factor of the best so far, a search of at most so many steps goes
-#: on; of more steps it would take too long.
-PROMISING, PARTS = 1.3, 20_000
+#: A search of at most so many steps goes on near every start; of more steps it would take too long.
+EVERY_START = 1000
 
 #: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
 #: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
@@ -60,9 +59,10 @@ class Search:
         found: dict[frozenset[str], Layout] = {}
         for tiers in self._combinations():
             part = replace(self, limits={tier: room for tier, room in self.limits.items() if tier in tiers})
-            parts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
-            if starts := parts + part.revolve():
-                chosen = self._widened(part._search(min(starts, key=self.seconds), parts, enough))
+            starts = [found[tiers - {tier}] for tier in part.limits if tiers - {tier} in found]
+            starts += part.revolve()
+            if starts:
+                chosen = self._widened(part._search(starts, enough))
                 if self.seconds(chosen) <= enough:
                     break
                 found[tiers] = chosen
@@ -100,11 +100,12 @@ class Search:
         layout = replace(layout, tiers=tuple(self.limits), outer=outer, inner=inner, log=on_all(layout.log))
         return layout.keeping(self.limits)
 
-    def _search(self, start: Layout, parts: Sequence[Layout], enough: float) -> Layout:
+    def _search(self, starts: Sequence[Layout], enough: float) -> Layout:
         """The fastest layout that is found, or one that takes no more than `enough` seconds.
 
-        parts: plans of fewer tiers, near which is searched, too. They differ in kind, and any may be close to the best.
+        starts: plans of fewer tiers, and without a log. They differ in kind, and any may be close to the best.
         """
+        start = min(starts, key=self.seconds)
         if len(self.limits) > 1:  # on one tier the bound is tight, so that the search finds full logs soon
             start = self._fastest(full_logs(self.chain), self.seconds(start), enough, FEWEST) or start
         best = self.seconds(start)
@@ -112,14 +113,13 @@ class Search:
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
-        seen: list[int] = []
-        for other in (chosen, *(parts if self.chain <= PARTS else ())):
+        lengths: list[int] = []  # of what was found so far
+        for other in (chosen, *(sorted(starts, key=self.seconds) if self.chain <= EVERY_START else ())):
             if self.seconds(chosen) <= enough:
                 break
-            promising = self.seconds(other) <= PROMISING * self.seconds(chosen)
-            if promising and not any(other.length <= NEAR * x and x <= NEAR * other.length for x in seen):
+            if not any(other.length <= NEAR * x and x <= NEAR * other.length for x in lengths):
                 found = self._refined(self._widened(other), enough)
-                seen += other.length, found.length
+                lengths.append(found.length)
                 chosen = min(chosen, found, key=self.seconds)
         return chosen
 
