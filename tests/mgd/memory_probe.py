@@ -146,4 +146,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     what, *arguments = sys.argv[1:]
-    print(json.dumps({"budgets": budgets, "forward": forward, "convnet": convnet, "lora": lora}[what](*map(json.loads, arguments))))
+    print(
+        json.dumps(
+            {"budgets": budgets, "forward": forward, "convnet": convnet, "lora": lora}[what](
+                *map(json.loads, arguments)
+            )
+        )
+    )

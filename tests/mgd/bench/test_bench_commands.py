@@ -58,11 +58,17 @@ def test_throughput_shortens_what_does_not_fit(monkeypatch):
     assert line[0] == "unrolled (4 steps)" and line[5].startswith("~")
 
 
+def test_throughput_compares_forward_mode_with_the_gradient():
+    found = throughput.measure("small", ["forward", "directions"], rounds=1, steps=3, memory=False)["methods"]
+    assert set(found) == {"forward", "directions"} and found["directions"]["objectives"] > 1
+    assert all(entry["agrees"] and 0 < entry["difference"]["along"] < 1e-4 for entry in found.values())
+
+
 def test_kernels_compares_with_float64(capsys, tmp_path, monkeypatch):
     arguments = "bench kernels --parameters 70k --rounds 1 --json".split()
     run(capsys, *arguments, tmp_path / "k.json")
     rows = json.loads((tmp_path / "k.json").read_text())["rows"]
-    assert [row["bytes_per_parameter"] for row in rows] == [28, 44, 56, 20, 32, 48]
+    assert [row["bytes_per_parameter"] for row in rows] == [28, 44, 56, 56, 20, 32, 48, 40]
     assert all(0 < row["error"] <= PRECISE and row["times_torch"] > 0 for row in rows)
     step = kernel_cases.Problem.step
 
