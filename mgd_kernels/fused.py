@@ -19,6 +19,7 @@ class FusedOptimizer(Optimizer):
     """An optimizer whose rule has kernels; its columns are those of the rule."""
 
     rule: Rule
+    elementwise = True
 
     def __init__(
         self,

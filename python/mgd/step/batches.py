@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -16,16 +17,18 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 from mgd.errors import BadBatch
+from mgd.util.fingerprint import digest
 
 
-def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
-    """`count` slices of the batch along its first dimension, each with its share of the examples.
+def microbatches(batch: Any, count: int, step: int, wanted: range | None = None) -> list[tuple[Any, float]]:
+    """Of `count` slices of the batch along its first dimension those wanted, each with its share of the examples.
 
     The shares sum to 1, so the weighted sum of the means over microbatches is the mean over the batch, even if the
     slices differ in length. Tensors without dimensions go to every microbatch.
 
     Raises BadBatch if a tensor is empty, or if `count` > 1 and the tensors have no common length of at least `count`.
     """
+    wanted = range(count) if wanted is None else wanted
     leaves, spec = flatten(batch)
     if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
@@ -41,8 +44,33 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     if length < count:
         raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
     split = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count for leaf in leaves]
-    sizes = [len(part) for part in torch.arange(length).tensor_split(count)]
-    return [(tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)]
+    sizes = [stop - start for start, stop in slices(length, count)]
+    return [(tree_unflatten([parts[i] for parts in split], spec), sizes[i] / length) for i in wanted]
+
+
+def slices(length: int, count: int) -> list[tuple[int, int]]:
+    """First and last example of each of `count` slices of so many; the longer ones come first."""
+    small, longer = divmod(length, count)
+    starts = [i * small + min(i, longer) for i in range(count + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def fingerprints(batch: Any, count: int, step: int) -> list[int]:
+    """A number for each of `count` slices of the batch, which tells examples apart, not their order: int64."""
+    found = []
+    for part, _ in microbatches(batch, count, step):
+        number = 0
+        for leaf in flatten(part)[0]:
+            number = number * 1_000_003 + (_bits(leaf) if isinstance(leaf, Tensor) else int(digest(leaf)[:15], 16))
+        found.append((number + (1 << 63)) % (1 << 64) - (1 << 63))
+    return found
+
+
+def _bits(x: Tensor) -> int:
+    """The sum of a tensor's bytes, taken as numbers of its width, and of what its shape says."""
+    flat = x.detach().contiguous().resolve_conj().resolve_neg().reshape(-1)
+    raw = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64))
+    return int(raw.sum()) + 31 * x.numel() + 37 * x.ndim
 
 
 def flatten(batch: Any) -> tuple[list[Any], Any]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.errors import BadObjective, NonFiniteState
+from mgd.ranks.shards import Shards
 from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
-from mgd_kernels import Arena, OptimizerState
+from mgd_kernels import OptimizerState
 
 
 @dataclass
@@ -33,21 +34,11 @@ class Adjoint:
         yield from self.state.tensors()
         yield from self.buffers
 
-    def add_to_parameters(self, arena: Arena, gradients: Sequence[Tensor | None]) -> None:
-        """Add one tensor per parameter; None stands for zeros."""
-        pairs = [
-            (x, g if g.dtype == x.dtype else g.to(x.dtype))
-            for x, g in zip(arena.slices(self.state.params), gradients, strict=True)
-            if g is not None
-        ]
-        if pairs:
-            torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
-
 
 def objective_adjoints(
     binding: Binding,
     objective: Callable[..., Tensor],
-    arena: Arena,
+    shards: Shards,
     trained: Trained,
     like: OptimizerState,
     steps: int,
@@ -55,7 +46,8 @@ def objective_adjoints(
 ) -> tuple[Tensor, list[Adjoint]]:
     """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
 
-    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training.
+    like: a state of the shapes of its adjoint, this process's part. steps: T. mode: "eval", or "train" for that of the
+    training.
     """
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
         value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, stack)
@@ -65,14 +57,15 @@ def objective_adjoints(
             torch.autograd.grad(component, [*parameters, *floats], retain_graph=True, allow_unused=True)
             for component in components
         ]
-    adjoints = []
+    adjoints, arena = [], shards.arena
     for grads in gradients:
         if all(g is None for g in grads):
             raise BadObjective("a component of the objective depends on no trained parameter")
-        adjoint = like.zeros_like()
-        pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
+        flat = arena.zeros()
+        pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+        adjoint = replace(like.zeros_like(), params=shards.part(flat))
         own = [torch.zeros_like(b) for b in floats]  # memory of its own: a gradient may be a view with stride 0
         for b, g in zip(own, grads[len(parameters) :], strict=True):
             if g is not None:
@@ -84,7 +77,7 @@ def objective_adjoints(
 def objective_tangents(
     binding: Binding,
     objective: Callable[..., Tensor],
-    arena: Arena,
+    shards: Shards,
     trained: Trained,
     tangents: Sequence[Adjoint],
     steps: int,
@@ -100,7 +93,7 @@ def objective_tangents(
             raise BadObjective("the objective depends on no trained parameter")
         found = []
         for tangent in tangents:
-            moved = [*arena.tensors(tangent.state.params), *tangent.buffers]
+            moved = [*shards.arena.tensors(tangent.state.params), *tangent.buffers]
             terms = [(g * x).sum() for g, x in zip(pulled, moved, strict=True) if g is not None]
             along = torch.stack(terms).sum()
             (derivative,) = torch.autograd.grad(along, seed, retain_graph=True, allow_unused=True)
