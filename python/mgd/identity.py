@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.step.batches import flatten
+from mgd.step.batches import flatten, loaded
 from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
 from mgd.step.rng import seed_generators, seed_of
@@ -81,7 +81,7 @@ def _batches(batches: Sequence[Any], meta: Metaparameters) -> str:
     """A digest of all batches, and of what `per_example` reads from them."""
     digests = []
     for t in range(len(batches)):
-        batch = batches[t]
+        batch = loaded(batches[t])
         leaves, spec = flatten(batch)
         digests.append(digest(str(spec), leaves, [index(batch) for index in meta.per_example.values()]))
     return digest(digests)

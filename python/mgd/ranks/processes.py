@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from mgd.ranks.ranks import Made, Ranks, check_facts, place
 from mgd.util.system import free_memory
 
 GRACE = 5.0  # seconds in which the others say what they know of a failure
+_connections: Counter[str] = Counter()  # made so far, by the name of the process group
 LEFT = "a failure of another rank"  # what a rank says that only saw a connection close
 
 
@@ -48,17 +51,17 @@ class ProcessRanks(Ranks):
         backend = dist.get_backend_config(process_group)
         if "gloo" not in backend:
             raise BadArgument(f"expected a process group with Gloo, which serves the CPU; got {backend!r}")
-        self._base, self._own = process_group, None
-        self._members = dist.get_process_group_ranks(process_group)
+        self._base = process_group
+        self._own: dist.ProcessGroupGloo | None = None  # the connections
+        self._key = ""  # of what ranks say of a failure, in the store
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         options: Any = process_group._get_backend(torch.device("cpu")).options
-        self._timeout, self._store, self._calls = options._timeout, process_group.get_group_store(), 0
+        self._timeout, self._store = options._timeout, process_group.get_group_store()
 
     # --- calls and failures ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        self._calls += 1
         if self._own is None:
             self._connect()
         try:
@@ -72,32 +75,28 @@ class ProcessRanks(Ranks):
 
     def _connect(self) -> None:
         """Connect with every rank, in a group that is this object's own."""
-        name = f"mgd/call {self._calls}"
-        with self._failing(lambda: name):
-            self._store.set(f"{name}/{self.rank} is here", "")
-            self._own = dist.new_group(
-                self._members, timeout=self._timeout, backend="gloo", use_local_synchronization=True
-            )
+        name = self._base.group_name
+        _connections[name] += 1  # as often as the other ranks, which make the same calls
+        self._key = f"mgd/{name}/{_connections[name]}"
+        with self._failing():
+            self._store.set(f"{self._key}/{self.rank} is here", "")
+            store = dist.PrefixStore(self._key, self._store)
+            self._own = dist.ProcessGroupGloo(store, self.rank, self.size, self._timeout)
 
     def _leave(self, reason: str) -> None:
-        """Say why, and close the connections."""
-        if self._own is None:
-            return
-        group, self._own = self._own, None
-        with contextlib.suppress(Exception):
-            self._store.set(f"{group.group_name}/{self.rank}", reason)
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group(group)
+        """Say why, and close the connections, as the end of the group does."""
+        with contextlib.suppress(Exception):  # the store may be gone
+            self._store.set(f"{self._key}/{self.rank}", reason)
+        self._own = None
 
     @contextlib.contextmanager
-    def _failing(self, name: Callable[[], str]) -> Iterator[None]:
+    def _failing(self) -> Iterator[None]:
         """Errors of the block become RankFailed, with what can be found out about the reason."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            key = name()
             self._leave(LEFT)
-            silent, reasons = self._found_out(key)
+            silent, reasons = self._found_out(self._key)
             raise RankFailed(silent, reasons, str(error).partition("\n")[0]) from error
 
     def _found_out(self, key: str) -> tuple[list[int], dict[int, str]]:
@@ -127,25 +126,21 @@ class ProcessRanks(Ranks):
     def _exchanged(self, send: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """As bytes, so that every dtype has one way."""
         width, received = send.element_size(), send.new_empty(sum(sizes))
-        with self._failing(self._name):
-            dist.all_to_all_single(
+        assert self._own is not None, "collectives belong into a call"
+        with self._failing():
+            self._own.alltoall_base(
                 received.view(torch.uint8),
                 send.contiguous().view(torch.uint8),
                 [size * width for size in sizes],
                 [length * width for length in lengths],
-                group=self._own,
-            )
+            ).wait()
         return received
 
-    def _name(self) -> str:
-        assert self._own is not None, "collectives belong into a call"
-        return self._own.group_name
-
     def objects(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        with self._failing(self._name):
-            dist.all_gather_object(values, value, group=self._own)
-        return values
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self.numbers(torch.tensor([len(data)])).tolist()
+        received = self._exchanged(data.repeat(self.size), [len(data)] * self.size, sizes)
+        return [pickle.loads(bytes(part.numpy())) for part in received.split(sizes)]
 
     def numbers(self, own: Tensor) -> Tensor:
         flat = own.reshape(-1)

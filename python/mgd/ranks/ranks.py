@@ -88,6 +88,4 @@ def check_facts(all_facts: Sequence[Mapping[str, Any]]) -> None:
     for rank, facts in enumerate(all_facts):
         names = [name for name in {**first, **facts} if first.get(name) != facts.get(name)]
         if names:
-            name = names[0]
-            shown = [facts.get(name, "nothing") for facts in (first, facts)]
-            raise RanksDisagree(names, f"rank 0 has {shown[0]}, rank {rank} has {shown[1]}")
+            raise RanksDisagree(names, f"what rank {rank} has is not what rank 0 has")

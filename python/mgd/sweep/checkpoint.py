@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -109,6 +110,11 @@ class RunCheckpoint:
         """The result is complete: the directory may begin another run."""
         self.store.clear()
         self.store.flush()
+
+    def remove(self) -> None:
+        """Of several ranks, each removes its directory: another number of them would see a run in it. It is closed."""
+        if self._ranks.size > 1:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
         """Entries of another run may be whole and good, and would give numbers that are not those of this one."""

@@ -40,6 +40,8 @@ class Storage:
             self.stats = self.history.stats()
         self.residuals.clear()
         self.history.close()
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
 
     @contextlib.contextmanager
     def closed_after_errors(self) -> Iterator[None]:
