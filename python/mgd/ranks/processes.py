@@ -52,7 +52,7 @@ class ProcessRanks(Ranks):
         if "gloo" not in backend:
             raise BadArgument(f"expected a process group with Gloo, which serves the CPU; got {backend!r}")
         self._base = process_group
-        self._own: dist.ProcessGroupGloo | None = None  # the connections
+        self._own: Any = None  # the connections
         self._key = ""  # of what ranks say of a failure, in the store
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         options: Any = process_group._get_backend(torch.device("cpu")).options
@@ -70,7 +70,7 @@ class ProcessRanks(Ranks):
         except RankFailed:
             raise
         except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}")
+            self._leave(f"{type(error).__name__}: {error}".removesuffix(": "))
             raise
 
     def _connect(self) -> None:
@@ -92,24 +92,27 @@ class ProcessRanks(Ranks):
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         """Errors of the block become RankFailed, with what can be found out about the reason."""
+        connecting = self._own is None
         try:
             yield
         except (RuntimeError, ValueError) as error:
             self._leave(LEFT)
-            silent, reasons = self._found_out(self._key)
-            raise RankFailed(silent, reasons, str(error).partition("\n")[0]) from error
+            silent, reasons = self._found_out(connecting)
+            seen = str(error).partition("\n")[0].partition(". This is")[0]
+            raise RankFailed(silent, reasons, seen) from error
 
-    def _found_out(self, key: str) -> tuple[list[int], dict[int, str]]:
-        """Ranks that say nothing within the time of grace, and what the others say, by rank."""
+    def _found_out(self, connecting: bool) -> tuple[list[int], dict[int, str]]:
+        """Ranks that say nothing within the time of grace, and what the others say, by rank. connecting: to be there is
+        to say something."""
         silent, reasons = set(range(self.size)) - {self.rank}, {}
         end = time.monotonic() + GRACE
         with contextlib.suppress(Exception):  # the store may be gone with the process that has it
             while silent:
                 for rank in sorted(silent):
-                    if self._store.check([f"{key}/{rank}"]):
+                    if self._store.check([f"{self._key}/{rank}"]):
                         silent.discard(rank)
-                        reasons[rank] = self._store.get(f"{key}/{rank}").decode()
-                    elif self._store.check([f"{key}/{rank} is here"]):
+                        reasons[rank] = self._store.get(f"{self._key}/{rank}").decode()
+                    elif connecting and self._store.check([f"{self._key}/{rank} is here"]):
                         silent.discard(rank)
                 if time.monotonic() > end:
                     break
