@@ -25,7 +25,7 @@ from mgd.plan import training as planning
 from mgd_kernels import AdamW, Muon, RMSprop
 
 V = 4
-STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
+STALL = 5.0  # seconds: the timeout of the group in which a rank stalls
 
 
 def outcome(result: Any) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def stalled(group: Any) -> tuple[str, str, float]:
     """Rank 1 does not come back in time."""
     short = dist.new_group(timeout=timedelta(seconds=STALL))
     rank, case = dist.get_rank(group), mlp().to(torch.float32)
-    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(3 * STALL))
+    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(2 * STALL))
     begin = time.monotonic()
     told_of = told(lambda: case.but(batches=batches).metagradient(process_group=short))
     return *told_of, time.monotonic() - begin
