@@ -39,6 +39,7 @@ from mgd.sweep.report import report_of
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
+from mgd.util.fingerprint import digest
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer
@@ -328,6 +329,7 @@ class TrainingFunction:
         try:
             if weights is not None:
                 assert sweep.value is not None
+                self.ranks.check_same(lambda: {"the cotangent of the objective": digest(weights)})
                 sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, weights)])
             with sweep.storage.closed_after_errors():
                 gradients = sweep.reverse()
@@ -356,7 +358,9 @@ class TrainingFunction:
             task = sweep.step.loss.binding, self.objective, sweep.shards, trained
             if isinstance(sweep, ForwardSweep):
                 return objective_tangents(*task, sweep.tangents, len(self), self.objective_mode)
-            return objective_adjoints(*task, state, len(self), self.objective_mode)
+            found = objective_adjoints(*task, state, len(self), self.objective_mode)
+            self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
+            return found
 
     def _shards(self, arena: Arena) -> Shards:
         return shards_of(self.ranks, arena, self.microbatches, self.optimizer.elementwise)

@@ -37,8 +37,8 @@ def test_steps_of_parts_are_those_of_the_whole(optimizer):
         assert torch.equal(torch.cat([copy.tensors()[i] for copy in copies]), tensor)
         assert torch.equal(torch.cat([each.tensors()[i] for each in adjoints]), adjoint.tensors()[i])
     assert torch.equal(torch.cat([u for u, _ in found]), out[0])
-    for name, value in out[1].items():
-        torch.testing.assert_close(found[0][1][name] + found[1][1][name], value)
+    for name, value in out[1].items():  # sums in another order, of RMSprop and Muon in float32
+        torch.testing.assert_close(found[0][1][name] + found[1][1][name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_segments_of_a_part():

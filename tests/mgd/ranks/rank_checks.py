@@ -236,6 +236,7 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "order": of(case.but(batches=order)),
         "length": of(fewer.but(z={"lr": torch.full((len(fewer),), 1e-2)})),
         "seed": of(case, seed=rank),
+        "objective": of(case.but(objective=lambda model: several(model)[rank])),
         "divides": of(case, microbatches=size + 1),
         "buffers": of(case.but(model=Counting(), z={"init": {}})),
         "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"]})),
