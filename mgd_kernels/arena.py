@@ -47,6 +47,29 @@ class Segments:
     def rows(self) -> list[tuple[int, int, int]]:
         return [tuple(row) for row in self.table.tolist()]
 
+    def part(self, start: int, stop: int) -> Segments:
+        """Those of the elements `start` to `stop` of the buffer, as a buffer of their own."""
+        cut = [(max(a, start) - start, min(b, stop) - start, group) for a, b, group in self.rows()]
+        return Segments.merged([row for row in cut if row[0] < row[1]], self.groups)
+
+    def group_at(self, place: int) -> int:
+        """The parameter group of an element."""
+        rows = self.rows()
+        return next((group for _, stop, group in rows if place < stop), rows[-1][2])
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a flat buffer for a part of an arena must be: its length, and the dtypes of parameters and of gradients."""
+
+    numel: int
+    dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.numel, dtype=dtype or self.dtype, device=self.device)
+
 
 class Arena:
     """The layout of named tensors in one flat buffer.
@@ -123,6 +146,17 @@ class Arena:
             source = [source[name] for name in self.names]
         self._check_shapes(source)
         torch._foreach_copy_(self.slices(flat), [tensor.detach() for tensor in source])
+
+    def part(self, names: Sequence[str]) -> Arena:
+        """The layout of some of the tensors, which follow each other in this one."""
+        shapes, dtypes = (
+            dict(zip(self.names, self.shapes, strict=True)),
+            dict(zip(self.names, self.dtypes, strict=True)),
+        )
+        tensors = {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in names}
+        part = Arena(tensors, self.dtype)
+        part.device = self.device
+        return part
 
     def _check_flat(self, flat: Tensor) -> None:
         if flat.shape != (self.numel,):

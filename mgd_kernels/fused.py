@@ -18,6 +18,7 @@ class FusedOptimizer(Optimizer):
     """An optimizer whose rule has kernels; its columns are those of the rule."""
 
     rule: Rule
+    elementwise = True
 
     def __init__(
         self,

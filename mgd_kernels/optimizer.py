@@ -59,6 +59,11 @@ class OptimizerState:
             mine.copy_(theirs)
         self.step = other.step
 
+    def part(self, start: int, stop: int, arena: Arena | None = None) -> OptimizerState:
+        """The elements `start` to `stop`, as views. arena: of the parameters that these are, where they are whole."""
+        part = self._like([tensor[start:stop] for tensor in self.tensors()])
+        return replace(part, segments=self.segments.part(start, stop), arena=arena)
+
     def zeros_like(self) -> OptimizerState:
         """A zero adjoint of this state: the same tensors, all zero."""
         return self._like([torch.zeros_like(tensor) for tensor in self.tensors()])
@@ -75,9 +80,12 @@ class Optimizer(ABC):
     param_groups: overrides for some parameters, each a mapping with the key `params` (a name pattern such as
         `"*.bias"`, a list of them, or a predicate on the name) and hyperparameters; a parameter belongs to the first
         entry that matches (group 1, 2, ...), all others to group 0, the defaults.
+
+    elementwise: an element's update depends on no other element, so that a flat buffer may be cut anywhere.
     """
 
     slots: tuple[str, ...]
+    elementwise = False
 
     def __init__(self, defaults: Mapping[str, Value], param_groups: Sequence[Mapping[str, Any]] = ()):
         self._values = dict(defaults)

@@ -50,10 +50,10 @@ class UpdateRule(Optimizer):
         if self.elementwise:
             for start, stop, group in state.segments.rows():
                 yield group, [buffer[start:stop] for buffer in buffers]
-        elif arena is None:
+        elif arena is None and state.params.numel():
             raise BadArgument("expected init(flat, arena): an update that is not element-wise needs the shapes")
-        else:
-            groups = self.group_of(arena.names)
+        elif arena is not None:
+            groups = [state.segments.group_at(place) for place in arena.offsets]
             for group, *views in zip(groups, *(arena.slices(buffer) for buffer in buffers), strict=True):
                 yield group, views
 

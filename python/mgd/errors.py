@@ -35,6 +35,8 @@ __all__ = [
     "NonFiniteState",
     "NotDifferentiable",
     "ParametersModified",
+    "RankFailed",
+    "RanksDisagree",
     "ReplayDivergence",
     "StaleRun",
     "StoreBusy",
@@ -139,6 +141,35 @@ class CorruptScores(MetagradientError):
         super().__init__(
             f"expected rows {start} to {stop} of {path} as they were written; got other bytes, another "
             "size, or no file. Restore the file from a copy, or delete the directory and attribute again."
+        )
+
+
+class RanksDisagree(MetagradientError, ValueError):
+    """Processes of one training were given different things. differing: their names."""
+
+    def __init__(self, differing: list[str], found: str):
+        self.differing = differing
+        super().__init__(
+            f"expected every process to make the same call; they differ in {', '.join(differing)}: {found}. Give all "
+            "of them the same arguments, from the same seeds, with the same version of the code."
+        )
+
+
+class RankFailed(MetagradientError):
+    """Another process of the training failed, died or stalled.
+
+    silent: ranks that did not answer. reasons: what the others say of their failure, by rank.
+    """
+
+    def __init__(self, silent: list[int], reasons: Mapping[int, str], seen: str):
+        self.silent, self.reasons = silent, dict(reasons)
+        found = [f"rank {rank} raised {text}" for rank, text in self.reasons.items()]
+        if silent and not found:
+            ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+            found.append(f"{ranks} died, stalled or made no such call")
+        super().__init__(
+            f"expected every process to finish the call; {'; '.join(found) or 'the connection to one was lost'}. Look "
+            f"at the output of that process, and make the call again in all of them (seen here: {seen})."
         )
 
 

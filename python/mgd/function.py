@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState, StaleRun
-from mgd.identity import Objective, Start, identity_of
+from mgd.identity import Objective, Start, given, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
-from mgd.results import Jvp, Metagradient, Report, Trained
+from mgd.ranks.processes import ranks_of
+from mgd.ranks.shards import Shards, shards_of
+from mgd.results import Jvp, Metagradient, Trained
 from mgd.step import arguments
 from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
@@ -31,14 +34,15 @@ from mgd.step.turn import turn
 from mgd.sweep.adjoint import objective_adjoints, objective_tangents, objective_value, weighted_sum
 from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.node import DifferentiableTraining
+from mgd.sweep.report import report_of
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
 from mgd.util.files import path_of
+from mgd.util.fingerprint import digest
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
 from mgd_kernels import Arena, Optimizer
-from mgd_kernels.fused import FusedOptimizer
 
 
 def _no_tick(phase: str, steps: int = 1) -> None:
@@ -80,6 +84,10 @@ class TrainingFunction:
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state
         at its end. The attribute may be set anew between calls, as may what `model` and `batches` hold.
+    process_group: of `torch.distributed`; each of its W processes makes the same calls, with the same arguments. Rank r
+        evaluates the microbatches `r V/W` to `(r+1) V/W - 1` of V, and owns 1/W of optimizer state, log, snapshots and
+        adjoint; a budget is that of each process. Results are the same on every rank, and have the bits of one process
+        with as many microbatches (docs/how-to/processes.md).
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class TrainingFunction:
         trace: bool | str | None = None,
         compile: bool = False,
         optimizer_state: Mapping[str, Any] | None = None,
+        process_group: Any = None,
     ):
         arguments.check_model(model)
         arguments.check_batches(batches)
@@ -113,6 +122,8 @@ class TrainingFunction:
             raise BadArgument(f"expected max_grad_norm > 0; got {max_grad_norm}")
         if microbatches < 1:
             raise BadArgument(f"expected microbatches >= 1; got {microbatches}")
+        self.process_group, self.ranks = process_group, ranks_of(process_group)
+        self.ranks.check_divides(microbatches)
         self.model, self.loss, self.batches = model, loss, batches
         self.optimizer, self.objective = optimizer, objective
         self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
@@ -173,7 +184,7 @@ class TrainingFunction:
             self._residuals = sweep.residuals.step_bytes
             self._costs = sweep.timings.costs(stats, sweep.arena.device) or self._costs
             state = trained.optimizer_state if sweep.keep_slots else None
-            return Metagradient(sweep.value, grads, trained.model_state, trained.losses, self._report(sweep), state)
+            return Metagradient(sweep.value, grads, trained.model_state, trained.losses, report_of(sweep), state)
 
     def jvp(
         self, z: Mapping[str, Any], dz: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, progress: bool = False
@@ -188,6 +199,7 @@ class TrainingFunction:
             first dimension `[m]`. A further direction costs about two trainings.
         """
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
+        self.ranks.refuse("forward mode (jvp)")
         with self._guarded(progress) as tick:
             sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
             value, tangents = self._objective(sweep, z)
@@ -195,7 +207,7 @@ class TrainingFunction:
             tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
             if isinstance(dz, Mapping):
                 tangent, model = tangent[0], {name: x[0] for name, x in model.items()}
-            return Jvp(value, tangent, model, trained, self._report(sweep))
+            return Jvp(value, tangent, model, trained, report_of(sweep))
 
     def __call__(self, z: Mapping[str, Any]) -> Tensor:
         """The objective as a node of the autograd graph: `backward` fills the gradients of the tensors in `z`."""
@@ -206,12 +218,12 @@ class TrainingFunction:
 
     def plan(self) -> Plan:
         """What a metagradient will store where, and what it will cost."""
-        return self._plan_request(Arena.of(self.model), dict(self.model.named_buffers())).plan()
+        return self._plan_request(self._shards(Arena.of(self.model)), dict(self.model.named_buffers())).plan()
 
     def identity(self, z: Mapping[str, Any], objectives: Iterable[Objective] | None = None) -> dict[str, str]:
         """Digests, by name, of what a metagradient at `z` depends on, as far as can be told without running it (see
         `mgd.identity`). It reads all batches, and evaluates a step and the objective, or those in its place."""
-        with self._guarded():
+        with self._guarded(alone=True):
             return self._identity(z, (self.objective,) if objectives is None else objectives)
 
     def replaced(self, **changes: Any) -> TrainingFunction:
@@ -229,14 +241,16 @@ class TrainingFunction:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @contextlib.contextmanager
-    def _guarded(self, progress: bool = False) -> Iterator[Callable[..., None]]:
+    def _guarded(self, progress: bool = False, alone: bool = False) -> Iterator[Callable[..., None]]:
         """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
-        mode. Calls from other threads wait. Yields the progress bar's tick."""
+        mode. Calls from other threads wait. alone: other ranks need not make the same call. Yields the progress bar's
+        tick."""
         with (
             turn(self.model),
+            contextlib.nullcontext() if alone else self.ranks.call(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            Progress(len(self), progress) as bar,
+            Progress(len(self), progress and self.ranks.rank == 0) as bar,
         ):
             yield bar.tick
 
@@ -249,7 +263,7 @@ class TrainingFunction:
         loss = BoundLoss(
             binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
         )
-        step = StepFunction(arena, loss, self.batches, self.microbatches, self._evaluator)
+        step = StepFunction(self._shards(arena), loss, self.batches, self.microbatches, self._evaluator)
         return Start(binding, arena, meta, state, binding.buffers(), step)
 
     def _sweep(
@@ -261,19 +275,24 @@ class TrainingFunction:
         kind: Callable[..., Sweep] = Sweep,
     ) -> Any:
         """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
-        identity = None if resume is None else self._identity(z, (self.objective,))
+        call = (kind.__name__ if isinstance(kind, type) else "jvp", reversible, resume and os.fspath(resume))
         start = self._start(z)
-        request = self._plan_request(start.arena, start.buffers)
+        self.ranks.check_same(lambda: given(start, self.optimizer, self._settings() | {"the call": call}))
+        shards = start.step.shards
+        request = self._plan_request(shards, start.buffers)
         if not reversible:
             storage = no_storage(request)
         else:
-            storage = open_storage(request, None if resume is None or identity is None else Resume(resume, identity))
+            kept = (
+                None if resume is None else Resume(self.ranks.directory(resume), self._identity(z, (self.objective,)))
+            )
+            storage = open_storage(replace(request, memory=self.ranks.memory()), shards, kept)
         with storage.closed_after_errors():
             return kind(
                 start.step,
                 self.optimizer,
                 start.meta,
-                start.state,
+                shards.state(start.state),
                 start.buffers,
                 storage,
                 max_grad_norm=self.max_grad_norm,
@@ -296,7 +315,7 @@ class TrainingFunction:
             elif not torch.equal(sweep.value, self._value(sweep)):
                 assert resume is not None
                 raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])
-            arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.state)
+            arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.shards, sweep.state)
         return sweep
 
     def _reversed(self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None) -> dict[str, Any]:
@@ -307,6 +326,7 @@ class TrainingFunction:
         try:
             if weights is not None:
                 assert sweep.value is not None
+                self.ranks.check_same(lambda: {"the cotangent of the objective": digest(weights)})
                 sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, weights)])
             with sweep.storage.closed_after_errors():
                 gradients = sweep.reverse()
@@ -322,7 +342,7 @@ class TrainingFunction:
         try:
             trained = sweep.forward()
             step = sweep.step
-            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.state, step.moved, step.unmoved)
+            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, step)
             return trained
         except NonFiniteState as error:
             if error.where == LOST:
@@ -334,7 +354,8 @@ class TrainingFunction:
         assert sweep.trained is not None
         seed_generators(seed_of(self.seed, sweep.state.before + len(self)), sweep.arena.device)
         binding = sweep.step.loss.binding
-        return objective_value(binding, self.objective, sweep.trained, len(self), self.objective_mode)
+        how = len(self), self.objective_mode, sweep.step.loss.written
+        return objective_value(binding, self.objective, sweep.trained, *how)
 
     def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
         """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
@@ -342,16 +363,21 @@ class TrainingFunction:
         state, trained = sweep.state, self._forward(sweep, z)
         seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
         with sweep.timings.timed("objective"):
-            task = sweep.step.loss.binding, self.objective, sweep.arena, trained
+            task = sweep.step.loss.binding, self.objective, sweep.shards, trained
             how = len(self), self.objective_mode, sweep.step.loss.written
             if isinstance(sweep, ForwardSweep):
                 return objective_tangents(*task, sweep.tangents, *how)
-            return objective_adjoints(*task, state, *how)
+            found = objective_adjoints(*task, state, *how)
+            self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
+            return found
 
-    def _plan_request(self, arena: Arena, buffers: Buffers) -> PlanRequest:
+    def _shards(self, arena: Arena) -> Shards:
+        return shards_of(self.ranks, arena, self.microbatches, self.optimizer.elementwise)
+
+    def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
         return PlanRequest(
             len(self),
-            arena,
+            shards.longest,
             self.optimizer,
             buffers,
             self.microbatches,
@@ -362,7 +388,11 @@ class TrainingFunction:
         )
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
-        settings = {
+        return identity_of(self._start(z), self.optimizer, objectives, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What a result depends on beside what a `Start` holds."""
+        return {
             "the seed": self.seed,
             "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
             "the mode of the objective": self.objective_mode,
@@ -370,25 +400,6 @@ class TrainingFunction:
             "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
             "whether the optimizer state continues": self.optimizer_state is not None,
         }
-        return identity_of(self._start(z), self.optimizer, objectives, settings)
-
-    def _report(self, sweep: Sweep) -> Report:
-        optimizer, timings, storage = self.optimizer, sweep.timings, sweep.storage
-        backend = "torch"
-        if isinstance(optimizer, FusedOptimizer):
-            backend = optimizer.backend(sweep.state.params, sweep.state.params).__name__.rpartition(".")[2]
-        return Report(
-            steps=len(self),
-            objectives=len(sweep.adjoints),
-            seconds=dict(timings.seconds),
-            counts=dict(timings.counts),
-            execution=sweep.step.evaluator.describe(),
-            backend=backend,
-            plan=storage.plan.to_dict() if storage.plan else {},
-            measured_seconds=dict(timings.phases),
-            store=storage.stats,
-            kept_bytes=storage.residuals.peak,
-        )
 
 
 def _made(kind: type[TrainingFunction], arguments: dict[str, Any]) -> TrainingFunction:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.step.batches import flatten
+from mgd.step.batches import flatten, loaded
 from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.rng import seed_generators, seed_of
@@ -45,6 +45,21 @@ def identity_of(
     start: Start, optimizer: Optimizer, objectives: Iterable[Objective], settings: Mapping[str, Any]
 ) -> dict[str, str]:
     """Digests by name. The settings are named by the caller. `start` is used up: its training must be made anew."""
+    meta, arena = start.meta, start.arena
+    found = given(start, optimizer, settings)
+    found["the batches"] = _batches(start.step.batches, meta)
+    # Without deterministic kernels, a GPU repeats losses but not gradients.
+    exact = arena.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    found["the objective"] = digest([_objective(start, objective, exact) for objective in objectives])
+    loss, gradients = _loss(start)
+    found["the loss"] = digest(loss, gradients if exact else None)
+    if exact:
+        found["the optimizer's updates"] = digest(_updates(start, optimizer, gradients[0]))
+    return found
+
+
+def given(start: Start, optimizer: Optimizer, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Digests, by name, of what can be told without evaluating anything."""
     meta, state, arena, binding = start.meta, start.state, start.arena, start.binding
     values: dict[str, Any] = {
         "the metaparameters": [*meta.z, meta.structure],
@@ -59,23 +74,14 @@ def identity_of(
         "the version of mgd": version("mgd-kernels"),
         **settings,
     }
-    found = leaf_digests("z", meta.z) | {name: digest(value) for name, value in values.items()}
-    found["the batches"] = _batches(start.step.batches, meta)
-    # Without deterministic kernels, a GPU repeats losses but not gradients.
-    exact = arena.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-    found["the objective"] = digest([_objective(start, objective, exact) for objective in objectives])
-    loss, gradients = _loss(start)
-    found["the loss"] = digest(loss, gradients if exact else None)
-    if exact:
-        found["the optimizer's updates"] = digest(_updates(start, optimizer, gradients[0]))
-    return found
+    return leaf_digests("z", meta.z) | {name: digest(value) for name, value in values.items()}
 
 
 def _batches(batches: Sequence[Any], meta: Metaparameters) -> str:
     """A digest of all batches, and of what `per_example` reads from them."""
     digests = []
     for t in range(len(batches)):
-        batch = batches[t]
+        batch = loaded(batches[t])
         leaves, spec = flatten(batch)
         digests.append(digest(str(spec), leaves, [index(batch) for index in meta.per_example.values()]))
     return digest(digests)

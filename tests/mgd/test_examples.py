@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,17 @@ def test_dataset_distillation(run):
     found = run("dataset_distillation")
     assert found["after"] > found["before"] + 0.1
     assert found["unseen"] > found["before"] + 0.05
+
+
+def test_distributed(run):
+    assert run("distributed")["found"] > 0.6
+
+
+def test_distributed_under_torchrun():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, EXAMPLES / "distributed.py"], capture_output=True, text=True, env=environment)
+    assert "2 processes: held-out loss" in done.stdout, done.stderr
 
 
 def test_few_shot(run):

@@ -15,18 +15,19 @@ FOLDERS = ["python", "mgd_kernels", "tests", "benchmarks", "examples"]
 
 # A room is a package or a module directly in python/mgd. Each may import the rooms named beside it, and itself.
 # Imports inside functions and under TYPE_CHECKING count, too. "mgd" is the public interface, `mgd/__init__.py`.
-ENGINE = "errors util plan step results autodiff sweep identity function"
+ENGINE = "errors util ranks plan step results autodiff sweep identity function"
 PUBLIC = f"{ENGINE} check schedules integrations descent attribution rater"
 MAY_IMPORT = {
     "errors": "",
     "util": "errors",
     "plan": "errors util",
-    "step": "errors util plan",
+    "ranks": "errors util",
+    "step": "errors util plan ranks",
     "results": "errors util plan",
-    "autodiff": "errors util plan step",
-    "sweep": "errors util plan step results",  # not autodiff: a sweep is handed a step that knows its derivatives
+    "autodiff": "errors util plan ranks step",
+    "sweep": "errors util plan ranks step results",  # not autodiff: a sweep is handed a step that knows its derivatives
     "identity": "errors util step autodiff",
-    "function": "errors util plan step results autodiff sweep identity",
+    "function": "errors util ranks plan step results autodiff sweep identity",
     "check": ENGINE,
     "schedules": ENGINE,
     "integrations": f"{ENGINE} check schedules",

@@ -27,6 +27,7 @@ from mgd.attribution.result import Attribution, AttributionReport
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
 from mgd.function import TrainingFunction
 from mgd.results import Metagradient, Trained
+from mgd.step.batches import loaded
 from mgd.util.files import path_of
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
@@ -84,7 +85,11 @@ def attribute(
         raise BadArgument(f"expected a name for each of the {len(numbers)} queries; got {len(names)}")
     weight = _weights(z, weights)
     visits = _visits(f, weights, len(weight))
-    chunk = _chunk(f, z, len(numbers), chunk, memory)
+    if out is not None or resume is not None:
+        f.ranks.refuse("an attribution in a directory (out=, resume=)")
+    count, given = len(numbers), chunk
+    with f.ranks.call():
+        chunk = f.ranks.first(lambda: _chunk(f, z, count, given, memory))
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
 
@@ -223,7 +228,7 @@ def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
         return None
     visits = torch.zeros(n, dtype=torch.int64)
     for step in range(len(f)):
-        index = torch.as_tensor(f.per_example[key](f.batches[step])).reshape(-1).cpu()
+        index = torch.as_tensor(f.per_example[key](loaded(f.batches[step]))).reshape(-1).cpu()
         if len(index) and not -n <= int(index.min()) <= int(index.max()) < n:
             raise BadBatch(
                 f"expected indices of training examples in 0..{n - 1}, because z[{key!r}] has {n} entries; "

@@ -19,6 +19,7 @@ from mgd.bench.workload import Workload
 from mgd.bench.workloads import mlp
 from mgd.errors import BadArgument
 from mgd.plan.training import STAGING
+from mgd.sweep.report import report_of
 
 # Of the machine; of the computing thread; and of the whole process, the store's threads included.
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time, "process": time.process_time}
@@ -138,7 +139,7 @@ def _run(function: TrainingFunction, z: dict[str, Any], store_cores: set[int]) -
         function._reversed(sweep, z)
         mark()
     spans = [{name: b[name] - a[name] for name in CLOCKS} for a, b in itertools.pairwise(marks)]
-    report = function._report(sweep)
+    report = report_of(sweep)
     return {
         "forward": spans[0],
         "reverse": spans[1],

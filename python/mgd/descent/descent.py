@@ -139,6 +139,7 @@ class MetaDescent:
     def _identity(self, state: DescentState) -> dict[str, str]:
         with torch.random.fork_rng([]):
             f, z = self._training(state.leaves, 0)
+        f.ranks.refuse("a descent in a directory")
         return state.identity() | f.identity(_detached(z)) | {"the score": digest(self.validate is None)}
 
     def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:

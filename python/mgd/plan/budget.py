@@ -126,3 +126,7 @@ class Costs:
         object.__setattr__(self, "update", self.step / 50 if self.update is None else self.update)
         if not (min(self.step, self.hvp, self.update, kept) >= 0 and kept <= self.hvp):
             raise ValueError(f"expected non-negative seconds, and hvp_kept of at most hvp; got {self}")
+
+    def __reduce__(self) -> tuple[type[Costs], tuple[object, ...]]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Costs, tuple(dict(x) if isinstance(x, Mapping) else x for x in values.values())

@@ -15,6 +15,7 @@ from mgd.plan.budget import Budget, Costs, Sizes
 from mgd.plan.plan import Plan, plan
 from mgd.util.system import free_memory
 from mgd_kernels import Arena, Optimizer
+from mgd_kernels.arena import Stretch
 from mgd_kernels.store import CHUNK, PAGE
 
 SHARE = 0.5  # of the free memory, if no budget is given
@@ -34,12 +35,13 @@ KEY = 64  # bytes, more than any key of a history
 class PlanRequest:
     """What the plan of a training depends on.
 
-    steps: T. buffers: those of the model. costs, residuals: as an earlier metagradient measured them, the latter in
-    bytes of what a captured step can keep; None and 0 if there was none.
+    steps: T. arena: what flat buffers are. buffers: those of the model. costs, residuals: as an earlier metagradient
+    measured them, the latter in bytes of what a captured step can keep; None and 0 if there was none. memory: bytes of
+    the system's memory that are free for this process.
     """
 
     steps: int
-    arena: Arena
+    arena: Arena | Stretch
     optimizer: Optimizer
     buffers: Mapping[str, Tensor]
     microbatches: int
@@ -47,6 +49,7 @@ class PlanRequest:
     costs: Costs | None
     schedule: str
     residuals: int = 0
+    memory: int | None = None
 
     def sizes(self, through_store: bool = False) -> Sizes:
         """Bytes of a snapshot and of a log entry: the gradient, and the buffers before and after each microbatch.
@@ -74,7 +77,9 @@ class PlanRequest:
 
         Raises BudgetTooSmall before anything runs; it names the least that would work for each part of the budget.
         """
-        return choose(self.steps, self.sizes(), self.budget, self.costs, self.schedule, self.arena.device)
+        return choose(
+            self.steps, self.sizes(), self.budget, self.costs, self.schedule, self.arena.device, memory=self.memory
+        )
 
     def resumable_plan(self, directory: str, disk: int) -> Plan:
         """The plan of a run that keeps everything in `directory`, with room for objects whose deletion is deferred.
@@ -110,13 +115,15 @@ def choose(
     schedule: str,
     device: torch.device,
     reserve: int = 0,
+    memory: int | None = None,
 ) -> Plan:
-    """The plan of a training under a budget. reserve: bytes of the budget's disk part to leave for other use."""
+    """The plan of a training under a budget. reserve: bytes of the budget's disk part to leave for other use. memory:
+    free bytes of the system's; None: look."""
     on_device = device.type != "cpu"
     if costs is None:
         update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
         costs = Costs(step=STEP_IN_UPDATES * update, update=update, **transfers(on_device))
-    limits = budget.limits(int(SHARE * free_memory()))
+    limits = budget.limits(int(SHARE * (free_memory() if memory is None else memory)))
     if budget == Budget() and on_device:
         limits = {"device": int(SHARE * torch.cuda.mem_get_info(device)[0]), **limits}
 

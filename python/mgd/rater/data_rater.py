@@ -176,6 +176,7 @@ class DataRater:
         with contextlib.ExitStack() as stack:
             run = None
             if directory is not None:
+                self.population.function.ranks.refuse("a rater in a directory")
                 run = stack.enter_context(RunDirectory(directory, "rater", self.identity()))
                 if (saved := run.read("state")) is not None:
                     self.load_state_dict(saved)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from mgd.errors import NotDifferentiable, ReplayDivergence
+from mgd.ranks.blocks import Blocks
+from mgd.ranks.shards import Shards
 from mgd.step.evaluator import Derivatives
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
-from mgd_kernels import Arena
-from mgd_kernels.dispatch import dot
+
+Tensors = Sequence["Tensor | None"]
 
 # Relative, of each second derivative of a graph and of a plain evaluation, which run the same operators.
 REPLAY_TOLERANCE = 1e-3
@@ -28,23 +30,29 @@ ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in e
 class Terms:
     """The second derivatives of a step, summed over microbatches, before they are added to the adjoint.
 
-    with_parameters: for each direction. with_metaparameters: of each microbatch, what the loss saw of z, and for each
-    direction the derivatives. buffer_adjoints: before the microbatches so far. products: `<gradient, direction>`.
-    gradient: of this evaluation, where it has it.
+    with_parameters: for each direction. with_metaparameters: of each microbatch, last one first, what the loss saw of
+    z, and for each direction the derivatives. buffer_adjoints: before the microbatches so far. products: of each
+    microbatch, first one first, `<gradient, direction>` for each direction. gradient: of this evaluation, where it has
+    it.
     """
 
     def __init__(self, directions: int, buffer_adjoints: list[list[Tensor]]):
         self.buffer_adjoints = buffer_adjoints
-        self.with_parameters: list[Sequence[Tensor | None]] = []
+        self.with_parameters: list[Blocks[Tensors]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
-        self.products = [0.0] * directions
-        self.gradient: Sequence[Tensor | None] | None = None
+        self.products: list[list[float]] = []
+        self.gradient: Blocks[Tensors] | None = Blocks(_sum)
         self.precision = 0.0
 
     def append(
-        self, derivatives: Derivatives, parameters: int, before: Buffers, metaparameters: BatchMetaparameters
+        self,
+        index: int,
+        derivatives: Derivatives,
+        parameters: int,
+        before: Buffers,
+        metaparameters: BatchMetaparameters,
     ) -> None:
-        """Add those of a microbatch. parameters: how many there are. before: the buffers that it began with."""
+        """Add those of microbatch `index`. parameters: how many there are. before: the buffers that it began with."""
         names = differentiable(before)
         p, b = parameters, parameters + len(names)
         results = derivatives.results
@@ -52,30 +60,31 @@ class Terms:
             [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, each[p:b], strict=True)]
             for each in results
         ]
-        first = not self.with_metaparameters
-        own: list[Sequence[Tensor | None]] = [each[:p] for each in results]
-        self.with_parameters = own if first else list(map(_sum, self.with_parameters, own))
+        for total, each in zip(self.with_parameters, results, strict=True):
+            total.add(index, each[:p])
         self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
-        self.products = [x + float(y) for x, y in zip(self.products, derivatives.products, strict=True)]
+        self.products.insert(0, [float(x) for x in derivatives.products])
         self.precision = max(self.precision, derivatives.precision)
         if derivatives.gradient is None:
             self.gradient = None
-        elif first:
-            self.gradient = derivatives.gradient
         elif self.gradient is not None:
-            self.gradient = _sum(self.gradient, derivatives.gradient)
+            self.gradient.add(index, derivatives.gradient)
 
     def agree(self, other: Terms) -> bool:
         """Whether both are the same up to rounding."""
         pairs = zip(self.with_metaparameters, other.with_metaparameters, strict=True)
         return (
-            all(map(agree, self.with_parameters, other.with_parameters))
+            all(map(_agree_in_blocks, self.with_parameters, other.with_parameters))
             and all(map(agree, self.buffer_adjoints, other.buffer_adjoints))
             and all(all(map(agree, mine, others)) for (_, mine), (_, others) in pairs)
         )
 
 
-def _sum(x: Sequence[Tensor | None], y: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _agree_in_blocks(mine: Blocks[Tensors], others: Blocks[Tensors]) -> bool:
+    return all(agree(x, y) for (_, x), (_, y) in zip(mine.items(), others.items(), strict=True))
+
+
+def _sum(x: Tensors, y: Tensors) -> Tensors:
     return [b if a is None else a if b is None else a + b for a, b in zip(x, y, strict=True)]
 
 
@@ -86,26 +95,31 @@ class Agreement:
     rounding that was seen and confirmed.
     """
 
-    def __init__(self, arena: Arena):
-        self.arena = arena
-        self._eps = torch.finfo(arena.gradient_dtype).eps
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self._eps = torch.finfo(shards.arena.gradient_dtype).eps
         self.tolerance = self._eps / 6
         self.scale = 0.0
+
+    def note(self, gradient: Tensor) -> None:
+        """The gradient of a step, of which the first gives the scale."""
+        self.scale = self.scale or math.sqrt(self.shards.dots([(gradient, gradient)])[0])
 
     def discrepancy(self, gradient: Tensor, directions: Sequence[Tensor], terms: Terms, noise: float = 0.0) -> float:
         """The largest `|<own gradient, u> - <gradient, u>|` over the directions u, relative to `|gradient| |u|`.
 
         noise: an error of the gradient, as a norm, that is not counted.
         """
-        largest = 0.0
-        for direction, product in zip(directions, terms.products, strict=True):
-            expected = float(_dot(gradient, direction))
+        largest, count = 0.0, len(directions)
+        sums = self.shards.dots([(gradient, direction) for direction in directions], beside=terms.products)
+        for direction, expected, product in zip(directions, sums[:count], sums[count:], strict=True):
             difference = abs(product - expected)
             if difference <= 8 * self._eps * abs(expected):  # the norms are larger still
                 continue
-            length = math.sqrt(float(_dot(direction, direction)))
+            squares = self.shards.dots([(direction, direction), (gradient, gradient)])
+            length = math.sqrt(squares[0])
             difference = max(0.0, difference - noise * length)
-            scale = math.sqrt(float(_dot(gradient, gradient))) * length
+            scale = math.sqrt(squares[1]) * length
             largest = max(largest, difference / scale if scale else math.inf if difference else 0.0)
             if math.isnan(difference):
                 return math.inf
@@ -120,10 +134,11 @@ class Agreement:
         NotDifferentiable where it has that gradient, and the graph of it does not."""
         assert terms.gradient is not None
         limit = math.sqrt(max(terms.precision, torch.finfo(gradient.dtype).eps))
-        logged = self.arena.slices(gradient)
-        whole, differing = float(gradient.double().norm()), []
-        for name, x, y in zip(self.arena.names, logged, terms.gradient, strict=True):
-            own = x.new_zeros(()) if y is None else y
+        shards, found = self.shards, torch.zeros_like(gradient)
+        shards.add_(found, terms.gradient)
+        flat, arena = shards.whole(gradient), shards.arena
+        whole, differing = float(flat.double().norm()), []
+        for name, x, own in zip(arena.names, arena.slices(flat), arena.slices(shards.whole(found)), strict=True):
             difference = float((x.double() - own.double()).norm())
             if not difference <= limit * float(x.double().norm()) + limit * 1e-2 * whole:
                 differing.append((difference, name))
@@ -143,10 +158,6 @@ class Agreement:
                 f"at step {step} the derivative of its backward pass is incomplete (does a backward detach what it "
                 "computes with, or run without gradients?).",
             )
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return dot(x if x.dtype == y.dtype else x.to(y.dtype), y)
 
 
 def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from mgd.errors import BadArgument
 from mgd.plan.budget import Budget, Sizes
 from mgd.plan.plan import plan
+from mgd.ranks.shards import Shards
+from mgd.step.step import StepFunction
 from mgd_kernels import Adam, Optimizer, OptimizerState
+
+# What replaces gradients by those of several processes, or of one of them.
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.fsdp", "torch.distributed._composable")
 
 
 def check_model(model: Any) -> None:
@@ -28,11 +33,14 @@ def check_model(model: Any) -> None:
                 f"expected plain modules; {where} is wrapped by torch.compile: give the module inside (._orig_mod). "
                 "Steps are captured where that pays, and compiled with compile=True"
             )
-        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        wrapper = next((base.__name__ for base in kind.__mro__ if base.__module__.startswith(_WRAPPERS)), None)
+        if wrapper:
             raise BadArgument(
-                f"expected plain modules; {where} is a {kind.__name__}, whose gradients would be those of one process: "
-                "give the module inside (.module)"
+                f"expected plain modules; {where} is a {wrapper}, whose gradients would be those of one process: give "
+                "the bare module (.module, or the model before fully_shard), and process_group= for several processes"
             )
+        if any(hasattr(p, "placements") for p in module.parameters(recurse=False)):
+            raise BadArgument(f"expected plain tensors; {where} has parameters that are DTensors: give the bare module")
         if getattr(module, "sparse", False) is True and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise BadArgument(f"expected dense gradients; {where} is an embedding with sparse=True: set it to False")
 
@@ -109,13 +117,10 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise BadArgument(f"expected {name} among {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def warn_of_unmoved(
-    optimizer: Optimizer, hypers: Tensor, state: OptimizerState, moved: set[int], unmoved: set[int]
-) -> None:
+def warn_of_unmoved(optimizer: Optimizer, hypers: Tensor, step: StepFunction) -> None:
     """Warn where a parameter had no gradient and `torch.optim` would have done something else: it leaves it as it is,
-    where here its gradient is zero. moved, unmoved: see `StepFunction`."""
-    assert state.arena is not None
-    names = state.arena.names
+    where here its gradient is zero."""
+    names, moved, unmoved = step.arena.names, step.moved, step.unmoved
     decays = [False] * optimizer.groups
     if "weight_decay" in optimizer.hyper_names:
         decays = hypers[:, :, optimizer.column("weight_decay")].any(0).tolist()
@@ -131,10 +136,9 @@ def warn_of_unmoved(
         )
 
 
-def warn_of_noise(optimizer: Optimizer, hypers: Tensor, state: OptimizerState) -> None:
+def warn_of_noise(optimizer: Optimizer, hypers: Tensor, shards: Shards, state: OptimizerState) -> None:
     """Warn where the derivative of a training may be noise. hypers: of all steps. state: near the end of it."""
-    assert state.arena is not None
-    if halves := {str(dtype) for dtype in state.arena.dtypes if dtype.itemsize < 4}:
+    if halves := {str(dtype) for dtype in shards.arena.dtypes if dtype.itemsize < 4}:
         warnings.warn(
             f"the model computes in {', '.join(sorted(halves))}, whose rounding the metagradient enlarges. Keep the "
             "parameters in float32 and give autocast=, or look at mgd.check",
@@ -142,8 +146,8 @@ def warn_of_noise(optimizer: Optimizer, hypers: Tensor, state: OptimizerState) -
             stacklevel=2,
         )
     if isinstance(optimizer, Adam) and not hypers[:, :, optimizer.column("eps_root")].any():
-        second = state.slots[optimizer.slots.index("exp_avg_sq")]
-        still = sum(int((v == 0).sum()) for v in state.arena.slices(second))
+        second = shards.whole(state.slots[optimizer.slots.index("exp_avg_sq")])
+        still = sum(int((v == 0).sum()) for v in shards.arena.slices(second))
         if still and state.step:
             warnings.warn(
                 f"{still:,} parameters had gradients of exactly 0 under Adam without eps_root, where its update has no "

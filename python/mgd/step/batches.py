@@ -1,31 +1,58 @@
 """Batches: pytrees of tensors, split into microbatches.
 
-Beside torch's containers, any mapping (such as the BatchEncoding of tokenizers) and any dataclass is one.
+Beside torch's containers, any mapping (such as the BatchEncoding of tokenizers) and any dataclass is one. Or a batch
+knows how to load a part of itself (`PartialBatch`).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 from mgd.errors import BadBatch
+from mgd.util.fingerprint import digest
 
 
-def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
-    """`count` slices of the batch along its first dimension, each with its share of the examples.
+class PartialBatch(Protocol):
+    """A batch that is asked for the microbatches alone that a process evaluates.
+
+    `len(batch)`: its examples. `load(start, stop)`: a pytree of tensors with the examples `start` to `stop - 1`, the
+    same each time.
+    """
+
+    def __len__(self) -> int: ...
+
+    def load(self, start: int, stop: int) -> Any: ...
+
+
+def is_partial(batch: Any) -> bool:
+    return callable(getattr(type(batch), "load", None)) and hasattr(type(batch), "__len__")
+
+
+def loaded(batch: Any) -> Any:
+    """The whole of a batch, as a pytree."""
+    return batch.load(0, len(batch)) if is_partial(batch) else batch
+
+
+def microbatches(batch: Any, count: int, step: int, wanted: range | None = None) -> list[tuple[Any, float]]:
+    """Of `count` slices of the batch along its first dimension those wanted, each with its share of the examples.
 
     The shares sum to 1, so the weighted sum of the means over microbatches is the mean over the batch, even if the
     slices differ in length. Tensors without dimensions go to every microbatch.
 
     Raises BadBatch if a tensor is empty, or if `count` > 1 and the tensors have no common length of at least `count`.
     """
+    wanted = range(count) if wanted is None else wanted
+    if is_partial(batch):
+        return _loaded_microbatches(batch, count, step, wanted)
     leaves, spec = flatten(batch)
     if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
@@ -41,8 +68,53 @@ def microbatches(batch: Any, count: int, step: int) -> list[tuple[Any, float]]:
     if length < count:
         raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
     split = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count for leaf in leaves]
-    sizes = [len(part) for part in torch.arange(length).tensor_split(count)]
-    return [(tree_unflatten([parts[i] for parts in split], spec), size / length) for i, size in enumerate(sizes)]
+    sizes = [stop - start for start, stop in slices(length, count)]
+    return [(tree_unflatten([parts[i] for parts in split], spec), sizes[i] / length) for i in wanted]
+
+
+def _loaded_microbatches(batch: PartialBatch, count: int, step: int, wanted: range) -> list[tuple[Any, float]]:
+    length, found = len(batch), []
+    if length < count:
+        raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
+    stretches = slices(length, count)
+    for start, stop in (stretches[i] for i in wanted):
+        part = batch.load(start, stop)
+        sizes = {leaf.shape[0] for leaf in flatten(part)[0] if isinstance(leaf, Tensor) and leaf.ndim}
+        if sizes != {stop - start}:
+            raise BadBatch(
+                f"expected batches[{step}].load({start}, {stop}) to return tensors with {stop - start} examples; got "
+                f"{sorted(sizes) or 'none'}"
+            )
+        found.append((part, (stop - start) / length))
+    return found
+
+
+def slices(length: int, count: int) -> list[tuple[int, int]]:
+    """First and last example of each of `count` slices of so many; the longer ones come first."""
+    small, longer = divmod(length, count)
+    starts = [i * small + min(i, longer) for i in range(count + 1)]
+    return list(itertools.pairwise(starts))
+
+
+def fingerprints(batch: Any, count: int, step: int) -> list[int]:
+    """A number for each of `count` slices of the batch, which tells examples apart, not their order: int64. Of a batch
+    that loads parts of itself: of its length."""
+    if is_partial(batch):
+        return [len(batch)] * count
+    found = []
+    for part, _ in microbatches(batch, count, step):
+        number = 0
+        for leaf in flatten(part)[0]:
+            number = number * 1_000_003 + (_bits(leaf) if isinstance(leaf, Tensor) else int(digest(leaf)[:15], 16))
+        found.append((number + (1 << 63)) % (1 << 64) - (1 << 63))
+    return found
+
+
+def _bits(x: Tensor) -> int:
+    """The sum of a tensor's bytes, taken as numbers of its width, and of what its shape says."""
+    flat = x.detach().contiguous().resolve_conj().resolve_neg().reshape(-1)
+    raw = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64))
+    return int(raw.sum()) + 31 * x.numel() + 37 * x.ndim
 
 
 def flatten(batch: Any) -> tuple[list[Any], Any]:
@@ -142,8 +214,8 @@ def described(batch: Any) -> tuple[list[Tensor], str]:
 
 def same(first: Any, second: Any) -> bool:
     """Whether two batches hold the same bits."""
-    a, spec_a = flatten(first)
-    b, spec_b = flatten(second)
+    a, spec_a = flatten(loaded(first))
+    b, spec_b = flatten(loaded(second))
     return spec_a == spec_b and all(
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
         for x, y in zip(a, b, strict=True)
@@ -152,5 +224,5 @@ def same(first: Any, second: Any) -> bool:
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in `dtype`."""
-    leaves, spec = flatten(batch)
+    leaves, spec = flatten(loaded(batch))
     return tree_unflatten([x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves], spec)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.errors import BadMetaparameter
+from mgd.ranks.ranks import Ranks
 from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule, spread
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
@@ -125,16 +126,27 @@ class Metaparameters:
                 f"{list(names)}; the loss read {sorted(self.first_read)}."
             )
 
+    def settle_reads(self, ranks: Ranks) -> None:
+        """Take note of what every process's evaluations of the loss have read."""
+        for reads in ranks.objects(self.first_read):
+            for key, step in reads.items():
+                self.note((key,), step)
+
+    @property
+    def wants_initial(self) -> bool:
+        """Whether the gradient with respect to the initial parameters is asked for."""
+        return "init" in self.z
+
     @property
     def first_step(self) -> int:
         """The step at which the first metaparameter enters. The reverse sweep ends there."""
-        if "init" in self.z or self.hyper_keys:
+        if self.wants_initial or self.hyper_keys:
             return 0
         return min(self.first_read.values(), default=0)
 
     def reads_at(self, step: int) -> bool:
         """Whether anything other than the optimizer reads `z` at this step or earlier."""
-        return "init" in self.z or min(self.first_read.values(), default=step + 1) <= step
+        return self.wants_initial or min(self.first_read.values(), default=step + 1) <= step
 
     def tangent(self, dz: Mapping[str, Any]) -> MetaTangent:
         """A direction in the space of z. Raises BadMetaparameter unless it has keys and shapes of z."""
@@ -220,15 +232,24 @@ class _Reads(Mapping):
         return self[key] if key in self._values else default
 
 
+EXCHANGE_EVERY = 32  # steps of the reverse sweep, at most, until processes exchange gradients of what the loss reads
+MOST_WAITING = 32 << 20  # bytes, about, that such terms take until then
+# The objective, the step, and for each leaf the indices that it was read at, and its cotangent.
+_Terms = tuple[int, int, Sequence["Tensor | None"], Sequence["Tensor | None"]]
+
+
 class Gradients:
     """The gradients of k objectives with respect to `z`, accumulated over the reverse sweep.
 
     hyper: float64 `[k, T, G, H]`, with respect to the hyperparameter tables. leaves: `[k, ...]` for each leaf of `z`
-    that the loss reads.
+    that the loss reads. Terms of several processes are exchanged from time to time, and added in the order in which one
+    process has them: by steps from the last one on, and by microbatches likewise.
     """
 
-    def __init__(self, meta: Metaparameters, objectives: int):
-        self.meta = meta
+    def __init__(self, meta: Metaparameters, objectives: int, ranks: Ranks):
+        self.meta, self._ranks = meta, ranks
+        self._waiting: list[_Terms] = []
+        self._steps = 0  # since the last exchange
         steps, groups, width = meta.hypers.shape
         # A kernel's cotangents have one more column, for the gradient's scale, which is not a metaparameter.
         self.hyper = torch.zeros(objectives, steps, groups, width, dtype=torch.float64, device=meta.arena.device)
@@ -248,9 +269,38 @@ class Gradients:
         self._hyper[objective, step] = values[:, :-1]
         return math.isfinite(sum(cotangents.view(-1).tolist()))
 
-    def add(self, objective: int, slices: BatchMetaparameters, tangents: list[Tensor | None]) -> None:
-        """Add the cotangents of one evaluation's metaparameters."""
-        for total, index, tangent in zip(self.leaves, slices.indices, tangents, strict=True):
+    def add(
+        self, objective: int, step: int, terms: Sequence[tuple[BatchMetaparameters, Sequence[Tensor | None]]]
+    ) -> None:
+        """Add the cotangents of a step's metaparameters: of the own microbatches, last one first."""
+        if self._ranks.size == 1:
+            for slices, tangents in terms:
+                self._add(objective, slices.indices, tangents)
+            return
+        self._waiting += [(objective, step, slices.indices, tangents) for slices, tangents in terms]
+        if objective == len(self.hyper) - 1:
+            self._steps += 1
+            if self._steps >= self._most_waiting():
+                self.settle()
+
+    def _most_waiting(self) -> int:
+        """Steps whose terms may wait for an exchange: the same number for every process."""
+        keys = zip(self.meta.owner, self.leaves, strict=True)
+        shared = sum(x.nbytes for key, x in keys if key not in self.meta.per_example)
+        return max(1, min(EXCHANGE_EVERY, MOST_WAITING // max(1, shared)))
+
+    def settle(self) -> None:
+        """Add what waits, of all processes."""
+        if self._ranks.size == 1:
+            return
+        # The last process has the last microbatches, which come first. Each one's own are in order already.
+        found = [terms for each in reversed(self._ranks.objects(self._waiting)) for terms in each]
+        for objective, _, indices, tangents in sorted(found, key=lambda terms: -terms[1]):
+            self._add(objective, indices, tangents)
+        self._waiting, self._steps = [], 0
+
+    def _add(self, objective: int, indices: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
+        for total, index, tangent in zip(self.leaves, indices, tangents, strict=True):
             if tangent is None:
                 continue
             one = total[objective]
@@ -261,7 +311,7 @@ class Gradients:
 
     def finite(self, initial_adjoints: list[Tensor]) -> bool:
         """Whether everything that `collect` would return is finite."""
-        tensors = [self.hyper, *self.leaves, *(initial_adjoints if "init" in self.meta.z else ())]
+        tensors = [self.hyper, *self.leaves, *(initial_adjoints if self.meta.wants_initial else ())]
         return all(map(all_finite, tensors))
 
     def collect(self, initial_adjoints: list[Tensor]) -> dict[str, Any]:

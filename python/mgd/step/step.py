@@ -15,29 +15,29 @@ import torch
 from torch import Tensor
 
 from mgd.errors import ReplayDivergence
+from mgd.ranks.blocks import Blocks
+from mgd.ranks.shards import Shards
 from mgd.step.agreement import Agreement, Terms
-from mgd.step.batches import microbatches, split_tensors
+from mgd.step.batches import fingerprints, microbatches, split_tensors
 from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
 from mgd.step.model import Buffers
 from mgd.util.fingerprint import digest
-from mgd_kernels import Arena
 
 
 @dataclass
 class StepResult:
     """What the evaluation of a step leaves behind.
 
-    gradient: flat `[n]`, in the dtype in which the model produced it. losses: float64 `[microbatches]` on the CPU, each
-    times its share of the batch. buffers: as they were before each microbatch and after the last one.
-    norm: of the gradient, once it was computed. residuals: of each microbatch, where all of them kept some.
+    gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
+    here. losses: float64 `[microbatches]` on the CPU, each times its share of the batch. buffers: as they were before
+    each microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
     """
 
     gradient: Tensor
     losses: Tensor
     buffers: list[Buffers]
-    norm: float | None = None
     residuals: list[Residuals] | None = None
 
 
@@ -51,54 +51,59 @@ class StateDirection:
     leaves: list[Tensor | None]
 
 
-# add(objective, with respect to parameters, of each microbatch the metaparameters and with respect to those)
-Add = Callable[[int, Sequence["Tensor | None"], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
+# add(objective, with respect to parameters, of each microbatch, last one first, the metaparameters and with respect to
+# those)
+Add = Callable[[int, Blocks[Sequence["Tensor | None"]], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
 
 
 class StepFunction:
-    """Evaluates the steps of one training.
+    """Evaluates the steps of one training: the own microbatches of `shards`, and what all of them add up to.
 
     moved, unmoved: the parameters, by number, that had a gradient at some step, and those that had none at some step.
     """
 
-    def __init__(self, arena: Arena, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator):
-        self.arena, self.loss, self.batches = arena, loss, batches
+    def __init__(
+        self, shards: Shards, loss: BoundLoss, batches: Sequence[Any], microbatches: int, evaluator: Evaluator
+    ):
+        self.shards, self.arena, self.loss, self.batches = shards, shards.arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
         self.moved: set[int] = set()
         self.unmoved: set[int] = set()
-        self._agreement = Agreement(arena)
+        self._agreement = Agreement(shards)
         self._numbers: dict[int, set[str]] = {}  # of each step's batch: digests of its indices and labels
 
     def gradient(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
     ) -> StepResult:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
-        total: Tensor | None = None
+        blocks: Blocks[Tensor] = Blocks(Tensor.add_)
         losses, history, residuals = [], [buffers], []
-        parameters = self.arena.tensors(params)
+        parameters = self.arena.tensors(self.shards.whole(params))
+        batch, place = self.batches[t], self.shards.memory(into)
         moved: set[int] = set()
-        for microbatch in self.evaluations(t, meta):
+        for microbatch in self._evaluations(t, batch, meta):
             result = self.evaluator.gradient(microbatch, parameters, history[-1])
             moved.update(i for i, g in enumerate(result.gradients) if g is not None)
-            total = self._accumulate(total, result.gradients, into)
+            blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
+            place = None
             losses.append(result.loss.double())
             history.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
-        assert total is not None  # there is at least one microbatch
         self.moved |= moved
         self.unmoved |= set(range(len(parameters))) - moved
-        self._agreement.scale = self._agreement.scale or float(total.float().norm())
-        values = torch.stack(losses).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
-        return StepResult(total, values, history, residuals=residuals if len(residuals) == len(losses) else None)
+        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
+        total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
+        self._agreement.note(total)
+        return StepResult(total, values, histories, residuals if len(residuals) == len(losses) else None)
 
     def tangents(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
     ) -> tuple[StepResult, list[Tensor]]:
         """Step `t`, and its gradient's derivative along each direction, flat `[n]`; their buffers become those after
         the step."""
-        total: Tensor | None = None
-        totals: list[Tensor | None] = [None] * len(directions)
+        total: Blocks[Tensor] = Blocks(Tensor.add_)
+        totals: list[Blocks[Tensor]] = [Blocks(Tensor.add_) for _ in directions]
         losses, history = [], [buffers]
         parameters = self.arena.tensors(params)
         moved = [self.arena.tensors(direction.params) for direction in directions]
@@ -108,14 +113,13 @@ class StepFunction:
                 for tensors, direction in zip(moved, directions, strict=True)
             ]
             found = self.evaluator.tangents(microbatch, parameters, history[-1], given)
-            total = self._accumulate(total, found.evaluation.gradients, None)
+            total.add(microbatch.index, self.shards.flat(found.evaluation.gradients))
             for j, direction in enumerate(directions):
-                totals[j] = self._accumulate(totals[j], found.gradients[j], None)
+                totals[j].add(microbatch.index, self.shards.flat(found.gradients[j]))
                 direction.buffers = found.buffers[j]
             losses.append(found.evaluation.loss.double())
             history.append(found.evaluation.buffers)
-        assert total is not None
-        return StepResult(total, torch.stack(losses).cpu(), history), [x for x in totals if x is not None]
+        return StepResult(total.total(), torch.stack(losses).cpu(), history), [x.total() for x in totals]
 
     def second_derivatives(
         self,
@@ -159,7 +163,7 @@ class StepFunction:
             result.residuals = None
             plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
         self._agreement.confirm(t, result.gradient, directions, plain)
-        if plain is not terms and not plain.agree(terms):
+        if plain is not terms and not self.shards.ranks.every(plain.agree(terms)):
             self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
         self._agreement.widen(discrepancy)
@@ -175,36 +179,41 @@ class StepFunction:
         directions: Sequence[Tensor],
         buffer_adjoints: list[list[Tensor]],
     ) -> Terms:
-        """The second derivatives of all microbatches, last one first, without a look at what they belong to."""
-        parameters = self.arena.tensors(params)
-        tangents = [self.arena.tensors(direction) for direction in directions]
+        """The second derivatives of the own microbatches, last one first, without a look at what they belong to."""
+        parameters = self.arena.tensors(self.shards.whole(params))
+        tangents = [self.arena.tensors(self.shards.whole(direction)) for direction in directions]
         evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
         terms = Terms(len(directions), buffer_adjoints)
-        for i in reversed(range(self.microbatches)):
+        for k, i in reversed(list(enumerate(self.shards.own))):
             before = result.buffers[i]
             if result.residuals is not None:
-                metaparameters = result.residuals[i].metaparameters
-                derivatives = result.residuals[i].second_derivatives(t, parameters, tangents, terms.buffer_adjoints)
+                metaparameters = result.residuals[k].metaparameters
+                derivatives = result.residuals[k].second_derivatives(t, parameters, tangents, terms.buffer_adjoints)
             else:
                 assert evaluations is not None
-                metaparameters = evaluations[i].metaparameters
+                metaparameters = evaluations[k].metaparameters
                 derivatives = evaluator.second_derivatives(
-                    evaluations[i], parameters, before, tangents, terms.buffer_adjoints, result.losses[i]
+                    evaluations[k], parameters, before, tangents, terms.buffer_adjoints, result.losses[i]
                 )
-            terms.append(derivatives, len(parameters), before, metaparameters)
+            terms.append(i, derivatives, len(parameters), before, metaparameters)
         return terms
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:
         """The error of a replayed step whose microbatch `i` has another loss than at first."""
-        return list(self.evaluations(t, meta))[i].diverged(first, second)
+        own = [microbatch for microbatch in self.evaluations(t, meta) if microbatch.index == i]
+        return own[0].diverged(first, second) if own else ReplayDivergence(t, f"microbatch {i} has another loss now")
 
     def evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
-        """The microbatches of step `t`."""
-        whole = self.batches[t]
-        numbers = [x for x in split_tensors(whole)[0] if not x.is_floating_point() and x.device.type == "cpu"]
+        """The own microbatches of step `t`."""
+        return self._evaluations(t, self.batches[t], meta)
+
+    def _evaluations(self, t: int, whole: Any, meta: Metaparameters) -> Iterator[Microbatch]:
+        own, parts = self.shards.own, microbatches(whole, self.microbatches, t, self.shards.own)
+        tensors = [x for batch, _ in parts for x in split_tensors(batch)[0]]
+        numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
         if numbers:
             self._check_numbers(t, numbers)
-        for i, (batch, share) in enumerate(microbatches(whole, self.microbatches, t)):
+        for i, (batch, share) in zip(own, parts, strict=True):
             yield Microbatch(self.loss, self.batches, t, i, batch, share, meta.at(batch, t))
         if any([not x.is_inference() and x._version for x in numbers]):
             self._numbers[t].add(digest(numbers))  # the loss may mask labels in place, to the same end each time
@@ -219,13 +228,3 @@ class StepFunction:
                 f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
                 "(fix the order of the examples and their augmentation).",
             )
-
-    def _accumulate(self, total: Tensor | None, grads: Sequence[Tensor | None], into: Tensor | None) -> Tensor:
-        present = [g for g in grads if g is not None]
-        if total is None and len(present) == len(grads):
-            return self.arena.joined(present, into)
-        if total is None:
-            total = self.arena.zeros(self.arena.gradient_dtype) if into is None else into.zero_()
-        pairs = [(x, g) for x, g in zip(self.arena.slices(total), grads, strict=True) if g is not None]
-        torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
-        return total

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.errors import BadObjective, NonFiniteState
+from mgd.ranks.shards import Shards
 from mgd.results import Trained
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
 from mgd.step.overrides import FunctionOverrides
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
-from mgd_kernels import Arena, OptimizerState
+from mgd_kernels import OptimizerState
 
 
 @dataclass
@@ -34,21 +35,11 @@ class Adjoint:
         yield from self.state.tensors()
         yield from self.buffers
 
-    def add_to_parameters(self, arena: Arena, gradients: Sequence[Tensor | None]) -> None:
-        """Add one tensor per parameter; None stands for zeros."""
-        pairs = [
-            (x, g if g.dtype == x.dtype else g.to(x.dtype))
-            for x, g in zip(arena.slices(self.state.params), gradients, strict=True)
-            if g is not None
-        ]
-        if pairs:
-            torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
-
 
 def objective_adjoints(
     binding: Binding,
     objective: Callable[..., Tensor],
-    arena: Arena,
+    shards: Shards,
     trained: Trained,
     like: OptimizerState,
     steps: int,
@@ -57,8 +48,9 @@ def objective_adjoints(
 ) -> tuple[Tensor, list[Adjoint]]:
     """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
 
-    like: a state of the shapes of its adjoint. steps: T. mode: "eval", or "train" for that of the training. moved: the
-    buffers that the training wrote to. No metaparameter leads to the others: they are constants, and their adjoint 0.
+    like: a state of the shapes of its adjoint, this process's part. steps: T. mode: "eval", or "train" for that of the
+    training. moved: the buffers that the training wrote to. No metaparameter leads to the others: they are constants,
+    and their adjoint 0.
     """
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
         value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, moved, stack)
@@ -68,14 +60,15 @@ def objective_adjoints(
             torch.autograd.grad(component, [*parameters, *floats.values()], retain_graph=True, allow_unused=True)
             for component in components
         ]
-    adjoints = []
+    adjoints, arena = [], shards.arena
     for grads in gradients:
         if all(g is None for g in grads):
             raise BadObjective("a component of the objective depends on no trained parameter")
-        adjoint = like.zeros_like()
-        pairs = [(x, g) for x, g in zip(arena.slices(adjoint.params), grads, strict=False) if g is not None]
+        flat = arena.zeros()
+        pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+        adjoint = replace(like.zeros_like(), params=shards.part(flat))
         # Memory of its own: a gradient may be a view with stride 0.
         own = {name: torch.zeros_like(trained.buffers[name]) for name in differentiable(trained.buffers)}
         for name, g in zip(floats, grads[len(parameters) :], strict=True):
@@ -88,7 +81,7 @@ def objective_adjoints(
 def objective_tangents(
     binding: Binding,
     objective: Callable[..., Tensor],
-    arena: Arena,
+    shards: Shards,
     trained: Trained,
     tangents: Sequence[Adjoint],
     steps: int,
@@ -106,7 +99,7 @@ def objective_tangents(
         found = []
         for tangent in tangents:
             buffers = dict(zip(differentiable(trained.buffers), tangent.buffers, strict=True))
-            along = [*arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
+            along = [*shards.arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
             terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
             (derivative,) = torch.autograd.grad(torch.stack(terms).sum(), seed, retain_graph=True, allow_unused=True)
             found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
@@ -114,11 +107,16 @@ def objective_tangents(
 
 
 def objective_value(
-    binding: Binding, objective: Callable[..., Tensor], trained: Trained, steps: int, mode: str
+    binding: Binding,
+    objective: Callable[..., Tensor],
+    trained: Trained,
+    steps: int,
+    mode: str,
+    moved: Collection[str],
 ) -> Tensor:
-    """The objective's value at the end of a training, `[]` or `[k]`."""
+    """The objective's value at the end of a training, `[]` or `[k]`, of the bits that `objective_adjoints` gives."""
     with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        return _evaluated(binding, objective, trained, steps, mode, stack)[0].detach()
+        return _evaluated(binding, objective, trained, steps, mode, moved, stack)[0].detach()
 
 
 def _evaluated(

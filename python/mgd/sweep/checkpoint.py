@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mgd.errors import CorruptState, ForeignEntry, StaleRun, StoreIOError, UnknownFormat
 from mgd.plan import training
+from mgd.ranks.ranks import Ranks
 from mgd.sweep.damage import ADVICE, with_advice
 from mgd.sweep.history import History
 from mgd_kernels.store import Store
@@ -29,15 +31,24 @@ class RunCheckpoint:
     """The record of one metagradient in a directory.
 
     identity: what the result depends on, name -> digest; a directory that holds another run is refused.
-    settings: chosen when the run began, and kept by the runs that continue it.
+    settings: chosen when the run began, and kept by the runs that continue it. ranks: each has a directory of its own,
+    and a checkpoint counts where all of them have it. So several ranks keep the last two: what the older one needs is
+    deleted once every rank has the newer one.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], staging: int, identity: Mapping[str, str], settings: Mapping[str, Any]
+        self,
+        directory: str | os.PathLike[str],
+        staging: int,
+        identity: Mapping[str, str],
+        settings: Mapping[str, Any],
+        ranks: Ranks,
     ):
         self.directory = os.fspath(directory)
         self.store = Store.open(directory, host=staging, durable=True)
         self.settings, self._identity, self._steps = settings, dict(identity), 0
+        self._ranks, self._number = ranks, 0
+        self._keys = ("checkpoint",) if ranks.size == 1 else ("checkpoint", "checkpoint 1")
         try:
             self._refuse_foreign()
             self._began = "run" in self.store
@@ -69,8 +80,10 @@ class RunCheckpoint:
         if self._steps >= training.CHECKPOINT_EVERY or history.pending_snapshots >= training.MAX_PENDING_DELETES:
             self._steps = 0
             self.store.flush()  # everything that the checkpoint refers to
-            self._put("checkpoint", state())
+            self._put(self._keys[self._number % len(self._keys)], state() | {"number": self._number})
             self.store.flush()
+            self._number += 1
+            self._ranks.every(True)  # has written its own
             history.delete_pending()
 
     def save_trained(self, state: State) -> None:
@@ -80,18 +93,28 @@ class RunCheckpoint:
     def load(self) -> tuple[State | None, State | None]:
         """The state of the sweep at the last checkpoint, and the end of the training if it was reached by then.
 
-        None where there is no checkpoint yet, or where one of the two is damaged: begin again.
+        None where no checkpoint is whole on every rank: begin again.
         """
-        try:
-            state = self._get("checkpoint")
-            return state, self._get("trained") if state["trained"] else None
-        except (KeyError, CorruptState):
+        found = {}
+        for key in self._keys:
+            with contextlib.suppress(KeyError, CorruptState):
+                state = self._get(key)
+                found[state["number"]] = state, self._get("trained") if state["trained"] else None
+        common = set.intersection(*map(set, self._ranks.objects(list(found))))
+        if not common:
             return None, None
+        self._number = max(common) + 1
+        return found[max(common)]
 
     def finish(self) -> None:
         """The result is complete: the directory may begin another run."""
         self.store.clear()
         self.store.flush()
+
+    def remove(self) -> None:
+        """Of several ranks, each removes its directory: another number of them would see a run in it. It is closed."""
+        if self._ranks.size > 1:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
         """Entries of another run may be whole and good, and would give numbers that are not those of this one."""

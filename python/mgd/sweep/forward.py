@@ -45,7 +45,7 @@ class ForwardSweep(Sweep):
             result, gradients = self.step.tangents(t, self.state.params, self.buffers, self.meta, given)
         self.timings.counts["model steps"] += 1
         self._note_losses(t, result)
-        scale, clip = self._clip(result)
+        scale, clip = self._clip(t, result)
         with self.timings.timed("optimizer jvp"):
             if clip:  # of the scaled gradient, from those of the gradient
                 along = [float(dot(result.gradient, moved)) for moved in gradients]

@@ -21,6 +21,7 @@ from mgd.step.model import Buffers
 from mgd.step.step import StepResult
 from mgd.sweep.damage import ADVICE, Key, check_layout, layout_of, naming_the_step
 from mgd_kernels import Arena, OptimizerState
+from mgd_kernels.arena import Stretch
 
 if TYPE_CHECKING:
     from mgd_kernels.store import Store
@@ -53,9 +54,9 @@ class History:
     """The log and the snapshots of one sweep.
 
     constants: the buffers before the first step. One that the training never replaces is held once, here.
-    microbatches: evaluations per step. store: holds the entries of all tiers but those `in_memory`. durable: the
-    entries outlive the process: each is whole (it refers to no constants), and what is removed stays on disk until
-    `delete_pending`.
+    microbatches: evaluations per step. layout: of flat buffers, this process's part. store: holds the entries of all
+    tiers but those `in_memory`. durable: the entries outlive the process: each is whole (it refers to no constants),
+    and what is removed stays on disk until `delete_pending`.
     """
 
     def __init__(
@@ -63,16 +64,16 @@ class History:
         constants: Buffers,
         microbatches: int,
         *,
-        arena: Arena | None = None,
+        layout: Arena | Stretch | None = None,
         store: Store | None = None,
         in_memory: Iterable[str] = (),
         durable: bool = False,
     ):
         self.constants, self.microbatches, self.store, self.durable = constants, microbatches, store, durable
         self.listener: Listener | None = None
-        self._arena, self._in_memory = arena, frozenset(in_memory)
+        self._layout, self._in_memory = layout, frozenset(in_memory)
         self._scratch: Tensor | None = None  # what was read into it is valid until the next such read
-        self._viewing = store is not None and arena is not None and arena.device.type == "cpu"
+        self._viewing = store is not None and layout is not None and layout.device.type == "cpu"
         self._spare = (1 + microbatches) * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
         self._pending: set[Key] = set()
         self._gradients: dict[int, StepResult] = {}  # in memory, as are these
@@ -118,8 +119,8 @@ class History:
         if step is not None:
             return step
         if self._scratch is None:
-            assert self._arena is not None
-            self._scratch = self._arena.zeros(self._arena.gradient_dtype)
+            assert self._layout is not None
+            self._scratch = self._layout.zeros(self._layout.gradient_dtype)
         losses = torch.empty(self.microbatches, dtype=torch.float64)
         return StepResult(self._scratch, losses, self._get(("gradient", t), [self._scratch, losses]))
 
@@ -133,8 +134,8 @@ class History:
             if viewed is None:
                 return None
             buffers = [self.constants[name] for changed in self._names[key] for name in changed]
-            assert self._arena is not None
-            gradient = (self._arena.gradient_dtype, (self._arena.numel,))
+            assert self._layout is not None
+            gradient = (self._layout.gradient_dtype, (self._layout.numel,))
             losses = (torch.float64, (self.microbatches,))
             check_layout(key, layout_of(viewed), [gradient, losses, *layout_of(buffers)])
         if self.listener is not None:
@@ -289,10 +290,10 @@ class Entry:
         self.gradient: Tensor | None = None
 
     def __enter__(self) -> Entry:
-        history, arena = self._history, self._history._arena
+        history, layout = self._history, self._history._layout
         if self._tier is not None and history._viewing and (self._tier == "disk" or history.durable):
-            assert arena is not None
-            self._reserved = history._entries.reserve([arena.numel], arena.gradient_dtype, history._spare)
+            assert layout is not None
+            self._reserved = history._entries.reserve([layout.numel], layout.gradient_dtype, history._spare)
             self.gradient = None if self._reserved is None else self._reserved.tensor
         return self
 

@@ -6,15 +6,18 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mgd.errors import StoreIOError
 from mgd.plan.plan import Plan
 from mgd.plan.training import SHARE, PlanRequest, staging
+from mgd.ranks.shards import Shards
 from mgd.sweep.history import History
 from mgd.sweep.residuals import ResidualCache
 from mgd.util.files import path_of
+from mgd_kernels import Arena
+from mgd_kernels.arena import Stretch
 
 if TYPE_CHECKING:
     from mgd.sweep.checkpoint import RunCheckpoint
@@ -38,6 +41,8 @@ class Storage:
             self.stats = self.history.stats()
         self.residuals.clear()
         self.history.close()
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
 
     @contextlib.contextmanager
     def closed_after_errors(self) -> Iterator[None]:
@@ -63,26 +68,28 @@ def no_storage(request: PlanRequest) -> Storage:
     return Storage(None, History(dict(request.buffers), request.microbatches), ResidualCache())
 
 
-def open_storage(request: PlanRequest, resume: Resume | None = None) -> Storage:
-    """An empty storage with the tiers of the training's plan, or that of an earlier process in `resume.directory`."""
+def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = None) -> Storage:
+    """An empty storage with the tiers of the training's plan, or that of an earlier process in `resume.directory`.
+
+    The plan is that of rank 0, and each rank has its part of all that it names.
+    """
+    ranks, layout = shards.ranks, shards.layout
     if resume is None:
-        return _fresh(request, request.plan())
+        return _fresh(request, replace(ranks.first(request.plan), directory=request.budget.directory), layout)
     from mgd.sweep.checkpoint import RunCheckpoint
 
     directory, sizes = os.fspath(path_of(resume.directory)), request.sizes(through_store=True)
     settings = {"disk": _disk_limit(directory, request.budget.limits())}
-    checkpoint = RunCheckpoint(directory, staging({}, sizes), resume.identity, settings)
-    history = History(
-        dict(request.buffers), request.microbatches, arena=request.arena, store=checkpoint.store, durable=True
-    )
+    checkpoint = RunCheckpoint(directory, staging({}, sizes), resume.identity, settings, ranks)
+    history = History(dict(request.buffers), request.microbatches, layout=layout, store=checkpoint.store, durable=True)
     with history.closed_after_errors():
-        plan = request.resumable_plan(directory, checkpoint.settings["disk"])
+        plan = ranks.first(lambda: request.resumable_plan(directory, checkpoint.settings["disk"]))
         checkpoint.begin()
         history.adopt(checkpoint.store.keys())
         return Storage(plan, history, ResidualCache(), checkpoint)
 
 
-def _fresh(request: PlanRequest, plan: Plan) -> Storage:
+def _fresh(request: PlanRequest, plan: Plan, layout: Arena | Stretch) -> Storage:
     on_device = request.arena.device.type != "cpu"
     used = {tier for tier, peak in plan.peak.items() if peak}
     store = None
@@ -94,9 +101,7 @@ def _fresh(request: PlanRequest, plan: Plan) -> Storage:
         disk = (plan.directory or "", plan.limits["disk"]) if "disk" in used else None
         store = Store(host=host, disk=disk, staging=buffers if disk else None)
     own_memory = ("device",) if on_device else ("device", "host")
-    history = History(
-        dict(request.buffers), request.microbatches, arena=request.arena, store=store, in_memory=own_memory
-    )
+    history = History(dict(request.buffers), request.microbatches, layout=layout, store=store, in_memory=own_memory)
     return Storage(plan, history, residual_cache(plan))
 
 

@@ -30,7 +30,6 @@ from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
 from mgd.util.finite import all_finite
 from mgd_kernels import Optimizer, OptimizerState
-from mgd_kernels.dispatch import dot
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 LOST = "a parameter, at this step or before it,"  # where only its effect was seen; `WatchedSweep` says more
@@ -39,7 +38,8 @@ LOST = "a parameter, at this step or before it,"  # where only its effect was se
 class Sweep:
     """One training, forward by the actions of its storage's plan and backward by the rest of them.
 
-    The current state is `state` with `buffers` at step `state.step`. keep_slots: the end may be the beginning of
+    The current state is `state` with `buffers` at step `state.step`; flat buffers, here and in the history, are this
+    process's part (`mgd.ranks.shards`). keep_slots: the end may be the beginning of
     another training, so its optimizer state is part of the result. index: actions of the plan that are done.
     visited, reversed: steps that each sweep has behind it. trained, value: the end of the training and the objective
     there, once they are known; then `adjoints` and `gradients` are those of the reverse sweep.
@@ -59,12 +59,13 @@ class Sweep:
         tick: Callable[..., None] = lambda phase, steps=1: None,
     ):
         self.step, self.optimizer, self.meta = step, optimizer, meta
-        self.arena, self.state, self.buffers = step.arena, state, buffers
+        self.arena, self.shards, self.state, self.buffers = step.arena, step.shards, state, buffers
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
         self.max_grad_norm, self.keep_slots, self.tick = max_grad_norm, keep_slots, tick
         self.length = len(step.batches)
         self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64)
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
+        self._norms: dict[int, float] = {}  # of gradients, where they are clipped
         self.timings = Timings()
         self.index = self.visited = self.reversed = 0
         self.trained: Trained | None = None
@@ -84,8 +85,9 @@ class Sweep:
         if self.trained is None:
             with self.timings.phase("first sweep"):
                 end = self._train_all()
-            if not all_finite(end[0].params):
+            if not self.shards.ranks.every(all_finite(end[0].params)):
                 raise NonFiniteState(self.length - 1, LOST)
+            self.meta.settle_reads(self.shards.ranks)
             self.meta.check_all_read()
             self.trained = self._end(*end)
             if self.storage.checkpoint is not None:
@@ -113,7 +115,10 @@ class Sweep:
 
     def _end(self, state: OptimizerState, buffers: Buffers) -> Trained:
         """The end of the training, with memory of its own."""
-        views = self.arena.views
+
+        def views(part: Tensor) -> dict[str, Tensor]:
+            return self.arena.views(self.shards.whole(part))
+
         slots = zip(self.optimizer.slots, state.slots, strict=True) if self.keep_slots else ()
         return Trained(
             parameters={name: p.clone() for name, p in views(state.params).items()},
@@ -170,7 +175,9 @@ class Sweep:
     def _update(self, state: OptimizerState, result: StepResult) -> None:
         """Advance `state` by one step with the gradient of `result`."""
         with self.timings.timed("update"):
-            self.optimizer.step_(state, result.gradient, self.meta.tables[state.step], self._clip(result)[0])
+            self.optimizer.step_(
+                state, result.gradient, self.meta.tables[state.step], self._clip(state.step, result)[0]
+            )
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates, as many in one pass as are available."""
@@ -182,7 +189,7 @@ class Sweep:
                 self.state,
                 [result.gradient for result in run],
                 self.meta.hypers[start : start + len(run)],
-                [self._clip(result)[0] for result in run],
+                [self._clip(t, result)[0] for t, result in enumerate(run, start)],
             )
         self.buffers = run[-1].buffers[-1]
         self.timings.counts["rebuilt steps"] += len(run)
@@ -212,13 +219,13 @@ class Sweep:
         self.visited = t + 1
         self.tick("train")
 
-    def _clip(self, step: StepResult) -> tuple[float, float]:
+    def _clip(self, t: int, step: StepResult) -> tuple[float, float]:
         """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""
         if self.max_grad_norm is None:
             return 1.0, 0.0
-        if step.norm is None:
-            step.norm = float(dot(step.gradient, step.gradient)) ** 0.5
-        norm = step.norm
+        norm = self._norms.get(t)
+        if norm is None:
+            norm = self._norms[t] = self.shards.dots([(step.gradient, step.gradient)])[0] ** 0.5
         factor = self.max_grad_norm / (norm + CLIP_EPSILON)
         if factor >= 1.0:
             return 1.0, 0.0
@@ -229,7 +236,7 @@ class Sweep:
     def begin_reverse(self, value: Tensor, adjoints: list[Adjoint]) -> None:
         """From the objective's value and its adjoints of the final state, which become those of the first."""
         self.value, self.adjoints = value, adjoints
-        self.gradients = Gradients(self.meta, len(adjoints))
+        self.gradients = Gradients(self.meta, len(adjoints), self.shards.ranks)
 
     def reverse(self) -> dict[str, Any]:
         """Perform the rest of the plan. Returns the gradients of the objectives, `[k, ...]`, by the keys of z."""
@@ -253,10 +260,11 @@ class Sweep:
             if isinstance(action, Reverse):
                 self._after_step()
         self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
+        gradients.settle()
         initial = [adjoint.state.params for adjoint in self.adjoints]
-        if not gradients.finite(initial):
+        if not self.shards.ranks.every(gradients.finite(initial)):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
-        return gradients.collect(initial)
+        return gradients.collect([self.shards.whole(x) for x in initial] if self.meta.wants_initial else [])
 
     def _reverse_step(self, t: int, directions: list[Tensor], gradients: Gradients) -> None:
         """From the adjoint of s_{t+1} to that of s_t. directions: memory for the cotangents of the gradient."""
@@ -267,11 +275,17 @@ class Sweep:
         if logged:
             self.history.forget(t)
         result.residuals = self.residuals.take(t) or result.residuals
-        scale, clip = self._clip(result)
+        scale, clip = self._clip(t, result)
         with self.timings.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
-                out = self.optimizer.vjp_table_(
-                    self.state, result.gradient, self.meta.tables[t], adjoint.state, directions[j], scale
+                out = self.shards.vjp_(
+                    self.optimizer,
+                    self.state,
+                    result.gradient,
+                    self.meta.tables[t],
+                    adjoint.state,
+                    directions[j],
+                    scale,
                 )
                 if not gradients.add_hyper(j, t, out):
                     raise NonFiniteState(t, "the adjoint")
@@ -281,9 +295,8 @@ class Sweep:
             return
 
         def add(j, with_parameters, with_metaparameters):
-            adjoints[j].add_to_parameters(self.arena, with_parameters)
-            for slices, derivatives in with_metaparameters:
-                gradients.add(j, slices, derivatives)
+            self.shards.add_(adjoints[j].state.params, with_parameters)
+            gradients.add(j, t, with_metaparameters)
 
         kind = "hvp, computed again" if result.residuals is None else "hvp, residuals kept"
         with self.timings.timed("hvp"), self.timings.part(kind):
@@ -321,6 +334,7 @@ class Sweep:
         if self.gradients is None:
             return {}
         assert self.value is not None
+        self.gradients.settle()
         adjoints = [x for adjoint in self.adjoints for x in adjoint.tensors()]
         tensors = [*adjoints, self.gradients.hyper, *self.gradients.leaves]
         return {"value": self.value, **{f"reverse.{i}": x for i, x in enumerate(tensors)}}

@@ -41,6 +41,6 @@ class WatchedSweep(Sweep):
             self._look(t, "the adjoint of parameter {}", adjoint.state.params)
 
     def _look(self, t: int, where: str, flat: Tensor) -> None:
-        for name, tensor in self.arena.views(flat).items():
+        for name, tensor in self.arena.views(self.shards.whole(flat)).items():
             if not all_finite(tensor):
                 raise NonFiniteState(t, where.format(repr(name)))

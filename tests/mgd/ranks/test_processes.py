@@ -1,0 +1,147 @@
+"""Trainings on 2 and 4 processes: the bits of one process, what is refused, and what failures lead to."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import cases
+import pytest
+import rank_checks
+import torch
+from torch.utils._pytree import tree_flatten
+
+SAME = [*rank_checks.TRAININGS, "other_calls", "parts", "on_disk"]
+CHECKS = {
+    2: [*SAME, "users", "sizes", "refusals", "resumed", "stalled", "died"],
+    4: ["mlp", "mlp in float64", "gpt with dropout", "matrices", "parts", "sizes", "resumed"],
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What each rank found, by the number of processes. They are started together, once for all tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mgd"])
+    folders, processes = {}, []
+    for size, names in CHECKS.items():
+        folders[size] = tmp_path_factory.mktemp(f"ranks-{size}")
+        ranks = [
+            context.Process(target=rank_checks.everything, args=(rank, size, folders[size], names), daemon=True)
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        processes += ranks
+    for process in processes:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    return {
+        size: [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+        for size, folder in folders.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: rank_checks.check(name, None, folder) for name in [*SAME, "users", "sizes"]}
+
+
+def same(found, expected):
+    (ours, spec), (theirs, other) = tree_flatten(found), tree_flatten(expected)
+    return spec == other and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", CHECKS)
+@pytest.mark.parametrize("name", [*SAME, "users"])
+def test_the_bits_are_those_of_one_process(launched, alone, size, name):
+    if name not in CHECKS[size]:
+        pytest.skip("checked with fewer processes")
+    expected = {key: x for key, x in alone[name].items() if key != "asked"}
+    for found in launched[size]:
+        assert same({key: x for key, x in found[name].items() if key != "asked"}, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exact_in_float64(launched):
+    case = rank_checks.mlp()
+    expected = case.unrolled()
+    for found in launched[4]:
+        grads = found["mlp in float64"]["grads"]
+        assert max(cases.relative_error(grads[key], expected.grads[key]) for key in case.z) <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", CHECKS)
+def test_each_rank_has_its_share(launched, alone, size):
+    for found in launched[size]:
+        for name, number in found["sizes"].items():
+            assert number <= (1 / size + 0.05) * alone["sizes"][name], name
+
+
+@pytest.mark.parametrize("size", CHECKS)
+def test_a_rank_loads_its_own_microbatches_alone(launched, size):
+    stretches = [(0, 2), (2, 4), (4, 5), (5, 6)]  # of 6 examples
+    each = len(stretches) // size
+    for rank, found in enumerate(launched[size]):
+        assert found["parts"]["asked"] == stretches[rank * each : (rank + 1) * each]
+
+
+@pytest.mark.parametrize(
+    "name, error, words",
+    [
+        ("z", "RanksDisagree", "z['temperature']"),
+        ("batches", "RanksDisagree", "batches[3]"),
+        ("order", "RanksDisagree", "batches[0]"),
+        ("length", "RanksDisagree", "the number of steps"),
+        ("seed", "RanksDisagree", "the seed"),
+        ("objective", "RanksDisagree", "the objective's value"),
+        ("divides", "BadArgument", "microbatches=3 and 2 processes"),
+        ("buffers", "BadArgument", "'mean'"),
+        ("jvp", "BadArgument", "forward mode"),
+        ("resume", "RanksDisagree", "the call"),
+        ("calls", "RanksDisagree", "the call"),
+        ("afterwards", "none", ""),
+    ],
+)
+def test_refused_on_every_rank(launched, name, error, words):
+    for found in launched[2]:
+        kind, text = found["refusals"][name]
+        assert kind == error and words in text, text
+
+
+def test_the_error_of_one_rank_is_told_by_the_others(launched):
+    (other, text), (own, _) = (found["refusals"]["one rank"] for found in launched[2])
+    assert (other, own) == ("RankFailed", "BadBatch") and "rank 1 raised BadBatch" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", CHECKS)
+def test_resumed_to_the_same_bits(launched, alone, size):
+    for rank, found in enumerate(launched[size]):
+        found = found["resumed"]
+        assert same({key: found[key] for key in alone["mlp"]}, alone["mlp"])
+        if rank == size - 1:
+            assert found["ends"] == ["interrupted"] * 2 and found["left"] == []
+        else:
+            assert all(f"rank {size - 1} raised KeyboardInterrupt" in end for end in found["ends"])
+        assert found["alone"][0] == "StaleRun" and "the number of processes" in found["alone"][1]
+        steps = 6
+        assert found["accesses"] < 3 * steps + 2  # of which the digests of the run read all but the rest
+
+
+def test_a_rank_that_stalls_is_named(launched):
+    kind, text, seconds = launched[2][0]["stalled"]
+    assert kind == "RankFailed" and "rank 1 died, stalled" in text
+    assert seconds < rank_checks.STALL + 20
+
+
+def test_a_rank_that_died_is_named(launched):
+    kind, text, seconds = launched[2][0]["died"]
+    assert kind == "RankFailed" and "rank 1 died, stalled" in text and "died" not in launched[2][1]
+    assert seconds < 30
