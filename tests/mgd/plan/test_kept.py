@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 import pytest
-from test_search import exhaustive, planned, problem, with_residuals
+from problems import exhaustive, planned, problem, with_residuals
 
 from mgd.plan.budget import Budget, Costs, Sizes
 from mgd.plan.ideal import THRIFT, Ideal
