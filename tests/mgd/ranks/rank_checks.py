@@ -25,7 +25,7 @@ from mgd.plan import training as planning
 from mgd_kernels import AdamW, Muon, RMSprop
 
 V = 4
-STALL = 5.0  # seconds: the timeout of the group in which a rank stalls
+STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
 
 
 def outcome(result: Any) -> dict[str, Any]:
@@ -41,7 +41,12 @@ def weighted(case: cases.Case, **changes: Any) -> cases.Case:
         "lr": torch.full((steps,), 1e-2, dtype=torch.float64),
         "init": {name: p.detach().clone() for name, p in case.model.named_parameters()},
     }
-    options = {"microbatches": V, "per_example": {"weights": lambda batch: batch[2]}, "max_grad_norm": 0.5}
+    options = {
+        "trace": False,
+        "microbatches": V,
+        "per_example": {"weights": lambda batch: batch[2]},
+        "max_grad_norm": 0.5,
+    }
     return case.but(z=z, loss=weighted_loss, **options | changes)
 
 
@@ -60,7 +65,7 @@ def mlp(**changes: Any) -> cases.Case:
 
 def gpt(**changes: Any) -> cases.Case:
     case = cases.language()
-    return case.but(microbatches=V, max_grad_norm=0.5, **changes)
+    return case.but(**{"trace": False, "microbatches": V, "max_grad_norm": 0.5} | changes)
 
 
 def several(model: nn.Module) -> torch.Tensor:
@@ -303,7 +308,7 @@ def stalled(group: Any) -> tuple[str, str, float]:
     """Rank 1 does not come back in time."""
     short = dist.new_group(timeout=timedelta(seconds=STALL))
     rank, case = dist.get_rank(group), mlp().to(torch.float32)
-    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(2 * STALL))
+    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(3 * STALL))
     begin = time.monotonic()
     told_of = told(lambda: case.but(batches=batches).metagradient(process_group=short))
     return *told_of, time.monotonic() - begin
