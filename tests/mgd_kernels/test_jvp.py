@@ -73,6 +73,23 @@ def test_it_is_the_limit_of_differences(optimizer):
         torch.testing.assert_close(found, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def test_several_directions_and_the_step_in_one_call(optimizer):
+    _, state, first, second, grad, moved, hyper_tangent = problem(optimizer, 2)
+    alone = [first.clone(), second.clone()]
+    hypers = torch.stack([hyper_tangent, torch.zeros_like(hyper_tangent)])
+    optimizer.step_jvp_(state, grad, None, alone[0], moved, hyper_tangent)
+    optimizer.step_jvp_(state, grad, None, alone[1], grad)
+    stepped = state.clone()
+    optimizer.step_(stepped, grad)
+    optimizer.step_jvp_(state, grad, None, [first, second], [moved, grad], hypers, advance=True)
+    for mine, wanted in zip((first, second, state), (*alone, stepped), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(mine.tensors(), wanted.tensors(), strict=True))
+    assert state.step == stepped.step == 3
+    with pytest.raises(BadArgument, match="for each of 2 tangents"):
+        optimizer.step_jvp_(state, grad, None, [first, second], [moved])
+
+
 def test_elements_that_never_saw_a_gradient_do_not_move():
     optimizer = Adam(eps=0.0)
     state = optimizer.init(torch.ones(3, dtype=torch.float64))
