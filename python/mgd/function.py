@@ -31,7 +31,7 @@ from mgd.step.model import Binding, Buffers
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.step.turn import turn
-from mgd.sweep.adjoint import objective_adjoints, objective_tangents, objective_value, weighted_sum
+from mgd.sweep.adjoint import TrainedObjective, weighted_sum
 from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.node import DifferentiableTraining
 from mgd.sweep.report import report_of
@@ -312,7 +312,7 @@ class TrainingFunction:
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
                 sweep.begin_reverse(*self._objective(sweep, z))
-            elif not torch.equal(sweep.value, self._value(sweep)):
+            elif not torch.equal(sweep.value, self._at_end(sweep).value()):
                 assert resume is not None
                 raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.shards, sweep.state)
@@ -349,25 +349,22 @@ class TrainingFunction:
                 self._sweep(z, kind=WatchedSweep).forward()
             raise
 
-    def _value(self, sweep: Sweep) -> Tensor:
-        """The objective at the end of a training that ran until there."""
+    def _at_end(self, sweep: Sweep) -> TrainedObjective:
+        """The objective at the end of a training that ran until there, in its own stream of random numbers."""
         assert sweep.trained is not None
         seed_generators(seed_of(self.seed, sweep.state.before + len(self)), sweep.arena.device)
-        binding = sweep.step.loss.binding
-        how = len(self), self.objective_mode, sweep.step.loss.written
-        return objective_value(binding, self.objective, sweep.trained, *how)
+        loss, how = sweep.step.loss, (len(self), self.objective_mode)
+        return TrainedObjective(loss.binding, self.objective, sweep.trained, *how, loss.written)
 
     def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
         """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
         carries tangents, its derivatives along them."""
-        state, trained = sweep.state, self._forward(sweep, z)
-        seed_generators(seed_of(self.seed, state.before + len(self)), sweep.arena.device)
+        self._forward(sweep, z)
         with sweep.timings.timed("objective"):
-            task = sweep.step.loss.binding, self.objective, sweep.shards, trained
-            how = len(self), self.objective_mode, sweep.step.loss.written
+            objective = self._at_end(sweep)
             if isinstance(sweep, ForwardSweep):
-                return objective_tangents(*task, sweep.tangents, *how)
-            found = objective_adjoints(*task, state, *how)
+                return objective.tangents(sweep.shards, sweep.tangents)
+            found = objective.adjoints(sweep.shards, sweep.state)
             self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
             return found
 
@@ -375,17 +372,8 @@ class TrainingFunction:
         return shards_of(self.ranks, arena, self.microbatches, self.optimizer.elementwise)
 
     def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
-        return PlanRequest(
-            len(self),
-            shards.longest,
-            self.optimizer,
-            buffers,
-            self.microbatches,
-            self.budget,
-            self._costs,
-            self.schedule,
-            self._residuals,
-        )
+        how = self.budget, self._costs, self.schedule, self._residuals
+        return PlanRequest(len(self), shards.longest, self.optimizer, buffers, self.microbatches, *how)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         return identity_of(self._start(z), self.optimizer, objectives, self._settings())

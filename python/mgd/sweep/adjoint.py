@@ -36,113 +36,90 @@ class Adjoint:
         yield from self.buffers
 
 
-def objective_adjoints(
-    binding: Binding,
-    objective: Callable[..., Tensor],
-    shards: Shards,
-    trained: Trained,
-    like: OptimizerState,
-    steps: int,
-    mode: str,
-    moved: Collection[str],
-) -> tuple[Tensor, list[Adjoint]]:
-    """The objective's value at the end of a training (`[]` or `[k]`) and, for each component, its adjoint.
+@dataclass(frozen=True)
+class TrainedObjective:
+    """An objective at the end of a training.
 
-    like: a state of the shapes of its adjoint, this process's part. steps: T. mode: "eval", or "train" for that of the
-    training. moved: the buffers that the training wrote to. No metaparameter leads to the others: they are constants,
-    and their adjoint 0.
+    steps: T. mode: "eval", or "train" for that of the training. moved: the buffers that the training wrote to. No
+    metaparameter leads to the others: they are constants, and their adjoint 0.
     """
-    with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, moved, stack)
-        with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
-            components = value.reshape(-1).unbind()
-        gradients = [
-            torch.autograd.grad(component, [*parameters, *floats.values()], retain_graph=True, allow_unused=True)
-            for component in components
-        ]
-    adjoints, arena = [], shards.arena
-    for grads in gradients:
-        if all(g is None for g in grads):
-            raise BadObjective("a component of the objective depends on no trained parameter")
-        flat = arena.zeros()
-        pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
-        if pairs:
-            torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-        adjoint = replace(like.zeros_like(), params=shards.part(flat))
-        # Memory of its own: a gradient may be a view with stride 0.
-        own = {name: torch.zeros_like(trained.buffers[name]) for name in differentiable(trained.buffers)}
-        for name, g in zip(floats, grads[len(parameters) :], strict=True):
-            if g is not None:
-                own[name].copy_(g)
-        adjoints.append(Adjoint(adjoint, list(own.values())))
-    return value.detach(), adjoints
 
+    binding: Binding
+    objective: Callable[..., Tensor]
+    trained: Trained
+    steps: int
+    mode: str
+    moved: Collection[str]
 
-def objective_tangents(
-    binding: Binding,
-    objective: Callable[..., Tensor],
-    shards: Shards,
-    trained: Trained,
-    tangents: Sequence[Adjoint],
-    steps: int,
-    mode: str,
-    moved: Collection[str],
-) -> tuple[Tensor, list[Tensor]]:
-    """The objective's value (`[]` or `[k]`), and its derivative along each tangent of the final state. Outputs may be
-    many: they share one evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
-    with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        value, parameters, floats = _evaluated(binding, objective, trained, steps, mode, moved, stack)
-        seed = torch.zeros_like(value).requires_grad_()
-        pulled = torch.autograd.grad(value, [*parameters, *floats.values()], seed, create_graph=True, allow_unused=True)
-        if all(g is None for g in pulled):
-            raise BadObjective("the objective depends on no trained parameter")
-        found = []
-        for tangent in tangents:
-            buffers = dict(zip(differentiable(trained.buffers), tangent.buffers, strict=True))
-            along = [*shards.arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
-            terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
-            (derivative,) = torch.autograd.grad(torch.stack(terms).sum(), seed, retain_graph=True, allow_unused=True)
-            found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
-    return value.detach(), [x.detach() for x in found]
+    def value(self) -> Tensor:
+        """`[]`, or `[k]` for k objectives, of the bits that `adjoints` gives."""
+        with self._evaluated() as (value, _, _):
+            return value.detach()
 
+    def adjoints(self, shards: Shards, like: OptimizerState) -> tuple[Tensor, list[Adjoint]]:
+        """The value and, for each component, the adjoint of the final state. like: a state of the shapes of its
+        adjoint, this process's part."""
+        with self._evaluated() as (value, parameters, floats):
+            with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
+                components = value.reshape(-1).unbind()
+            gradients = [
+                torch.autograd.grad(component, [*parameters, *floats.values()], retain_graph=True, allow_unused=True)
+                for component in components
+            ]
+        adjoints, arena, buffers = [], shards.arena, self.trained.buffers
+        for grads in gradients:
+            if all(g is None for g in grads):
+                raise BadObjective("a component of the objective depends on no trained parameter")
+            flat = arena.zeros()
+            pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
+            if pairs:
+                torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
+            adjoint = replace(like.zeros_like(), params=shards.part(flat))
+            # Memory of its own: a gradient may be a view with stride 0.
+            own = {name: torch.zeros_like(buffers[name]) for name in differentiable(buffers)}
+            for name, g in zip(floats, grads[len(parameters) :], strict=True):
+                if g is not None:
+                    own[name].copy_(g)
+            adjoints.append(Adjoint(adjoint, list(own.values())))
+        return value.detach(), adjoints
 
-def objective_value(
-    binding: Binding,
-    objective: Callable[..., Tensor],
-    trained: Trained,
-    steps: int,
-    mode: str,
-    moved: Collection[str],
-) -> Tensor:
-    """The objective's value at the end of a training, `[]` or `[k]`, of the bits that `objective_adjoints` gives."""
-    with modes_kept(binding.model), contextlib.ExitStack() as stack:
-        return _evaluated(binding, objective, trained, steps, mode, moved, stack)[0].detach()
+    def tangents(self, shards: Shards, tangents: Sequence[Adjoint]) -> tuple[Tensor, list[Tensor]]:
+        """The value, and its derivative along each tangent of the final state. Outputs may be many: they share one
+        evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
+        with self._evaluated() as (value, parameters, floats):
+            seed, inputs = torch.zeros_like(value).requires_grad_(), [*parameters, *floats.values()]
+            pulled = torch.autograd.grad(value, inputs, seed, create_graph=True, allow_unused=True)
+            if all(g is None for g in pulled):
+                raise BadObjective("the objective depends on no trained parameter")
+            found = []
+            for tangent in tangents:
+                buffers = dict(zip(differentiable(self.trained.buffers), tangent.buffers, strict=True))
+                along = [*shards.arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
+                terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
+                whole = torch.stack(terms).sum()
+                (derivative,) = torch.autograd.grad(whole, seed, retain_graph=True, allow_unused=True)
+                found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
+        return value.detach(), [x.detach() for x in found]
 
-
-def _evaluated(
-    binding: Binding,
-    objective: Callable[..., Tensor],
-    trained: Trained,
-    steps: int,
-    mode: str,
-    moved: Collection[str],
-    until: contextlib.ExitStack,
-) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-    """The objective's value, and what it was computed from: parameters, and buffers that carry an adjoint."""
-    buffers = trained.buffers
-    parameters = [p.detach().requires_grad_() for p in trained.parameters.values()]
-    floats = {name: buffers[name].detach().requires_grad_() for name in differentiable(buffers) if name in moved}
-    copies = {name: b.clone() for name, b in (buffers | floats).items()}
-    versions = [p._version for p in parameters]
-    if mode == "eval":
-        binding.model.eval()
-    overrides = FunctionOverrides(formulas=False)
-    value = binding.call(objective, parameters, copies, until=until, overrides=overrides)[0]
-    with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
-        _checked(value, steps)
-        if [p._version for p in parameters] != versions or overrides.written(parameters):
-            raise BadObjective("the objective changed parameters in place; expected it to only read them")
-    return value, parameters, floats
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[tuple[Tensor, list[Tensor], dict[str, Tensor]]]:
+        """The value, and what it was computed from: parameters, and buffers that carry an adjoint."""
+        buffers = self.trained.buffers
+        with modes_kept(self.binding.model), contextlib.ExitStack() as until:
+            parameters = [p.detach().requires_grad_() for p in self.trained.parameters.values()]
+            names = [name for name in differentiable(buffers) if name in self.moved]
+            floats = {name: buffers[name].detach().requires_grad_() for name in names}
+            copies = {name: b.clone() for name, b in (buffers | floats).items()}
+            versions = [p._version for p in parameters]
+            if self.mode == "eval":
+                self.binding.model.eval()
+            overrides = FunctionOverrides(formulas=False)
+            value = self.binding.call(self.objective, parameters, copies, until=until, overrides=overrides)[0]
+            with torch._C.DisableTorchFunction():
+                _checked(value, self.steps)
+                if [p._version for p in parameters] != versions or overrides.written(parameters):
+                    raise BadObjective("the objective changed parameters in place; expected it to only read them")
+            yield value, parameters, floats
 
 
 def _checked(value: Any, steps: int) -> Tensor:
