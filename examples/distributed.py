@@ -4,7 +4,8 @@ A third of the texts follow another grammar than those that the model is judged 
 the weights of all texts finds them. Each process evaluates its microbatches and owns its part of optimizer state, log
 and adjoint; the numbers are those of one process, bit by bit.
 
-Run: torchrun --nproc-per-node 2 examples/distributed.py (or python examples/distributed.py; a few seconds)
+Run: python examples/distributed.py (a few seconds)
+Or:  torchrun --standalone --nproc-per-node 2 examples/distributed.py
 """
 
 from __future__ import annotations

@@ -225,8 +225,9 @@ __global__ void prepare_tangents_kernel(const Launch a) {
                                                           double(*a.k + a.step_offset));
 }
 
+// One block per multiprocessor is enough: otherwise the compiler spills registers to have room for more of them.
 template <class R, class T, class G>
-__global__ void __launch_bounds__(kThreads) replay_kernel(const Launch a) {
+__global__ void __launch_bounds__(kThreads, 1) replay_kernel(const Launch a) {
     constexpr int tensors = R::slots + 1;
     const Tile tile = find_tile(a, blockIdx.x);
     T* state[tensors];
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) replay_kernel(const Launch a) {
 }
 
 template <class R, class T, class G>
-__global__ void __launch_bounds__(kThreads) vjp_kernel(const Launch a) {
+__global__ void __launch_bounds__(kThreads, 1) vjp_kernel(const Launch a) {
     constexpr int tensors = R::slots + 1;
     const Tile tile = find_tile(a, blockIdx.x);
     const Coefficients<R, T> c = coefficients<R, T>(a)[tile.group];
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kThreads) vjp_kernel(const Launch a) {
 }
 
 template <class R, class T, class G>
-__global__ void __launch_bounds__(kThreads) jvp_kernel(const Launch a) {
+__global__ void __launch_bounds__(kThreads, 1) jvp_kernel(const Launch a) {
     constexpr int tensors = R::slots + 1;
     const Tile tile = find_tile(a, blockIdx.x);
     const Coefficients<R, T> c = coefficients<R, T>(a)[tile.group];
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(kThreads) jvp_kernel(const Launch a) {
                 tangents[i] = moved[i].x[e];
             }
             R::jvp(c, d, T(value(grad.x[e])), dgrad.x[e], one, tangents);
-            if (a.advance) R::step(c, T(value(grad.x[e])), one);
+            R::step(c, T(value(grad.x[e])), one);  // a branch around it would cost registers
 #pragma unroll
             for (int i = 0; i < tensors; ++i) {
                 now[i].x[e] = one[i];

@@ -120,6 +120,7 @@ def backward(function, z):
     function(leaves).backward()
 
 
+@pytest.mark.filterwarnings("ignore:.* had no gradient at some steps")
 @pytest.mark.parametrize("call", [lambda f, z: f.metagradient(z), backward])
 def test_a_second_derivative_that_is_not_finite_is_told_with_its_step(call):
     """|x|^1.5 at 0, on one batch: the next step back would be the first that a hyperparameter shows it at."""

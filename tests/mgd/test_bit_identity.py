@@ -71,8 +71,8 @@ class Scripted:
     peak: ClassVar = {}
     limits: ClassVar = {}
 
-    def __init__(self, logged):
-        self.logged = logged
+    def __init__(self, sizes, logged):
+        self.sizes, self.logged = sizes, logged
 
     def actions(self):
         yield Save(0, "host")
@@ -99,7 +99,7 @@ class Scripted:
 def test_wasteful_plans(name, logged, monkeypatch):
     case = cases()[name].to(torch.float32)
     first = case.metagradient()
-    monkeypatch.setattr("mgd.plan.training.plan", lambda *_, **__: Scripted(logged))
+    monkeypatch.setattr("mgd.plan.training.plan", lambda steps, sizes, *_, **__: Scripted(sizes, logged))
     result = case.metagradient()
     assert same(result, first)
     replayed = 0 if logged else sum(range(STEPS - 4)) + STEPS - 4

@@ -37,9 +37,10 @@ def test_distributed(run):
 
 
 def test_distributed_under_torchrun():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, EXAMPLES / "distributed.py"], capture_output=True, text=True, env=environment)
+    command = [*torchrun, EXAMPLES / "distributed.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert "2 processes: held-out loss" in done.stdout, done.stderr
 
 

@@ -24,8 +24,9 @@ from mgd.plan.tally import Slots
 #: The finer search looks for plans that take less than this share of the time of the best so far.
 ENOUGH = 0.999
 
-#: A search of at most so many steps goes on near every start; of more steps it would take too long.
-EVERY_START = 1000
+#: A search of at most so many steps goes on near every start; of more steps it would take too long. It takes up to a
+#: second, which only longer trainings than so many seconds are worth.
+EVERY_START, WORTH = 1000, 100.0
 
 #: The most shapes that are placed in one search on one tier, on two and on three, for chains of at most so many steps.
 #: Placing a long log takes longer. A search near the best shape places as many as for the longest chains.
@@ -113,8 +114,9 @@ class Search:
         chosen = self._fastest(coarse(self.chain), best, enough, most) or start
         if every(self.chain):
             return chosen
+        thorough = self.chain <= EVERY_START and self.seconds(chosen) > WORTH
         lengths: list[int] = []  # of what was found so far
-        for other in (chosen, *(sorted(starts, key=self.seconds) if self.chain <= EVERY_START else ())):
+        for other in (chosen, *(sorted(starts, key=self.seconds) if thorough else ())):
             if self.seconds(chosen) <= enough:
                 break
             if not any(other.length <= NEAR * x and x <= NEAR * other.length for x in lengths):

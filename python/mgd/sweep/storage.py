@@ -75,7 +75,8 @@ def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = N
     """
     ranks, layout = shards.ranks, shards.layout
     if resume is None:
-        return _fresh(request, replace(ranks.first(request.plan), directory=request.budget.directory), layout)
+        plan = ranks.first(request.plan)
+        return _fresh(request, plan if ranks.rank == 0 else replace(plan, directory=request.budget.directory), layout)
     from mgd.sweep.checkpoint import RunCheckpoint
 
     directory, sizes = os.fspath(path_of(resume.directory)), request.sizes(through_store=True)

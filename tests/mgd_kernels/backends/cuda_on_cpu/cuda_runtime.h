@@ -17,7 +17,7 @@
 #define __host__
 #define __shared__ static  // one block at a time
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
     unsigned x;
