@@ -53,7 +53,7 @@ class Timings:
     def mean(self, work: str) -> float:
         """Seconds each time. The first is left out: it warms up."""
         first, times = self.firsts.get(work, (0.0, 0))
-        seconds = self.parts[work] if work in self.parts else self.seconds[work]
+        seconds = self.parts.get(work, self.seconds.get(work, 0.0))  # asking makes no entry
         return (seconds - first) / (times - 1) if times > 1 else first
 
     def _hvp(self) -> tuple[float, float]:
