@@ -70,7 +70,8 @@ class FunctionOverrides(TorchFunctionMode):
         result = OVERRIDES.get(func, func)(*args, **kwargs)
         if not self.formulas:
             return result
-        found = written_out.replaced(func, args, kwargs, result, [memory for memory, _, _ in self.opened])
+        exposed = [memory for memory, _, _ in self.opened] if self.opened else ()
+        found = written_out.replaced(func, args, kwargs, result, exposed)
         self.replaced |= found is not result
         return found
 

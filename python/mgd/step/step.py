@@ -91,7 +91,8 @@ class StepFunction:
             if result.residuals is not None:
                 residuals.append(result.residuals)
         self.moved |= moved
-        self.unmoved |= set(range(len(parameters))) - moved
+        if len(moved) < len(parameters):
+            self.unmoved.update(i for i in range(len(parameters)) if i not in moved)
         values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
         total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
         self._agreement.note(total)
