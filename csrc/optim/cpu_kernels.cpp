@@ -10,9 +10,15 @@
 namespace mgd {
 namespace {
 
-// States of a replay stay in the first-level cache over all steps: 3 x 8 KiB in float32.
-constexpr int64_t kReplayTile = 2048;
-static_assert(kTile % kReplayTile == 0 && kReplayTile % kPass == 0);
+// Elements of a JVP that stay in the first-level cache over all directions.
+constexpr int64_t kStretch = 2048;
+static_assert(kTile % kStretch == 0 && kStretch % kPass == 0);
+
+// Steps of a replay that are made while their elements stay in registers: with the state, as many streams of memory as
+// processors follow.
+constexpr int64_t kAbreast = 8;
+// Registers of elements for which they are made together, so that the steps of one can wait for those of another.
+constexpr int kTogether = 4;
 
 // Registers that one pass over kPass elements takes.
 template <class T>
@@ -79,14 +85,6 @@ struct Over {
             store(to, x);
     }
 
-    // kPass elements into the first-level cache.
-    template <class X>
-    MGD_HD void fetch(const X* from) {
-#pragma GCC unroll 2
-        for (size_t line = 0; line < kPass * sizeof(X); line += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + line, 0, 3);
-    }
-
     static bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kRegister == 0; }
 
     template <class X>
@@ -108,15 +106,8 @@ struct Over {
         }
     }
 
-    // What a step fetches meanwhile, of as many elements as its own.
-    struct Ahead {
-        const T* state = nullptr;
-        const G* grad = nullptr;
-    };
-
-    template <bool Stream, bool Fetch = false>
-    static void step(const Coefficients& given, const T* const* from, const G* grad, T* const* to, int64_t count,
-                     Ahead ahead = {}) {
+    template <bool Stream>
+    static void step(const Coefficients& given, const T* const* from, const G* grad, T* const* to, int64_t count) {
         const Coefficients c = given;  // copies that no store can change: they stay in registers
         const T* state[tensors];
         T* out[tensors];
@@ -125,13 +116,7 @@ struct Over {
             out[i] = to[i];
         }
         const int64_t whole = count / kPass * kPass;
-        for (int64_t at = 0; at < whole; at += kPass) {
-            if constexpr (Fetch) {
-                fetch(ahead.state + at);
-                fetch(ahead.grad + at);
-            }
-            step_pass<Stream>(c, state, grad, out, at);
-        }
+        for (int64_t at = 0; at < whole; at += kPass) step_pass<Stream>(c, state, grad, out, at);
         if (whole < count) rest_of_step(c, state, grad, out, whole, count - whole);
     }
 
@@ -147,37 +132,65 @@ struct Over {
         for (int i = 0; i < tensors; ++i) last[i].write(out[i] + at, count);
     }
 
+    // `steps` steps while their elements stay in registers. coefficients, grads: of each step.
+    static void steps_together(const Coefficients* coefficients, const T* const* state, const G* const* grads,
+                               T* const* out, int64_t steps, int64_t count) {
+        constexpr int width = Pack<T>::width, together = kTogether * width;
+        const int64_t whole = count / together * together;
+        for (int64_t at = 0; at < whole; at += together) {
+            V s[kTogether][tensors];
+#pragma GCC unroll 4
+            for (int j = 0; j < kTogether; ++j)
+#pragma GCC unroll 3
+                for (int i = 0; i < tensors; ++i) s[j][i] = load<V>(state[i] + at + j * width);
+            for (int64_t k = 0; k < steps; ++k) {
+                const Coefficients& c = coefficients[k];
+                const G* grad = grads[k] + at;
+#pragma GCC unroll 4
+                for (int j = 0; j < kTogether; ++j) R::step(c, load_as(grad + j * width, V{}), s[j]);
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < kTogether; ++j)
+#pragma GCC unroll 3
+                for (int i = 0; i < tensors; ++i) store(out[i] + at + j * width, s[j][i]);
+        }
+        const T* from[tensors];
+        T* to[tensors];
+        for (int i = 0; i < tensors; ++i) {
+            from[i] = state[i] + whole;
+            to[i] = out[i] + whole;
+        }
+        for (int64_t k = 0; k < steps && whole < count; ++k) {
+            step<false>(coefficients[k], from, grads[k] + whole, to, count - whole);
+            for (int i = 0; i < tensors; ++i) from[i] = to[i];
+        }
+    }
+
     static void replay(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
+        const T* state[tensors];
+        T* out[tensors];
         // Memory that is not read again soon is written past the caches: no line of it is fetched first.
         bool streams = task.steps == 1;
-        for (int i = 0; i < tensors; ++i)
-            streams = streams && all.new_state[i] != all.state[i] && aligned(static_cast<T*>(all.new_state[i]) + begin);
-        for (int64_t at = begin; at < end; at += kReplayTile) {
-            const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
-            const T* state[tensors];
-            T* out[tensors];
-            for (int i = 0; i < tensors; ++i) {
-                state[i] = read_from<T>(all.state[i], at);
-                out[i] = static_cast<T*>(all.new_state[i]) + at;
+        for (int i = 0; i < tensors; ++i) {
+            state[i] = read_from<T>(all.state[i], begin);
+            out[i] = static_cast<T*>(all.new_state[i]) + begin;
+            streams = streams && out[i] != state[i] && aligned(out[i]);
+        }
+        for (int64_t first = 0; first < task.steps; first += kAbreast) {
+            const int64_t steps = task.steps - first < kAbreast ? task.steps - first : kAbreast;
+            Coefficients c[kAbreast];
+            const G* grads[kAbreast];
+            for (int64_t k = 0; k < steps; ++k) {
+                c[k] = coefficients(task, first + k, group);
+                grads[k] = read_from<G>(all.grads[first + k], begin);
             }
-            // Gradients are read in stretches that are too short for the processor to see what comes next: a step
-            // fetches the gradient of the next one, and its share of the state of the next stretch.
-            const int64_t next = end - at < 2 * kReplayTile ? at : at + kReplayTile;
-            for (int64_t k = 0; k < task.steps; ++k) {
-                const Coefficients c = coefficients(task, k, group);
-                const G* grad = read_from<G>(all.grads[k], at);
-                if (streams) {
-                    step<true>(c, state, grad, out, count);
-                } else if (task.steps == 1) {
-                    step<false>(c, state, grad, out, count);
-                } else {
-                    const bool last = k + 1 == task.steps;
-                    const Ahead ahead{k < tensors ? read_from<T>(all.state[k], next) : state[0],
-                                      last ? read_from<G>(all.grads[0], next) : read_from<G>(all.grads[k + 1], at)};
-                    step<false, true>(c, state, grad, out, count, ahead);
-                }
-                for (int i = 0; i < tensors; ++i) state[i] = out[i];
-            }
+            if (streams)
+                step<true>(c[0], state, grads[0], out, end - begin);
+            else if (steps == 1)
+                step<false>(c[0], state, grads[0], out, end - begin);
+            else
+                steps_together(c, state, grads, out, steps, end - begin);
+            for (int i = 0; i < tensors; ++i) state[i] = out[i];
         }
         if (streams) fence();
     }
@@ -225,8 +238,8 @@ struct Over {
     // Stretch by stretch: what all directions and the step read stays in the first-level cache.
     static void jvp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end) {
         const Coefficients c = coefficients(task, 0, group);
-        for (int64_t at = begin; at < end; at += kReplayTile) {
-            const int64_t count = end - at < kReplayTile ? end - at : kReplayTile;
+        for (int64_t at = begin; at < end; at += kStretch) {
+            const int64_t count = end - at < kStretch ? end - at : kStretch;
             const G* grad = static_cast<const G*>(all.grads[0]) + at;
             const T* state[tensors];
             for (int i = 0; i < tensors; ++i) state[i] = static_cast<const T*>(all.state[i]) + at;
