@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from mgd_kernels.backends import reference
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # every backend keeps to the interface
     _backends: tuple[Backend, ...] = (reference, triton, cuda)
     _leaf_backend: LeafBackend = cpu
 
+_chosen: dict[tuple, Backend] = {}  # for tensors that are contiguous and hold their values
 _forced: ContextVar[str | None] = ContextVar("mgd_kernels_backend", default=None)
 
 
@@ -73,6 +75,11 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(rule: Rule, params: Tensor, grad: Tensor) -> Backend:
     """The backend for this rule on these tensors: the requested one, otherwise the fastest that serves them."""
     wanted = forced()
+    key = wanted, rule.name, rule.slots, params.dtype, grad.dtype, params.device, grad.device
+    strided = params.layout is grad.layout is torch.strided
+    plain = strided and params.is_contiguous() and grad.is_contiguous() and not (params.is_neg() or grad.is_neg())
+    if plain and key in _chosen:
+        return _chosen[key]
     names = (wanted,) if wanted else PREFERENCE.get(params.device.type, ("reference",))
     reasons: dict[str, str | None] = {}
     for name in names:
@@ -82,6 +89,8 @@ def choose(rule: Rule, params: Tensor, grad: Tensor) -> Backend:
             if reason is None:
                 if reasons and name == "reference":
                     _warn_once("; ".join(f"{other}: {why}" for other, why in reasons.items()))
+                if plain:
+                    _chosen[key] = module
                 return module
         reasons[name] = reason
     raise BackendUnavailable(

@@ -36,12 +36,23 @@ def address(tensor: Tensor) -> int:
 def gate(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """The addresses of what a kernel writes and reads: contiguous tensors, of which the first or the last is the
     largest. BadArgument as of `address` and `check_apart`."""
-    to, source = [address(tensor) for tensor in written], [address(tensor) for tensor in read]
+    to, source = _addresses(written), _addresses(read)
     starts = sorted(to + source)
     largest = max(written[0].nbytes, read[-1].nbytes)
     if min(map(sub, starts[1:], starts)) < largest:  # else all are apart, the common case
         check_apart(spans(written), spans(read))
     return to, source
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """As `address` of each."""
+    try:
+        found = [tensor.data_ptr() for tensor in tensors]
+    except RuntimeError:
+        found = [0]
+    if 0 in found or any([tensor.is_neg() for tensor in tensors]):
+        return [address(tensor) for tensor in tensors]
+    return found
 
 
 def spans(tensors: Sequence[Tensor]) -> list[Span]:

@@ -30,7 +30,8 @@ class Blocks(Generic[T]):
 
     def items(self) -> list[tuple[Place, T]]:
         """What is not yet part of a larger block, in the order of the microbatches."""
-        return sorted(self._held.items(), key=lambda item: item[0][1] << item[0][0])
+        held = list(self._held.items())
+        return held if len(held) == 1 else sorted(held, key=lambda item: item[0][1] << item[0][0])
 
     def total(self) -> T:
         """The sum over all microbatches, of which there is at least one."""

@@ -124,7 +124,7 @@ class Shards:
     def dots(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Sequence[Sequence[float]] = ()) -> list[float]:
         """The inner products of flat buffers. beside: for each own microbatch further numbers, whose sums come last."""
         if self.microbatches == 1:
-            return [*(float(_dot(x, y)) for x, y in pairs), *(beside[0] if beside else ())]
+            return [float(_dot(x, y)) for x, y in pairs] + list(beside[0] if beside else ())
         rows = []
         for i, (start, stop, _) in enumerate(self.pieces):
             row = [float(_dot(x[start:stop], y[start:stop])) if stop > start else 0.0 for x, y in pairs]
