@@ -67,22 +67,49 @@ def without_mutation(graph: fx.Graph) -> bool:
     could be replaced; what could not needs a second trace.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    drawn: set[fx.Node] = set()  # views of what nothing else reads
     for node in [node for node in graph.nodes if _changes(node)]:
         base, other = node.args[0], _out_of_place(node.target)
         if other is None or base.op != "call_function":
             return False
-        if is_view(base) or any(map(is_view, base.users.keys() - {node})):
+        if (is_view(base) and base not in drawn) or any(map(is_view, base.users.keys() - {node})):
             return False
         if len({x.meta["val"].dtype for x in node.all_input_nodes}) > 1:  # the result might have another one
             return False
+        dims = _memory_order(node.meta["val"]) if draws(node) else None
+        if dims == () or (dims and node.target is not aten.bernoulli_.float):
+            return False
         with graph.inserting_before(node):
-            result = graph.call_function(other, _all_arguments(node), node.kwargs)
+            result = _called(graph, other, node, dims)
+        if dims:
+            drawn.add(result)
         result.meta = dict(node.meta)
         base.replace_all_uses_with(result, lambda user, since=order[node]: order.get(user, -1) > since)
         node.replace_all_uses_with(result)
         order[result] = order[node]
         graph.erase_node(node)
     return True
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The dimensions as they lie in memory, the outermost first, in which random numbers are drawn in place; None where
+    that is their order, () where the tensor has gaps."""
+    order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride(i)))
+    if not x.permute(order).is_contiguous():
+        return ()
+    return None if x.is_contiguous() else order
+
+
+def _called(graph: fx.Graph, target: torch._ops.OpOverload, node: fx.Node, dims: tuple[int, ...] | None) -> fx.Node:
+    """A call of `target` with the arguments of `node`; its first one, and the result, with dimensions in this order."""
+    base, *rest = _all_arguments(node)
+    if dims is None:
+        return graph.call_function(target, (base, *rest), node.kwargs)
+    inverse, value = [dims.index(i) for i in range(len(dims))], node.meta["val"].permute(dims)
+    moved = graph.call_function(aten.permute.default, (base, list(dims)))
+    drawn = graph.call_function(target, (moved, *rest), node.kwargs)
+    moved.meta, drawn.meta = {**node.meta, "val": value}, {**node.meta, "val": value}
+    return graph.call_function(aten.permute.default, (drawn, inverse))
 
 
 def _all_arguments(node: fx.Node) -> tuple[Any, ...]:

@@ -14,6 +14,16 @@ def dropped(x, y):
     return F.dropout(x, 0.5) * y
 
 
+def dropped_crosswise(x, y):
+    """A mask is drawn in the order of memory, here not that of the dimensions."""
+    wide = torch.cat([x * y] * 8, 1).t()
+    return F.dropout(wide, 0.5) * wide
+
+
+def with_noise(x, y):
+    return torch.zeros_like(torch.cat([x * y] * 8, 1).t()).normal_()
+
+
 def scaled(x, y):
     a = x * y
     before = a + 1
@@ -38,7 +48,8 @@ def of_another_dtype(x, y):
 
 
 @pytest.mark.parametrize("function, replaced", [
-    (dropped, True), (scaled, True), (through_a_view, False), (of_an_input, False), (of_another_dtype, False),
+    (dropped, True), (dropped_crosswise, True), (with_noise, False), (scaled, True), (through_a_view, False),
+    (of_an_input, False), (of_another_dtype, False),
 ])  # fmt: skip
 def test_a_mutation_becomes_a_result_of_its_own(function, replaced):
     x, y = torch.linspace(1, 2, 6, dtype=torch.float64).view(2, 3), torch.ones(2, 3, dtype=torch.float64)
