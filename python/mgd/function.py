@@ -283,9 +283,7 @@ class TrainingFunction:
         if not reversible:
             storage = no_storage(request)
         else:
-            kept = (
-                None if resume is None else Resume(self.ranks.directory(resume), self._identity(z, (self.objective,)))
-            )
+            kept = None if resume is None else Resume(resume, self._identity(z, (self.objective,)))
             storage = open_storage(replace(request, memory=self.ranks.memory()), shards, kept)
         with storage.closed_after_errors():
             return kind(
@@ -373,7 +371,7 @@ class TrainingFunction:
 
     def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
         how = self.budget, self._costs, self.schedule, self._residuals
-        return PlanRequest(len(self), shards.longest, self.optimizer, buffers, self.microbatches, *how)
+        return PlanRequest(len(self), shards.longest(self.ranks.size), self.optimizer, buffers, self.microbatches, *how)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         return identity_of(self._start(z), self.optimizer, objectives, self._settings())

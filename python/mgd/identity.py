@@ -90,7 +90,7 @@ def _batches(batches: Sequence[Any], meta: Metaparameters) -> str:
 def _loss(start: Start) -> tuple[Tensor, list[Any]]:
     """The loss of the first microbatch, and its gradients: with respect to parameters, and to metaparameters."""
     parameters = start.arena.tensors(start.state.params)
-    microbatch = next(start.step.evaluations(0, start.meta))
+    microbatch = next(start.step.evaluations(0, start.meta, range(1)))  # on every process the same
     leaves = [x.detach().clone().requires_grad_() for x in microbatch.metaparameters.tensors]
     microbatch.metaparameters.tensors = leaves
     second: list[Any] = []

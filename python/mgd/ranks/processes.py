@@ -8,7 +8,6 @@ them, too. One that stalls is noticed when the timeout of the process group has 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import socket
 import time
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mgd.errors import BadArgument, RankFailed
-from mgd.ranks.ranks import Made, Ranks, check_facts, place
+from mgd.ranks.ranks import Made, Ranks, check_facts
 from mgd.util.system import free_memory
 
 GRACE = 5.0  # seconds in which the others say what they know of a failure
@@ -160,6 +159,3 @@ class ProcessRanks(Ranks):
         found = self.objects((socket.gethostname(), free_memory()))
         hosts = [host for host, _ in found]
         return min(free // hosts.count(host) for host, free in found)
-
-    def directory(self, path: str | os.PathLike[str]) -> str:
-        return place(os.fspath(path), None if self.size == 1 else f"rank {self.rank} of {self.size}")

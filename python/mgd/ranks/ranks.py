@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mgd.errors import BadArgument, RanksDisagree, StaleRun
+from mgd.errors import BadArgument, RanksDisagree
 
 Made = TypeVar("Made")
 
@@ -53,11 +51,6 @@ class Ranks:
         """Bytes of memory that are free for each process; None: what the system has."""
         return None
 
-    def directory(self, path: str | os.PathLike[str]) -> str:
-        """Where this process keeps what it has of a run in `path`. Raises StaleRun where another number of processes
-        has begun one there."""
-        return place(os.fspath(path), None)
-
     def refuse(self, what: str) -> None:
         """Raise BadArgument where there are several processes, for what works in one alone."""
         if self.size > 1:
@@ -69,17 +62,6 @@ class Ranks:
                 f"expected microbatches to be a multiple of the number of processes, so that each evaluates as many; "
                 f"got microbatches={microbatches} and {self.size} processes"
             )
-
-
-def place(path: str, share: str | None) -> str:
-    """The directory in `path` of this share of a run, such as "rank 0 of 2"; None: of the whole of it."""
-    found = {
-        os.path.basename(name).split(" of ")[1] for name in glob.glob(os.path.join(glob.escape(path), "rank * of *"))
-    }
-    whole = os.path.exists(os.path.join(path, "MGD_STORE"))
-    if found - {share and share.split(" of ")[1]} or (whole and share):
-        raise StaleRun(path, ["the number of processes"])
-    return path if share is None else os.path.join(path, share)
 
 
 def check_facts(all_facts: Sequence[Mapping[str, Any]]) -> None:

@@ -204,12 +204,13 @@ class StepFunction:
         own = [microbatch for microbatch in self.evaluations(t, meta) if microbatch.index == i]
         return own[0].diverged(first, second) if own else ReplayDivergence(t, f"microbatch {i} has another loss now")
 
-    def evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
-        """The own microbatches of step `t`."""
-        return self._evaluations(t, self.batches[t], meta)
+    def evaluations(self, t: int, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
+        """These microbatches of step `t`; by default the own ones."""
+        return self._evaluations(t, self.batches[t], meta, own)
 
-    def _evaluations(self, t: int, whole: Any, meta: Metaparameters) -> Iterator[Microbatch]:
-        own, parts = self.shards.own, microbatches(whole, self.microbatches, t, self.shards.own)
+    def _evaluations(self, t: int, whole: Any, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
+        own = self.shards.own if own is None else own
+        parts = microbatches(whole, self.microbatches, t, own)
         tensors = [x for batch, _ in parts for x in split_tensors(batch)[0]]
         numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
         if numbers:

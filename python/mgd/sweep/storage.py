@@ -77,16 +77,17 @@ def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = N
     if resume is None:
         plan = ranks.first(request.plan)
         return _fresh(request, plan if ranks.rank == 0 else replace(plan, directory=request.budget.directory), layout)
-    from mgd.sweep.checkpoint import RunCheckpoint
+    from mgd.sweep.resharding import open_run
 
     directory, sizes = os.fspath(path_of(resume.directory)), request.sizes(through_store=True)
-    settings = {"disk": _disk_limit(directory, request.budget.limits())}
-    checkpoint = RunCheckpoint(directory, staging({}, sizes), resume.identity, settings, ranks)
+    settings = {"disk": _disk_limit(directory, request.budget.limits()), "processes": ranks.size}
+    checkpoint = open_run(directory, staging({}, sizes), resume.identity, settings, shards)
     history = History(dict(request.buffers), request.microbatches, layout=layout, store=checkpoint.store, durable=True)
     with history.closed_after_errors():
-        plan = ranks.first(lambda: request.resumable_plan(directory, checkpoint.settings["disk"]))
+        began = replace(request, arena=shards.longest(checkpoint.settings["processes"]))  # with the plan of then
+        plan = ranks.first(lambda: began.resumable_plan(directory, checkpoint.settings["disk"]))
         checkpoint.begin()
-        history.adopt(checkpoint.store.keys())
+        history.adopt(checkpoint.shared_entries())
         return Storage(plan, history, ResidualCache(), checkpoint)
 
 

@@ -335,9 +335,14 @@ class Sweep:
             return {}
         assert self.value is not None
         self.gradients.settle()
-        adjoints = [x for adjoint in self.adjoints for x in adjoint.tensors()]
-        tensors = [*adjoints, self.gradients.hyper, *self.gradients.leaves]
-        return {"value": self.value, **{f"reverse.{i}": x for i, x in enumerate(tensors)}}
+        states = [x for adjoint in self.adjoints for x in adjoint.state.tensors()]
+        others = [x for adjoint in self.adjoints for x in adjoint.buffers]
+        others += [self.gradients.hyper, *self.gradients.leaves]
+        return {
+            "value": self.value,
+            **{f"adjoint.{i}": x for i, x in enumerate(states)},
+            **{f"reverse.{i}": x for i, x in enumerate(others)},
+        }
 
     def _load(self, state: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
         """Continue from `state_dict()` of an earlier process, and from `end`, that of the training if it was reached.

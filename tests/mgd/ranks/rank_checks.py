@@ -6,6 +6,7 @@ A check returns values that the test compares with those of one process. It runs
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 import warnings
@@ -22,7 +23,7 @@ from torch import nn
 import mgd
 from mgd import errors
 from mgd.plan import training as planning
-from mgd_kernels import AdamW, Muon, RMSprop
+from mgd_kernels import AdamW, Muon, RMSprop, Store
 
 V = 4
 STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
@@ -280,7 +281,7 @@ def _interrupt() -> None:
 
 
 def resumed(group: Any, folder: Path) -> dict[str, Any]:
-    """Interrupted twice on one rank, once in each sweep; then with another number of processes; then to the end."""
+    """Interrupted twice on one rank, once in each sweep; then to the end."""
     planning.CHECKPOINT_EVERY = 2
     base = mlp().to(torch.float32)
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
@@ -296,12 +297,54 @@ def resumed(group: Any, folder: Path) -> dict[str, Any]:
             ends.append("interrupted")
         except errors.RankFailed as error:
             ends.append(str(error))
-    alone = told(lambda: base.function().metagradient(base.z, resume=folder / "run"))
     batches = Interrupted(base.batches, -1, _interrupt)
     f = base.but(batches=batches).function(process_group=group)
     found = outcome(f.metagradient(base.z, resume=folder / "run"))
     left = sorted(path.name for path in (folder / "run").iterdir()) if last else []
-    return found | {"ends": ends, "alone": alone, "accesses": batches.count, "left": left}
+    return found | {"ends": ends, "accesses": batches.count, "left": left}
+
+
+CHAINS = (1, 2, 4, 2, 1), (4, 2, 1, 2, 4)  # numbers of processes
+# Batches that each reads until it is interrupted, beyond those of digests: in the training, then in the reverse sweep.
+MOMENTS = (4, 4, 6, 4, None)
+REACHED = [(2, 0), (4, 0), (6, 2), (6, 4)]  # by the last checkpoints: steps of either sweep
+RESHARDED = [("mlp", 0), ("mlp", 1), ("matrices", 0), ("matrices", 1), ("two objectives", 0)]
+
+
+def resharded(group: Any, folder: Path) -> dict[str, Any]:
+    """Interrupted again and again, and continued each time by another number of processes."""
+    planning.CHECKPOINT_EVERY = 2
+    groups = {1: None, 2: dist.new_group([0, 1]), 4: group}
+    return {
+        (name, chain): _resharded(TRAININGS[name](), groups, CHAINS[chain], folder / f"{name} {chain}")
+        for name, chain in RESHARDED
+    }
+
+
+def _resharded(case: cases.Case, groups: dict[int, Any], chain: tuple[int, ...], folder: Path) -> dict[str, Any]:
+    ends = []
+    for size, moment in zip(chain, MOMENTS, strict=True):
+        if dist.get_rank() < size:
+            stop = -1 if moment is None else len(case) + 1 + moment
+            batches = Interrupted(case.batches, stop if dist.get_rank() == size - 1 else -1, _interrupt)
+            f = case.but(batches=batches).function(process_group=groups[size])
+            try:
+                found = outcome(f.metagradient(case.z, resume=folder))
+            except (KeyboardInterrupt, errors.RankFailed):
+                shares = sorted(path for path in folder.iterdir() if path.is_dir()) or [folder]
+                if dist.get_rank() == 0:
+                    ends.append((len(shares), *_reached(shares[0])))
+        dist.barrier()
+    return {"outcome": found, "ends": ends} if dist.get_rank() == 0 else {}
+
+
+def _reached(directory: Path) -> tuple[int, int]:
+    """The steps that each sweep had behind it at the last checkpoint."""
+    with Store.open(directory) as store:
+        kept = [store.get(key)[0] for key in store.keys() if str(key).startswith("checkpoint")]
+    values = [json.loads(bytes(header.tolist()))["values"] for header in kept]
+    last = max(values, key=lambda value: value["number"])
+    return last["visited"], last["reversed"]
 
 
 def stalled(group: Any) -> tuple[str, str, float]:
@@ -344,7 +387,7 @@ def check(name: str, group: Any, folder: Path) -> Any:
     if name in TRAININGS:
         return bits(name, group)
     function = globals()[name]
-    if name in ("on_disk", "refusals", "resumed", "died"):
+    if name in ("on_disk", "refusals", "resumed", "resharded", "died"):
         folder.mkdir(exist_ok=True)
         return function(group, folder)
     return function(group)

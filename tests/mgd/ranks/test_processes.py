@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 SAME = [*rank_checks.TRAININGS, "other_calls", "parts", "on_disk"]
 CHECKS = {
     2: [*SAME, "users", "sizes", "refusals", "resumed", "stalled", "died"],
-    4: ["mlp", "mlp in float64", "gpt with dropout", "matrices", "parts", "sizes", "resumed"],
+    4: ["mlp", "mlp in float64", "gpt with dropout", "matrices", "parts", "sizes", "resumed", "resharded"],
 }
 
 
@@ -130,9 +130,16 @@ def test_resumed_to_the_same_bits(launched, alone, size):
             assert found["ends"] == ["interrupted"] * 2 and found["left"] == []
         else:
             assert all(f"rank {size - 1} raised KeyboardInterrupt" in end for end in found["ends"])
-        assert found["alone"][0] == "StaleRun" and "the number of processes" in found["alone"][1]
         steps = 6
         assert found["accesses"] < 3 * steps + 2  # of which the digests of the run read all but the rest
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "chain"), rank_checks.RESHARDED)
+def test_resumed_by_another_number_of_processes_to_the_same_bits(launched, alone, name, chain):
+    found = launched[4][0]["resharded"][name, chain]
+    assert found["ends"] == [(s, *r) for s, r in zip(rank_checks.CHAINS[chain], rank_checks.REACHED, strict=False)]
+    assert same(found["outcome"], alone[name])
 
 
 def test_a_rank_that_stalls_is_named(launched):
