@@ -78,6 +78,22 @@ class Shards:
         """The flat buffer of which every process has its part."""
         return part
 
+    def share(self) -> dict[str, tuple[int, int]]:
+        """The elements `start` to `stop`, of the flat parameter, that are in this process's range, by its name."""
+        begin, end = self.ranges[self.ranks.rank]
+        places = zip(self.arena.names, self.arena.offsets, self.arena.shapes, strict=True)
+        bounds = {n: (max(begin - at, 0), min(end - at, shape.numel())) for n, at, shape in places}
+        return {name: (start, stop) for name, (start, stop) in bounds.items() if start < stop}
+
+    def shares(self, part: Tensor) -> dict[str, Tensor]:
+        """Those elements of this process's part of a flat buffer, in the parameters' dtypes."""
+        offsets = dict(zip(self.arena.names, self.arena.offsets, strict=True))
+        dtypes = dict(zip(self.arena.names, self.arena.dtypes, strict=True))
+        return {
+            name: part[offsets[name] + start - self.start : offsets[name] + stop - self.start].to(dtypes[name])
+            for name, (start, stop) in self.share().items()
+        }
+
     def memory(self, into: Tensor | None) -> Tensor | None:
         """Where the first of a step's gradients goes, whose sum belongs into this buffer."""
         return into

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mgd.errors import ReplayDivergence
@@ -106,9 +105,10 @@ class StepFunction:
         total: Blocks[Tensor] = Blocks(Tensor.add_)
         totals: list[Blocks[Tensor]] = [Blocks(Tensor.add_) for _ in directions]
         losses, history = [], [buffers]
-        parameters = self.arena.tensors(params)
-        moved = [self.arena.tensors(direction.params) for direction in directions]
-        for microbatch in self.evaluations(t, meta):
+        parameters = self.arena.tensors(self.shards.whole(params))
+        moved = [self.arena.tensors(self.shards.whole(direction.params)) for direction in directions]
+        batch = self.batches[t]
+        for microbatch in self._evaluations(t, batch, meta):
             given = [
                 Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
                 for tensors, direction in zip(moved, directions, strict=True)
@@ -120,7 +120,9 @@ class StepFunction:
                 direction.buffers = found.buffers[j]
             losses.append(found.evaluation.loss.double())
             history.append(found.evaluation.buffers)
-        return StepResult(total.total(), torch.stack(losses).cpu(), history), [x.total() for x in totals]
+        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
+        histories, gradients = self.shards.histories(history), [self.shards.gradient(x) for x in totals]
+        return StepResult(self.shards.gradient(total), values, histories), gradients
 
     def second_derivatives(
         self,

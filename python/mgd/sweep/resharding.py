@@ -62,9 +62,10 @@ def _bring_from(found: Sequence[OtherRun], path: str, run: RunCheckpoint, shards
                 path,
                 [f"the number of processes: what {missing[0]} kept is not in this directory on any process's machine"],
             )
+    shards.ranks.every(True)  # has all of its part
     for other in found:
         other.discard()
-    shards.ranks.every(True)  # has removed its own
+    shards.ranks.every(True)  # has removed what it had open
 
 
 class OtherRun:

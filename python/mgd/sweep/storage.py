@@ -57,10 +57,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class Resume:
-    """A run that outlives the process. identity: what its result depends on, name -> digest."""
+    """A run that outlives the process. identity: what its result depends on, name -> digest. reversible: with what a
+    way back needs."""
 
     directory: str | os.PathLike[str]
     identity: Mapping[str, str]
+    reversible: bool = True
 
 
 def no_storage(request: PlanRequest) -> Storage:
@@ -85,10 +87,11 @@ def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = N
     history = History(dict(request.buffers), request.microbatches, layout=layout, store=checkpoint.store, durable=True)
     with history.closed_after_errors():
         began = replace(request, arena=shards.longest(checkpoint.settings["processes"]))  # with the plan of then
-        plan = ranks.first(lambda: began.resumable_plan(directory, checkpoint.settings["disk"]))
+        disk = checkpoint.settings["disk"]
+        kept = ranks.first(lambda: began.resumable_plan(directory, disk)) if resume.reversible else None
         checkpoint.begin()
         history.adopt(checkpoint.shared_entries())
-        return Storage(plan, history, ResidualCache(), checkpoint)
+        return Storage(kept, history, ResidualCache(), checkpoint)
 
 
 def _fresh(request: PlanRequest, plan: Plan, layout: Arena | Stretch) -> Storage:
