@@ -28,6 +28,10 @@ class Ranks:
         """Give `parts[r]` to rank r, flat, and receive `sizes[r]` elements of the same dtype from it."""
         return list(parts)
 
+    def joined(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The flat tensors of all ranks, of these sizes, one after the other."""
+        return own
+
     def objects(self, value: Any) -> list[Any]:
         """The values of all ranks, which must be picklable."""
         return [value]
@@ -55,6 +59,17 @@ class Ranks:
         """Raise BadArgument where there are several processes, for what works in one alone."""
         if self.size > 1:
             raise BadArgument(f"expected one process for {what}; got {self.size}: leave process_group out")
+
+    @contextlib.contextmanager
+    def split(self, count: int) -> Iterator[tuple[Any, int]]:
+        """So many groups of neighbours, of which each process is in one: that group, as `ranks_of` takes it, and its
+        number. Raises BadArgument unless `count` divides the number of processes."""
+        self._check_split(count)
+        yield None, 0
+
+    def _check_split(self, count: int) -> None:
+        if count < 1 or self.size % count:
+            raise BadArgument(f"expected groups that divide {self.size} processes; got {count}")
 
     def check_divides(self, microbatches: int) -> None:
         if microbatches % self.size:

@@ -206,8 +206,7 @@ class RankShards(Shards):
         return flat[self.start : self.start + self.layout.numel].clone()
 
     def whole(self, part: Tensor) -> Tensor:
-        sizes = [stop - start for start, stop in self.ranges]
-        return torch.cat(self.ranks.exchange([part] * self.ranks.size, sizes))
+        return self.ranks.joined(part, [stop - start for start, stop in self.ranges])
 
     def memory(self, into: Tensor | None) -> Tensor | None:
         return None

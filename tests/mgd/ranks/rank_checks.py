@@ -22,6 +22,7 @@ from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, se
 from torch import nn
 
 import mgd
+from mgd.plan.scale import DEVICES, Forecast, Scale
 from mgd_kernels import AdamW
 
 STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
@@ -48,12 +49,8 @@ def other_calls(group: Any) -> dict[str, Any]:
 def users(group: Any) -> dict[str, Any]:
     """What is built on a training function."""
     case = mlp().to(torch.float32)
-    f, x, y = case.function(process_group=group), case.batches[0][0], case.batches[0][1]
-
-    def losses(model: nn.Module, index: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(x[index]), y[index], reduction="none")
-
-    scores = mgd.attribute(f, case.z, 3, losses, weights="weights")
+    f = case.function(process_group=group)
+    scores = mgd.attribute(f, case.z, 3, _query_losses(case), weights="weights")
     found = _descent(f, case.z).run({"lr": case.z["lr"]}, 2)
     rater = _rater(group)
     steps = [rater.step() for _ in range(2)]
@@ -64,6 +61,21 @@ def users(group: Any) -> dict[str, Any]:
         "rater": [p.detach() for p in rater.rater.parameters()],
         "steps": len(steps),
     }
+
+
+def queries(group: Any) -> dict[str, Any]:
+    """An attribution whose queries are shared out among two groups of processes."""
+    case = mlp().to(torch.float32)
+    f = case.function(process_group=group)
+    found = mgd.attribute(
+        *(f, case.z, 5, _query_losses(case)), weights="weights", chunk=2, query_groups=1 if group is None else 2
+    )
+    return {"scores": torch.as_tensor(found.scores), "losses": found.values}
+
+
+def _query_losses(case: cases.Case) -> Any:
+    x, y, _ = case.batches[0]
+    return lambda model, index: F.cross_entropy(model(x[index]), y[index], reduction="none")
 
 
 def directories(group: Any, folder: Path) -> dict[str, Any]:
@@ -188,7 +200,31 @@ def sizes(group: Any) -> dict[str, int]:
     return found
 
 
+def traffic(group: Any) -> tuple[int, int]:
+    """Bytes that this rank sends during a metagradient, and the forecast of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 200))
+    batches = [(torch.randn(8, 200), torch.randn(8, 200)) for _ in range(4)]
+    f = mgd.TrainingFunction(
+        model,
+        lambda model, batch, z: z["scale"] * F.mse_loss(model(batch[0]), batch[1]),
+        batches,
+        optimizer=AdamW(lr=1e-3, eps_root=1e-6),
+        objective=lambda model: torch.stack([p.square().sum() for p in model.parameters()][:2]),
+        microbatches=V,
+        process_group=group,
+        trace=False,
+    )
+    f.metagradient({"lr": torch.full((4,), 1e-3), "scale": torch.tensor(1.0)})
+    scale = Scale(sum(p.numel() for p in model.parameters()), dist.get_world_size(group), objectives=2)
+    return f.ranks.sent, Forecast(scale, DEVICES["h100"], 50e9, 1, f.plan()).network_bytes
+
+
 # --- what is refused, and failures -----------------------------------------------------------------------------------
+
+
+def _none(model: nn.Module, index: torch.Tensor) -> None:
+    """Losses that are none."""
 
 
 def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
@@ -197,6 +233,10 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
 
     def of(case: cases.Case, **options: Any) -> tuple[str, str]:
         return told(lambda: case.metagradient(process_group=group, **options))
+
+    def attributed(losses: Any, groups: int) -> Any:
+        f = case.function(process_group=group)
+        return mgd.attribute(f, case.z, 3, losses, weights="weights", query_groups=groups)
 
     other_batches = [(b[0] + (rank == 1 and t == 3), *b[1:]) for t, b in enumerate(case.batches)]
     order = [tuple(x.flip(0) for x in b) if rank == 1 else b for b in case.batches]
@@ -211,6 +251,8 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "divides": of(case, microbatches=size + 1),
         "buffers": of(case.but(model=Counting(), z={"init": {}})),
         "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"] + rank})),
+        "groups": told(lambda: attributed(_none, 3)),
+        "one group": told(lambda: attributed(_none if rank else _query_losses(case), 2)),
         "resume": told(
             lambda: case.function(process_group=group).metagradient(case.z, resume=folder / "a" if rank else None)
         ),

@@ -12,12 +12,12 @@ import rank_trainings
 import torch
 from torch.utils._pytree import tree_flatten
 
-SAME = [*rank_trainings.TRAININGS, "other_calls", "parts", "on_disk", "jvps"]
+SAME = [*rank_trainings.TRAININGS, "other_calls", "parts", "on_disk", "jvps", "queries"]
 CHECKS = {
-    2: [*SAME, "users", "directories", "sizes", "shares", "refusals", "resumed", "stalled", "died"],
+    2: [*SAME, "users", "directories", "sizes", "traffic", "shares", "refusals", "resumed", "stalled", "died"],
     4: [
         *("mlp", "mlp in float64", "gpt with dropout", "matrices"),
-        *("parts", "jvps", "sizes", "shares", "resumed", "resharded", "halfway", "trains"),
+        *("parts", "jvps", "queries", "sizes", "traffic", "shares", "resumed", "resharded", "halfway", "trains"),
     ],
 }
 
@@ -90,6 +90,13 @@ def test_each_rank_has_its_share(launched, alone, size):
 
 
 @pytest.mark.parametrize("size", CHECKS)
+def test_the_forecast_of_what_is_sent(launched, size):
+    for found in launched[size]:
+        sent, forecast = found["traffic"]
+        assert forecast <= sent <= 1.25 * forecast
+
+
+@pytest.mark.parametrize("size", CHECKS)
 def test_a_rank_loads_its_own_microbatches_alone(launched, size):
     stretches = [(0, 2), (2, 4), (4, 5), (5, 6)]  # of 6 examples
     each = len(stretches) // size
@@ -111,6 +118,7 @@ def test_a_rank_loads_its_own_microbatches_alone(launched, size):
         ("resume", "RanksDisagree", "the call"),
         ("calls", "RanksDisagree", "the call"),
         ("jvp", "RanksDisagree", "dz[0]['lr']"),
+        ("groups", "BadArgument", "divide 2 processes; got 3"),
         ("afterwards", "none", ""),
     ],
 )
@@ -118,6 +126,11 @@ def test_refused_on_every_rank(launched, name, error, words):
     for found in launched[2]:
         kind, text = found["refusals"][name]
         assert kind == error and words in text, text
+
+
+def test_the_error_of_one_group_is_told_by_the_others(launched):
+    (other, text), (own, _) = (found["refusals"]["one group"] for found in launched[2])
+    assert (other, own) == ("RankFailed", "BadObjective") and "rank 1 raised BadObjective" in text
 
 
 def test_the_error_of_one_rank_is_told_by_the_others(launched):
