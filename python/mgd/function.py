@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState, StaleRun
-from mgd.identity import Objective, Start, given, identity_of
+from mgd.identity import Objective, Start, code_of, given, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -282,7 +282,8 @@ class TrainingFunction(Replaceable):
         name = kind.__name__ if isinstance(kind, type) else "jvp"
         call = name, reversible, resume and os.fspath(resume), self.gather
         start = self._start(z)
-        self.ranks.check_same(lambda: given(start, self.optimizer, self._settings() | {"the call": call}))
+        code = functools.partial(code_of, self.model, self.loss, self.objective)
+        self.ranks.check_same(lambda: code() | given(start, self.optimizer, self._settings() | {"the call": call}))
         shards = start.step.shards
         request = self._plan_request(shards, start.buffers)
         if not reversible and resume is None:

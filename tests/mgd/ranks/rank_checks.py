@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_resuming import halfway, resharded, resumed, trains  # noqa: F401 (checks, by name)
-from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, several, told
+from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, several, told, weighted_loss
 from torch import nn
 
 import mgd
@@ -223,6 +223,10 @@ def traffic(group: Any) -> tuple[int, int]:
 # --- what is refused, and failures -----------------------------------------------------------------------------------
 
 
+def _other_loss(model, batch, z):
+    return weighted_loss(model, batch, z) * 2
+
+
 def _none(model: nn.Module, index: torch.Tensor) -> None:
     """Losses that are none."""
 
@@ -247,6 +251,7 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "order": of(case.but(batches=order)),
         "length": of(fewer.but(z={"lr": torch.full((len(fewer),), 1e-2)})),
         "seed": of(case, seed=rank),
+        "code": of(case.but(loss=weighted_loss if rank else _other_loss)),
         "objective": of(case.but(objective=lambda model: several(model)[rank])),
         "divides": of(case, microbatches=size + 1),
         "buffers": of(case.but(model=Counting(), z={"init": {}})),

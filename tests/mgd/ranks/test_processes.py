@@ -112,6 +112,7 @@ def test_a_rank_loads_its_own_microbatches_alone(launched, size):
         ("order", "RanksDisagree", "batches[0]"),
         ("length", "RanksDisagree", "the number of steps"),
         ("seed", "RanksDisagree", "the seed"),
+        ("code", "RanksDisagree", "the code of the loss"),
         ("objective", "RanksDisagree", "the objective's value"),
         ("divides", "BadArgument", "microbatches=3 and 2 processes"),
         ("buffers", "BadArgument", "'mean'"),
