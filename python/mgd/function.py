@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState, StaleRun
-from mgd.identity import Objective, Start, given, identity_of
+from mgd.identity import Objective, Start, code_of, given, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -39,9 +38,10 @@ from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
 from mgd.util.files import path_of
-from mgd.util.fingerprint import digest
+from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
 from mgd.util.progress import Progress
+from mgd.util.replaceable import Replaceable
 from mgd_kernels import Arena, Optimizer
 
 
@@ -49,7 +49,7 @@ def _no_tick(phase: str, steps: int = 1) -> None:
     """The progress of a sweep that nobody watches."""
 
 
-class TrainingFunction:
+class TrainingFunction(Replaceable):
     """Training as a function of its metaparameters `z`, with exact metagradients (arXiv 2503.13751).
 
     Calls from several threads, also of several training functions, run one after the other: they share torch's default
@@ -88,6 +88,9 @@ class TrainingFunction:
         evaluates the microbatches `r V/W` to `(r+1) V/W - 1` of V, and owns 1/W of optimizer state, log, snapshots and
         adjoint; a budget is that of each process. Results are the same on every rank, and have the bits of one process
         with as many microbatches (docs/how-to/processes.md).
+    gather: False: of trained parameters, of their optimizer state and of the gradient by `init`, the results of each
+        process hold its share alone: of each parameter that it has a part of, flat, the elements that `result.share`
+        says. What autograd asks for is whole.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class TrainingFunction:
         compile: bool = False,
         optimizer_state: Mapping[str, Any] | None = None,
         process_group: Any = None,
+        gather: bool = True,
     ):
         arguments.check_model(model)
         arguments.check_batches(batches)
@@ -130,7 +134,7 @@ class TrainingFunction:
         self.fixed, self.per_example = dict(fixed or {}), dict(per_example or {})
         self.autocast, self.budget = arguments.checked_dtype(autocast), arguments.checked_budget(budget, model)
         self.schedule, self.objective_mode = schedule, objective_mode
-        self.trace, self.compile = trace, compile
+        self.trace, self.compile, self.gather = trace, compile, gather
         self.optimizer_state = made if optimizer_state is None else optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
         self._residuals = 0  # bytes that a captured step can keep, as measured
@@ -147,10 +151,21 @@ class TrainingFunction:
 
     # --- public ------------------------------------------------------------------------------------------------
 
-    def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
-        """Train without a gradient."""
+    def train(
+        self,
+        z: Mapping[str, Any] | None = None,
+        *,
+        progress: bool = False,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> Trained:
+        """Train without a gradient. resume: a directory in which an interrupted training is, as in `metagradient`."""
+        resume = None if resume is None else path_of(resume)
         with self._guarded(progress) as tick:
-            return self._forward(self._sweep(z or {}, tick), z or {})
+            sweep = self._sweep(z or {}, tick, resume=resume)
+            with sweep.storage.closed_after_errors():
+                self._forward(sweep, z or {})
+            sweep.storage.finish()
+            return sweep.own_trained()
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
@@ -180,11 +195,12 @@ class TrainingFunction:
             assert sweep.value is not None and sweep.trained is not None
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
-            trained, stats = sweep.trained, sweep.storage.stats
+            trained, stats = sweep.own_trained(), sweep.storage.stats
             self._residuals = sweep.residuals.step_bytes
             self._costs = sweep.timings.costs(stats, sweep.arena.device) or self._costs
             state = trained.optimizer_state if sweep.keep_slots else None
-            return Metagradient(sweep.value, grads, trained.model_state, trained.losses, report_of(sweep), state)
+            results = trained.model_state, trained.losses, report_of(sweep), state, trained.share
+            return Metagradient(sweep.value, grads, *results)
 
     def jvp(
         self, z: Mapping[str, Any], dz: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, progress: bool = False
@@ -199,8 +215,8 @@ class TrainingFunction:
             first dimension `[m]`. A further direction costs about two trainings.
         """
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
-        self.ranks.refuse("forward mode (jvp)")
         with self._guarded(progress) as tick:
+            self.ranks.check_same(lambda: leaf_digests("dz", [dict(each) for each in directions]))
             sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
             value, tangents = self._objective(sweep, z)
             models, trained = sweep.model_tangents(), sweep.forward()
@@ -226,19 +242,7 @@ class TrainingFunction:
         with self._guarded(alone=True):
             return self._identity(z, (self.objective,) if objectives is None else objectives)
 
-    def replaced(self, **changes: Any) -> TrainingFunction:
-        """The same training with other values of some of the constructor's arguments."""
-        return _made(type(self), self._arguments() | changes)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, also one by pickle, is made anew: it has no graphs yet."""
-        return _made, (type(self), self._arguments())
-
     # --- private -----------------------------------------------------------------------------------------------
-
-    def _arguments(self) -> dict[str, Any]:
-        """Those of the constructor."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @contextlib.contextmanager
     def _guarded(self, progress: bool = False, alone: bool = False) -> Iterator[Callable[..., None]]:
@@ -275,17 +279,18 @@ class TrainingFunction:
         kind: Callable[..., Sweep] = Sweep,
     ) -> Any:
         """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
-        call = (kind.__name__ if isinstance(kind, type) else "jvp", reversible, resume and os.fspath(resume))
+        name = kind.__name__ if isinstance(kind, type) else "jvp"
+        call = name, reversible, resume and os.fspath(resume), self.gather
         start = self._start(z)
-        self.ranks.check_same(lambda: given(start, self.optimizer, self._settings() | {"the call": call}))
+        code = functools.partial(code_of, self.model, self.loss, self.objective)
+        self.ranks.check_same(lambda: code() | given(start, self.optimizer, self._settings() | {"the call": call}))
         shards = start.step.shards
         request = self._plan_request(shards, start.buffers)
-        if not reversible:
+        if not reversible and resume is None:
             storage = no_storage(request)
         else:
-            kept = (
-                None if resume is None else Resume(self.ranks.directory(resume), self._identity(z, (self.objective,)))
-            )
+            objectives = (self.objective,) if reversible else ()
+            kept = None if resume is None else Resume(resume, self._identity(z, objectives), reversible)
             storage = open_storage(replace(request, memory=self.ranks.memory()), shards, kept)
         with storage.closed_after_errors():
             return kind(
@@ -297,6 +302,7 @@ class TrainingFunction:
                 storage,
                 max_grad_norm=self.max_grad_norm,
                 keep_slots=not reversible or self.optimizer_state is not None,
+                gather=self.gather or name == "jvp",
                 tick=tick,
             )
 
@@ -315,6 +321,7 @@ class TrainingFunction:
             elif not torch.equal(sweep.value, self._at_end(sweep).value()):
                 assert resume is not None
                 raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])
+            sweep.own_trained()
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.shards, sweep.state)
         return sweep
 
@@ -328,6 +335,7 @@ class TrainingFunction:
                 assert sweep.value is not None
                 self.ranks.check_same(lambda: {"the cotangent of the objective": digest(weights)})
                 sweep.begin_reverse(sweep.value, [weighted_sum(sweep.adjoints, weights)])
+                sweep.gather = True
             with sweep.storage.closed_after_errors():
                 gradients = sweep.reverse()
         except NonFiniteState:
@@ -362,9 +370,11 @@ class TrainingFunction:
         self._forward(sweep, z)
         with sweep.timings.timed("objective"):
             objective = self._at_end(sweep)
+            found: tuple[Tensor, list[Any]]
             if isinstance(sweep, ForwardSweep):
-                return objective.tangents(sweep.shards, sweep.tangents)
-            found = objective.adjoints(sweep.shards, sweep.state)
+                found = objective.tangents(sweep.shards, sweep.tangents)
+            else:
+                found = objective.adjoints(sweep.shards, sweep.state)
             self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
             return found
 
@@ -373,7 +383,7 @@ class TrainingFunction:
 
     def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
         how = self.budget, self._costs, self.schedule, self._residuals
-        return PlanRequest(len(self), shards.longest, self.optimizer, buffers, self.microbatches, *how)
+        return PlanRequest(len(self), shards.longest(self.ranks.size), self.optimizer, buffers, self.microbatches, *how)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         return identity_of(self._start(z), self.optimizer, objectives, self._settings())
@@ -388,7 +398,3 @@ class TrainingFunction:
             "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
             "whether the optimizer state continues": self.optimizer_state is not None,
         }
-
-
-def _made(kind: type[TrainingFunction], arguments: dict[str, Any]) -> TrainingFunction:
-    return kind(**arguments)

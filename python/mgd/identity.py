@@ -8,6 +8,7 @@ objective, with its gradient, at the initial parameters.
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
-from mgd.util.fingerprint import digest, leaf_digests
+from mgd.util.fingerprint import code_digest, digest, leaf_digests, source_digest
 from mgd_kernels import Arena, Optimizer, OptimizerState
 
 Objective = Callable[[nn.Module], Tensor]
@@ -77,6 +78,18 @@ def given(start: Start, optimizer: Optimizer, settings: Mapping[str, Any]) -> di
     return leaf_digests("z", meta.z) | {name: digest(value) for name, value in values.items()}
 
 
+def code_of(model: nn.Module, loss: Callable[..., Any], objective: Callable[..., Any]) -> dict[str, str]:
+    """Digests, by name, of the code that a training runs: that of several processes must be one."""
+    kinds = {type(module).__qualname__: type(module).forward for module in model.modules()}
+    return {
+        "the version of Python": platform.python_version(),
+        "the code of mgd": source_digest("mgd", "mgd_kernels"),
+        "the code of the model": digest(list(kinds), code_digest(*kinds.values())),
+        "the code of the loss": code_digest(loss),
+        "the code of the objective": code_digest(objective),
+    }
+
+
 def _batches(batches: Sequence[Any], meta: Metaparameters) -> str:
     """A digest of all batches, and of what `per_example` reads from them."""
     digests = []
@@ -90,7 +103,7 @@ def _batches(batches: Sequence[Any], meta: Metaparameters) -> str:
 def _loss(start: Start) -> tuple[Tensor, list[Any]]:
     """The loss of the first microbatch, and its gradients: with respect to parameters, and to metaparameters."""
     parameters = start.arena.tensors(start.state.params)
-    microbatch = next(start.step.evaluations(0, start.meta))
+    microbatch = next(start.step.evaluations(0, start.meta, range(1)))  # on every process the same
     leaves = [x.detach().clone().requires_grad_() for x in microbatch.metaparameters.tensors]
     microbatch.metaparameters.tensors = leaves
     second: list[Any] = []

@@ -28,13 +28,15 @@ class Trained(_Saved):
     """A trained model.
 
     parameters, buffers: by name. optimizer_state: the step count as "step", and the tensors as slot -> name -> tensor.
-    losses: float64 `[T]`, one per step.
+    losses: float64 `[T]`, one per step. share: None, or, where each process keeps its own (`gather=False`), which
+    elements of a flat parameter are in `parameters` and `optimizer_state`, by its name: `(start, stop)`.
     """
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     optimizer_state: dict[str, Any]
     losses: Tensor
+    share: dict[str, tuple[int, int]] | None = None
 
     @property
     def model_state(self) -> dict[str, Tensor]:
@@ -118,7 +120,7 @@ class Metagradient(_Saved):
     value: `[]`, or `[k]` for k objectives. grads: the keys and shapes of z, with a first dimension `[k]` for k
     objectives. model_state: parameters and buffers of the trained model, by name. losses: float64 `[T]`, one per step.
     report: what it cost. optimizer_state: as in `Trained`; None unless the training function was given an
-    `optimizer_state` to start from.
+    `optimizer_state` to start from. share: as in `Trained`, and of `grads["init"]` too.
     """
 
     value: Tensor
@@ -127,6 +129,7 @@ class Metagradient(_Saved):
     losses: Tensor
     report: Report
     optimizer_state: dict[str, Any] | None = None
+    share: dict[str, tuple[int, int]] | None = None
 
     def __repr__(self) -> str:
         keys = ", ".join(map(repr, self.grads))

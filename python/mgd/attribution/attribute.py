@@ -13,7 +13,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mgd.attribution import scores as files
 from mgd.attribution.result import Attribution, AttributionReport
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
 from mgd.function import TrainingFunction
+from mgd.ranks.ranks import Ranks
 from mgd.results import Metagradient, Trained
 from mgd.step.batches import loaded
 from mgd.util.files import path_of
@@ -53,6 +55,7 @@ def attribute(
     memory: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    query_groups: int = 1,
     progress: bool = False,
 ) -> Attribution:
     """The exact influence of every training example on the loss of every query.
@@ -71,6 +74,9 @@ def attribute(
         `TrainingFunction.identity`). Without it the scores are an array in memory.
     resume: a directory in which the sweeps of a chunk keep their log, so that an interrupted chunk continues as well,
         to the same bits (see `TrainingFunction.metagradient`). If `out` is not given, the scores are there too.
+    query_groups: where f has several processes, so many groups of them take turns at the chunks, each with trainings of
+        its own. It divides their number; what is left, the processes of a group, divides `microbatches`. Scores are the
+        same, to the bit, and whole on every process; the report is that of the own group.
 
     The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
     ReplayDivergence names the first step that differs, and nothing more is written.
@@ -89,7 +95,8 @@ def attribute(
         f.ranks.refuse("an attribution in a directory (out=, resume=)")
     count, given = len(numbers), chunk
     with f.ranks.call():
-        chunk = f.ranks.first(lambda: _chunk(f, z, count, given, memory))
+        f.ranks.check_same(lambda: {"query_groups": digest(query_groups)})
+        chunk = f.ranks.first(lambda: _chunk(f, z, -(-count // max(1, query_groups)), given, memory))
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
 
@@ -114,13 +121,17 @@ def attribute(
         if file is not None:
             file.begin(rehearsal.losses, digest(rehearsal.losses, rehearsal.model_state), weight, visits)
 
-        shared = copy.copy(f)  # shares the traces of f, but has its own objectives
+        group = stack.enter_context(_Group.of(f, query_groups))
+        shared = group.function
         single = len(parts) == 1  # then show the bars of its two sweeps instead
         tick = stack.enter_context(tracked("queries", len(numbers), enabled=progress and not single))
-        for first, part in zip(range(0, len(numbers), chunk), parts, strict=True):
-            if file is not None and file.is_done(first):
-                report.chunks_kept += 1
-            else:
+        chunks = list(zip(range(0, len(numbers), chunk), parts, strict=True))
+        for turn in (chunks[i : i + query_groups] for i in range(0, len(chunks), query_groups)):
+            found: list[tuple[int, Any, Tensor]] = []
+            for first, part in turn[group.index : group.index + 1]:
+                if file is not None and file.is_done(first):
+                    report.chunks_kept += 1
+                    continue
                 shared.objective = _objective(objectives, part)
                 place = None if resume is None else path_of(resume) / f"queries-{first}"
                 result = _repeated(shared, z, place, rehearsal, progress and single)
@@ -130,14 +141,17 @@ def attribute(
                 if file is not None:
                     file.write(first, scores, losses.tolist())
                 else:
-                    assert rows is not None
-                    rows[first : first + len(part)], values[first : first + len(part)] = scores, losses
+                    found.append((first, scores, losses))
                 del result, scores
                 report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
                 if place is not None:
                     shutil.rmtree(place, ignore_errors=True)
-            for _ in part:
-                tick("")
+            for first, scores, losses in group.exchanged(found):
+                assert rows is not None
+                rows[first : first + len(losses)], values[first : first + len(losses)] = scores, losses
+            for _, part in turn:
+                for _ in part:
+                    tick("")
         report.total_seconds = time.perf_counter() - start
         if file is not None:
             file.finish(report.to_dict())
@@ -145,6 +159,34 @@ def attribute(
         return Attribution.load(directory)
     assert rows is not None
     return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
+
+
+@dataclass
+class _Group:
+    """The group of ranks to which this one belongs. function: its own training, which has the traces of f. all_ranks:
+    those of all groups, if there are several."""
+
+    function: TrainingFunction
+    index: int = 0
+    all_ranks: Ranks | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, f: TrainingFunction, count: int) -> Iterator[_Group]:
+        with contextlib.ExitStack() as stack:
+            group, index = stack.enter_context(f.ranks.split(count))
+            if count == 1:
+                yield cls(copy.copy(f))
+                return
+            stack.enter_context(f.ranks.call())  # an error of one group ends the others, too
+            yield cls(f.replaced(process_group=group), index, f.ranks)
+
+    def exchanged(self, found: list[Any]) -> list[Any]:
+        """What all groups have found."""
+        if self.all_ranks is None:
+            return found
+        own = found if self.function.ranks.rank == 0 else []
+        return [one for each in self.all_ranks.objects(own) for one in each]
 
 
 def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module], Tensor]:

@@ -130,8 +130,11 @@ def plan(
     ],
     optimizer: Annotated[str, typer.Option(help="One of sgd, momentum, adam, adamw.")] = "adamw",
     dtype: Annotated[
-        str, typer.Option(help="Data type of the gradients: float32, bfloat16, float16 or float64.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Data type of the gradients: float32 (the default), bfloat16 (with --ranks), float16 or float64."
+        ),
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -145,6 +148,18 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", help='What one captured step can keep, such as "92MB": plans how many steps do.'),
     ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Forecast a training on so many ranks; all sizes are then of each rank.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --ranks, each one's: a100, h100 (the default), h200 or mi300x.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help='With --ranks, of each: "400Gb" (bits per second, the default), "50GB" (bytes).')
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help='With --ranks: tokens per step, such as "4M". By default 20 P / T.')
+    ] = None,
     out: Out = None,
     json: Json = None,
 ) -> None:
@@ -153,8 +168,15 @@ def plan(
     from mgd.errors import BadArgument
 
     session = Session("plan", out, json)
+    how = optimizer, dtype or ("float32" if ranks is None else "bfloat16"), budget or [], schedule
     try:
-        made = planning.plan_for(steps, parameters, optimizer, dtype, budget or [], schedule, step_seconds, residuals)
+        planning.check_options(ranks, [device, network, tokens], [step_seconds, residuals])
+        if ranks is not None:
+            on = device or "h100", network or "400Gb"
+            found = planning.forecast_for(ranks, steps, parameters, on, *how, tokens)
+            session.print(found.explain(), whole=True)
+            return session.write(planning.page(found.plan), found.to_dict())
+        made = planning.plan_for(steps, parameters, *how, step_seconds, residuals)
     except ValueError as error:
         if _is_the_users(error):
             raise

@@ -1,12 +1,14 @@
-"""Plans from the command line: sizes from words, and the budget from `TIER=SIZE`."""
+"""Plans from the command line: sizes and rates from words, and the budget from `TIER=SIZE`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from mgd.errors import BadArgument
 from mgd.plan.budget import TIERS, Budget, Costs, Sizes
 from mgd.plan.plan import Plan, plan
+from mgd.plan.scale import DEVICES, Forecast, Scale, forecast
 from mgd.ui.options import parse_count
 from mgd.ui.page import Page, Section
 from mgd.util.text import parse_bytes
@@ -47,10 +49,7 @@ def plan_for(
 
     Raises BadArgument for a word without a meaning, BudgetTooSmall where nothing fits.
     """
-    if optimizer not in _SLOTS:
-        raise BadArgument(f"expected an optimizer among {', '.join(_SLOTS)}; got {optimizer!r}")
-    if dtype not in _BYTES:
-        raise BadArgument(f"expected a dtype among {', '.join(_BYTES)}; got {dtype!r}")
+    _check_words(optimizer, dtype)
     count, size = parse_count(parameters), _BYTES[dtype]
     limits = parse_budget(budget)
     sizes = Sizes(
@@ -61,6 +60,59 @@ def plan_for(
     )
     costs = Costs() if step_seconds is None else Costs(step=step_seconds)
     return plan(steps, sizes, limits, costs, schedule=schedule)
+
+
+def forecast_for(
+    ranks: int,
+    steps: int,
+    parameters: str,
+    on: tuple[str, str],
+    optimizer: str = "adamw",
+    dtype: str = "bfloat16",
+    budget: Sequence[str] = (),
+    schedule: str = "auto",
+    tokens: str | None = None,
+) -> Forecast:
+    """What a metagradient takes of each rank: states in float32 or float64, gradients in `dtype`.
+
+    on: the device and the network of each rank. budget: likewise. tokens: per step, of all ranks.
+
+    Raises BadArgument for a word without a meaning, BudgetTooSmall where nothing fits.
+    """
+    _check_words(optimizer, dtype)
+    device, network = on
+    if device not in DEVICES:
+        raise BadArgument(f"expected a device among {', '.join(DEVICES)}; got {device!r}")
+    size = _BYTES[dtype]
+    scale = Scale(parse_count(parameters), ranks, _SLOTS[optimizer], max(4, size), size)
+    limits = parse_budget(budget) if budget else None
+    count = None if tokens is None else parse_count(tokens)
+    rate = parse_rate(network)
+    return forecast(steps, scale, DEVICES[device], rate, tokens=count, budget=limits, schedule=schedule)
+
+
+def check_options(ranks: int | None, forecasts: Sequence[object], measured: Sequence[object]) -> None:
+    """Raise BadArgument for options that would do nothing."""
+    if ranks is None and any(value is not None for value in forecasts):
+        raise BadArgument("expected --ranks with --device, --network and --tokens, which are of each rank")
+    if ranks is not None and any(value is not None for value in measured):
+        raise BadArgument("expected no --step-seconds and no --residuals with --ranks, whose forecast measures nothing")
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second from "400Gb" (bits), "50GB" (bytes), with or without "/s"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MGT])(b|B)(?:/s)?\s*", text)
+    if match is None or not float(match[1]):
+        raise BadArgument(f'expected a rate such as "400Gb" (bits per second) or "50GB" (bytes); got {text!r}')
+    bits = float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
+    return bits / 8 if match[3] == "b" else bits
+
+
+def _check_words(optimizer: str, dtype: str) -> None:
+    if optimizer not in _SLOTS:
+        raise BadArgument(f"expected an optimizer among {', '.join(_SLOTS)}; got {optimizer!r}")
+    if dtype not in _BYTES:
+        raise BadArgument(f"expected a dtype among {', '.join(_BYTES)}; got {dtype!r}")
 
 
 def page(plan: Plan) -> Page:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from mgd.descent.state import DescentState
 from mgd.errors import StaleRun
+from mgd.ranks.directory import SharedDirectory
 from mgd.results import Metagradient, Report
-from mgd.util.run_directory import RunDirectory
 
 Validate = Callable[[Metagradient], float]
 
@@ -21,7 +21,7 @@ class DescentCheckpoint:
     raises StaleRun if it does not.
     """
 
-    def __init__(self, run: RunDirectory, state: DescentState, validate: Validate | None):
+    def __init__(self, run: SharedDirectory, state: DescentState, validate: Validate | None):
         self._run, self._state, self._validate = run, state, validate
         saved = run.read("state")
         if saved is None:

@@ -18,10 +18,11 @@ from mgd.descent.constraints import Constraint
 from mgd.descent.state import DescentState, MetaStep, Variables
 from mgd.errors import BadArgument, NonFiniteState
 from mgd.function import TrainingFunction
+from mgd.ranks.directory import SharedDirectory
+from mgd.ranks.ranks import Ranks
 from mgd.results import Metagradient
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
-from mgd.util.run_directory import RunDirectory
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
 
@@ -121,7 +122,8 @@ class MetaDescent:
         with contextlib.ExitStack() as stack:
             checkpoint = None
             if directory is not None:
-                run = RunDirectory(directory, "descent", self._identity(state))
+                ranks, identity = self._identity(state)
+                run = SharedDirectory(ranks, directory, "descent", identity)
                 checkpoint = DescentCheckpoint(stack.enter_context(run), state, self.validate)
             tick = stack.enter_context(tracked("meta-steps", steps, len(state.history), progress))
             while len(state.history) < steps and not state.stalled(patience):
@@ -136,11 +138,11 @@ class MetaDescent:
         stopped = "steps" if len(state.history) >= steps else "patience"
         return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
 
-    def _identity(self, state: DescentState) -> dict[str, str]:
+    def _identity(self, state: DescentState) -> tuple[Ranks, dict[str, str]]:
         with torch.random.fork_rng([]):
             f, z = self._training(state.leaves, 0)
-        f.ranks.refuse("a descent in a directory")
-        return state.identity() | f.identity(_detached(z)) | {"the score": digest(self.validate is None)}
+        identity = state.identity() | f.identity(_detached(z)) | {"the score": digest(self.validate is None)}
+        return f.ranks, identity
 
     def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:
         """A training with its metagradient, at the variables of `state`, or closer to the last ones if it diverges."""
@@ -161,6 +163,8 @@ class MetaDescent:
     def _differentiate(self, leaves: Variables, index: int) -> Metagradient:
         """The metagradient, propagated from `z` to the variables: into the `grad` of each of them."""
         f, z = self._training(leaves, index)
+        if not f.gather and "init" in z:
+            raise BadArgument("expected gather=True: a descent on initial parameters needs their whole gradient")
         result = f.metagradient(_detached(z))
         if result.value.ndim:
             raise BadArgument(f"expected one objective to descend on; got {result.value.numel()}")

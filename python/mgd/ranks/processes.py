@@ -8,7 +8,6 @@ them, too. One that stalls is noticed when the timeout of the process group has 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import socket
 import time
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mgd.errors import BadArgument, RankFailed
-from mgd.ranks.ranks import Made, Ranks, check_facts, place
+from mgd.ranks.ranks import Made, Ranks, check_facts
 from mgd.util.system import free_memory
 
 GRACE = 5.0  # seconds in which the others say what they know of a failure
@@ -53,6 +52,7 @@ class ProcessRanks(Ranks):
             raise BadArgument(f"expected a process group with Gloo, which serves the CPU; got {backend!r}")
         self._base = process_group
         self._own: Any = None  # the connections
+        self.sent = 0  # bytes so far, to other ranks
         self._key = ""  # of what ranks say of a failure, in the store
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         options: Any = process_group._get_backend(torch.device("cpu")).options
@@ -129,6 +129,7 @@ class ProcessRanks(Ranks):
     def _exchanged(self, send: Tensor, lengths: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """As bytes, so that every dtype has one way."""
         width, received = send.element_size(), send.new_empty(sum(sizes))
+        self.sent += width * (sum(lengths) - lengths[self.rank])
         assert self._own is not None, "collectives belong into a call"
         with self._failing():
             self._own.alltoall_base(
@@ -139,16 +140,33 @@ class ProcessRanks(Ranks):
             ).wait()
         return received
 
+    def joined(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        return self._exchanged(own.repeat(self.size), [own.numel()] * self.size, sizes)
+
     def objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = self.numbers(torch.tensor([len(data)])).tolist()
-        received = self._exchanged(data.repeat(self.size), [len(data)] * self.size, sizes)
-        return [pickle.loads(bytes(part.numpy())) for part in received.split(sizes)]
+        return [pickle.loads(bytes(part.numpy())) for part in self.joined(data, sizes).split(sizes)]
 
     def numbers(self, own: Tensor) -> Tensor:
         flat = own.reshape(-1)
-        received = self._exchanged(flat.repeat(self.size), [flat.numel()] * self.size, [flat.numel()] * self.size)
+        received = self.joined(flat, [flat.numel()] * self.size)
         return received.reshape(self.size * own.shape[0], *own.shape[1:])
+
+    @contextlib.contextmanager
+    def split(self, count: int) -> Iterator[tuple[Any, int]]:
+        self._check_split(count)
+        each = self.size // count
+        index = self.rank // each
+        if each == 1 or count == 1:
+            yield self._base if count == 1 else None, index
+            return
+        members = [dist.get_global_rank(self._base, index * each + i) for i in range(each)]
+        group = dist.new_group(members, self._timeout, "gloo", use_local_synchronization=True)
+        try:
+            yield group, index
+        finally:
+            dist.destroy_process_group(group)
 
     def check_same(self, facts: Callable[[], Mapping[str, Any]]) -> None:
         check_facts(self.objects(dict(facts())))
@@ -160,6 +178,3 @@ class ProcessRanks(Ranks):
         found = self.objects((socket.gethostname(), free_memory()))
         hosts = [host for host, _ in found]
         return min(free // hosts.count(host) for host, free in found)
-
-    def directory(self, path: str | os.PathLike[str]) -> str:
-        return place(os.fspath(path), None if self.size == 1 else f"rank {self.rank} of {self.size}")

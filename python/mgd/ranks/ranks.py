@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mgd.errors import BadArgument, RanksDisagree, StaleRun
+from mgd.errors import BadArgument, RanksDisagree
 
 Made = TypeVar("Made")
 
@@ -29,6 +27,10 @@ class Ranks:
     def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Give `parts[r]` to rank r, flat, and receive `sizes[r]` elements of the same dtype from it."""
         return list(parts)
+
+    def joined(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The flat tensors of all ranks, of these sizes, one after the other."""
+        return own
 
     def objects(self, value: Any) -> list[Any]:
         """The values of all ranks, which must be picklable."""
@@ -53,15 +55,21 @@ class Ranks:
         """Bytes of memory that are free for each process; None: what the system has."""
         return None
 
-    def directory(self, path: str | os.PathLike[str]) -> str:
-        """Where this process keeps what it has of a run in `path`. Raises StaleRun where another number of processes
-        has begun one there."""
-        return place(os.fspath(path), None)
-
     def refuse(self, what: str) -> None:
         """Raise BadArgument where there are several processes, for what works in one alone."""
         if self.size > 1:
             raise BadArgument(f"expected one process for {what}; got {self.size}: leave process_group out")
+
+    @contextlib.contextmanager
+    def split(self, count: int) -> Iterator[tuple[Any, int]]:
+        """So many groups of neighbours, of which each process is in one: that group, as `ranks_of` takes it, and its
+        number. Raises BadArgument unless `count` divides the number of processes."""
+        self._check_split(count)
+        yield None, 0
+
+    def _check_split(self, count: int) -> None:
+        if count < 1 or self.size % count:
+            raise BadArgument(f"expected groups that divide {self.size} processes; got {count}")
 
     def check_divides(self, microbatches: int) -> None:
         if microbatches % self.size:
@@ -69,17 +77,6 @@ class Ranks:
                 f"expected microbatches to be a multiple of the number of processes, so that each evaluates as many; "
                 f"got microbatches={microbatches} and {self.size} processes"
             )
-
-
-def place(path: str, share: str | None) -> str:
-    """The directory in `path` of this share of a run, such as "rank 0 of 2"; None: of the whole of it."""
-    found = {
-        os.path.basename(name).split(" of ")[1] for name in glob.glob(os.path.join(glob.escape(path), "rank * of *"))
-    }
-    whole = os.path.exists(os.path.join(path, "MGD_STORE"))
-    if found - {share and share.split(" of ")[1]} or (whole and share):
-        raise StaleRun(path, ["the number of processes"])
-    return path if share is None else os.path.join(path, share)
 
 
 def check_facts(all_facts: Sequence[Mapping[str, Any]]) -> None:

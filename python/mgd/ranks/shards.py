@@ -33,8 +33,7 @@ class Shards:
     """The whole of everything, which is what one process has.
 
     own: this process's microbatches. pieces: those of its range of a flat buffer, within that range, as
-    `(start, stop, the arena of its parameters or None)`. layout: what its flat buffers are; that of the longest range
-    of any rank is `longest`.
+    `(start, stop, the arena of its parameters or None)`. layout: what its flat buffers are.
     """
 
     def __init__(self, ranks: Ranks, arena: Arena, microbatches: int, elementwise: bool):
@@ -42,7 +41,7 @@ class Shards:
         each = microbatches // ranks.size
         self.own = range(ranks.rank * each, (ranks.rank + 1) * each)
         bounds = [0, arena.numel] if microbatches == 1 else _bounds(arena, microbatches, elementwise)
-        self.ranges = [(bounds[rank * each], bounds[(rank + 1) * each]) for rank in range(ranks.size)]
+        self._bounds, self.ranges = bounds, _ranges(bounds, ranks.size)
         self.start, stop = self.ranges[ranks.rank]
         parts = [None if elementwise else _part(arena, a, b) for a, b in pairwise(bounds)]
         self.pieces = [
@@ -51,7 +50,19 @@ class Shards:
         ]
         self._part = None if elementwise else _part(arena, self.start, stop)
         self.layout: Arena | Stretch = arena
-        self.longest: Arena | Stretch = arena
+
+    def ranges_of(self, size: int) -> list[tuple[int, int]]:
+        """The ranges that the ranks have where there are `size` of them."""
+        if self.microbatches % size:
+            raise BadArgument(f"expected as many ranks as divide {self.microbatches} microbatches; got {size}")
+        return _ranges(self._bounds, size)
+
+    def longest(self, size: int) -> Arena | Stretch:
+        """What the flat buffers of the longest range are, where there are `size` ranks."""
+        if size == 1:
+            return self.arena
+        numel = max(stop - start for start, stop in self.ranges_of(size))
+        return Stretch(numel, self.arena.dtype, self.arena.gradient_dtype, self.arena.device)
 
     # --- flat buffers ------------------------------------------------------------------------------------------
 
@@ -66,6 +77,22 @@ class Shards:
     def whole(self, part: Tensor) -> Tensor:
         """The flat buffer of which every process has its part."""
         return part
+
+    def share(self) -> dict[str, tuple[int, int]]:
+        """The elements `start` to `stop`, of the flat parameter, that are in this process's range, by its name."""
+        begin, end = self.ranges[self.ranks.rank]
+        places = zip(self.arena.names, self.arena.offsets, self.arena.shapes, strict=True)
+        bounds = {n: (max(begin - at, 0), min(end - at, shape.numel())) for n, at, shape in places}
+        return {name: (start, stop) for name, (start, stop) in bounds.items() if start < stop}
+
+    def shares(self, part: Tensor) -> dict[str, Tensor]:
+        """Those elements of this process's part of a flat buffer, in the parameters' dtypes."""
+        offsets = dict(zip(self.arena.names, self.arena.offsets, strict=True))
+        dtypes = dict(zip(self.arena.names, self.arena.dtypes, strict=True))
+        return {
+            name: part[offsets[name] + start - self.start : offsets[name] + stop - self.start].to(dtypes[name])
+            for name, (start, stop) in self.share().items()
+        }
 
     def memory(self, into: Tensor | None) -> Tensor | None:
         """Where the first of a step's gradients goes, whose sum belongs into this buffer."""
@@ -167,11 +194,8 @@ class RankShards(Shards):
         if len(set(arena.dtypes)) > 1:
             names = ", ".join(sorted({str(dtype) for dtype in arena.dtypes}))
             raise BadArgument(f"expected trained parameters of one dtype, on several processes; got {names}")
-        lengths = [stop - start for start, stop in self.ranges]
-        self.layout, self.longest = (
-            Stretch(numel, arena.dtype, arena.gradient_dtype, arena.device)
-            for numel in (lengths[ranks.rank], max(lengths))
-        )
+        start, stop = self.ranges[ranks.rank]
+        self.layout = Stretch(stop - start, arena.dtype, arena.gradient_dtype, arena.device)
         each = microbatches // ranks.size
         self._places = [places(range(rank * each, (rank + 1) * each)) for rank in range(ranks.size)]
 
@@ -182,8 +206,7 @@ class RankShards(Shards):
         return flat[self.start : self.start + self.layout.numel].clone()
 
     def whole(self, part: Tensor) -> Tensor:
-        sizes = [stop - start for start, stop in self.ranges]
-        return torch.cat(self.ranks.exchange([part] * self.ranks.size, sizes))
+        return self.ranks.joined(part, [stop - start for start, stop in self.ranges])
 
     def memory(self, into: Tensor | None) -> Tensor | None:
         return None
@@ -235,6 +258,12 @@ class RankShards(Shards):
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return dot(x if x.dtype == y.dtype else x.to(y.dtype), y)
+
+
+def _ranges(bounds: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The ranges of `size` ranks, from where a flat buffer is cut into pieces."""
+    each = (len(bounds) - 1) // size
+    return [(bounds[rank * each], bounds[(rank + 1) * each]) for rank in range(size)]
 
 
 def _bounds(arena: Arena, count: int, elementwise: bool) -> list[int]:

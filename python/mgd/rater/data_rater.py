@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mgd.errors import BadArgument, NonFiniteState, ReplayDivergence
+from mgd.ranks.directory import SharedDirectory
 from mgd.rater.population import Loss, Population
 from mgd.rater.population_adam import PopulationAdam
 from mgd.rater.sampling import Sampler, lengths, sampler
@@ -30,7 +31,6 @@ from mgd.results import Metagradient
 from mgd.step.rng import seed_of
 from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
-from mgd.util.run_directory import RunDirectory
 from mgd.util.text import describe
 from mgd_kernels import AdamW, Optimizer
 
@@ -176,8 +176,8 @@ class DataRater:
         with contextlib.ExitStack() as stack:
             run = None
             if directory is not None:
-                self.population.function.ranks.refuse("a rater in a directory")
-                run = stack.enter_context(RunDirectory(directory, "rater", self.identity()))
+                ranks = self.population.function.ranks
+                run = stack.enter_context(SharedDirectory(ranks, directory, "rater", self.identity()))
                 if (saved := run.read("state")) is not None:
                     self.load_state_dict(saved)
             tick = stack.enter_context(tracked("meta-steps", steps, len(self.history), progress))
@@ -258,7 +258,7 @@ class DataRater:
         }
         return self.population.identity(examples, held_out) | {name: digest(part) for name, part in parts.items()}
 
-    def _save(self, run: RunDirectory) -> None:
+    def _save(self, run: SharedDirectory) -> None:
         run.write("state", self.state_dict())
         run.show("history.json", [asdict(step) for step in self.history])
 

@@ -314,10 +314,10 @@ class Gradients:
         tensors = [self.hyper, *self.leaves, *(initial_adjoints if self.meta.wants_initial else ())]
         return all(map(all_finite, tensors))
 
-    def collect(self, initial_adjoints: list[Tensor]) -> dict[str, Any]:
+    def collect(self, initial_adjoints: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Gradients with the keys of `z`, and its shapes with a first dimension `[k]` added.
 
-        initial_adjoints: the flat adjoint of the initial parameters, for each objective.
+        initial_adjoints: those of the initial parameters, or of shares of some, by name, for each objective.
         """
         meta = self.meta
         grads: dict[str, Any] = {}
@@ -327,8 +327,8 @@ class Gradients:
                 cotangents = self.hyper[:, :, :, meta.optimizer.column(key)]
                 grads[key] = _reduce_to(cotangents, value.shape).to(value)
             elif key == "init":
-                views = [meta.arena.views(adjoint) for adjoint in initial_adjoints]
-                grads[key] = {name: torch.stack([v[name] for v in views]).to(tensor) for name, tensor in value.items()}
+                names = [name for name in value if name in initial_adjoints[0]]
+                grads[key] = {n: torch.stack([each[n] for each in initial_adjoints]).to(value[n]) for n in names}
             else:
                 grads[key] = loss_part[key]
         return grads

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mgd.errors import ReplayDivergence
@@ -108,9 +107,10 @@ class StepFunction:
         total: Blocks[Tensor] = Blocks(Tensor.add_)
         totals: list[Blocks[Tensor]] = [Blocks(Tensor.add_) for _ in directions]
         losses, history = [], [buffers]
-        parameters = self.arena.tensors(params)
-        moved = [self.arena.tensors(direction.params) for direction in directions]
-        for microbatch in self.evaluations(t, meta):
+        parameters = self.arena.tensors(self.shards.whole(params))
+        moved = [self.arena.tensors(self.shards.whole(direction.params)) for direction in directions]
+        batch = self.batches[t]
+        for microbatch in self._evaluations(t, batch, meta):
             given = [
                 Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
                 for tensors, direction in zip(moved, directions, strict=True)
@@ -122,7 +122,9 @@ class StepFunction:
                 direction.buffers = found.buffers[j]
             losses.append(found.evaluation.loss.double())
             history.append(found.evaluation.buffers)
-        return StepResult(total.total(), torch.stack(losses).cpu(), history), [x.total() for x in totals]
+        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
+        histories, gradients = self.shards.histories(history), [self.shards.gradient(x) for x in totals]
+        return StepResult(self.shards.gradient(total), values, histories), gradients
 
     def second_derivatives(
         self,
@@ -206,12 +208,13 @@ class StepFunction:
         own = [microbatch for microbatch in self.evaluations(t, meta) if microbatch.index == i]
         return own[0].diverged(first, second) if own else ReplayDivergence(t, f"microbatch {i} has another loss now")
 
-    def evaluations(self, t: int, meta: Metaparameters) -> Iterator[Microbatch]:
-        """The own microbatches of step `t`."""
-        return self._evaluations(t, self.batches[t], meta)
+    def evaluations(self, t: int, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
+        """These microbatches of step `t`; by default the own ones."""
+        return self._evaluations(t, self.batches[t], meta, own)
 
-    def _evaluations(self, t: int, whole: Any, meta: Metaparameters) -> Iterator[Microbatch]:
-        own, parts = self.shards.own, microbatches(whole, self.microbatches, t, self.shards.own)
+    def _evaluations(self, t: int, whole: Any, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
+        own = self.shards.own if own is None else own
+        parts = microbatches(whole, self.microbatches, t, own)
         tensors = [x for batch, _ in parts for x in split_tensors(batch)[0]]
         numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
         if numbers:

@@ -94,7 +94,7 @@ class TrainedObjective:
             found = []
             for tangent in tangents:
                 buffers = dict(zip(differentiable(self.trained.buffers), tangent.buffers, strict=True))
-                along = [*shards.arena.tensors(tangent.state.params), *(buffers[name] for name in floats)]
+                along = [*shards.arena.tensors(shards.whole(tangent.state.params)), *(buffers[name] for name in floats)]
                 terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
                 whole = torch.stack(terms).sum()
                 (derivative,) = torch.autograd.grad(whole, seed, retain_graph=True, allow_unused=True)

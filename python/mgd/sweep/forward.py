@@ -17,7 +17,6 @@ from mgd.errors import BadMetaparameter, NonFiniteState
 from mgd.step.step import StateDirection
 from mgd.sweep.adjoint import Adjoint
 from mgd.sweep.sweep import Sweep
-from mgd_kernels.dispatch import dot
 
 
 class ForwardSweep(Sweep):
@@ -30,11 +29,11 @@ class ForwardSweep(Sweep):
         self._directions = [self.meta.tangent(direction) for direction in directions]
         self.tangents = [Adjoint.zeros(self.state, self.buffers) for _ in directions]
         for tangent, direction in zip(self.tangents, self._directions, strict=True):
-            tangent.state.params.copy_(direction.init)
+            tangent.state.params.copy_(self.shards.part(direction.init))
 
     def model_tangents(self) -> list[dict[str, Tensor]]:
         """Of the trained parameters, by name, for each direction."""
-        return [{n: x.clone() for n, x in self.arena.views(each.state.params).items()} for each in self.tangents]
+        return [{n: x.clone() for n, x in self._views(each.state.params).items()} for each in self.tangents]
 
     def _train(self, t: int, tier: str | None) -> None:
         given = [
@@ -48,7 +47,7 @@ class ForwardSweep(Sweep):
         scale, clip = self._clip(t, result)
         with self.timings.timed("optimizer jvp"):
             if clip:  # of the scaled gradient, from those of the gradient
-                along = [float(dot(result.gradient, moved)) for moved in gradients]
+                along = self.shards.dots([(result.gradient, moved) for moved in gradients])
                 gradients = [
                     (moved * scale).add_(result.gradient, alpha=clip * x)
                     for moved, x in zip(gradients, along, strict=True)
@@ -60,6 +59,6 @@ class ForwardSweep(Sweep):
             )
             for j, (tangent, moved) in enumerate(zip(self.tangents, given, strict=True)):
                 tangent.buffers = moved.buffers
-                if not math.isfinite(float(tangent.state.params.sum())):
+                if not self.shards.ranks.every(math.isfinite(float(tangent.state.params.sum()))):
                     raise NonFiniteState(t, f"the tangent of the parameters along direction {j}")
         self.buffers = result.buffers[-1]

@@ -225,12 +225,11 @@ class History:
 
     # --- across processes --------------------------------------------------------------------------------------
 
-    def adopt(self, keys: Iterable[Any]) -> None:
+    def adopt(self, keys: Iterable[Key]) -> None:
         """Take over the entries that an earlier process left in the store."""
         for key in keys:
-            if key[0] in ("gradient", "snapshot"):
-                histories = 1 + self.microbatches if key[0] == "gradient" else 1
-                self._names[key] = [tuple(self.constants)] * histories
+            histories = 1 + self.microbatches if key[0] == "gradient" else 1
+            self._names[key] = [tuple(self.constants)] * histories
 
     def discard_after(self, step: int) -> None:
         """Remove what an earlier process wrote after it had reached this step."""

@@ -57,10 +57,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class Resume:
-    """A run that outlives the process. identity: what its result depends on, name -> digest."""
+    """A run that outlives the process. identity: what its result depends on, name -> digest. reversible: with what a
+    way back needs."""
 
     directory: str | os.PathLike[str]
     identity: Mapping[str, str]
+    reversible: bool = True
 
 
 def no_storage(request: PlanRequest) -> Storage:
@@ -77,17 +79,19 @@ def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = N
     if resume is None:
         plan = ranks.first(request.plan)
         return _fresh(request, plan if ranks.rank == 0 else replace(plan, directory=request.budget.directory), layout)
-    from mgd.sweep.checkpoint import RunCheckpoint
+    from mgd.sweep.resharding import open_run
 
     directory, sizes = os.fspath(path_of(resume.directory)), request.sizes(through_store=True)
-    settings = {"disk": _disk_limit(directory, request.budget.limits())}
-    checkpoint = RunCheckpoint(directory, staging({}, sizes), resume.identity, settings, ranks)
+    settings = {"disk": _disk_limit(directory, request.budget.limits()), "processes": ranks.size}
+    checkpoint = open_run(directory, staging({}, sizes), resume.identity, settings, shards)
     history = History(dict(request.buffers), request.microbatches, layout=layout, store=checkpoint.store, durable=True)
     with history.closed_after_errors():
-        plan = ranks.first(lambda: request.resumable_plan(directory, checkpoint.settings["disk"]))
+        began = replace(request, arena=shards.longest(checkpoint.settings["processes"]))  # with the plan of then
+        disk = checkpoint.settings["disk"]
+        kept = ranks.first(lambda: began.resumable_plan(directory, disk)) if resume.reversible else None
         checkpoint.begin()
-        history.adopt(checkpoint.store.keys())
-        return Storage(plan, history, ResidualCache(), checkpoint)
+        history.adopt(checkpoint.shared_entries())
+        return Storage(kept, history, ResidualCache(), checkpoint)
 
 
 def _fresh(request: PlanRequest, plan: Plan, layout: Arena | Stretch) -> Storage:

@@ -13,6 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Sweep:
 
     The current state is `state` with `buffers` at step `state.step`; flat buffers, here and in the history, are this
     process's part (`mgd.ranks.shards`). keep_slots: the end may be the beginning of
-    another training, so its optimizer state is part of the result. index: actions of the plan that are done.
+    another training, so its optimizer state is part of the result. gather: results are whole, not this process's
+    share. index: actions of the plan that are done.
     visited, reversed: steps that each sweep has behind it. trained, value: the end of the training and the objective
     there, once they are known; then `adjoints` and `gradients` are those of the reverse sweep.
     """
@@ -56,12 +58,13 @@ class Sweep:
         *,
         max_grad_norm: float | None = None,
         keep_slots: bool = False,
+        gather: bool = True,
         tick: Callable[..., None] = lambda phase, steps=1: None,
     ):
         self.step, self.optimizer, self.meta = step, optimizer, meta
         self.arena, self.shards, self.state, self.buffers = step.arena, step.shards, state, buffers
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
-        self.max_grad_norm, self.keep_slots, self.tick = max_grad_norm, keep_slots, tick
+        self.max_grad_norm, self.keep_slots, self.gather, self.tick = max_grad_norm, keep_slots, gather, tick
         self.length = len(step.batches)
         self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64)
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
@@ -114,19 +117,28 @@ class Sweep:
         return end, result.buffers[-1]
 
     def _end(self, state: OptimizerState, buffers: Buffers) -> Trained:
-        """The end of the training, with memory of its own."""
-
-        def views(part: Tensor) -> dict[str, Tensor]:
-            return self.arena.views(self.shards.whole(part))
-
+        """The end of the training, with memory of its own. Its parameters are whole: the objective looks at them."""
         slots = zip(self.optimizer.slots, state.slots, strict=True) if self.keep_slots else ()
         return Trained(
-            parameters={name: p.clone() for name, p in views(state.params).items()},
+            parameters={name: p.clone() for name, p in self.arena.views(self.shards.whole(state.params)).items()},
             buffers={name: b.clone() for name, b in buffers.items()},
             optimizer_state={"step": state.next_count - 1}
-            | {slot: {n: t.clone() for n, t in views(flat).items()} for slot, flat in slots},
+            | {slot: {n: t.clone() for n, t in self._views(flat).items()} for slot, flat in slots},
             losses=self.losses.sum(1),
         )
+
+    def _views(self, part: Tensor) -> dict[str, Tensor]:
+        """What results hold of a flat buffer of which this is this process's part, by the names of parameters."""
+        return self.arena.views(self.shards.whole(part)) if self.gather else self.shards.shares(part)
+
+    def own_trained(self) -> Trained:
+        """The end of the training as results hold it. The objective cannot be evaluated any more, if that is a part."""
+        assert self.trained is not None
+        if not self.gather and self.trained.share is None:
+            share = self.shards.share()
+            own = {name: self.trained.parameters[name].reshape(-1)[a:b].clone() for name, (a, b) in share.items()}
+            self.trained = replace(self.trained, parameters=own, share=share)
+        return self.trained
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Advance):
@@ -264,7 +276,7 @@ class Sweep:
         initial = [adjoint.state.params for adjoint in self.adjoints]
         if not self.shards.ranks.every(gradients.finite(initial)):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
-        return gradients.collect([self.shards.whole(x) for x in initial] if self.meta.wants_initial else [])
+        return gradients.collect([self._views(x) for x in initial] if self.meta.wants_initial else [])
 
     def _reverse_step(self, t: int, directions: list[Tensor], gradients: Gradients) -> None:
         """From the adjoint of s_{t+1} to that of s_t. directions: memory for the cotangents of the gradient."""
@@ -335,9 +347,14 @@ class Sweep:
             return {}
         assert self.value is not None
         self.gradients.settle()
-        adjoints = [x for adjoint in self.adjoints for x in adjoint.tensors()]
-        tensors = [*adjoints, self.gradients.hyper, *self.gradients.leaves]
-        return {"value": self.value, **{f"reverse.{i}": x for i, x in enumerate(tensors)}}
+        states = [x for adjoint in self.adjoints for x in adjoint.state.tensors()]
+        others = [x for adjoint in self.adjoints for x in adjoint.buffers]
+        others += [self.gradients.hyper, *self.gradients.leaves]
+        return {
+            "value": self.value,
+            **{f"adjoint.{i}": x for i, x in enumerate(states)},
+            **{f"reverse.{i}": x for i, x in enumerate(others)},
+        }
 
     def _load(self, state: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
         """Continue from `state_dict()` of an earlier process, and from `end`, that of the training if it was reached.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -26,6 +31,48 @@ def digest(*values: Any) -> str:
     state = hashlib.blake2b(digest_size=16)
     _add(state, values)
     return state.hexdigest()
+
+
+def code_digest(*functions: Any) -> str:
+    """A digest of what functions do, as far as their code says: not of values that they find elsewhere. Of any other
+    object it covers what its class is called, and the code of `__call__`."""
+    return digest(*(_code(function, set()) for function in functions))
+
+
+@functools.cache
+def source_digest(*packages: str) -> str:
+    """A digest of the files of packages that are imported."""
+    folders = [Path(str(importlib.import_module(name).__file__)).parent for name in packages]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".so"))
+    return digest([(path.name, path.read_bytes()) for path in files])
+
+
+def _code(value: Any, seen: set[int]) -> Any:
+    if isinstance(value, CodeType):
+        # A set's order is another in each process.
+        consts = [sorted(map(repr, x)) if isinstance(x, frozenset) else _code(x, seen) for x in value.co_consts]
+        return value.co_code, value.co_names, consts
+    if isinstance(value, functools.partial):
+        return _code(value.func, seen), _code(value.args, seen), _code(list(value.keywords.items()), seen)
+    if isinstance(value, MethodType):
+        return _code(value.__func__, seen)
+    if not isinstance(value, FunctionType):
+        called = inspect.getattr_static(type(value), "__call__", None)
+        known = isinstance(called, FunctionType) and id(called) not in seen
+        return value, _code(called, seen) if known else None
+    if id(value) in seen:
+        return None
+    seen.add(id(value))
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+    inner = [_code(x, seen) for x in cells if isinstance(x, FunctionType | MethodType | functools.partial)]
+    return _code(value.__code__, seen), inner
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def leaf_digests(name: str, tree: Any) -> dict[str, str]:

@@ -155,6 +155,16 @@ def test_plan_counts_the_sizes_of_the_optimizer(capsys, tmp_path):
     assert "100 training steps" in out
 
 
+def test_plan_forecasts_a_training_on_many_ranks(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    arguments = ["--ranks", 64, "--parameters", "1B", "--steps", 1000, "--device", "h200", "--network", "400Gb"]
+    out, _ = run(capsys, "plan", *arguments, "--tokens", "1M", "--json", file)
+    found = json.loads(file.read_text())
+    assert "64 ranks" in out and found["network_bytes_per_second"] == 50e9 and found["fits"]
+    assert found["plan"]["sizes"]["gradient"] == 2 * 10**9 // 64 and found["tokens_per_step"] == 10**6
+    assert planning.parse_rate("50GB") == planning.parse_rate("400 Gb/s") == 50e9
+
+
 def test_plan_draws_its_schedule(capsys, tmp_path):
     run(capsys, "plan", "--steps", 30, "--parameters", "1k", "--budget", "host=60kB", "--out", tmp_path / "p")
     assert (tmp_path / "p" / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -179,6 +189,10 @@ def test_a_plan_too_long_to_draw_still_gets_its_page(capsys, tmp_path):
         (["--parameters", "1M", "--schedule", "magic"], "expected schedule"),
         (["--parameters", "1M", "--optimizer", "lion"], "expected an optimizer among"),
         (["--parameters", "1M", "--dtype", "int8"], "expected a dtype among"),
+        (["--parameters", "1M", "--ranks", "4", "--device", "abacus"], "expected a device among"),
+        (["--parameters", "1M", "--ranks", "4", "--network", "400"], "expected a rate such as"),
+        (["--parameters", "1M", "--ranks", "4", "--step-seconds", "1"], "no --step-seconds"),
+        (["--parameters", "1M", "--tokens", "1M"], "expected --ranks"),
     ],
 )
 def test_what_plan_cannot_use_is_named(capsys, arguments, says):

@@ -17,75 +17,15 @@ import cases
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_resuming import halfway, resharded, resumed, trains  # noqa: F401 (checks, by name)
+from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, several, told, weighted_loss
 from torch import nn
 
 import mgd
-from mgd import errors
-from mgd.plan import training as planning
-from mgd_kernels import AdamW, Muon, RMSprop
+from mgd.plan.scale import DEVICES, Forecast, Scale
+from mgd_kernels import AdamW
 
-V = 4
 STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
-
-
-def outcome(result: Any) -> dict[str, Any]:
-    return {"value": result.value, "grads": result.grads, "losses": result.losses, "model": result.model_state}
-
-
-def weighted(case: cases.Case, **changes: Any) -> cases.Case:
-    """With a weight for every example, a temperature that all microbatches read, learning rates and initial weights."""
-    examples, steps = 20, len(case)
-    z = {
-        "weights": torch.linspace(0.5, 1.5, examples, dtype=torch.float64),
-        "temperature": torch.tensor(1.1, dtype=torch.float64),
-        "lr": torch.full((steps,), 1e-2, dtype=torch.float64),
-        "init": {name: p.detach().clone() for name, p in case.model.named_parameters()},
-    }
-    options = {
-        "trace": False,
-        "microbatches": V,
-        "per_example": {"weights": lambda batch: batch[2]},
-        "max_grad_norm": 0.5,
-    }
-    return case.but(z=z, loss=weighted_loss, **options | changes)
-
-
-def weighted_loss(model, batch, z):
-    x, y, _ = batch
-    return (z["weights"] * F.cross_entropy(model(x) * z["temperature"], y, reduction="none")).mean()
-
-
-def mlp(**changes: Any) -> cases.Case:
-    model = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Dropout(0.1), nn.Linear(24, cases.CLASSES))
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return weighted(cases.supervised(model, (5,), steps=6), **changes)
-
-
-def gpt(**changes: Any) -> cases.Case:
-    case = cases.language()
-    return case.but(**{"trace": False, "microbatches": V, "max_grad_norm": 0.5} | changes)
-
-
-def several(model: nn.Module) -> torch.Tensor:
-    """Two objectives."""
-    return torch.stack([p.double().square().sum() for p in model.parameters()][:2]).to(next(model.parameters()))
-
-
-TRAININGS = {
-    "mlp": lambda: mlp().to(torch.float32),
-    "mlp in float64": lambda: mlp(),
-    "gpt with dropout": lambda: gpt().to(torch.float32),
-    "gpt, captured": lambda: gpt(trace=True).to(torch.float32),
-    "parameter groups": lambda: mlp(
-        optimizer=AdamW(lr=1e-2, eps_root=1e-4, param_groups=[{"params": "*.bias", "weight_decay": 0.0}])
-    ).to(torch.float32),
-    "matrices": lambda: mlp(optimizer=Muon()).to(torch.float32),
-    "a torch update": lambda: mlp(optimizer=RMSprop(eps_root=1e-4)).to(torch.float32),
-    "two objectives": lambda: mlp(objective=several).to(torch.float32),
-    "replays on a small budget": lambda: mlp(budget=mgd.Budget(host="40kB")).to(torch.float32),
-}
 
 
 def bits(name: str, group: Any) -> dict[str, Any]:
@@ -109,17 +49,54 @@ def other_calls(group: Any) -> dict[str, Any]:
 def users(group: Any) -> dict[str, Any]:
     """What is built on a training function."""
     case = mlp().to(torch.float32)
-    f, x, y = case.function(process_group=group), case.batches[0][0], case.batches[0][1]
+    f = case.function(process_group=group)
+    scores = mgd.attribute(f, case.z, 3, _query_losses(case), weights="weights")
+    found = _descent(f, case.z).run({"lr": case.z["lr"]}, 2)
+    rater = _rater(group)
+    steps = [rater.step() for _ in range(2)]
+    return {
+        "scores": torch.as_tensor(scores.scores),
+        "descent": found.variables,
+        "values": torch.tensor(found.values),
+        "rater": [p.detach() for p in rater.rater.parameters()],
+        "steps": len(steps),
+    }
 
-    def losses(model: nn.Module, index: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(x[index]), y[index], reduction="none")
 
-    scores = mgd.attribute(f, case.z, 3, losses, weights="weights")
-    descent = mgd.MetaDescent(lambda v, k: (f, {**case.z, "lr": v["lr"]}), lambda v: torch.optim.SGD(v, lr=1e-3))
-    found = descent.run({"lr": case.z["lr"]}, 2)
+def queries(group: Any) -> dict[str, Any]:
+    """An attribution whose queries are shared out among two groups of processes."""
+    case = mlp().to(torch.float32)
+    f = case.function(process_group=group)
+    found = mgd.attribute(
+        *(f, case.z, 5, _query_losses(case)), weights="weights", chunk=2, query_groups=1 if group is None else 2
+    )
+    return {"scores": torch.as_tensor(found.scores), "losses": found.values}
+
+
+def _query_losses(case: cases.Case) -> Any:
+    x, y, _ = case.batches[0]
+    return lambda model, index: F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+
+def directories(group: Any, folder: Path) -> dict[str, Any]:
+    """A descent and a rater that are continued in a directory, which another call is then refused."""
+    case = mlp().to(torch.float32)
+    f, start = case.function(process_group=group), {"lr": case.z["lr"]}
+    ends = [_descent(f, case.z).run(start, steps, directory=folder / "descent") for steps in (1, 2)]
+    raters = [_rater(group).fit(steps, directory=folder / "rater", save_every=1) for steps in (1, 2)]
+    other = told(lambda: _descent(f, case.z).run({"lr": 2 * case.z["lr"]}, 2, directory=folder / "descent"))
+    rates = [p.detach() for p in raters[-1].rater.parameters()]
+    return {"descent": ends[-1].variables, "rater": rates, "trained": len(ends[-1].history), "other": other}
+
+
+def _descent(f: mgd.TrainingFunction, z: dict[str, Any]) -> mgd.MetaDescent:
+    return mgd.MetaDescent(lambda v, k: (f, {**z, "lr": v["lr"]}), lambda v: torch.optim.SGD(v, lr=1e-3))
+
+
+def _rater(group: Any) -> mgd.DataRater:
     pool = (torch.randn(40, 5, generator=cases.generator(5)), torch.randint(3, (40,), generator=cases.generator(6)))
     torch.manual_seed(3)
-    rater = mgd.DataRater(
+    return mgd.DataRater(
         _Rater(),
         lambda: cases.mlp().float(),
         lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
@@ -129,14 +106,39 @@ def users(group: Any) -> dict[str, Any]:
         population=1,
         options={"microbatches": V, "process_group": group, "trace": False},
     )
-    steps = [rater.step() for _ in range(2)]
-    return {
-        "scores": torch.as_tensor(scores.scores),
-        "descent": found.variables,
-        "values": torch.tensor(found.values),
-        "rater": [p.detach() for p in rater.rater.parameters()],
-        "steps": len(steps),
-    }
+
+
+def jvps(group: Any) -> dict[str, Any]:
+    """Forward mode, along two directions."""
+    found = {}
+    for name in ("mlp", "matrices"):
+        case, generator = TRAININGS[name](), cases.generator(7)
+        one = {"init": {n: torch.randn(x.shape, generator=generator) for n, x in case.z["init"].items()}}
+        result = case.function(process_group=group).jvp(case.z, [one, {k: case.z[k] for k in ("lr", "weights")}])
+        found[name] = {"value": result.value, "tangent": result.tangent, "model": result.model_tangent}
+    return found
+
+
+def shares(group: Any) -> dict[str, Any]:
+    """What results hold where each process keeps its own."""
+    found = {}
+    for name in ("mlp", "matrices"):
+        case = TRAININGS[name]()
+        f = case.function(process_group=group, gather=False)
+        result, trained = f.metagradient(case.z), f.train(case.z)
+        assert result.share == trained.share
+        init = {n: x.clone().requires_grad_() for n, x in case.z["init"].items()}
+        f({**case.z, "init": init}).backward()
+        found[name] = {
+            "parts": {
+                "init": result.grads["init"],
+                "trained": result.model_state,
+                **{slot: x for slot, x in trained.optimizer_state.items() if slot != "step"},
+            },
+            "share": result.share,
+            "whole": {"weights": result.grads["weights"], "backward": {n: x.grad for n, x in init.items()}},
+        }
+    return found
 
 
 class _Rater(nn.Module):
@@ -198,31 +200,35 @@ def sizes(group: Any) -> dict[str, int]:
     return found
 
 
+def traffic(group: Any) -> tuple[int, int]:
+    """Bytes that this rank sends during a metagradient, and the forecast of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 200))
+    batches = [(torch.randn(8, 200), torch.randn(8, 200)) for _ in range(4)]
+    f = mgd.TrainingFunction(
+        model,
+        lambda model, batch, z: z["scale"] * F.mse_loss(model(batch[0]), batch[1]),
+        batches,
+        optimizer=AdamW(lr=1e-3, eps_root=1e-6),
+        objective=lambda model: torch.stack([p.square().sum() for p in model.parameters()][:2]),
+        microbatches=V,
+        process_group=group,
+        trace=False,
+    )
+    f.metagradient({"lr": torch.full((4,), 1e-3), "scale": torch.tensor(1.0)})
+    scale = Scale(sum(p.numel() for p in model.parameters()), dist.get_world_size(group), objectives=2)
+    return f.ranks.sent, Forecast(scale, DEVICES["h100"], 50e9, 1, f.plan()).network_bytes
+
+
 # --- what is refused, and failures -----------------------------------------------------------------------------------
 
 
-class Counting(nn.Module):
-    """Keeps a running mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 3)
-        self.register_buffer("mean", torch.zeros(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        self.mean.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
-        return y - self.mean
+def _other_loss(model, batch, z):
+    return weighted_loss(model, batch, z) * 2
 
 
-def told(call: Any) -> tuple[str, str]:
-    """The error of a call, and that it came from `mgd.errors`."""
-    try:
-        call()
-    except Exception as error:
-        assert type(error).__name__ in errors.__all__, error
-        return type(error).__name__, str(error)
-    return "none", ""
+def _none(model: nn.Module, index: torch.Tensor) -> None:
+    """Losses that are none."""
 
 
 def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
@@ -231,6 +237,10 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
 
     def of(case: cases.Case, **options: Any) -> tuple[str, str]:
         return told(lambda: case.metagradient(process_group=group, **options))
+
+    def attributed(losses: Any, groups: int) -> Any:
+        f = case.function(process_group=group)
+        return mgd.attribute(f, case.z, 3, losses, weights="weights", query_groups=groups)
 
     other_batches = [(b[0] + (rank == 1 and t == 3), *b[1:]) for t, b in enumerate(case.batches)]
     order = [tuple(x.flip(0) for x in b) if rank == 1 else b for b in case.batches]
@@ -241,10 +251,13 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "order": of(case.but(batches=order)),
         "length": of(fewer.but(z={"lr": torch.full((len(fewer),), 1e-2)})),
         "seed": of(case, seed=rank),
+        "code": of(case.but(loss=weighted_loss if rank else _other_loss)),
         "objective": of(case.but(objective=lambda model: several(model)[rank])),
         "divides": of(case, microbatches=size + 1),
         "buffers": of(case.but(model=Counting(), z={"init": {}})),
-        "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"]})),
+        "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"] + rank})),
+        "groups": told(lambda: attributed(_none, 3)),
+        "one group": told(lambda: attributed(_none if rank else _query_losses(case), 2)),
         "resume": told(
             lambda: case.function(process_group=group).metagradient(case.z, resume=folder / "a" if rank else None)
         ),
@@ -257,51 +270,6 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
     again = case.function(process_group=group)
     found["afterwards"] = told(lambda: again.metagradient(case.z))
     return found
-
-
-class Interrupted:
-    """Batches whose `stop`-th access raises, or does something else; counts accesses."""
-
-    def __init__(self, batches: list[Any], stop: int, act: Any):
-        self.batches, self.stop, self.act, self.count = batches, stop, act, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, t: int) -> Any:
-        self.count += 1
-        if self.count == self.stop:
-            self.act()
-        return self.batches[t]
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def resumed(group: Any, folder: Path) -> dict[str, Any]:
-    """Interrupted twice on one rank, once in each sweep; then with another number of processes; then to the end."""
-    planning.CHECKPOINT_EVERY = 2
-    base = mlp().to(torch.float32)
-    last = dist.get_rank(group) == dist.get_world_size(group) - 1
-    ends = []
-    # The digests that a run begins with read every batch once, and one of them again.
-    for stop in (len(base) + 5, len(base) + 9):
-        batches = Interrupted(base.batches, stop if last else -1, _interrupt)
-        f = base.but(batches=batches).function(process_group=group)
-        try:
-            f.metagradient(base.z, resume=folder / "run")
-            ends.append("finished")
-        except KeyboardInterrupt:
-            ends.append("interrupted")
-        except errors.RankFailed as error:
-            ends.append(str(error))
-    alone = told(lambda: base.function().metagradient(base.z, resume=folder / "run"))
-    batches = Interrupted(base.batches, -1, _interrupt)
-    f = base.but(batches=batches).function(process_group=group)
-    found = outcome(f.metagradient(base.z, resume=folder / "run"))
-    left = sorted(path.name for path in (folder / "run").iterdir()) if last else []
-    return found | {"ends": ends, "alone": alone, "accesses": batches.count, "left": left}
 
 
 def stalled(group: Any) -> tuple[str, str, float]:
@@ -344,7 +312,7 @@ def check(name: str, group: Any, folder: Path) -> Any:
     if name in TRAININGS:
         return bits(name, group)
     function = globals()[name]
-    if name in ("on_disk", "refusals", "resumed", "died"):
+    if name in ("on_disk", "directories", "trains", "halfway", "refusals", "resumed", "resharded", "died"):
         folder.mkdir(exist_ok=True)
         return function(group, folder)
     return function(group)

@@ -7,13 +7,18 @@ import multiprocessing
 import cases
 import pytest
 import rank_checks
+import rank_resuming
+import rank_trainings
 import torch
 from torch.utils._pytree import tree_flatten
 
-SAME = [*rank_checks.TRAININGS, "other_calls", "parts", "on_disk"]
+SAME = [*rank_trainings.TRAININGS, "other_calls", "parts", "on_disk", "jvps", "queries"]
 CHECKS = {
-    2: [*SAME, "users", "sizes", "refusals", "resumed", "stalled", "died"],
-    4: ["mlp", "mlp in float64", "gpt with dropout", "matrices", "parts", "sizes", "resumed"],
+    2: [*SAME, "users", "directories", "sizes", "traffic", "shares", "refusals", "resumed", "stalled", "died"],
+    4: [
+        *("mlp", "mlp in float64", "gpt with dropout", "matrices"),
+        *("parts", "jvps", "queries", "sizes", "traffic", "shares", "resumed", "resharded", "halfway", "trains"),
+    ],
 }
 
 
@@ -46,7 +51,7 @@ def launched(tmp_path_factory):
 def alone(tmp_path_factory):
     """What one process finds."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: rank_checks.check(name, None, folder) for name in [*SAME, "users", "sizes"]}
+    return {name: rank_checks.check(name, None, folder) for name in [*SAME, "users", "sizes", "shares"]}
 
 
 def same(found, expected):
@@ -69,7 +74,7 @@ def test_the_bits_are_those_of_one_process(launched, alone, size, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_exact_in_float64(launched):
-    case = rank_checks.mlp()
+    case = rank_trainings.mlp()
     expected = case.unrolled()
     for found in launched[4]:
         grads = found["mlp in float64"]["grads"]
@@ -82,6 +87,13 @@ def test_each_rank_has_its_share(launched, alone, size):
     for found in launched[size]:
         for name, number in found["sizes"].items():
             assert number <= (1 / size + 0.05) * alone["sizes"][name], name
+
+
+@pytest.mark.parametrize("size", CHECKS)
+def test_the_forecast_of_what_is_sent(launched, size):
+    for found in launched[size]:
+        sent, forecast = found["traffic"]
+        assert forecast <= sent <= 1.25 * forecast
 
 
 @pytest.mark.parametrize("size", CHECKS)
@@ -100,12 +112,14 @@ def test_a_rank_loads_its_own_microbatches_alone(launched, size):
         ("order", "RanksDisagree", "batches[0]"),
         ("length", "RanksDisagree", "the number of steps"),
         ("seed", "RanksDisagree", "the seed"),
+        ("code", "RanksDisagree", "the code of the loss"),
         ("objective", "RanksDisagree", "the objective's value"),
         ("divides", "BadArgument", "microbatches=3 and 2 processes"),
         ("buffers", "BadArgument", "'mean'"),
-        ("jvp", "BadArgument", "forward mode"),
         ("resume", "RanksDisagree", "the call"),
         ("calls", "RanksDisagree", "the call"),
+        ("jvp", "RanksDisagree", "dz[0]['lr']"),
+        ("groups", "BadArgument", "divide 2 processes; got 3"),
         ("afterwards", "none", ""),
     ],
 )
@@ -113,6 +127,11 @@ def test_refused_on_every_rank(launched, name, error, words):
     for found in launched[2]:
         kind, text = found["refusals"][name]
         assert kind == error and words in text, text
+
+
+def test_the_error_of_one_group_is_told_by_the_others(launched):
+    (other, text), (own, _) = (found["refusals"]["one group"] for found in launched[2])
+    assert (other, own) == ("RankFailed", "BadObjective") and "rank 1 raised BadObjective" in text
 
 
 def test_the_error_of_one_rank_is_told_by_the_others(launched):
@@ -130,9 +149,63 @@ def test_resumed_to_the_same_bits(launched, alone, size):
             assert found["ends"] == ["interrupted"] * 2 and found["left"] == []
         else:
             assert all(f"rank {size - 1} raised KeyboardInterrupt" in end for end in found["ends"])
-        assert found["alone"][0] == "StaleRun" and "the number of processes" in found["alone"][1]
         steps = 6
         assert found["accesses"] < 3 * steps + 2  # of which the digests of the run read all but the rest
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "chain"), rank_resuming.RESHARDED)
+def test_resumed_by_another_number_of_processes_to_the_same_bits(launched, alone, name, chain):
+    found = launched[4][0]["resharded"][name, chain]
+    assert found["ends"] == [(s, *r) for s, r in zip(rank_resuming.CHAINS[chain], rank_resuming.REACHED, strict=False)]
+    assert same(found["outcome"], alone[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", CHECKS)
+@pytest.mark.parametrize("name", ["mlp", "matrices"])
+def test_shares_of_all_ranks_are_the_whole(launched, alone, size, name):
+    found, expected = [ranks["shares"][name] for ranks in launched[size]], alone["shares"][name]
+    for kind, tensors in expected["parts"].items():
+        for key, whole in tensors.items():
+            places = [rank["share"][key] for rank in found if key in rank["share"]]
+            parts = [rank["parts"][kind][key] for rank in found if key in rank["share"]]
+            assert [0, *(stop for _, stop in places)] == [*(start for start, _ in places), len(whole)]
+            assert torch.equal(torch.cat(parts), whole), (kind, key)
+    assert all(same(rank["whole"], expected["whole"]) for rank in found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_that_ends_while_a_run_changes_hands(launched, alone):
+    for found in (ranks["halfway"] for ranks in launched[4]):
+        assert found["missing"][0] == "StaleRun" and "what rank 1 of 2 kept is not in" in found["missing"][1]
+    for found in (ranks["halfway"] for ranks in launched[4][:2]):
+        assert found["buffers"][0] == "BadArgument" and "'mean'" in found["buffers"][1]
+    found = launched[4][0]["halfway"]
+    twos, fours = ({f"rank {i} of {size}" for i in range(size)} for size in (2, 4))
+    assert twos | fours <= set(found["4 commit"]) and twos <= set(found["2 discard"])
+    assert fours | {"rank 0 of 2"} <= set(found["4 discard"])
+    assert same(found["outcome"], alone["mlp"]) and found["left"] == []
+    assert found["accesses"] < 3 * 6 + 1, "it goes on at the checkpoint"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_is_resumed_by_another_number_of_processes(launched, alone):
+    found = launched[4][0]["trains"]
+    assert same(found["train"], alone["other_calls"]["train"])
+    assert max(found["accesses"]) <= 7 + 2, "the digests, and the steps since the last checkpoint"
+    assert found["left"] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_descent_and_a_rater_are_continued_in_directories(launched, alone):
+    for rank, found in enumerate(launched[2]):
+        found = found["directories"]
+        assert same(
+            {key: found[key] for key in ("descent", "rater")}, {k: alone["users"][k] for k in ("descent", "rater")}
+        )
+        assert found["trained"] == 2
+        assert found["other"][0] == ("RankFailed" if rank else "StaleRun") and "the start of 'lr'" in found["other"][1]
 
 
 def test_a_rank_that_stalls_is_named(launched):
