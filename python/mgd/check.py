@@ -153,7 +153,8 @@ def check(
         raise BadArgument(f"expected positive, falling step sizes; got {list(steps)}")
     start = time.perf_counter()
     own = f.metagradient(z, progress=progress) if metagradient is None else metagradient
-    double, z64 = in_double(f), to_dtype(dict(z), torch.float64)
+    z64 = to_dtype(dict(z), torch.float64)
+    double = in_double(f).anchored(z64)
     exact = double.metagradient(z64, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     mix = (
@@ -326,6 +327,8 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
             raise BadArgument(
                 f"expected direction[{key!r}] of the shape of z[{key!r}]; got {shapes[1]} for {shapes[0]}"
             )
+
+    f = f.anchored(z)
 
     def trained(steps: int) -> Tensor:
         point = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}

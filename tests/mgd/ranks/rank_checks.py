@@ -29,7 +29,13 @@ STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
 
 
 def outcome(result: Any) -> dict[str, Any]:
-    return {"value": result.value, "grads": result.grads, "losses": result.losses, "model": result.model_state}
+    return {
+        "value": result.value,
+        "grads": result.grads,
+        "losses": result.losses,
+        "model": result.model_state,
+        "adjoint norms": result.report.adjoint_norms,
+    }
 
 
 def weighted(case: cases.Case, **changes: Any) -> cases.Case:
