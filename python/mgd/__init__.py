@@ -11,6 +11,7 @@ from mgd.check import CheckResult, check, metasmoothness
 from mgd.descent.constraints import Box, Simplex
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.sign_descent import SignDescent
+from mgd.diagnose import Diagnosis, diagnose
 from mgd.function import TrainingFunction
 from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
@@ -27,6 +28,7 @@ __all__ = [
     "CheckResult",
     "DataRater",
     "Descent",
+    "Diagnosis",
     "Jvp",
     "MetaDescent",
     "Metagradient",
@@ -41,6 +43,7 @@ __all__ = [
     "attribute",
     "batches",
     "check",
+    "diagnose",
     "errors",
     "keep_freed_memory",
     "load",

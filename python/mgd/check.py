@@ -192,7 +192,7 @@ def check(
             h=steps[best],
             order=_order(steps, remainders, base),
             forward=_relative(forward, analytic),
-            float32_error=_distance(own.grads[name], exact.grads[name]) if same else None,
+            float32_error=distance(own.grads[name], exact.grads[name]) if same else None,
             errors=tuple(errors),
             remainders=tuple(remainders),
         )
@@ -286,7 +286,7 @@ def _relative(x: float, reference: float) -> float:
     return difference / max(abs(x), abs(reference)) if difference else 0.0
 
 
-def _distance(x: Any, reference: Any) -> float:
+def distance(x: Any, reference: Any) -> float:
     """|x - reference| / |reference| over all leaves."""
     pairs = list(zip(tree_flatten(x)[0], tree_flatten(reference)[0], strict=True))
     difference = math.sqrt(sum(float((a.double() - b).square().sum()) for a, b in pairs))
