@@ -18,6 +18,7 @@ from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
 from mgd.results import Jvp, Metagradient, Report, Trained, load
+from mgd.tasks import mean_over
 from mgd.util.system import keep_freed_memory
 from mgd_kernels import __version__
 
@@ -47,6 +48,7 @@ __all__ = [
     "errors",
     "keep_freed_memory",
     "load",
+    "mean_over",
     "metasmoothness",
     "schedules",
 ]
