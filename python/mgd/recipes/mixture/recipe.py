@@ -59,7 +59,7 @@ class Settings:
     timings: int = 2
 
     def quick(self) -> Settings:
-        small = {"steps": 24, "batch": 8, "width": 32, "rate": 4e-3, "held_out": 48, "tested": 96}
+        small: dict[str, Any] = {"steps": 24, "batch": 8, "width": 32, "rate": 4e-3, "held_out": 48, "tested": 96}
         return replace(self, **small, meta_steps=8, forward_steps=1, outer=0.5, parts=2, seeds=3, timings=1)
 
     def check(self) -> None:
