@@ -41,15 +41,15 @@ def main(rounds: int = 30, tasks: int = 4) -> dict[str, float]:
 
     def loss_on_new_tasks(init, count=20):
         generator = torch.Generator().manual_seed(1)
-        return sum(task(f, generator).value({"init": init}).item() for _ in range(count)) / count
+        with torch.no_grad():
+            return mgd.mean_over((task(f, generator) for _ in range(count)), {"init": init}).item()
 
     init = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     before = loss_on_new_tasks(init)
     outer, generator = torch.optim.Adam(init.values(), lr=0.03), torch.Generator().manual_seed(0)
     for _ in range(rounds):
         outer.zero_grad()
-        for _ in range(tasks):
-            (task(f, generator)({"init": init}) / tasks).backward()
+        mgd.mean_over((task(f, generator) for _ in range(tasks)), {"init": init}).backward()
         outer.step()
     after = loss_on_new_tasks(init)
     print(f"squared error on 20 new tasks, after {STEPS} steps each:")

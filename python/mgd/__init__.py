@@ -11,12 +11,14 @@ from mgd.check import CheckResult, check, metasmoothness
 from mgd.descent.constraints import Box, Simplex
 from mgd.descent.descent import Descent, MetaDescent
 from mgd.descent.sign_descent import SignDescent
+from mgd.diagnose import Diagnosis, diagnose
 from mgd.function import TrainingFunction
 from mgd.integrations.batches import RecordedBatches, batches
 from mgd.plan.budget import Budget
 from mgd.plan.plan import Plan
 from mgd.rater.data_rater import DataRater
 from mgd.results import Jvp, Metagradient, Report, Trained, load
+from mgd.tasks import mean_over
 from mgd.util.system import keep_freed_memory
 from mgd_kernels import __version__
 
@@ -27,6 +29,7 @@ __all__ = [
     "CheckResult",
     "DataRater",
     "Descent",
+    "Diagnosis",
     "Jvp",
     "MetaDescent",
     "Metagradient",
@@ -41,9 +44,11 @@ __all__ = [
     "attribute",
     "batches",
     "check",
+    "diagnose",
     "errors",
     "keep_freed_memory",
     "load",
+    "mean_over",
     "metasmoothness",
     "schedules",
 ]

@@ -153,7 +153,8 @@ def check(
         raise BadArgument(f"expected positive, falling step sizes; got {list(steps)}")
     start = time.perf_counter()
     own = f.metagradient(z, progress=progress) if metagradient is None else metagradient
-    double, z64 = in_double(f), to_dtype(dict(z), torch.float64)
+    z64 = to_dtype(dict(z), torch.float64)
+    double = in_double(f).anchored(z64)
     exact = double.metagradient(z64, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     mix = (
@@ -191,7 +192,7 @@ def check(
             h=steps[best],
             order=_order(steps, remainders, base),
             forward=_relative(forward, analytic),
-            float32_error=_distance(own.grads[name], exact.grads[name]) if same else None,
+            float32_error=distance(own.grads[name], exact.grads[name]) if same else None,
             errors=tuple(errors),
             remainders=tuple(remainders),
         )
@@ -285,7 +286,7 @@ def _relative(x: float, reference: float) -> float:
     return difference / max(abs(x), abs(reference)) if difference else 0.0
 
 
-def _distance(x: Any, reference: Any) -> float:
+def distance(x: Any, reference: Any) -> float:
     """|x - reference| / |reference| over all leaves."""
     pairs = list(zip(tree_flatten(x)[0], tree_flatten(reference)[0], strict=True))
     difference = math.sqrt(sum(float((a.double() - b).square().sum()) for a, b in pairs))
@@ -326,6 +327,8 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
             raise BadArgument(
                 f"expected direction[{key!r}] of the shape of z[{key!r}]; got {shapes[1]} for {shapes[0]}"
             )
+
+    f = f.anchored(z)
 
     def trained(steps: int) -> Tensor:
         point = {key: tree_map(lambda x, v: x + steps * h * v, z[key], direction[key]) for key in direction}

@@ -1,4 +1,4 @@
-"""Errors of the metagradient layer: one class per violated promise.
+"""Errors of the metagradient layer, one class per violated promise, and warnings.
 
 Every text says what was expected, what was found (and at which step), and what to do.
 """
@@ -43,6 +43,7 @@ __all__ = [
     "StoreFull",
     "StoreIOError",
     "UnknownFormat",
+    "UnstableTraining",
 ]
 
 
@@ -190,3 +191,11 @@ class NotDifferentiable(MetagradientError):
             f"expected operators that torch can differentiate twice; the loss uses {op}, which has no second "
             f"derivative: {detail} Replace this operator."
         )
+
+
+class UnstableTraining(RuntimeWarning):
+    """The adjoint of a training grows as that of a chaotic one does: its metagradient is right, and of little use.
+
+    Such a training overshoots: at some steps its learning rate times the curvature of its loss is above 2. See
+    docs/how-to/debugging.md.
+    """

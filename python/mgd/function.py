@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
-from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState, StaleRun
+from mgd.errors import BadMetaparameter, NonFiniteState, StaleRun
 from mgd.identity import Objective, Start, code_of, given, identity_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
@@ -40,13 +40,9 @@ from mgd.sweep.watched import WatchedSweep
 from mgd.util.files import path_of
 from mgd.util.fingerprint import digest, leaf_digests
 from mgd.util.profiler import chrome_trace
-from mgd.util.progress import Progress
+from mgd.util.progress import Progress, no_tick
 from mgd.util.replaceable import Replaceable
 from mgd_kernels import Arena, Optimizer
-
-
-def _no_tick(phase: str, steps: int = 1) -> None:
-    """The progress of a sweep that nobody watches."""
 
 
 class TrainingFunction(Replaceable):
@@ -68,6 +64,8 @@ class TrainingFunction(Replaceable):
     max_grad_norm: clip each step's gradient to this global norm.
     microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
+    since: k: only the last k steps are differentiated, and only they are logged. The state after the steps before them,
+        and what those read of `z`, is a constant of the derivative (see `anchored`); None: all steps.
     fixed: hyperparameters as in `z`, such as a learning rate for every step, that are not metaparameters: the reverse
         sweep still ends at the first step that reads one. An entry of `z` overrides them.
     per_example: metaparameter name -> function from a batch to the indices it reads; `loss` then sees those entries.
@@ -104,6 +102,7 @@ class TrainingFunction(Replaceable):
         max_grad_norm: float | None = None,
         microbatches: int = 1,
         seed: int = 0,
+        since: int | None = None,
         fixed: Mapping[str, Any] | None = None,
         per_example: Mapping[str, Callable[[Any], Tensor]] | None = None,
         autocast: torch.dtype | str | None = None,
@@ -119,18 +118,13 @@ class TrainingFunction(Replaceable):
         arguments.check_model(model)
         arguments.check_batches(batches)
         optimizer, made = arguments.checked_optimizer(optimizer, model)
-        arguments.check_choice("trace", trace, (None, False, True, "joint"))
-        arguments.check_choice("objective_mode", objective_mode, ("eval", "train"))
-        arguments.check_schedule(schedule)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise BadArgument(f"expected max_grad_norm > 0; got {max_grad_norm}")
-        if microbatches < 1:
-            raise BadArgument(f"expected microbatches >= 1; got {microbatches}")
+        arguments.check_names(trace, objective_mode, schedule)
+        arguments.check_numbers(max_grad_norm, microbatches, since, len(batches))
         self.process_group, self.ranks = process_group, ranks_of(process_group)
         self.ranks.check_divides(microbatches)
         self.model, self.loss, self.batches = model, loss, batches
         self.optimizer, self.objective = optimizer, objective
-        self.max_grad_norm, self.microbatches, self.seed = max_grad_norm, microbatches, seed
+        self.max_grad_norm, self.microbatches, self.seed, self.since = max_grad_norm, microbatches, seed, since
         self.fixed, self.per_example = dict(fixed or {}), dict(per_example or {})
         self.autocast, self.budget = arguments.checked_dtype(autocast), arguments.checked_budget(budget, model)
         self.schedule, self.objective_mode = schedule, objective_mode
@@ -139,6 +133,7 @@ class TrainingFunction(Replaceable):
         self._costs: Costs | None = None  # measured by the last metagradient
         self._residuals = 0  # bytes that a captured step can keep, as measured
         self._evaluator = evaluator_for(model, loss, trace, compile)
+        self._anchor: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         """The number of training steps."""
@@ -242,6 +237,15 @@ class TrainingFunction(Replaceable):
         with self._guarded(alone=True):
             return self._identity(z, (self.objective,) if objectives is None else objectives)
 
+    def anchored(self, z: Mapping[str, Any]) -> TrainingFunction:
+        """With `since`, the function of which a metagradient at `z` is the derivative there: its steps before the last
+        `since` ones train with this `z`, whatever it is given."""
+        if self.since is None:
+            return self
+        f = self.replaced()
+        f._anchor = z
+        return f
+
     # --- private -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -261,7 +265,9 @@ class TrainingFunction(Replaceable):
     def _start(self, z: Mapping[str, Any]) -> Start:
         binding = Binding(self.model)
         arena = Arena(binding.parameters())
-        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed)
+        origin = arguments.origin(len(self), self.since)
+        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed, origin)
+        meta.anchor(self._anchor)
         initial = binding.parameters() | dict(meta.z.get("init", {}))
         state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
         loss = BoundLoss(
@@ -273,7 +279,7 @@ class TrainingFunction(Replaceable):
     def _sweep(
         self,
         z: Mapping[str, Any],
-        tick: Callable[..., None] = _no_tick,
+        tick: Callable[..., None] = no_tick,
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
         kind: Callable[..., Sweep] = Sweep,
@@ -309,7 +315,7 @@ class TrainingFunction(Replaceable):
     def _trained(
         self,
         z: Mapping[str, Any],
-        tick: Callable[..., None] = _no_tick,
+        tick: Callable[..., None] = no_tick,
         resume: str | os.PathLike[str] | None = None,
         kind: type[Sweep] = Sweep,
     ) -> Sweep:
@@ -349,8 +355,7 @@ class TrainingFunction(Replaceable):
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
         try:
             trained = sweep.forward()
-            step = sweep.step
-            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, step)
+            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.step)
             return trained
         except NonFiniteState as error:
             if error.where == LOST:
@@ -382,8 +387,9 @@ class TrainingFunction(Replaceable):
         return shards_of(self.ranks, arena, self.microbatches, self.optimizer.elementwise)
 
     def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
-        how = self.budget, self._costs, self.schedule, self._residuals
-        return PlanRequest(len(self), shards.longest(self.ranks.size), self.optimizer, buffers, self.microbatches, *how)
+        how = self.microbatches, self.budget, self._costs, self.schedule, self._residuals
+        origin = arguments.origin(len(self), self.since)
+        return PlanRequest(len(self), shards.longest(self.ranks.size), self.optimizer, buffers, *how, origin)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         return identity_of(self._start(z), self.optimizer, objectives, self._settings())
@@ -392,6 +398,7 @@ class TrainingFunction(Replaceable):
         """What a result depends on beside what a `Start` holds."""
         return {
             "the seed": self.seed,
+            "the steps that are differentiated": (self.since, self._anchor and tree_flatten(dict(self._anchor))[0]),
             "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
             "the mode of the objective": self.objective_mode,
             "the schedule": self.schedule,

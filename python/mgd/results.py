@@ -54,7 +54,10 @@ class Report:
     steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager or
     captured), and why a faster way was not used. backend: that of the optimizer's kernels. plan: what was stored where
     (see `Plan.to_dict`). measured_seconds: by phase of the plan. kept_bytes: the most memory that captured steps used
-    for residuals of second derivatives, if the plan left room for them. store: bytes moved and bandwidths (see
+    for residuals of second derivatives, if the plan left room for them. adjoint_norms: float64 `[T]`, or `[k, T]` for k
+    objectives: the norm of the objective's gradient with respect to the parameters after each step; NaN for steps that
+    were not differentiated, None where there was no reverse sweep. Where it grows on the way back, so does the effect
+    of any error or change (`mgd.errors.UnstableTraining`). store: bytes moved and bandwidths (see
     `mgd_kernels.Store.stats`); None if everything stayed in memory.
     """
 
@@ -68,6 +71,7 @@ class Report:
     measured_seconds: dict[str, float] = field(default_factory=dict)
     store: dict[str, Any] | None = None
     kept_bytes: int = 0
+    adjoint_norms: Tensor | None = None
 
     @property
     def predicted_seconds(self) -> dict[str, float]:
@@ -75,7 +79,8 @@ class Report:
         return {phase["name"]: phase["seconds"] for phase in self.plan.get("phases", ())}
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self)) | {"predicted_seconds": self.predicted_seconds}
+        norms = None if self.adjoint_norms is None else _plain(self.adjoint_norms.tolist())
+        return dict(vars(self)) | {"adjoint_norms": norms, "predicted_seconds": self.predicted_seconds}
 
     def __str__(self) -> str:
         facts = {
@@ -84,6 +89,7 @@ class Report:
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
             **({"kept for them": format_bytes(self.kept_bytes)} if self.kept_bytes else {}),
+            **({} if self.adjoint_norms is None else {"adjoint": _range(self.adjoint_norms)}),
             **self._store_facts(),
         }
         width = max(map(len, facts))
@@ -186,6 +192,16 @@ def load(path: str | os.PathLike[str]) -> Metagradient | Trained | Jvp:
 def _numbers(tensor: Tensor) -> str:
     shown = ", ".join(f"{value:.6g}" for value in tensor.reshape(-1)[:4].tolist())
     return shown + (", ..." if tensor.numel() > 4 else "")
+
+
+def _plain(norms: list[Any]) -> list[Any]:
+    """In JSON's types, which have no NaN."""
+    return [_plain(x) if isinstance(x, list) else None if x != x else x for x in norms]
+
+
+def _range(norms: Tensor) -> str:
+    known = norms[~norms.isnan()]
+    return f"norms between {float(known.min()):.3g} and {float(known.max()):.3g}" if len(known) else "none"
 
 
 def _count(tensors: dict[str, Tensor]) -> str:

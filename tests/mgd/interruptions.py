@@ -42,7 +42,7 @@ def training(steps: int = T, **options) -> tuple[TrainingFunction, dict]:
 
 
 def outcome(result) -> list[torch.Tensor]:
-    return tree_leaves((result.value, result.grads, result.losses, result.model_state))
+    return tree_leaves((result.value, result.grads, result.losses, result.model_state, result.report.adjoint_norms))
 
 
 def same(result, reference) -> bool:

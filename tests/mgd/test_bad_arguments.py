@@ -97,7 +97,7 @@ def test_a_budget_that_is_too_small():
 
 def test_every_class_is_an_error_of_the_package():
     for name in errors.__all__:
-        assert issubclass(getattr(errors, name), (errors.MetagradientError, errors.KernelError))
+        assert issubclass(getattr(errors, name), (errors.MetagradientError, errors.KernelError, Warning))
 
 
 def test_inputs_survive_a_deepcopy_after_a_call():

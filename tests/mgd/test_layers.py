@@ -16,7 +16,7 @@ FOLDERS = ["python", "mgd_kernels", "tests", "benchmarks", "examples"]
 # A room is a package or a module directly in python/mgd. Each may import the rooms named beside it, and itself.
 # Imports inside functions and under TYPE_CHECKING count, too. "mgd" is the public interface, `mgd/__init__.py`.
 ENGINE = "errors util ranks plan step results autodiff sweep identity function"
-PUBLIC = f"{ENGINE} check schedules integrations descent attribution rater"
+PUBLIC = f"{ENGINE} check diagnose tasks schedules integrations descent attribution rater"
 MAY_IMPORT = {
     "errors": "",
     "util": "errors",
@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "identity": "errors util step autodiff",
     "function": "errors util ranks plan step results autodiff sweep identity",
     "check": ENGINE,
+    "diagnose": f"{ENGINE} check",
+    "tasks": ENGINE,
     "schedules": ENGINE,
     "integrations": f"{ENGINE} check schedules",
     "descent": f"{ENGINE} check schedules",

@@ -94,7 +94,7 @@ def without_mutation(graph: fx.Graph) -> bool:
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
     """The dimensions as they lie in memory, the outermost first, in which random numbers are drawn in place; None where
     that is their order, () where the tensor has gaps."""
-    order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride(i)))
+    order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride()[i]))
     if not x.permute(order).is_contiguous():
         return ()
     return None if x.is_contiguous() else order

@@ -31,6 +31,7 @@ RECIPES: dict[str, str] = {
     "select": "mgd.recipes.select.command",
     "rate": "mgd.recipes.rate.command",
     "attribute": "mgd.recipes.attribute.command",
+    "mixture": "mgd.recipes.mixture.command",
 }
 
 app = typer.Typer(

@@ -36,8 +36,8 @@ class PlanRequest:
     """What the plan of a training depends on.
 
     steps: T. arena: what flat buffers are. buffers: those of the model. costs, residuals: as an earlier metagradient
-    measured them, the latter in bytes of what a captured step can keep; None and 0 if there was none. memory: bytes of
-    the system's memory that are free for this process.
+    measured them, the latter in bytes of what a captured step can keep; None and 0 if there was none. stop_at: the
+    first step that is differentiated. memory: bytes of the system's memory that are free for this process.
     """
 
     steps: int
@@ -49,6 +49,7 @@ class PlanRequest:
     costs: Costs | None
     schedule: str
     residuals: int = 0
+    stop_at: int = 0
     memory: int | None = None
 
     def sizes(self, through_store: bool = False) -> Sizes:
@@ -77,9 +78,8 @@ class PlanRequest:
 
         Raises BudgetTooSmall before anything runs; it names the least that would work for each part of the budget.
         """
-        return choose(
-            self.steps, self.sizes(), self.budget, self.costs, self.schedule, self.arena.device, memory=self.memory
-        )
+        how = self.costs, self.schedule, self.arena.device
+        return choose(self.steps, self.sizes(), self.budget, *how, memory=self.memory, stop_at=self.stop_at)
 
     def resumable_plan(self, directory: str, disk: int) -> Plan:
         """The plan of a run that keeps everything in `directory`, with room for objects whose deletion is deferred.
@@ -88,7 +88,8 @@ class PlanRequest:
         """
         sizes = replace(self.sizes(through_store=True), residuals=0)
         late = CHECKPOINT_EVERY * sizes.gradient + PENDING_SNAPSHOTS * sizes.snapshot
-        return choose(self.steps, sizes, Budget(disk=(directory, disk)), None, self.schedule, self.arena.device, late)
+        how = None, self.schedule, self.arena.device, late
+        return choose(self.steps, sizes, Budget(disk=(directory, disk)), *how, stop_at=self.stop_at)
 
 
 def own_memory(device: torch.device) -> str:
@@ -116,9 +117,10 @@ def choose(
     device: torch.device,
     reserve: int = 0,
     memory: int | None = None,
+    stop_at: int = 0,
 ) -> Plan:
     """The plan of a training under a budget. reserve: bytes of the budget's disk part to leave for other use. memory:
-    free bytes of the system's; None: look."""
+    free bytes of the system's; None: look. stop_at: the first step to be reversed."""
     on_device = device.type != "cpu"
     if costs is None:
         update = size.snapshot * 2 / (MEMORY_BANDWIDTH if not on_device else 100 * MEMORY_BANDWIDTH)
@@ -134,7 +136,7 @@ def choose(
             parts["host"] = parts.get("host", 0) - staging(limits, size)
         parts = {tier: max(0, room) for tier, room in parts.items()}
         disk = (budget.directory or "", parts.pop("disk")) if "disk" in parts else None
-        return plan(steps, size, Budget(**parts, disk=disk), costs, schedule=schedule)
+        return plan(steps, size, Budget(**parts, disk=disk), costs, schedule=schedule, stop_at=stop_at)
 
     try:
         return within(limits)

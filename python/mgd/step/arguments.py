@@ -112,9 +112,32 @@ def check_schedule(schedule: Any) -> None:
         raise BadArgument(str(error)) from None
 
 
+def check_names(trace: Any, objective_mode: Any, schedule: Any) -> None:
+    check_choice("trace", trace, (None, False, True, "joint"))
+    check_choice("objective_mode", objective_mode, ("eval", "train"))
+    check_schedule(schedule)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise BadArgument(f"expected {name} among {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_numbers(max_grad_norm: Any, microbatches: int, since: Any, steps: int) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise BadArgument(f"expected max_grad_norm > 0; got {max_grad_norm}")
+    if microbatches < 1:
+        raise BadArgument(f"expected microbatches >= 1; got {microbatches}")
+    if since is not None and (not isinstance(since, int) or isinstance(since, bool) or not 1 <= since <= steps):
+        raise BadArgument(
+            f"expected since between 1 and {steps}, the number of steps: how many of the last ones are differentiated; "
+            f"got {since!r}"
+        )
+
+
+def origin(steps: int, since: int | None) -> int:
+    """The first of so many steps that is differentiated."""
+    return 0 if since is None else max(0, steps - since)
 
 
 def warn_of_unmoved(optimizer: Optimizer, hypers: Tensor, step: StepFunction) -> None:

@@ -27,6 +27,7 @@ class Metaparameters:
 
     per_example: for metaparameters that a batch only indexes, the function from a batch to its integer index tensor.
     fixed: values of hyperparameters that are not metaparameters; `z` overrides them.
+    origin: the first step that is differentiated.
     hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, one `[G, H]` per
     step. leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
 
@@ -41,9 +42,12 @@ class Metaparameters:
         arena: Arena,
         per_example: Mapping[str, Callable[[Any], Tensor]],
         fixed: Mapping[str, Any] | None = None,
+        origin: int = 0,
     ):
         self.z = checked_tensors(z, arena.device)
-        self.optimizer, self.arena = optimizer, arena
+        self.optimizer, self.arena, self.origin = optimizer, arena, origin
+        self._given = steps, optimizer, arena, per_example, fixed
+        self._before: Metaparameters | None = None
         self.per_example = {key: index for key, index in per_example.items() if key in self.z}
         check_reserved(self.z, optimizer)
         self.hyper_keys = [key for key in self.z if key in optimizer.hyper_names]
@@ -62,6 +66,11 @@ class Metaparameters:
         self.tables = self.hypers.unbind()
         if "init" in self.z:
             check_init(self.z["init"], arena)
+            if origin:
+                raise BadMetaparameter(
+                    f"expected z without 'init': no step before {origin} is differentiated, and its gradient would be "
+                    "0. Leave it out, or since"
+                )
         self.leaves, self.spec = tree_flatten({key: self.z[key] for key in self.loss_keys})
         self.owner = [key for key in self.loss_keys for _ in tree_flatten(self.z[key])[0]]
         self._check_leaves()
@@ -76,10 +85,21 @@ class Metaparameters:
                     f"expected z[{key!r}] on {self.arena.device}, where the model is; got {leaf.device}"
                 )
 
+    def anchor(self, z: Mapping[str, Any] | None) -> None:
+        """Let the steps before the first one that is differentiated see this `z`, if any, in place of the own one."""
+        if z is None:
+            return
+        self._before = Metaparameters(z, *self._given)
+        if self._before.structure != self.structure or list(self._before.z) != list(self.z):
+            raise BadMetaparameter(f"expected z of the keys of its anchor, {list(self._before.z)}; got {list(self.z)}")
+        self.hypers[: self.origin] = self._before.hypers[: self.origin]
+
     # --- what a step sees --------------------------------------------------------------------------------------
 
     def at(self, batch: Any, step: int) -> BatchMetaparameters:
         """The metaparameters that the loss sees with this batch. Those in `per_example` are gathered by their index."""
+        if step < self.origin and self._before is not None:
+            return self._before.at(batch, step)
         slices, indices = [], []
         for key, leaf in zip(self.owner, self._detached, strict=True):
             index = None
@@ -108,8 +128,8 @@ class Metaparameters:
         return tree_unflatten(tensors, self.spec)
 
     def note(self, keys: Iterable[str], step: int) -> None:
-        """Record that the loss reads these keys at this step."""
-        for key in keys:
+        """Record that the loss reads these keys at this step, if it is differentiated."""
+        for key in keys if step >= self.origin else ():
             self.first_read[key] = min(step, self.first_read.get(key, step))
 
     def unread(self) -> list[str]:
@@ -120,8 +140,9 @@ class Metaparameters:
         """Raise BadMetaparameter if the loss never read one of its keys."""
         if unread := self.unread():
             names = self.optimizer.hyper_names
+            late = f" at a step from {self.origin} on, since which steps are differentiated" if self.origin else ""
             raise BadMetaparameter(
-                f"expected the loss to read every metaparameter; it never read z[{unread[0]!r}]"
+                f"expected the loss to read every metaparameter{late}; it never read z[{unread[0]!r}]"
                 f"{hint(unread[0], (*names, *self.first_read, 'init'))}. The optimizer's hyperparameters are "
                 f"{list(names)}; the loss read {sorted(self.first_read)}."
             )
@@ -141,8 +162,8 @@ class Metaparameters:
     def first_step(self) -> int:
         """The step at which the first metaparameter enters. The reverse sweep ends there."""
         if self.wants_initial or self.hyper_keys:
-            return 0
-        return min(self.first_read.values(), default=0)
+            return self.origin
+        return min(self.first_read.values(), default=self.origin)
 
     def reads_at(self, step: int) -> bool:
         """Whether anything other than the optimizer reads `z` at this step or earlier."""

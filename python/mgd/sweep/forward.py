@@ -36,6 +36,8 @@ class ForwardSweep(Sweep):
         return [{n: x.clone() for n, x in self._views(each.state.params).items()} for each in self.tangents]
 
     def _train(self, t: int, tier: str | None) -> None:
+        if t < self.meta.origin:  # nothing moves yet
+            return super()._train(t, tier)
         given = [
             StateDirection(tangent.state.params, tangent.buffers, direction.leaves)
             for tangent, direction in zip(self.tangents, self._directions, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from mgd.results import Report
 from mgd.sweep.sweep import Sweep
 from mgd_kernels.fused import FusedOptimizer
@@ -23,4 +25,11 @@ def report_of(sweep: Sweep) -> Report:
         measured_seconds=dict(timings.phases),
         store=storage.stats,
         kept_bytes=storage.residuals.peak,
+        adjoint_norms=_norms(sweep),
     )
+
+
+def _norms(sweep: Sweep) -> Tensor | None:
+    """Of the adjoints, `[T]`, or `[k, T]` for k objectives."""
+    norms = sweep.adjoint_norms
+    return norms[0] if norms is not None and sweep.value is not None and sweep.value.ndim == 0 else norms

@@ -26,6 +26,7 @@ from mgd.step.metaparameters import Gradients, Metaparameters
 from mgd.step.model import Buffers
 from mgd.step.step import StepFunction, StepResult
 from mgd.sweep.adjoint import Adjoint
+from mgd.sweep.growth import AdjointGrowth
 from mgd.sweep.prefetch import Prefetcher
 from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
@@ -44,7 +45,8 @@ class Sweep:
     another training, so its optimizer state is part of the result. gather: results are whole, not this process's
     share. index: actions of the plan that are done.
     visited, reversed: steps that each sweep has behind it. trained, value: the end of the training and the objective
-    there, once they are known; then `adjoints` and `gradients` are those of the reverse sweep.
+    there, once they are known; then `adjoints`, `gradients` and `growth` are those of the reverse sweep, and at its
+    end `adjoint_norms`.
     """
 
     def __init__(
@@ -75,11 +77,17 @@ class Sweep:
         self.value: Tensor | None = None
         self.adjoints: list[Adjoint] = []
         self.gradients: Gradients | None = None
+        self.growth: AdjointGrowth | None = None
+        self.adjoint_norms: Tensor | None = None
         if storage.checkpoint is not None:
             self._load(*storage.checkpoint.load())
         plan = storage.plan
-        step.evaluator.begin(0 if plan is None else self.length * step.microbatches, storage.residuals.room)
+        self._expect(0 if plan is None or meta.origin else self.length)
         self._actions = iter(()) if plan is None else itertools.islice(plan.actions(), self.index, None)
+
+    def _expect(self, steps: int) -> None:
+        """Tell the evaluator how many steps, all from here on, will be reversed."""
+        self.step.evaluator.begin(steps * self.step.microbatches, self.residuals.room)
 
     # --- forward -----------------------------------------------------------------------------------------------
 
@@ -209,6 +217,8 @@ class Sweep:
     def _evaluate(self, t: int, into: Tensor | None = None) -> StepResult:
         first, captured = t >= self.visited, self.step.evaluator.capture_seconds
         work = "training" if first else "replay"
+        if first and t == self.meta.origin > 0 and self.storage.plan is not None:
+            self._expect(self.length - t)
         with self.timings.timed(work):
             result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into)
         if captured := self.step.evaluator.capture_seconds - captured:
@@ -249,18 +259,20 @@ class Sweep:
         """From the objective's value and its adjoints of the final state, which become those of the first."""
         self.value, self.adjoints = value, adjoints
         self.gradients = Gradients(self.meta, len(adjoints), self.shards.ranks)
+        self.growth = AdjointGrowth(len(adjoints), self.length, self.shards)
 
     def reverse(self) -> dict[str, Any]:
         """Perform the rest of the plan. Returns the gradients of the objectives, `[k, ...]`, by the keys of z."""
         start = time.perf_counter()
-        gradients = self.gradients
-        assert gradients is not None, "begin_reverse comes first"
+        gradients, growth = self.gradients, self.growth
+        assert gradients is not None and growth is not None, "begin_reverse comes first"
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
         actions = self._actions
         if self.history.store is not None:
             actions = iter(Prefetcher(actions, self.history, self.state.step))
         for action in actions:
             if isinstance(action, Reverse):
+                growth.note(action.step, self.adjoints)
                 self._reverse_step(action.step, directions, gradients)
                 self.reversed += 1
                 self.tick("reverse")
@@ -276,6 +288,8 @@ class Sweep:
         initial = [adjoint.state.params for adjoint in self.adjoints]
         if not self.shards.ranks.every(gradients.finite(initial)):
             raise NonFiniteState(self.meta.first_step, "the metagradient")
+        self.adjoint_norms = growth.norms()
+        growth.warn(self.adjoint_norms)
         return gradients.collect([self._views(x) for x in initial] if self.meta.wants_initial else [])
 
     def _reverse_step(self, t: int, directions: list[Tensor], gradients: Gradients) -> None:
@@ -339,6 +353,7 @@ class Sweep:
             "losses": self.losses,
             **_named(self.state, self.buffers),
             **self._reverse_tensors(),
+            **({} if self.growth is None else {"growth": self.growth.whole()}),
         }
 
     def _reverse_tensors(self) -> dict[str, Tensor]:
@@ -379,6 +394,8 @@ class Sweep:
             self.begin_reverse(state["value"].to(self.arena.device), zeros)
             for name, tensor in self._reverse_tensors().items():
                 tensor.copy_(state[name])
+            assert self.growth is not None
+            self.growth.load(state["growth"])
         else:
             self.history.discard_after(state["step"])
 

@@ -58,6 +58,10 @@ def _nothing(note: str = "") -> None:
     pass
 
 
+def no_tick(phase: str, steps: int = 1) -> None:
+    """The progress of a sweep that nobody watches."""
+
+
 def _bars() -> Any:
     from rich.progress import (
         BarColumn,

@@ -17,7 +17,13 @@ V = 4
 
 
 def outcome(result: Any) -> dict[str, Any]:
-    return {"value": result.value, "grads": result.grads, "losses": result.losses, "model": result.model_state}
+    return {
+        "value": result.value,
+        "grads": result.grads,
+        "losses": result.losses,
+        "model": result.model_state,
+        "adjoint norms": result.report.adjoint_norms,
+    }
 
 
 def weighted(case: cases.Case, **changes: Any) -> cases.Case:

@@ -21,6 +21,7 @@ from mgd.recipes.attribute import report as recipe_report
 from mgd.recipes.attribute.command import QUICK, QUICK_LORA, QUICK_TEXT
 from mgd.recipes.attribute.images import images_task
 from mgd.recipes.attribute.recipe import OURS
+from mgd.recipes.attribute.removal import most_helpful
 from mgd.recipes.attribute.task import example_losses
 from mgd.recipes.attribute.texts import gpt_task, lora_task
 from mgd.recipes.data import text
@@ -105,6 +106,24 @@ def test_predictions_are_minus_the_sums_of_the_dropped_scores():
     assert found.tolist() == [[-3.0, -11.0], [-1.0, -5.0]]
 
 
+def test_what_helps_most_has_the_lowest_scores():
+    scores = torch.tensor([[3.0, -2.0, 0.0, -5.0], [-1.0, 4.0, -3.0, 2.0]])
+    assert [index.tolist() for index in most_helpful(scores.numpy(), 0.5)] == [[1, 3], [0, 2]]
+    with pytest.raises(BadArgument, match="removes at least 1 of 4"):
+        most_helpful(scores, 0.1)
+
+
+def test_bm25_is_that_of_its_formula():
+    task = gpt_task(QUICK_TEXT, 2, seed=0, domain="pydoc")
+    task.texts, task.query_texts = ["the cat sat", "the dog", "a cat and a cat and a cat"], ["Cat, cat?", "zebra"]
+    scores = others.bm25(task, {})
+    average, rarity = (3 + 2 + 8) / 3, math.log(1 + 1.5 / 2.5)
+    for i, (times, length) in enumerate([(1, 3), (0, 2), (3, 8)]):
+        expected = 2 * rarity * times * 2.2 / (times + 1.2 * (0.25 + 0.75 * length / average))
+        assert float(scores[0, i]) == pytest.approx(-expected, rel=1e-6)
+    assert not scores[1].any()
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +195,10 @@ def test_the_metagradient_predicts_what_leaving_images_out_does(found):
     assert scores[OURS][0] > 0.8  # 0.93 with 5% dropped; 8 subsets make it uncertain
     assert all(scores[OURS][0] > scores[name][0] for name in scores if name != OURS)
     assert found.smooth.smoothness > 0.9
+    rises = found.smooth.removal
+    assert rises[OURS][0] == max(mean for mean, *_ in rises.values()) and rises[OURS][1] > 0
+    assert rises[OURS][0] > 3 * float(found.smooth.true[0.05].mean())
+    assert "BM25" not in rises  # pictures have no words
     # Not only the order: the changes themselves.
     predicted, true = found.smooth.predicted[OURS][0.05], found.smooth.true[0.05]
     assert float((predicted - true).norm() / true.norm()) < 0.5
@@ -184,6 +207,7 @@ def test_the_metagradient_predicts_what_leaving_images_out_does(found):
 def test_the_result_is_complete_json(found):
     whole = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     smooth = whole["smooth"]
+    assert smooth["rise_without_the_most_helpful"].keys() == smooth["lds"].keys()
     assert set(smooth["lds"][OURS]) == {"0.05", "0.2"} and len(smooth["lds"][OURS]["0.05"]["per_query"]) == 6
     assert smooth["trainings_per_query"] > 0 and smooth["unvisited"] == [] and smooth["plain_training_seconds"] > 0
     assert {"training", "hvp", "scores", "rehearsal"} <= set(smooth["attribution"]["seconds"])
@@ -218,7 +242,11 @@ def test_a_rough_training_is_reported_beside(small):
 
 def test_a_gpt_is_attributed_to_stretches_of_text():
     task = gpt_task(QUICK_TEXT, 4, seed=0, domain="pydoc")
-    found = run(task, None, Evaluation(fractions=(0.1,), subsets=5, baselines=("gradient products",), resamples=20))
+    found = run(
+        task,
+        None,
+        Evaluation(fractions=(0.1,), subsets=5, baselines=("gradient products", "BM25"), removed=0, resamples=20),
+    )
     assert found.smooth.scores[OURS][0.1].mean > 0.8
     sections = recipe_report.sections(found)
     assert any(section.title.startswith("Test text 1") and len(section.table) > 2 for section in sections)

@@ -137,12 +137,36 @@ def ekfac(task: Task, state: State) -> Tensor:
     return -found.float()
 
 
+# Of BM25: how soon the repetition of a word saturates, and how much a text's length counts; the usual values.
+SATURATION, LENGTH = 1.2, 0.75
+
+
+def bm25(task: Task, state: State) -> Tensor:
+    """Minus the BM25 of the training texts for the query's words (Robertson & Zaragoza 2009). It sees no model: what it
+    finds is what a search engine would."""
+    try:
+        from sklearn.feature_extraction.text import CountVectorizer
+    except ImportError as error:
+        raise MissingPackage("BM25 scores", "scikit-learn", "recipes") from error
+    assert task.texts is not None and task.query_texts is not None
+    words = CountVectorizer(token_pattern=r"\w+")
+    counts = torch.from_numpy(words.fit_transform(task.texts).toarray()).double()
+    asked = torch.from_numpy(words.transform(task.query_texts).toarray()).double()
+    holding = (counts > 0).sum(0)
+    rarity = torch.log1p((len(counts) - holding + 0.5) / (holding + 0.5))
+    lengths = counts.sum(1, keepdim=True)
+    saturation = SATURATION * (1 - LENGTH + LENGTH * lengths / lengths.mean())
+    return -(asked @ (rarity * counts * (SATURATION + 1) / (counts + saturation)).T).float()
+
+
 #: Name of a baseline -> its scores, from the task and the trained state.
 BASELINES: dict[str, Callable[[Task, State], Tensor]] = {
     "EK-FAC": ekfac,
     "TRAK": trak,
     "gradient products": gradient_products,
+    "BM25": bm25,
 }
+OF_TEXTS = ("BM25",)  # nothing to compare pictures by
 
 
 def _losses(model: nn.Module, state: State, x: Tensor, y: Tensor) -> Tensor:

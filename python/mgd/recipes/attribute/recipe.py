@@ -14,9 +14,11 @@ from mgd.attribution.attribute import attribute
 from mgd.attribution.result import Attribution
 from mgd.check import metasmoothness
 from mgd.errors import BadArgument, MetagradientError, MissingPackage
-from mgd.recipes.attribute.baselines import BASELINES
+from mgd.recipes.attribute.baselines import BASELINES, OF_TEXTS
 from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
+from mgd.recipes.attribute.removal import most_helpful, rises
 from mgd.recipes.attribute.task import Task
+from mgd.recipes.intervals import Interval
 from mgd.ui.console import Reporter
 
 OURS = "metagradient"
@@ -26,12 +28,15 @@ SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and
 @dataclass(frozen=True)
 class Evaluation:
     """How scores are judged. fractions: of the training examples that are dropped. subsets: retrainings per fraction.
-    rough_subsets: the same for the roughly trained network; 0 leaves it out. baselines: names of those to compare."""
+    rough_subsets: the same for the roughly trained network; 0 leaves it out. baselines: names of those to compare.
+    removed: the share of the examples, those that a method calls most helpful to a query, without which that query is
+    judged; 0 leaves it out."""
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     subsets: int = 40
     rough_subsets: int = 20
     baselines: tuple[str, ...] = tuple(BASELINES)
+    removed: float = 0.05
     resamples: int = 1000
     chunk: int | None = None
 
@@ -44,6 +49,7 @@ class Judged:
     """A training, the attribution of its queries, and how well each method's predictions came true.
 
     predicted: method -> fraction -> `[m, k]`; true: fraction -> `[m, k]`; scores: method -> fraction -> LDS.
+    removal: method -> how much a query's loss rises without its most helpful examples, and the interval.
     missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. smoothness: the
     training's empirical metasmoothness along the weights of a tenth of the examples.
     """
@@ -58,6 +64,7 @@ class Judged:
     true: dict[float, Tensor] = field(default_factory=dict)
     predicted: dict[str, dict[float, Tensor]] = field(default_factory=dict)
     scores: dict[str, dict[float, LDS]] = field(default_factory=dict)
+    removal: dict[str, Interval] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     baseline_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -84,6 +91,7 @@ class Judged:
             "unvisited": a.unvisited.tolist(),
             "query_losses": a.values.tolist(),
             "lds": {m: {str(f): s.to_dict() for f, s in by.items()} for m, by in self.scores.items()},
+            "rise_without_the_most_helpful": {m: list(x) for m, x in self.removal.items()},
             "true_change_std": {str(f): t.std(0).tolist() for f, t in self.true.items()},
             "baseline_seconds": self.baseline_seconds,
             "baselines_missing": self.missing,
@@ -147,6 +155,8 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
 
     scores: dict[str, Any] = {OURS: a.scores}
     for name in baselines:
+        if name in OF_TEXTS and task.texts is None:
+            continue
         with reporter.phase(name, f"comparing with {name}"):
             try:
                 scores[name], judged.baseline_seconds[name] = _timed(
@@ -175,7 +185,21 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
                 p: linear_datamodeling_score(guess, judged.true[p], resamples=evaluation.resamples, seed=task.seed)
                 for p, guess in judged.predicted[method].items()
             }
+    if evaluation.removed and task.queries > 1:
+        _remove(judged, scores, evaluation.removed, base, reporter)
     return judged
+
+
+def _remove(judged: Judged, scores: dict[str, Any], share: float, base: Tensor, reporter: Reporter) -> None:
+    """Train once for every method and query, without the examples that help it most."""
+    total = judged.task.queries * len(scores)
+    with (
+        reporter.phase("counterfactuals", f"training {total} times without what helps a query most"),
+        reporter.bar("counterfactuals", total) as tick,
+    ):
+        for name, table in scores.items():
+            removed = most_helpful(table, share)
+            judged.removal[name] = rises(judged.task, removed, base, lambda name=name: tick(name))  # type: ignore[misc]
 
 
 def _direction(task: Task) -> dict[str, Tensor]:

@@ -22,8 +22,10 @@ WORK = {
 def page(found: Found) -> Page:
     smooth = found.smooth
     tables = [("Linear datamodeling score, by share of examples dropped", lds(found)), ("What it cost", cost(smooth))]
+    if smooth.removal:
+        tables.insert(1, (_without(found), removal(found)))
     if found.rough is not None:
-        tables.insert(1, ("How smooth must a training be?", roughness(found)))
+        tables.insert(-1, ("How smooth must a training be?", roughness(found)))
     return Page("Which training examples decided?", lead(found), tables, lambda: sections(found), verdict(found))
 
 
@@ -62,6 +64,19 @@ def lds(found: Found) -> Table:
     for name in found.smooth.missing:
         rows.append([name, *("not installed" for _ in fractions)])
     return rows
+
+
+def _without(found: Found) -> str:
+    return f"Without the {found.evaluation.removed:.0%} of the examples that help a query most"
+
+
+def removal(found: Found) -> Table:
+    """The mean rise of a query's loss, and its interval; beside it, where there is one, that of random subsets."""
+    rows = [["method", "rise of its loss", "95% interval"]]
+    by_rise = sorted(found.smooth.removal.items(), key=lambda pair: -pair[1][0])
+    rows += [[name, f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"] for name, (mean, low, high) in by_rise]
+    chance = found.smooth.true.get(found.evaluation.removed)
+    return rows if chance is None else [*rows, ["random examples", f"{float(chance.mean()):+.4f}", ""]]
 
 
 def roughness(found: Found) -> Table:
@@ -114,6 +129,12 @@ def sections(found: Found) -> list[Section]:
             "predictions",
         ),
     ]
+    if smooth.removal:
+        text = (
+            "For every method and every test example the training is repeated without the training examples that the "
+            "method calls most helpful to it. The higher its loss rises, the more these examples had to do with it."
+        )
+        parts.append(Section(_without(found), text, table=removal(found)))
     if found.rough is not None or found.rough_failure:
         text = (
             "The same data and evaluation with ReLU, max pooling, no norm, a larger learning rate and a tiny eps_root. "

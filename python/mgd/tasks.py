@@ -1,0 +1,62 @@
+"""Many small trainings as one function of what they share, such as initial weights (MAML, arXiv 1703.03400)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mgd.errors import BadArgument, BadMetaparameter
+from mgd.function import TrainingFunction
+
+
+def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor:
+    """The mean objective, `[]`, of trainings with the same `z`, as a node of the autograd graph: `backward` fills the
+    gradients of the tensors in `z`.
+
+    Each training is differentiated before the next one begins, so memory grows neither with their number nor with
+    their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken where no tensor in
+    `z` requires one, or under `torch.no_grad`.
+
+    tasks: training functions of one objective each. A generator may make them one by one; those that `replaced` makes
+        of one function share its graphs.
+
+    Raises BadArgument where there are no tasks, or one has several objectives.
+    """
+    if not isinstance(z, Mapping):
+        raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
+    leaves, spec = tree_flatten(dict(z))
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+    return _MeanOver.apply(tasks, spec, wanted, *leaves)
+
+
+class _MeanOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tasks: Iterable[TrainingFunction], spec: Any, wanted: bool, *leaves: Any) -> Tensor:
+        z, count, total = tree_unflatten(leaves, spec), 0, None
+        ctx.gradients = None
+        for f in tasks:
+            result = f.metagradient(z) if wanted else None
+            value = (f.value(z) if result is None else result.value).double()
+            if value.ndim:
+                raise BadArgument(
+                    f"expected tasks of one objective each, a scalar; got one of shape {list(value.shape)}"
+                )
+            total, count = value if total is None else total + value, count + 1
+            if result is not None:
+                grads = tree_flatten({key: result.grads[key] for key in z})[0]
+                ctx.gradients = grads if ctx.gradients is None else torch._foreach_add(ctx.gradients, grads)
+        if total is None:
+            raise BadArgument("expected at least one training; got no tasks")
+        ctx.tensors = [isinstance(x, Tensor) for x in leaves]
+        ctx.count = count
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent: Tensor):
+        pairs = zip(ctx.tensors, ctx.gradients, strict=True)
+        return None, None, None, *(g * (cotangent / ctx.count).to(g) if is_tensor else None for is_tensor, g in pairs)
