@@ -141,7 +141,7 @@ class ProcessRanks(Ranks):
 
     def objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.numbers(torch.tensor([len(data)])).tolist()
+        sizes = self.numbers(torch.tensor([len(data)], device="cpu")).tolist()
         received = self._exchanged(data.repeat(self.size), [len(data)] * self.size, sizes)
         return [pickle.loads(bytes(part.numpy())) for part in received.split(sizes)]
 

@@ -129,7 +129,7 @@ class Shards:
         for i, (start, stop, _) in enumerate(self.pieces):
             row = [float(_dot(x[start:stop], y[start:stop])) if stop > start else 0.0 for x, y in pairs]
             rows.append([*row, *(beside[i] if beside else ())])
-        return self.totals(torch.tensor(rows, dtype=torch.float64)).tolist()
+        return self.totals(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
 
     def vjp_(
         self,
@@ -204,7 +204,7 @@ class RankShards(Shards):
         flats: Blocks[Tensor] = Blocks(Tensor.add_)
         for (level, index), terms in blocks.items():
             # Minus zero changes nothing that it is added to, as a term that is not there.
-            flat = torch.full((self.arena.numel,), -0.0, dtype=self.arena.gradient_dtype)
+            flat = torch.full((self.arena.numel,), -0.0, dtype=self.arena.gradient_dtype, device="cpu")
             self._copy(flat, terms)
             flats.add(index, flat, level)
         total = self.gradient(flats)
@@ -212,7 +212,7 @@ class RankShards(Shards):
 
     def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
         own = torch.stack(list(losses)).cpu()
-        prints = torch.tensor(parts(), dtype=torch.int64).view(torch.float64)
+        prints = torch.tensor(parts(), dtype=torch.int64, device="cpu").view(torch.float64)
         found = self.ranks.numbers(torch.cat([own, prints]).unsqueeze(0))
         seen = found[:, len(own) :].contiguous().view(torch.int64)
         if bool((seen != seen[0]).any()):

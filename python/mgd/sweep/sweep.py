@@ -63,7 +63,7 @@ class Sweep:
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
         self.max_grad_norm, self.keep_slots, self.tick = max_grad_norm, keep_slots, tick
         self.length = len(step.batches)
-        self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64)
+        self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64, device="cpu")
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
         self._norms: dict[int, float] = {}  # of gradients, where they are clipped
         self.timings = Timings()

@@ -79,13 +79,13 @@ class Timings:
             return None
         rates = {way: store[way] for way in ("write", "read") if store and store[way]["bytes"] >= ENOUGH}
         write, read = ({"disk": rates[way]["bandwidth"]} if way in rates else {} for way in ("write", "read"))
+        transfer = transfers(device.type != "cpu", write)
         return Costs(
             step=step,
             hvp=self.mean("optimizer vjp") + again,
             hvp_kept=self.mean("optimizer vjp") + kept,
             update=self.seconds["rebuild"] / rebuilt if rebuilt else self.mean("update"),
-            read=read,
-            **transfers(device.type != "cpu", write),
+            **transfer | {"read": {**transfer.get("read", {}), **read}},
         )
 
 
