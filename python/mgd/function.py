@@ -28,6 +28,7 @@ from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
 from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers
+from mgd.step.reads import patiently
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.step.turn import turn
@@ -150,12 +151,12 @@ class TrainingFunction:
     def train(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Trained:
         """Train without a gradient."""
         with self._guarded(progress) as tick:
-            return self._forward(self._sweep(z or {}, tick), z or {})
+            return patiently(lambda: self._forward(self._sweep(z or {}, tick), z or {}))
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
-            return self._objective(self._sweep(z or {}, tick), z or {})[0]
+            return patiently(lambda: self._objective(self._sweep(z or {}, tick), z or {})[0])
 
     def metagradient(
         self,
@@ -175,8 +176,7 @@ class TrainingFunction:
         """
         resume = None if resume is None else path_of(resume)
         with chrome_trace(profile), self._guarded(progress) as tick:
-            sweep = self._trained(z, tick, resume)
-            grads = self._reversed(sweep, z)
+            sweep, grads = patiently(lambda: self._reversed(self._trained(z, tick, resume), z))
             assert sweep.value is not None and sweep.trained is not None
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
@@ -201,8 +201,12 @@ class TrainingFunction:
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
         self.ranks.refuse("forward mode (jvp)")
         with self._guarded(progress) as tick:
-            sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
-            value, tangents = self._objective(sweep, z)
+
+            def run() -> tuple[Any, Tensor, list[Tensor]]:
+                sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
+                return sweep, *self._objective(sweep, z)
+
+            sweep, value, tangents = patiently(run)
             models, trained = sweep.model_tangents(), sweep.forward()
             tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
             if isinstance(dz, Mapping):
@@ -318,8 +322,10 @@ class TrainingFunction:
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.shards, sweep.state)
         return sweep
 
-    def _reversed(self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None) -> dict[str, Any]:
-        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then.
+    def _reversed(
+        self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None
+    ) -> tuple[Sweep, dict[str, Any]]:
+        """The sweep, and gradients of the objectives whose adjoints it holds, `[k, ...]`; its storage is closed then.
 
         weights: the objective is this sum of several. Errors of lost numbers are as in `_forward`.
         """
@@ -335,7 +341,7 @@ class TrainingFunction:
                 self._reversed(self._trained(z, kind=WatchedSweep), z, weights)
             raise
         sweep.storage.finish()
-        return gradients
+        return sweep, gradients
 
     def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
@@ -361,10 +367,9 @@ class TrainingFunction:
         carries tangents, its derivatives along them."""
         self._forward(sweep, z)
         with sweep.timings.timed("objective"):
-            objective = self._at_end(sweep)
             if isinstance(sweep, ForwardSweep):
-                return objective.tangents(sweep.shards, sweep.tangents)
-            found = objective.adjoints(sweep.shards, sweep.state)
+                return self._at_end(sweep).tangents(sweep.shards, sweep.tangents)
+            found = self._at_end(sweep).adjoints(sweep.shards, sweep.state)
             self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
             return found
 
@@ -372,8 +377,8 @@ class TrainingFunction:
         return shards_of(self.ranks, arena, self.microbatches, self.optimizer.elementwise)
 
     def _plan_request(self, shards: Shards, buffers: Buffers) -> PlanRequest:
-        how = self.budget, self._costs, self.schedule, self._residuals
-        return PlanRequest(len(self), shards.longest, self.optimizer, buffers, self.microbatches, *how)
+        how = self.microbatches, self.budget, self._costs, self.schedule, self._residuals
+        return PlanRequest(len(self), shards.longest, self.optimizer, buffers, *how)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
         return identity_of(self._start(z), self.optimizer, objectives, self._settings())

@@ -104,9 +104,9 @@ class Shards:
             torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
 
     def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        """The losses of all microbatches, float64 `[microbatches]` on the CPU. parts: a fingerprint of each of them, as
-        far as this process has them."""
-        return torch.stack(list(losses)).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
+        """The losses of all microbatches, float64 `[microbatches]`, where the model is. parts: a fingerprint of each of
+        them, as far as this process has them."""
+        return torch.stack(list(losses)) if len(losses) > 1 else losses[0].reshape(1)
 
     def histories(self, buffers: list[Any]) -> list[Any]:
         """The buffers before each microbatch and after the last one, from those of the own microbatches."""
@@ -131,6 +131,19 @@ class Shards:
             rows.append([*row, *(beside[i] if beside else ())])
         return self.totals(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
 
+    def products(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Sequence[Sequence[Tensor]] = ()) -> Tensor:
+        """As `dots`, of one process, float64 where the tensors are: nobody waits for it."""
+        total = None
+        for i, (start, stop, _) in enumerate(self.pieces):
+            row = [
+                _dot(x[start:stop], y[start:stop]) if stop > start else x.new_zeros((), dtype=torch.float64)
+                for x, y in pairs
+            ]
+            numbers = torch.stack([*row, *([x.double() for x in beside[i]] if beside else ())])
+            total = numbers if total is None else total + numbers
+        assert total is not None
+        return total
+
     def vjp_(
         self,
         optimizer: Optimizer,
@@ -139,7 +152,7 @@ class Shards:
         table: Tensor,
         adjoint: OptimizerState,
         u: Tensor,
-        scale: float,
+        scale: float | Tensor,
     ) -> Tensor:
         """`Optimizer.vjp_table_` on this process's part. Returns the cotangents of the whole: float64 `[G, H + 1]`."""
         if self.microbatches == 1:

@@ -6,6 +6,7 @@ tangent of the parameters, and the mixed derivatives times those of buffers and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,6 @@ from mgd.errors import BadMetaparameter, NonFiniteState
 from mgd.step.step import StateDirection
 from mgd.sweep.adjoint import Adjoint
 from mgd.sweep.sweep import Sweep
-from mgd_kernels.dispatch import dot
 
 
 class ForwardSweep(Sweep):
@@ -45,14 +45,9 @@ class ForwardSweep(Sweep):
             result, gradients = self.step.tangents(t, self.state.params, self.buffers, self.meta, given)
         self.timings.counts["model steps"] += 1
         self._note_losses(t, result)
-        scale, clip = self._clip(t, result)
+        scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer jvp"):
-            if clip:  # of the scaled gradient, from those of the gradient
-                along = [float(dot(result.gradient, moved)) for moved in gradients]
-                gradients = [
-                    (moved * scale).add_(result.gradient, alpha=clip * x)
-                    for moved, x in zip(gradients, along, strict=True)
-                ]
+            gradients = self.clipping.tangents(t, result.gradient, gradients)
             table, tangents = self.meta.tables[t], [tangent.state for tangent in self.tangents]
             hypers = torch.stack([direction.hypers[t] for direction in self._directions])
             self.optimizer.step_jvp_(
@@ -60,6 +55,10 @@ class ForwardSweep(Sweep):
             )
             for j, (tangent, moved) in enumerate(zip(self.tangents, given, strict=True)):
                 tangent.buffers = moved.buffers
-                if not math.isfinite(float(tangent.state.params.sum())):
-                    raise NonFiniteState(t, f"the tangent of the parameters along direction {j}")
+                self.reads.later(tangent.state.params.sum(), functools.partial(_check_tangent, t, j))
         self.buffers = result.buffers[-1]
+
+
+def _check_tangent(step: int, direction: int, total: list[float]) -> None:
+    if not math.isfinite(total[0]):
+        raise NonFiniteState(step, f"the tangent of the parameters along direction {direction}")

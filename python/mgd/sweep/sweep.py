@@ -25,13 +25,13 @@ from mgd.step.metaparameters import Gradients, Metaparameters
 from mgd.step.model import Buffers
 from mgd.step.step import StepFunction, StepResult
 from mgd.sweep.adjoint import Adjoint
+from mgd.sweep.clipping import Clipping
 from mgd.sweep.prefetch import Prefetcher
 from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
 from mgd.util.finite import all_finite
 from mgd_kernels import Optimizer, OptimizerState
 
-CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 LOST = "a parameter, at this step or before it,"  # where only its effect was seen; `WatchedSweep` says more
 
 
@@ -61,12 +61,12 @@ class Sweep:
         self.step, self.optimizer, self.meta = step, optimizer, meta
         self.arena, self.shards, self.state, self.buffers = step.arena, step.shards, state, buffers
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
-        self.max_grad_norm, self.keep_slots, self.tick = max_grad_norm, keep_slots, tick
+        self.keep_slots, self.tick, self.reads = keep_slots, tick, step.loss.reads
+        self.clipping = Clipping(max_grad_norm, self.shards, self.reads)
         self.length = len(step.batches)
         self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64, device="cpu")
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
-        self._norms: dict[int, float] = {}  # of gradients, where they are clipped
-        self.timings = Timings()
+        self.timings = Timings(self.arena.device)
         self.index = self.visited = self.reversed = 0
         self.trained: Trained | None = None
         self.value: Tensor | None = None
@@ -83,8 +83,9 @@ class Sweep:
     def forward(self) -> Trained:
         """Train to the end, keeping what the plan says. `WatchedSweep` says where a NaN came from."""
         if self.trained is None:
-            with self.timings.phase("first sweep"):
+            with self.timings.phase("first sweep"), self.reads.settled():
                 end = self._train_all()
+            self.timings.settle()
             if not self.shards.ranks.every(all_finite(end[0].params)):
                 raise NonFiniteState(self.length - 1, LOST)
             self.meta.settle_reads(self.shards.ranks)
@@ -175,9 +176,8 @@ class Sweep:
     def _update(self, state: OptimizerState, result: StepResult) -> None:
         """Advance `state` by one step with the gradient of `result`."""
         with self.timings.timed("update"):
-            self.optimizer.step_(
-                state, result.gradient, self.meta.tables[state.step], self._clip(state.step, result)[0]
-            )
+            scale = self.clipping.factor(state.step, result.gradient)
+            self.optimizer.step_(state, result.gradient, self.meta.tables[state.step], scale)
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates, as many in one pass as are available."""
@@ -188,8 +188,8 @@ class Sweep:
             self.optimizer.replay_(
                 self.state,
                 [result.gradient for result in run],
-                self.meta.hypers[start : start + len(run)],
-                [self._clip(t, result)[0] for t, result in enumerate(run, start)],
+                self.meta.resident[start : start + len(run)],
+                [self.clipping.factor(t, result.gradient) for t, result in enumerate(run, start)],
             )
         self.buffers = run[-1].buffers[-1]
         self.timings.counts["rebuilt steps"] += len(run)
@@ -202,34 +202,29 @@ class Sweep:
         if captured := self.step.evaluator.capture_seconds - captured:
             self.timings.move(captured, work, "capture")
         self.timings.counts["model steps"] += 1
-        losses = result.losses
         if first:
             self._note_losses(t, result)
-        elif not torch.equal(self.losses[t], losses):
-            i = int((self.losses[t] != losses).nonzero()[0])
-            raise self.step.diverged(t, i, float(self.losses[t, i]), float(losses[i]), self.meta)
+        else:
+            self.reads.later(result.losses, lambda values: self._compare(t, values))
         return result
+
+    def _compare(self, t: int, losses: list[float]) -> None:
+        """Raises ReplayDivergence unless these are the losses that step `t` had at first."""
+        for i, (first, now) in enumerate(zip(self._losses[t].tolist(), losses, strict=True)):
+            if first != now:
+                raise self.step.diverged(t, i, first, now, self.meta)
 
     def _note_losses(self, t: int, result: StepResult) -> None:
         """Record the losses of step `t`, which is made for the first time."""
-        values = result.losses.tolist()
-        if not all(map(math.isfinite, values)):
-            raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
-        self._losses[t] = values
+
+        def look(values: list[float]) -> None:
+            if not all(map(math.isfinite, values)):
+                raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
+            self._losses[t] = values
+
+        self.reads.later(result.losses, look)
         self.visited = t + 1
         self.tick("train")
-
-    def _clip(self, t: int, step: StepResult) -> tuple[float, float]:
-        """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""
-        if self.max_grad_norm is None:
-            return 1.0, 0.0
-        norm = self._norms.get(t)
-        if norm is None:
-            norm = self._norms[t] = self.shards.dots([(step.gradient, step.gradient)])[0] ** 0.5
-        factor = self.max_grad_norm / (norm + CLIP_EPSILON)
-        if factor >= 1.0:
-            return 1.0, 0.0
-        return factor, -factor / (norm + CLIP_EPSILON) / norm
 
     # --- backward ----------------------------------------------------------------------------------------------
 
@@ -240,6 +235,10 @@ class Sweep:
 
     def reverse(self) -> dict[str, Any]:
         """Perform the rest of the plan. Returns the gradients of the objectives, `[k, ...]`, by the keys of z."""
+        with self.reads.settled():
+            return self._reverse()
+
+    def _reverse(self) -> dict[str, Any]:
         start = time.perf_counter()
         gradients = self.gradients
         assert gradients is not None, "begin_reverse comes first"
@@ -259,6 +258,8 @@ class Sweep:
             self.index += 1
             if isinstance(action, Reverse):
                 self._after_step()
+        self.reads.settle()
+        self.timings.settle()
         self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
         gradients.settle()
         initial = [adjoint.state.params for adjoint in self.adjoints]
@@ -275,7 +276,7 @@ class Sweep:
         if logged:
             self.history.forget(t)
         result.residuals = self.residuals.take(t) or result.residuals
-        scale, clip = self._clip(t, result)
+        scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
                 out = self.shards.vjp_(
@@ -287,10 +288,8 @@ class Sweep:
                     directions[j],
                     scale,
                 )
-                if not gradients.add_hyper(j, t, out):
-                    raise NonFiniteState(t, "the adjoint")
-                if clip:
-                    directions[j].add_(result.gradient, alpha=clip * float(out[:, -1].sum()))
+                gradients.add_hyper(j, t, out, self.reads)
+                self.clipping.add_derivative_(t, result.gradient, directions[j], out[:, -1])
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
@@ -311,11 +310,14 @@ class Sweep:
 
     def _after_step(self) -> None:
         """After every step of either sweep, where the state is consistent."""
+        if self.reads.after_step():
+            self.timings.settle()
         if self.storage.checkpoint is not None:
             self.storage.checkpoint.after_step(self.state_dict, self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """The sweep between two steps: tensors, and values of JSON's types, by name."""
+        self.reads.settle()
         numbers = {name: getattr(self, name) for name in ("index", "visited", "reversed")}
         return {
             **numbers,

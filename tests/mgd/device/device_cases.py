@@ -23,7 +23,7 @@ def on(case: cases.Case, device: torch.device | str) -> cases.Case:
     batches, z = moved(case.batches, device), moved(case.z, device)
 
     def objective(model):
-        return sum(case.loss(model, batch, z) for batch in batches[:2])
+        return torch.stack([case.loss(model, batch, z) for batch in batches[:2]]).sum()
 
     model, there = copy.deepcopy(case.model), {}
     for module in model.modules():  # `model.to` would part tied weights, which it does not on a GPU
