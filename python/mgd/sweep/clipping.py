@@ -54,7 +54,6 @@ class Clipping:
             squares = self._shards.products([pair]) if self._reads.late else self._shards.dots([pair])
             norm = self._norms[t] = squares[0] ** 0.5
         factor = self.max_norm / (norm + EPSILON)
-        slope = -factor / (norm + EPSILON) / norm
         if isinstance(factor, Tensor):
-            return factor.clamp(max=1.0), torch.where(factor < 1.0, slope, 0.0)
-        return (1.0, 0.0) if factor >= 1.0 else (factor, slope)
+            return factor.clamp(max=1.0), torch.where(factor < 1.0, -factor / (norm + EPSILON) / norm, 0.0)
+        return (1.0, 0.0) if factor >= 1.0 else (factor, -factor / (norm + EPSILON) / norm)
