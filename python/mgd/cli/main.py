@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, str] = {
     "plan": "mgd.bench.plan_times",
     "offload": "mgd.bench.offload",
     "kernels": "mgd.bench.kernels",
+    "gpu": "mgd.bench.gpu",
 }
 PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
 RECIPES: dict[str, str] = {

@@ -10,7 +10,7 @@ import interruptions
 import pretended
 import pytest
 import torch
-from device_cases import PRETENDED, on, same
+from device_cases import PRETENDED, on, pretended_only, same
 from torch import nn
 
 import mgd
@@ -68,6 +68,7 @@ def test_an_interrupted_run_continues_there(n, tmp_path, often, interrupt):
     assert interruptions.same(training()[0].metagradient(z, resume=tmp_path / "run"), expected)
 
 
+@pretended_only
 def test_of_two_devices_the_models_own_one_is_used():
     second = torch.device("pretend:1")
     case = device_cases.mlp(max_grad_norm=0.5)
@@ -122,12 +123,14 @@ def pooled() -> cases.Case:
     return on(cases.supervised(model, (1, 6, 6), steps=3).to(torch.float32), PRETENDED)
 
 
+@pretended_only
 def test_an_operator_that_varies_is_named():
     with pytest.raises(NotDeterministic, match="adaptive_avg_pool2d_backward") as error:
         pooled().metagradient(trace=False)
     assert error.value.op == "_adaptive_avg_pool2d_backward_pretend"
 
 
+@pretended_only
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
 def test_the_callers_settings_come_back(before):
     f = on(device_cases.mlp(), PRETENDED).function()
@@ -150,6 +153,7 @@ def test_the_callers_settings_come_back(before):
 # --- budgets -----------------------------------------------------------------------------------------------------
 
 
+@pretended_only
 def test_the_default_budget_counts_what_the_allocator_holds(monkeypatch):
     f = on(device_cases.mlp(), PRETENDED).function()
     before = f.plan().limits["device"]
@@ -157,6 +161,7 @@ def test_the_default_budget_counts_what_the_allocator_holds(monkeypatch):
     assert abs(f.plan().limits["device"] - before) < 1 << 16  # some tensors may have gone meanwhile
 
 
+@pretended_only
 def test_the_default_budget_leaves_room_for_second_derivatives():
     f = on(device_cases.mlp(), PRETENDED).function()
     assert f.plan().limits["device"] > 0.4 * pretended.MEMORY

@@ -457,6 +457,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const T
     return {call.to_ours(a), call.to_ours(b), call.to_ours(c)};
 }
 
+Tensor& set_whole_storage(Tensor& t, c10::Storage storage) {
+    const int64_t length = int64_t(storage.nbytes() / t.itemsize());
+    return set_storage(t, std::move(storage), 0, {length}, {1});
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>()); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("empty.memory_format", empty);
@@ -465,6 +470,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("_copy_from_and_resize", copy_from_and_resize);
     m.impl("_local_scalar_dense", scalar);
     m.impl("set_.source_Storage_storage_offset", set_storage);
+    m.impl("set_.source_Storage", set_whole_storage);
+    m.impl("mse_loss", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());  // torch's own resizes a result
     m.impl("convolution_overrideable", convolution);
     m.impl("convolution_backward_overrideable", convolution_backward);
 }

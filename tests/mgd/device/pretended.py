@@ -82,6 +82,7 @@ def _module(library: ctypes.CDLL) -> types.ModuleType:
     module.is_available, module.device_count = lambda: True, lambda: 1  # of two: torch warns of several
     module.get_rng_state = lambda which=None: torch.get_rng_state()  # its random numbers are the CPU's
     module.set_rng_state = lambda state, which=None: torch.set_rng_state(state)
+    module.synchronize = lambda which=None: torch.accelerator.synchronize()
     module.current_device = lambda: torch.accelerator.current_device_index()
     module.device, module.mem_get_info = device, mem_get_info
     module.memory_allocated = lambda which=None: library.pretend_counters()[NAMES.index("live")]
