@@ -16,6 +16,7 @@ WHERE = {"accelerators": ["a GPU"], "driver": "1.2", "versions": {"torch": "2", 
 
 def test_the_gate_holds_and_a_wrong_number_shuts_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "GATE", ("small",))
+    monkeypatch.setattr(gpu, "GATE_STEPS", 2)
     checks = gpu.gate("pretend")
     assert all(check["holds"] for check in checks) and len(checks) == 8, checks
     exact = Shards.vjp_

@@ -10,11 +10,12 @@ import interruptions
 import pretended
 import pytest
 import torch
-from device_cases import PRETENDED, on, pretended_only, same
+from device_cases import PRETENDED, moved, on, pretended_only, same
 from torch import nn
 
 import mgd
 from mgd.errors import NotDeterministic
+from mgd.step import class_weights
 from mgd_kernels import Muon
 
 CASES = {
@@ -53,13 +54,13 @@ def test_every_tier_gives_the_same_bits(tiers, trace, tmp_path):
 
 def training(**options):
     """The training of `interruptions`, on the device."""
-    f, z = interruptions.training(**options)
+    f, z = interruptions.training(steps=14, **options)
     case = cases.Case(f.model, f.loss, f.batches, f.optimizer, f.objective, z)
     there = on(case, PRETENDED)
     return there.function(), there.z
 
 
-@pytest.mark.parametrize("n", [13, 41], ids=["forward", "backward"])
+@pytest.mark.parametrize("n", [9, 20], ids=["forward", "backward"])
 def test_an_interrupted_run_continues_there(n, tmp_path, often, interrupt):
     f, z = training()
     expected = f.metagradient(z)
@@ -101,7 +102,7 @@ def test_numbers_of_z_join_the_model():
 
 
 def test_a_check_in_double_precision_warns_of_nothing():
-    case = on(device_cases.mlp(dropout=0.0), PRETENDED)
+    case = on(device_cases.mlp(steps=4, dropout=0.0), PRETENDED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mgd.check(case.function(), case.z).passed
@@ -121,6 +122,17 @@ def pooled() -> cases.Case:
     """Its pooling has no deterministic backward pass on the device."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
     return on(cases.supervised(model, (1, 6, 6), steps=3).to(torch.float32), PRETENDED)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", [class_weights.cross_entropy, class_weights.nll_loss])
+def test_losses_of_more_dimensions_are_taken_over_rows(loss, reduction):
+    x, y = torch.randn(6, 3, 2, 5), torch.randint(3, (6, 2, 5))
+    y.view(-1)[1] = -100
+    for options in ({}, {"weight": torch.rand(3)}):
+        expected = loss(x, y, reduction=reduction, **options)
+        found = loss(*moved((x, y), PRETENDED), reduction=reduction, **moved(options, PRETENDED))
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 @pretended_only

@@ -275,7 +275,7 @@ const std::set<std::string> kWaiting = {"aten::equal", "aten::nonzero", "aten::m
                                         "aten::unique_dim", "aten::unique_consecutive"};
 const std::set<std::string> kNondeterministic = {
     "aten::upsample_bilinear2d_backward", "aten::_adaptive_avg_pool2d_backward", "aten::adaptive_max_pool2d_backward",
-    "aten::upsample_nearest2d_backward", "aten::grid_sampler_2d_backward", "aten::kthvalue"};
+    "aten::nll_loss2d_forward", "aten::nll_loss2d_backward",    "aten::upsample_nearest2d_backward", "aten::grid_sampler_2d_backward", "aten::kthvalue"};
 
 void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto& schema = op.schema();
