@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import device_cases  # noqa: F401  # makes the device known
 import pytest
 import torch
 
 from mgd.errors import BadArgument
 from mgd.recipes import data
+from mgd.recipes.attribute import recipe as attribute
+from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.task import Training
 from mgd.recipes.demo import recipe as demo
 from mgd.recipes.demo import report as demo_report
 from mgd.recipes.lr_schedule import recipe as lr_schedule
+from mgd.recipes.poison import recipe as poison
 from mgd.recipes.small_images import Task
 from mgd.recipes.smoothness import recipe as smoothness
+from mgd.ui.console import Reporter
 from mgd.util.devices import checked_device
 
 DIGITS = data.digits(), data.digits(train=False)
@@ -48,6 +55,30 @@ def test_smoothness_is_measured_there():
         smoothness.measure(task, smoothness.CHOICES[settings.choices[0]], settings, 0, entry)
     there, here = (torch.tensor(found[device].trusts[0].smoothness) for device in ("pretend", "cpu"))
     assert torch.allclose(there, here, rtol=1e-2)
+
+
+def test_poison_is_made_and_looked_for_there():
+    small = {"training": 60, "held_out": 40, "defender": 40, "test": 50, "steps": 2, "meta_steps": 2, "seeds": 1}
+    few = {"fresh": 2, "others": (), "radii": (0.1,), "cancelling_steps": 1, "check_seeds": 1, "watch": 2, "batch": 20}
+    settings = poison.Settings(share=0.05, **small, **few)
+    found, expected = (poison.run(*DIGITS, settings, device=device) for device in ("pretend", "cpu"))
+    assert torch.equal(found.poisoned, expected.poisoned) and found.images[poison.MGD].device.type == "cpu"
+    torch.testing.assert_close(found.images[poison.MGD], expected.images[poison.MGD], rtol=0, atol=1e-5)
+    (check, *_), (same, *_) = found.checks[poison.MGD], expected.checks[poison.MGD]
+    torch.testing.assert_close(check.suspicion, same.suspicion, rtol=1e-3, atol=1e-6)
+
+
+def test_examples_are_attributed_there():
+    """By ours; what it is compared with runs on the CPU."""
+    training = Training(examples=40, batch=20, epochs=1, rate=2e-3, eps_root=1e-3)
+    how = replace(attribute.Evaluation().quick(), baselines=("gradient products",))
+    task = images_task(*DIGITS, training, 3, seed=0)
+    for_both = replace(task, device="pretend"), task
+    found, expected = (attribute.judge(each, how, 3, how.baselines, Reporter()) for each in for_both)
+    assert next(found.task.model.parameters()).device.type == "pretend"
+    for method, by_share in expected.predicted.items():
+        for share, predicted in by_share.items():
+            torch.testing.assert_close(found.predicted[method][share], predicted, rtol=1e-3, atol=1e-5)
 
 
 def test_devices_that_are_not_there_are_refused():
