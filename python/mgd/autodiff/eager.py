@@ -23,7 +23,7 @@ from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, Parameters
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
 from mgd.step.model import Buffers
-from mgd.step.reads import LookCloser, Reads
+from mgd.step.reads import Reads
 
 Found = TypeVar("Found")
 Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
@@ -148,7 +148,10 @@ class EagerEvaluator:
             function = microbatch.of_tensors(before, stack)
             point = point_of(microbatch, function, parameters, before, [], [])
             microbatch.reseed()
-            found = self._twice(microbatch, function, lambda function: first_and_tangents(function, point, directions))
+            equal = microbatch.loss.reads.equal
+            found = self._twice(
+                microbatch, function, lambda function: first_and_tangents(function, point, directions, equal)
+            )
         if microbatch.loss.plain_since != known:
             return self.tangents(microbatch, parameters, before, directions)
         microbatch.wrote(name for name, written in zip(function.names, found.written, strict=False) if written)
@@ -202,17 +205,10 @@ def point_of(
 def _settled(before: Buffers, copies: Buffers, after: Buffers, reads: Reads) -> Buffers:
     """The buffers after an evaluation on `copies` of those before, sharing memory where nothing changed."""
 
-    def unseen(changed: list[float]) -> None:
-        if changed[0]:
-            raise LookCloser
-
     def settled(name: str, tensor: Tensor) -> Tensor:
         if tensor is not copies[name]:  # replaced by the model, and perhaps a view of something that will change
             return tensor.detach().clone()
         # What is written through `.data` leaves the version as it was.
-        if tensor._version == 0 and reads.late:
-            reads.later((tensor != before[name]).any(), unseen)
-            return before[name]
-        return before[name] if tensor._version == 0 and torch.equal(tensor, before[name]) else tensor.detach()
+        return before[name] if tensor._version == 0 and reads.equal(tensor, before[name]) else tensor.detach()
 
     return {name: settled(name, tensor) for name, tensor in after.items()}

@@ -43,6 +43,14 @@ class Reads:
         else:
             look(numbers.reshape(-1).tolist())
 
+    def equal(self, x: Tensor, y: Tensor) -> bool:
+        """Whether two tensors are equal. Where that is read after the step, it is taken for granted, and LookCloser
+        raised if it does not hold."""
+        if not self.late:
+            return torch.equal(x, y)
+        self.later((x != y).any(), _look_for_a_difference)
+        return True
+
     def after_step(self) -> bool:
         """A step is done. Returns whether its numbers, and those before, have been looked at."""
         self._steps += 1
@@ -71,6 +79,11 @@ class Reads:
             self.settle()
             raise
         self.settle()
+
+
+def _look_for_a_difference(values: list[float]) -> None:
+    if values[0]:
+        raise LookCloser
 
 
 _closely = False  # calls take turns

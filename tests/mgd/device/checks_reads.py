@@ -43,6 +43,17 @@ def test_now_and_then_the_numbers_are_read(monkeypatch):
     assert many - few == 2 * 2 * 2  # two times in each of the two sweeps: for numbers, and for the device's clock
 
 
+def test_a_step_of_forward_mode_waits_for_nothing():
+    counts = []
+    for steps in (8, 16):
+        case = on(device_cases.mlp(steps=steps, max_grad_norm=0.5), PRETENDED)
+        f, dz = case.function(), {"data_weights": torch.ones(20, device=PRETENDED)}
+        with pretended.counted() as found:
+            f.jvp(case.z, dz)
+        counts.append(found.waits)
+    assert counts[0] == counts[1]
+
+
 def test_steps_upload_nothing():
     counts = []
     for steps in (10, 20):
