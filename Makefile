@@ -81,11 +81,14 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json $(RESULTS)/$(TODAY)-pytest.json $(ARGS)
 	$(BIN)/python -m pytest -m slow
 
-# For a machine with a GPU: numerics and bandwidth of its kernels, and the throughput table. It has never run on one.
+# For a machine with a GPU: the tests that need one, then `mgd bench gpu`, which times nothing before its own checks
+# hold. It has never run on one. The list of GPUs that were tested is written by it alone.
+DEVICE ?= cuda
 bench-gpu: $(VENV)/.installed
 	mkdir -p $(RESULTS)
-	$(BIN)/mgd bench kernels --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-kernels.json
-	$(BIN)/mgd bench throughput --device cuda --core -2 --json $(RESULTS)/$(TODAY)-gpu-throughput.json
+	$(BIN)/python -m pytest -q tests/mgd_kernels/backends tests/mgd_kernels/store/test_gpu_copy.py
+	cd tests/mgd/device && MGD_DEVICE=$(DEVICE) ../../../$(BIN)/python -m pytest -q checks_training.py
+	$(BIN)/mgd bench gpu --device $(DEVICE) --json $(RESULTS)/$(TODAY)-gpu.json --list docs/install.md
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'

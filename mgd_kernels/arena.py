@@ -32,7 +32,7 @@ class Segments:
 
     @classmethod
     def single(cls, numel: int) -> Segments:
-        return cls(torch.tensor([[0, numel, 0]], dtype=torch.int64), 1)
+        return cls(torch.tensor([[0, numel, 0]], dtype=torch.int64, device="cpu"), 1)
 
     @classmethod
     def merged(cls, rows: Sequence[tuple[int, int, int]], groups: int) -> Segments:
@@ -42,7 +42,7 @@ class Segments:
                 merged[-1][1] = stop
             else:
                 merged.append([start, stop, group])
-        return cls(torch.tensor(merged, dtype=torch.int64).reshape(-1, 3), groups)
+        return cls(torch.tensor(merged, dtype=torch.int64, device="cpu").reshape(-1, 3), groups)
 
     def rows(self) -> list[tuple[int, int, int]]:
         return [tuple(row) for row in self.table.tolist()]

@@ -32,7 +32,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
         memory = _free[size].pop()
     except IndexError:
-        memory = torch.empty(size, dtype=torch.uint8).numpy()
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
     lent = memory.view(_Lent)
     weakref.finalize(lent, _give_back, memory).atexit = False
     return torch.from_numpy(lent).view(dtype)

@@ -137,7 +137,7 @@ class Optimizer(ABC):
         """
         if isinstance(hyper, Tensor):
             return hyper
-        table = torch.zeros(self.groups, self.width, dtype=torch.float64)
+        table = torch.zeros(self.groups, self.width, dtype=torch.float64, device="cpu")
         for name, value in self._values.items():
             table[:, self.column(name)] = self._at(name, value, step, name)
         for row, group in enumerate(self.param_groups, start=1):

@@ -170,7 +170,7 @@ def vjp_(
     _check_step(k)
     hyper = _table(rule, hyper, segments.groups)
     table = check_table(segments)
-    cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64)
+    cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device="cpu")
     count = len(state)
     to, source = gate(written, [*state, *(() if out is None else adjoint), grad, hyper])
     core.optim_vjp(
@@ -312,7 +312,7 @@ def update_vjp(
     _check_step(k)
     dtype, grad_dtype, sizes = check_leaves(u, grads, [*state, *adjoint, *out], groups)
     hyper = _table(rule, hyper, hyper.shape[0])
-    cotangents = torch.empty(hyper.shape[0], len(rule.hyper) + 1, dtype=torch.float64)
+    cotangents = torch.empty(hyper.shape[0], len(rule.hyper) + 1, dtype=torch.float64, device="cpu")
     source, gradients, adjoints = by_leaf(state), by_leaf([grads]), by_leaf(adjoint)
     to, to_u = by_leaf(out), by_leaf([u])
     check_leaves_apart(sizes, dtype, to, adjoints, (dtype, source), (grad_dtype, gradients), u=to_u)
@@ -342,4 +342,4 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     """Serves any two of float32, float64, bfloat16 and float16."""
     x, y = check_dot(x, y, "cpu")
     value = _core().dot(DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), address(x), address(y), torch.get_num_threads())
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

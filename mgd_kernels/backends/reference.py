@@ -188,6 +188,11 @@ def jvp(rule: Rule, p, slots, g, h: Hyper, k: int, tangents: Sequence[Tensor], d
     return sgd_jvp(p, buf, g, h, k, rule.nesterov, tangents[0], dbuf, dg, dh)[: len(tangents)]
 
 
+def _row(table: Tensor) -> Hyper:
+    """The entries of a row of hyperparameters: numbers, or where they would have to be waited for, tensors."""
+    return table.tolist() if table.device.type == "cpu" else table.unbind()
+
+
 def step_(
     rule: Rule,
     params: Tensor,
@@ -202,7 +207,7 @@ def step_(
     for start, stop, group in segments.rows():
         state = [tensor[start:stop] for tensor in (params, *slots)]
         g = grad[start:stop].to(params.dtype) * grad_scale
-        for old, new in zip(state, step(rule, state[0], state[1:], g, hyper[group].tolist(), k), strict=True):
+        for old, new in zip(state, step(rule, state[0], state[1:], g, _row(hyper[group]), k), strict=True):
             old.copy_(new)
 
 
@@ -225,7 +230,7 @@ def vjp_(
         state = [tensor[start:stop] for tensor in (params, *slots)]
         adjoints = [tensor[start:stop] for tensor in (adjoint_params, *adjoint_slots)]
         raw = grad[start:stop].to(params.dtype)
-        du, new, dh = vjp(rule, state[0], state[1:], raw * grad_scale, hyper[group].tolist(), k, adjoints)
+        du, new, dh = vjp(rule, state[0], state[1:], raw * grad_scale, _row(hyper[group]), k, adjoints)
         for old, value in zip(adjoints, new, strict=True):
             old.copy_(value)
         u[start:stop] = du * grad_scale
@@ -254,7 +259,7 @@ def jvp_(
     written = [*moved, *(state if advance else ())]
     check_extents_apart(written, [*(() if advance else state), grad, *grad_tangents, hyper, hyper_tangents])
     for row, end, group in segments.rows():
-        h, dhs = hyper[group].tolist(), hyper_tangents[:, group].tolist()
+        h, dhs = _row(hyper[group]), [_row(tangent) for tangent in hyper_tangents[:, group]]
         for start in range(row, end, STRIP):
             part = slice(start, min(start + STRIP, end))
             x, g = [tensor[part] for tensor in state], grad[part].to(params.dtype) * grad_scale

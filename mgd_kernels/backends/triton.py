@@ -107,7 +107,7 @@ def _cut(segments: Segments, size: int, device: torch.device) -> Tiles:
         return Tiles(((count, None, size, True),) if count else (), count, None)
     whole: list[tuple[int, int, int, int]] = []
     ragged: list[tuple[int, int, int, int]] = []
-    counts = torch.zeros(segments.groups, dtype=torch.int64)
+    counts = torch.zeros(segments.groups, dtype=torch.int64, device="cpu")
     for start, stop, group in sorted(rows, key=lambda row: (row[2], row[0])):
         first, last = min(-(-start // vector) * vector, stop), stop // vector * vector
         for begin, end in (
@@ -121,7 +121,7 @@ def _cut(segments: Segments, size: int, device: torch.device) -> Tiles:
                 counts[group] += 1
     ranges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
     parts = tuple(
-        (len(tiles), torch.tensor(tiles, dtype=torch.int64).to(device), longest, aligned)
+        (len(tiles), torch.tensor(tiles, dtype=torch.int64, device="cpu").to(device), longest, aligned)
         for tiles, longest, aligned in ((whole, size, True), (ragged, vector, False))
         if tiles
     )
@@ -201,7 +201,7 @@ def _coefficients(
             ]
         )
     elif len(set(grad_scales)) > 1:
-        scales = torch.tensor(grad_scales, dtype=torch.float64).to(device, non_blocking=True)
+        scales = torch.tensor(grad_scales, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
     else:
         scale = float(grad_scales[0])
     k_tensor = k.to(device, torch.int64, non_blocking=True) if isinstance(k, Tensor) else None
@@ -225,7 +225,7 @@ def _spacing(grads: Sequence[Tensor], device: torch.device) -> tuple[int, Tensor
     pitch = offsets[1] if len(offsets) > 1 else 0
     if all(offset == i * pitch for i, offset in enumerate(offsets)):
         return pitch, None, aligned
-    return 0, torch.tensor(offsets, dtype=torch.int64).to(device, non_blocking=True), aligned
+    return 0, torch.tensor(offsets, dtype=torch.int64, device="cpu").to(device, non_blocking=True), aligned
 
 
 # --- The functions of every backend: see `interface.Backend` -----------------------------------------------------

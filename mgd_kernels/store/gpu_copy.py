@@ -22,7 +22,7 @@ class DeviceCopies:
 
     def __init__(self, core: Any) -> None:
         self._core = core
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.Stream] = {}
         self._pinning: _Pinning | None = None
         self._lock = threading.Lock()
         if torch.cuda.is_available():
@@ -34,10 +34,10 @@ class DeviceCopies:
     ) -> None:
         """Copies the tensors (contiguous, on one GPU or the CPU) into a new entry; returns when they are copied."""
         device = _one_gpu(tensors)
-        side = self._stream(device)
+        module, side = torch.get_device_module(device), self._stream(device)
         sources = [_as_bytes(t) for t in tensors]
         put = self._core.begin_put(name, sequence, layout, tier)
-        in_flight: deque[tuple[int, Any, torch.cuda.Event]] = deque()
+        in_flight: deque[tuple[int, Any, torch.Event]] = deque()
         buffer: Any = None
         host: Any = None
 
@@ -47,8 +47,8 @@ class DeviceCopies:
             put.commit(chunk, buffer)
 
         try:
-            side.wait_stream(torch.cuda.current_stream(device))  # what computed the tensors
-            with torch.cuda.stream(side):
+            side.wait_stream(module.current_stream(device))  # what computed the tensors
+            with module.stream(side):
                 for chunk in range(put.chunks):
                     buffer = put.buffer(chunk, not in_flight)
                     while buffer is None:
@@ -71,15 +71,15 @@ class DeviceCopies:
     def get(self, name: bytes, targets: list[torch.Tensor]) -> None:
         """Fills the targets (contiguous, on one GPU or the CPU) from an entry; returns when they are filled."""
         device = _one_gpu(targets)
-        side = self._stream(device)
+        module, side = torch.get_device_module(device), self._stream(device)
         sinks = [_as_bytes(t) for t in targets]
         get = self._core.begin_get(name)
-        in_flight: deque[tuple[Any, torch.cuda.Event]] = deque()
+        in_flight: deque[tuple[Any, torch.Event]] = deque()
         buffer: Any = None
         host: Any = None
         try:
-            side.wait_stream(torch.cuda.current_stream(device))  # what still reads the targets' memory
-            with torch.cuda.stream(side):
+            side.wait_stream(module.current_stream(device))  # what still reads the targets' memory
+            with module.stream(side):
                 for chunk in range(get.chunks):
                     while in_flight and in_flight[0][1].query():
                         in_flight.popleft()
@@ -101,12 +101,11 @@ class DeviceCopies:
         """Whether the host buffers are pinned, and why not."""
         return "no: no GPU" if self._pinning is None else self._pinning.report()
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+    def _stream(self, device: torch.device) -> Any:
         with self._lock:
             if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)
-                assert self._pinning is not None
-                if self._pinning.device is None:
+                self._streams[device] = torch.get_device_module(device).Stream(device)
+                if self._pinning is not None and device.type == "cuda" and self._pinning.device is None:
                     self._pinning.device = device
                     self._core.trim()  # buffers that were mapped before are mapped again, pinned
             return self._streams[device]
@@ -141,14 +140,14 @@ class _Pinning:
         return f"no: {self._why}" if self._why else "yes"
 
 
-def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+def _record(stream: Any) -> Any:
+    event = torch.get_device_module(stream.device).Event(blocking=True)  # who waits for it sleeps
     event.record(stream)
     return event
 
 
 def _one_gpu(tensors: list[torch.Tensor]) -> torch.device:
-    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    devices = {t.device for t in tensors if t.device.type != "cpu"}
     if len(devices) != 1:
         raise BadArgument(f"expected the tensors of one entry on the CPU and one GPU; got {sorted(map(str, devices))}")
     return devices.pop()

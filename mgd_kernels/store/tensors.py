@@ -19,8 +19,8 @@ def storable(t: Any, i: int) -> torch.Tensor:
     if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES or t.layout is not torch.strided:
         what = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
         raise BadArgument(f"expected a dense tensor of {', '.join(map(str, DTYPES))} as tensor {i}; got {what}")
-    if t.device.type not in ("cpu", "cuda"):
-        raise BadArgument(f"expected tensor {i} on cpu or cuda; got {t.device}")
+    if t.is_meta:
+        raise BadArgument(f"expected tensor {i} with values, on the CPU or a GPU; got it on {t.device}")
     t = t.detach().resolve_neg().contiguous()
     if t.dtype is torch.bool and t.numel() and int(t.view(torch.uint8).max()) > 1:
         raise BadArgument(f"expected bools of 0 and 1 as tensor {i}; got other bytes: make it by a comparison")

@@ -158,9 +158,9 @@ def check(
     exact = double.metagradient(z64, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     mix = (
-        torch.randn(exact.value.shape, generator=generator, dtype=torch.float64)
+        torch.randn(exact.value.shape, generator=generator, dtype=torch.float64, device="cpu")
         if exact.value.ndim
-        else torch.ones((), dtype=torch.float64)
+        else torch.ones((), dtype=torch.float64, device="cpu")
     )
     mix = mix.to(exact.value.device)
     same = math.isclose(float(own.losses[0]), float(exact.losses[0]), rel_tol=SAME_TRAINING)
@@ -267,7 +267,7 @@ class _Double(Sequence):
 def _direction(leaf: Any, generator: torch.Generator) -> Tensor:
     leaf = torch.as_tensor(leaf, dtype=torch.float64)
     scale = leaf.square().mean().sqrt()
-    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+    noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf.device)
     return noise * (scale if scale > 0 else 1.0)
 
 

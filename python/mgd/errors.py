@@ -33,6 +33,7 @@ __all__ = [
     "MetagradientError",
     "MissingPackage",
     "NonFiniteState",
+    "NotDeterministic",
     "NotDifferentiable",
     "ParametersModified",
     "RankFailed",
@@ -180,6 +181,17 @@ class ReplayDivergence(MetagradientError):
     def __init__(self, step: int, cause: str):
         self.step, self.cause = step, cause
         super().__init__(f"expected step {step} to repeat itself bit by bit; {cause}")
+
+
+class NotDeterministic(MetagradientError):
+    """An operator of the loss or the objective gives other bits each time on this device."""
+
+    def __init__(self, op: str):
+        self.op = op
+        super().__init__(
+            f"expected operators that repeat themselves bit by bit, since steps are replayed; got {op}, which has no "
+            "deterministic implementation on this device. Replace this operator, or train on the CPU."
+        )
 
 
 class NotDifferentiable(MetagradientError):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadMetaparameter, NonFiniteState, StaleRun
-from mgd.identity import Objective, Start, code_of, given, identity_of
+from mgd.identity import Objective, Start, code_of, given, identity_of, settings_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -27,6 +27,7 @@ from mgd.step.initial_state import starting_state
 from mgd.step.loss import BoundLoss
 from mgd.step.metaparameters import Metaparameters
 from mgd.step.model import Binding, Buffers
+from mgd.step.reads import patiently
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.step import StepFunction
 from mgd.step.turn import turn
@@ -156,16 +157,20 @@ class TrainingFunction(Replaceable):
         """Train without a gradient. resume: a directory in which an interrupted training is, as in `metagradient`."""
         resume = None if resume is None else path_of(resume)
         with self._guarded(progress) as tick:
-            sweep = self._sweep(z or {}, tick, resume=resume)
-            with sweep.storage.closed_after_errors():
-                self._forward(sweep, z or {})
-            sweep.storage.finish()
-            return sweep.own_trained()
+
+            def run() -> Trained:
+                sweep = self._sweep(z or {}, tick, resume=resume)
+                with sweep.storage.closed_after_errors():
+                    self._forward(sweep, z or {})
+                sweep.storage.finish()
+                return sweep.own_trained()
+
+            return patiently(run)
 
     def value(self, z: Mapping[str, Any] | None = None, *, progress: bool = False) -> Tensor:
         """The objective after training, without a gradient: `[]` or `[k]`."""
         with self._guarded(progress) as tick:
-            return self._objective(self._sweep(z or {}, tick), z or {})[0]
+            return patiently(lambda: self._objective(self._sweep(z or {}, tick), z or {})[0])
 
     def metagradient(
         self,
@@ -185,8 +190,7 @@ class TrainingFunction(Replaceable):
         """
         resume = None if resume is None else path_of(resume)
         with chrome_trace(profile), self._guarded(progress) as tick:
-            sweep = self._trained(z, tick, resume)
-            grads = self._reversed(sweep, z)
+            sweep, grads = patiently(lambda: self._reversed(self._trained(z, tick, resume), z))
             assert sweep.value is not None and sweep.trained is not None
             if sweep.value.ndim == 0:
                 grads = tree_map(lambda g: g[0], grads)
@@ -212,8 +216,12 @@ class TrainingFunction(Replaceable):
         directions = [dz] if isinstance(dz, Mapping) else list(dz)
         with self._guarded(progress) as tick:
             self.ranks.check_same(lambda: leaf_digests("dz", [dict(each) for each in directions]))
-            sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
-            value, tangents = self._objective(sweep, z)
+
+            def run() -> tuple[Any, Tensor, list[Tensor]]:
+                sweep = self._sweep(z, tick, kind=functools.partial(ForwardSweep, directions=directions))
+                return sweep, *self._objective(sweep, z)
+
+            sweep, value, tangents = patiently(run)
             models, trained = sweep.model_tangents(), sweep.forward()
             tangent, model = torch.stack(tangents), {n: torch.stack([m[n] for m in models]) for n in models[0]}
             if isinstance(dz, Mapping):
@@ -250,9 +258,8 @@ class TrainingFunction(Replaceable):
 
     @contextlib.contextmanager
     def _guarded(self, progress: bool = False, alone: bool = False) -> Iterator[Callable[..., None]]:
-        """Random generators and the model are as before at the end; gradients are on inside, whatever the caller's
-        mode. Calls from other threads wait. alone: other ranks need not make the same call. Yields the progress bar's
-        tick."""
+        """Calls from other threads wait; generators, modes and the model are as before at the end. alone: other ranks
+        need not make the same call. Yields the progress bar's tick."""
         with (
             turn(self.model),
             contextlib.nullcontext() if alone else self.ranks.call(),
@@ -289,7 +296,9 @@ class TrainingFunction(Replaceable):
         call = name, reversible, resume and os.fspath(resume), self.gather
         start = self._start(z)
         code = functools.partial(code_of, self.model, self.loss, self.objective)
-        self.ranks.check_same(lambda: code() | given(start, self.optimizer, self._settings() | {"the call": call}))
+        self.ranks.check_same(
+            lambda: code() | given(start, self.optimizer, settings_of(self, self._anchor) | {"the call": call})
+        )
         shards = start.step.shards
         request = self._plan_request(shards, start.buffers)
         if not reversible and resume is None:
@@ -331,8 +340,10 @@ class TrainingFunction(Replaceable):
             arguments.warn_of_noise(self.optimizer, sweep.meta.hypers, sweep.shards, sweep.state)
         return sweep
 
-    def _reversed(self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None) -> dict[str, Any]:
-        """Gradients of the objectives whose adjoints the sweep holds, `[k, ...]`; its storage is closed then.
+    def _reversed(
+        self, sweep: Sweep, z: Mapping[str, Any], weights: list[float] | None = None
+    ) -> tuple[Sweep, dict[str, Any]]:
+        """The sweep, and gradients of the objectives whose adjoints it holds, `[k, ...]`; its storage is closed then.
 
         weights: the objective is this sum of several. Errors of lost numbers are as in `_forward`.
         """
@@ -349,7 +360,7 @@ class TrainingFunction(Replaceable):
                 self._reversed(self._trained(z, kind=WatchedSweep), z, weights)
             raise
         sweep.storage.finish()
-        return gradients
+        return sweep, gradients
 
     def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
@@ -374,12 +385,7 @@ class TrainingFunction(Replaceable):
         carries tangents, its derivatives along them."""
         self._forward(sweep, z)
         with sweep.timings.timed("objective"):
-            objective = self._at_end(sweep)
-            found: tuple[Tensor, list[Any]]
-            if isinstance(sweep, ForwardSweep):
-                found = objective.tangents(sweep.shards, sweep.tangents)
-            else:
-                found = objective.adjoints(sweep.shards, sweep.state)
+            found = sweep.derivatives_of(self._at_end(sweep))
             self.ranks.check_same(lambda: {"the objective's value": digest(found[0])})
             return found
 
@@ -392,16 +398,4 @@ class TrainingFunction(Replaceable):
         return PlanRequest(len(self), shards.longest(self.ranks.size), self.optimizer, buffers, *how, origin)
 
     def _identity(self, z: Mapping[str, Any], objectives: Iterable[Objective]) -> dict[str, str]:
-        return identity_of(self._start(z), self.optimizer, objectives, self._settings())
-
-    def _settings(self) -> dict[str, Any]:
-        """What a result depends on beside what a `Start` holds."""
-        return {
-            "the seed": self.seed,
-            "the steps that are differentiated": (self.since, self._anchor and tree_flatten(dict(self._anchor))[0]),
-            "microbatches, clipping, autocast": (self.microbatches, self.max_grad_norm, self.autocast),
-            "the mode of the objective": self.objective_mode,
-            "the schedule": self.schedule,
-            "the execution (trace, compile)": ("captured" if self.trace else "by bits", self.compile),
-            "whether the optimizer state continues": self.optimizer_state is not None,
-        }
+        return identity_of(self._start(z), self.optimizer, objectives, settings_of(self, self._anchor))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.step.batches import flatten, loaded
@@ -40,6 +41,19 @@ class Start:
     state: OptimizerState
     buffers: Buffers
     step: StepFunction
+
+
+def settings_of(f: Any, anchor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the results of a training function depend on beside what a `Start` holds. anchor: as of its `anchored`."""
+    return {
+        "the seed": f.seed,
+        "the steps that are differentiated": (f.since, anchor and tree_flatten(dict(anchor))[0]),
+        "microbatches, clipping, autocast": (f.microbatches, f.max_grad_norm, f.autocast),
+        "the mode of the objective": f.objective_mode,
+        "the schedule": f.schedule,
+        "the execution (trace, compile)": ("captured" if f.trace else "by bits", f.compile),
+        "whether the optimizer state continues": f.optimizer_state is not None,
+    }
 
 
 def identity_of(

@@ -106,7 +106,7 @@ def attribute(
         if path is not None:
             path_of(path)
     directory = out if out is not None else resume
-    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64)
+    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64, device="cpu")
     with contextlib.ExitStack() as stack:
         if directory is None:
             rows = np.zeros((len(numbers), len(weight)), dtype)
@@ -268,7 +268,7 @@ def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
     """How often the training reads each example, int64 `[n]`; None if `per_example` does not tell."""
     if key not in f.per_example:
         return None
-    visits = torch.zeros(n, dtype=torch.int64)
+    visits = torch.zeros(n, dtype=torch.int64, device="cpu")
     for step in range(len(f)):
         index = torch.as_tensor(f.per_example[key](loaded(f.batches[step]))).reshape(-1).cpu()
         if len(index) and not -n <= int(index.min()) <= int(index.max()) < n:

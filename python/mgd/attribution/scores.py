@@ -241,7 +241,7 @@ def read(directory: str | os.PathLike[str]) -> Stored:
             matrix.verify(file, record)
         scores = matrix.mapped(file)
     rows = sum(record["stop"] - record["start"] for record in records.values())
-    values = torch.tensor(losses_of(records), dtype=torch.float64)
+    values = torch.tensor(losses_of(records), dtype=torch.float64, device="cpu")
     return Stored(index, scores, values, training["weights"], training["visits"], rows, report)
 
 

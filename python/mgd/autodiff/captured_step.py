@@ -21,7 +21,7 @@ NUMBER, OTHER = -1, -2
 
 
 def _number(value: bool | int | float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None, device="cpu")
 
 
 class CapturedStep:

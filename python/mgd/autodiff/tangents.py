@@ -8,7 +8,7 @@ gradient. That of the buffers comes from the derivative of their VJP, which is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,12 +35,18 @@ class FirstAndTangents:
     floats: list[list[Tensor]] = field(default_factory=list)
 
 
-def first_and_tangents(evaluate: Evaluate, point: Point, directions: Sequence[Direction]) -> FirstAndTangents:
-    """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction."""
+def first_and_tangents(
+    evaluate: Evaluate,
+    point: Point,
+    directions: Sequence[Direction],
+    equal: Callable[[Tensor, Tensor], bool] = torch.equal,
+) -> FirstAndTangents:
+    """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction. equal:
+    whether a buffer is as it was."""
     p, b, z = point.leaves()
     copies = [x.clone() for x in b]
     loss, left = evaluate(p, list(copies), z, list(point.constants))
-    kept = [x is y and x._version == 0 and torch.equal(x, own) for x, y, own in zip(copies, left, b, strict=False)]
+    kept = [x is y and x._version == 0 and equal(x, own) for x, y, own in zip(copies, left, b, strict=False)]
     if not loss.requires_grad:
         raise BadLoss("the loss does not depend on the parameters; was it detached?")
     inputs, after = [*p, *b, *z], left[: len(b)]

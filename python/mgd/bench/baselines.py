@@ -25,7 +25,7 @@ from mgd.errors import BadArgument
 from mgd.step.batches import microbatches
 from mgd.step.model import modes_kept
 from mgd.step.rng import seed_generators, seed_of
-from mgd.sweep.sweep import CLIP_EPSILON
+from mgd.sweep.clipping import EPSILON as CLIP_EPSILON
 from mgd_kernels import SGD, Adam, AdamW
 from mgd_kernels.fused import FusedOptimizer
 

@@ -19,8 +19,9 @@ from mgd.bench.kernel_cases import RULES, Problem, plain
 from mgd.errors import BadArgument
 from mgd.ui import machine
 from mgd.ui.console import Session
-from mgd.ui.options import Json, Out, parse_count
+from mgd.ui.options import Device, Json, Out, parse_count
 from mgd.ui.page import Page, Section, Table
+from mgd.util.devices import checked_device
 
 PASSES = ("step", "vjp", "replay", "jvp")
 NAMES = {"jvp": "step and jvp"}
@@ -205,7 +206,7 @@ def command(
     ] = False,
     parameters: Annotated[str, typer.Option(help='Number of parameters, such as "32M".')] = "32M",
     rounds: shared.Rounds = 7,
-    device: shared.Device = "cpu",
+    device: Device = "cpu",
     core: shared.Core = -1,
     against_torch: Annotated[bool, typer.Option(help="Time torch as well.")] = True,
     out: Out = None,
@@ -216,7 +217,7 @@ def command(
         _as_compiled(out, json)
         return
     count = parse_count(parameters)
-    shared.require(device)
+    checked_device(device)
     session, where = shared.begin("bench kernels", out, json)
     with session.status() as tick:
         measured = measure(count, device, rounds, shared.core_of(core), against_torch, tick)

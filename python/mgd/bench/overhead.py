@@ -24,12 +24,12 @@ from mgd.ui.options import Json
 from mgd_kernels import AdamW
 
 
-def smallest(steps: int, seed: int = 0) -> tuple[TrainingFunction, dict[str, Tensor]]:
+def smallest(steps: int, seed: int = 0, device: str = "cpu") -> tuple[TrainingFunction, dict[str, Tensor]]:
     """A network of 15 parameters, 5-2-1 with GELU, on batches of 8, AdamW; lr [T], weight decay, data weights."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 2), nn.GELU(), nn.Linear(2, 1))
-    x, y = torch.randn(64, 5), torch.randn(64, 1)
-    index = [torch.randint(64, (8,)) for _ in range(steps)]
+    model = nn.Sequential(nn.Linear(5, 2), nn.GELU(), nn.Linear(2, 1)).to(device)
+    x, y = torch.randn(64, 5).to(device), torch.randn(64, 1).to(device)
+    index = [torch.randint(64, (8,)).to(device) for _ in range(steps)]
 
     def loss(model: nn.Module, batch: Any, z: Any) -> Tensor:
         inputs, targets, _ = batch
@@ -44,7 +44,11 @@ def smallest(steps: int, seed: int = 0) -> tuple[TrainingFunction, dict[str, Ten
         per_example={"data_weights": lambda batch: batch[2]},
         trace=True,
     )
-    z = {"lr": torch.full((steps,), 1e-3), "weight_decay": torch.tensor(0.01), "data_weights": torch.ones(64)}
+    z = {
+        "lr": torch.full((steps,), 1e-3),
+        "weight_decay": torch.tensor(0.01),
+        "data_weights": torch.ones(64, device=device),
+    }
     return function, z
 
 

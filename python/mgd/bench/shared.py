@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mgd.errors import BadArgument
 from mgd.ui import machine
 from mgd.ui.console import Session
 from mgd.util.text import format_bytes
@@ -17,7 +16,6 @@ Core = Annotated[
     typer.Option("--core", help="The core to run on. -1: the last one; -2: let the system decide."),
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often everything is timed, in alternation.")]
-Device = Annotated[str, typer.Option("--device", help='Where tensors live: "cpu", "cuda", "cuda:1".')]
 Memory = Annotated[bool, typer.Option(help="Measure peak memory, each method in a process of its own.")]
 Target = Annotated[
     str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="FUNCTION takes nothing and returns (TrainingFunction, z).")
@@ -30,17 +28,6 @@ def begin(command: str, out: Path | None, json: Path | None) -> tuple[Session, d
     session, where = Session(command, out, json), machine.conditions()
     session.print(machine.describe(where))
     return session, where
-
-
-def require(device: str) -> None:
-    """Raise where torch cannot use the device."""
-    import torch
-
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise BadArgument(f'expected a device such as "cpu", "cuda" or "cuda:1"; got {device!r}')
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadArgument(f"torch {torch.__version__} finds no GPU here; `mgd doctor` says what this machine offers")
 
 
 def core_of(option: int) -> int | None:

@@ -24,8 +24,9 @@ from mgd.bench.workloads import WORKLOADS
 from mgd.results import Report
 from mgd.ui import machine
 from mgd.ui.console import Session
-from mgd.ui.options import Json, Out, parse_names
+from mgd.ui.options import Device, Json, Out, parse_names
 from mgd.ui.page import Page, Section, Table
+from mgd.util.devices import checked_device
 
 # Of float32 metagradients by two methods that round differently, measured: 1e-7 to 1e-5 after a few steps. AdamW with
 # a small eps_root magnifies rounding with the length of the training; a wrong term would show as 1e-1 or more.
@@ -266,7 +267,7 @@ def command(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Number of training steps. Default: the workload's own.")
     ] = None,
-    device: shared.Device = "cpu",
+    device: Device = "cpu",
     core: shared.Core = -1,
     memory: shared.Memory = True,
     out: Out = None,
@@ -274,7 +275,7 @@ def command(
 ) -> None:
     """Time and memory of a metagradient by every method, in units of plain training of the same steps."""
     names, sources = parse_names(methods, METHODS, "methods"), parse_names(workload, WORKLOADS, "workloads")
-    shared.require(device)
+    checked_device(device)
     session, where = shared.begin("bench throughput", out, json)
     results = []
     for source in sources:

@@ -54,8 +54,8 @@ def seconds_of(work: Callable[[], Any], device: torch.device | str = "cpu", cloc
 
 
 def _wait(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

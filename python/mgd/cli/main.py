@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mgd.ui.console import Session
-from mgd.ui.options import Data, Json, Out, Seed, Steps, Threads
+from mgd.ui.options import Data, Device, Json, Out, Seed, Steps, Threads
 
 # Name of a command -> module whose function `command` it is, with options annotated for typer.
 BENCHMARKS: dict[str, str] = {
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, str] = {
     "plan": "mgd.bench.plan_times",
     "offload": "mgd.bench.offload",
     "kernels": "mgd.bench.kernels",
+    "gpu": "mgd.bench.gpu",
 }
 PROFILES: dict[str, str] = {"time": "mgd.bench.profile_time", "memory": "mgd.bench.profile_memory"}
 RECIPES: dict[str, str] = {
@@ -99,14 +100,22 @@ def _common(
 
 @app.command()
 def demo(
-    data: Data = None, out: Out = None, json: Json = None, steps: Steps = 200, seed: Seed = 0, threads: Threads = 1
+    data: Data = None,
+    out: Out = None,
+    json: Json = None,
+    steps: Steps = 200,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    device: Device = "cpu",
 ) -> None:
     """Find the mislabelled images of a training set, and check the metagradient that finds them."""
     from mgd.recipes.data import load
     from mgd.recipes.demo import recipe, report
+    from mgd.util.devices import checked_device
 
+    checked_device(device)
     session = Session("demo", out, json, threads)
-    result = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter)
+    result = recipe.run(load(data), load(data, train=False), steps, seed, session.reporter, device)
     session.finish(report.page(result), result.to_dict())
     if not result.check.passed:
         raise typer.Exit(1)

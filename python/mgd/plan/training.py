@@ -28,6 +28,10 @@ PENDING_SNAPSHOTS = 2 * MAX_PENDING_DELETES
 MEMORY_BANDWIDTH = 1e10  # bytes per second of one processor thread, if nothing was measured
 FRESH_MEMORY = dict.fromkeys(("device", "host"), 2.8e9)  # bytes per second of copies into newly allocated CPU memory
 COPY_BANDWIDTH = 5e9  # bytes per second of a copy to or from the store's buffers, with its checksum
+# Bytes per second of a copy between an accelerator and the store's buffers, with its checksum: the host waits for it.
+DEVICE_COPY = 4e9
+ACTIVATIONS = 4  # second derivatives, in what a captured step keeps for them
+STATES, GRADIENTS = 3, 3  # what a sweep holds beside its plan, with one objective: state, its copy, adjoint; gradients
 KEY = 64  # bytes, more than any key of a history
 
 
@@ -127,7 +131,7 @@ def choose(
         costs = Costs(step=STEP_IN_UPDATES * update, update=update, **transfers(on_device))
     limits = budget.limits(int(SHARE * (free_memory() if memory is None else memory)))
     if budget == Budget() and on_device:
-        limits = {"device": int(SHARE * torch.cuda.mem_get_info(device)[0]), **limits}
+        limits = {"device": device_room(device, size), **limits}
 
     def within(limits: dict[str, int], schedule: str = schedule) -> Plan:
         parts = dict(limits)
@@ -172,13 +176,27 @@ def _least(attempt: Callable[[int], object]) -> int:
 
 
 def transfers(on_device: bool, write: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Arguments of `Costs` for transfers: which run beside the computation, and what the processor copies itself.
+    """Arguments of `Costs` for transfers: which run beside the computation, and what the processor copies itself, or
+    waits for.
 
     write: measured bytes per second by tier.
     """
     if on_device:
-        return {"overlap": ("host", "disk"), "write": write or {}}
+        rate = {"host": DEVICE_COPY}
+        return {"overlap": ("disk",), "copy": DEVICE_COPY, "write": {**rate, **(write or {})}, "read": rate}
     return {"overlap": ("disk",), "copy": COPY_BANDWIDTH, "write": {**FRESH_MEMORY, **(write or {})}}
+
+
+def device_room(device: torch.device, size: Sizes) -> int:
+    """Bytes of an accelerator for a plan, if no budget is given: a share of what neither a tensor nor the sweep itself
+    takes, and so much less that the second derivatives of a step fit beside it, as far as they are known.
+
+    What torch's allocator holds and no tensor has is free, although the driver does not say so.
+    """
+    module = torch.get_device_module(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    free = module.mem_get_info(device)[0] + cached - STATES * size.snapshot - GRADIENTS * size.gradient
+    return max(0, min(int(SHARE * free), free - ACTIVATIONS * size.residuals))
 
 
 def staging(limits: Mapping[str, int], size: Sizes) -> int:

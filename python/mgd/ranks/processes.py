@@ -145,7 +145,7 @@ class ProcessRanks(Ranks):
 
     def objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self.numbers(torch.tensor([len(data)])).tolist()
+        sizes = self.numbers(torch.tensor([len(data)], device="cpu")).tolist()
         return [pickle.loads(bytes(part.numpy())) for part in self.joined(data, sizes).split(sizes)]
 
     def numbers(self, own: Tensor) -> Tensor:

@@ -131,9 +131,9 @@ class Shards:
             torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
 
     def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        """The losses of all microbatches, float64 `[microbatches]` on the CPU. parts: a fingerprint of each of them, as
-        far as this process has them."""
-        return torch.stack(list(losses)).cpu() if len(losses) > 1 else losses[0].cpu().reshape(1)
+        """The losses of all microbatches, float64 `[microbatches]`, where the model is. parts: a fingerprint of each of
+        them, as far as this process has them."""
+        return torch.stack(list(losses)) if len(losses) > 1 else losses[0].reshape(1)
 
     def histories(self, buffers: list[Any]) -> list[Any]:
         """The buffers before each microbatch and after the last one, from those of the own microbatches."""
@@ -156,7 +156,20 @@ class Shards:
         for i, (start, stop, _) in enumerate(self.pieces):
             row = [float(_dot(x[start:stop], y[start:stop])) if stop > start else 0.0 for x, y in pairs]
             rows.append([*row, *(beside[i] if beside else ())])
-        return self.totals(torch.tensor(rows, dtype=torch.float64)).tolist()
+        return self.totals(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
+
+    def products(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Sequence[Sequence[Tensor]] = ()) -> Tensor:
+        """As `dots`, of one process, float64 where the tensors are: nobody waits for it."""
+        total = None
+        for i, (start, stop, _) in enumerate(self.pieces):
+            row = [
+                _dot(x[start:stop], y[start:stop]) if stop > start else x.new_zeros((), dtype=torch.float64)
+                for x, y in pairs
+            ]
+            numbers = torch.stack([*row, *([x.double() for x in beside[i]] if beside else ())])
+            total = numbers if total is None else total + numbers
+        assert total is not None
+        return total
 
     def vjp_(
         self,
@@ -166,7 +179,7 @@ class Shards:
         table: Tensor,
         adjoint: OptimizerState,
         u: Tensor,
-        scale: float,
+        scale: float | Tensor,
     ) -> Tensor:
         """`Optimizer.vjp_table_` on this process's part. Returns the cotangents of the whole: float64 `[G, H + 1]`."""
         if self.microbatches == 1:
@@ -227,7 +240,7 @@ class RankShards(Shards):
         flats: Blocks[Tensor] = Blocks(Tensor.add_)
         for (level, index), terms in blocks.items():
             # Minus zero changes nothing that it is added to, as a term that is not there.
-            flat = torch.full((self.arena.numel,), -0.0, dtype=self.arena.gradient_dtype)
+            flat = torch.full((self.arena.numel,), -0.0, dtype=self.arena.gradient_dtype, device="cpu")
             self._copy(flat, terms)
             flats.add(index, flat, level)
         total = self.gradient(flats)
@@ -235,7 +248,7 @@ class RankShards(Shards):
 
     def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
         own = torch.stack(list(losses)).cpu()
-        prints = torch.tensor(parts(), dtype=torch.int64).view(torch.float64)
+        prints = torch.tensor(parts(), dtype=torch.int64, device="cpu").view(torch.float64)
         found = self.ranks.numbers(torch.cat([own, prints]).unsqueeze(0))
         seen = found[:, len(own) :].contiguous().view(torch.int64)
         if bool((seen != seen[0]).any()):

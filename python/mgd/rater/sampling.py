@@ -41,7 +41,7 @@ def sampler(source: Any, what: str) -> Sampler:
         raise BadArgument(f"expected {what} to hold examples; it is empty")
 
     def draw(n: int, generator: torch.Generator) -> Any:
-        index = torch.randint(total, (n,), generator=generator)
+        index = torch.randint(total, (n,), generator=generator, device="cpu")
         return tree_map(lambda x: x[index.to(x.device)], source)
 
     return draw

@@ -46,8 +46,10 @@ class Task:
     test: Part
 
     @classmethod
-    def make(cls, train: Images, test: Images, images: int, held_out: int, tested: int, seed: int) -> Task:
-        """Random parts of these sizes; of a smaller set, a quarter of the training images is held out."""
+    def make(
+        cls, train: Images, test: Images, images: int, held_out: int, tested: int, seed: int, device: str = "cpu"
+    ) -> Task:
+        """Random parts of these sizes, on a device; of a smaller set, a quarter of the training images is held out."""
         if len(train) < 400 or len(test) < 100:
             raise BadData(
                 f"expected at least 400 training and 100 test images; {train.name} has {len(train)} and {len(test)}"
@@ -59,19 +61,25 @@ class Task:
         parts = [*own, test[torch.randperm(len(test), generator=generator)[:tested]]]
         pixels = [_shrunk(part.images.float()) for part in parts]
         mean, std = pixels[0].mean(), pixels[0].std()
-        made = [Part((x - mean) / std, part.labels) for x, part in zip(pixels, parts, strict=True)]
+        made = [
+            Part(((x - mean) / std).to(device), part.labels.to(device)) for x, part in zip(pixels, parts, strict=True)
+        ]
         return cls(train.name, len(train.classes), *made)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.images.device
 
     def batches(self, size: int, steps: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """`steps` batches (images, labels, indices) in a random order, epoch after epoch."""
         generator = torch.Generator().manual_seed(seed)
-        order = epochs(len(self.train), size, steps, generator)
+        order = epochs(len(self.train), size, steps, generator).to(self.device)
         return [(self.train.images[i], self.train.labels[i], i) for i in order]
 
     def network(self, seed: int, **options: Any) -> nn.Module:
         """A `resnet9` of these options, its initial weights drawn by the seed."""
         with seeded(seed):
-            return resnet9(classes=self.classes, channels=self.train.images.shape[1], **options)
+            return resnet9(classes=self.classes, channels=self.train.images.shape[1], **options).to(self.device)
 
     def judge(self, function: TrainingFunction, z: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Train, and give the loss of every test image `[n]` and whether it was classified correctly, bool `[n]`."""
@@ -79,8 +87,9 @@ class Task:
         model = copy.deepcopy(function.model).eval()
         with torch.no_grad():  # by parts, for memory
             parts = self.test.images.split(1000)
-            logits = torch.cat([torch.func.functional_call(model, state, (x,)) for x in parts])
-        return F.cross_entropy(logits, self.test.labels, reduction="none"), logits.argmax(1) == self.test.labels
+            logits = torch.cat([torch.func.functional_call(model, state, (x,)) for x in parts]).cpu()
+        labels = self.test.labels.cpu()
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
 
 def _shrunk(images: Tensor) -> Tensor:

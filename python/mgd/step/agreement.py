@@ -2,13 +2,14 @@
 
 Every evaluation of second derivatives gives `<gradient, direction>` with its own gradient. In exact arithmetic that is
 the inner product of the logged gradient and the direction; in floating point it differs by about 1e-9 of the product of
-their norms in float32. So a change of the gradient by 1e-5 is seen at every step, for one pass over two vectors.
+their norms in float32. So a change of the gradient by 1e-5 is seen at every step, for one pass over two vectors; on an
+accelerator, where most comparisons are read after their step, one by 1e-4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +20,14 @@ from mgd.ranks.shards import Shards
 from mgd.step.evaluator import Derivatives
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
+from mgd.step.reads import LookCloser, Reads
 
 Tensors = Sequence["Tensor | None"]
 
 # Relative, of each second derivative of a graph and of a plain evaluation, which run the same operators.
 REPLAY_TOLERANCE = 1e-3
+CONFIRMED = 8  # steps of the reverse sweep that are compared at once, to learn what is rounding
+LATE = 2  # machine epsilons that pass where the comparison is read after its step
 ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
 
@@ -40,7 +44,7 @@ class Terms:
         self.buffer_adjoints = buffer_adjoints
         self.with_parameters: list[Blocks[Tensors]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
-        self.products: list[list[float]] = []
+        self.products: list[list[Tensor]] = []
         self.gradient: Blocks[Tensors] | None = Blocks(_sum)
         self.precision = 0.0
 
@@ -63,7 +67,7 @@ class Terms:
         for total, each in zip(self.with_parameters, results, strict=True):
             total.add(index, each[:p])
         self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
-        self.products.insert(0, [float(x) for x in derivatives.products])
+        self.products.insert(0, list(derivatives.products))
         self.precision = max(self.precision, derivatives.precision)
         if derivatives.gradient is None:
             self.gradient = None
@@ -92,11 +96,11 @@ class Agreement:
     """Compares the gradients of the two evaluations of a step.
 
     scale: the norm of the first gradient. tolerance: of the discrepancy, below which it passes at once. It grows to the
-    rounding that was seen and confirmed.
+    rounding that was seen and confirmed. seen: steps that were compared at once.
     """
 
     def __init__(self, shards: Shards):
-        self.shards = shards
+        self.shards, self.seen = shards, 0
         self._eps = torch.finfo(shards.arena.gradient_dtype).eps
         self.tolerance = self._eps / 6
         self.scale = 0.0
@@ -110,20 +114,49 @@ class Agreement:
 
         noise: an error of the gradient, as a norm, that is not counted.
         """
-        largest, count = 0.0, len(directions)
-        sums = self.shards.dots([(gradient, direction) for direction in directions], beside=terms.products)
-        for direction, expected, product in zip(directions, sums[:count], sums[count:], strict=True):
-            difference = abs(product - expected)
-            if difference <= 8 * self._eps * abs(expected):  # the norms are larger still
+        self.seen += 1
+        count, products = len(directions), [[float(x) for x in row] for row in terms.products]
+        sums = self.shards.dots([(gradient, direction) for direction in directions], beside=products)
+
+        def squares(i: int) -> list[float]:
+            return self.shards.dots([(directions[i], directions[i]), (gradient, gradient)])
+
+        return self._largest(sums[:count], sums[count:], squares, noise)
+
+    def _largest(
+        self,
+        expected: Sequence[float],
+        products: Sequence[float],
+        squares: Callable[[int], Sequence[float]],
+        noise: float = 0.0,
+    ) -> float:
+        """The discrepancy, from inner products. squares: of a direction and of the gradient."""
+        largest = 0.0
+        for i, (x, product) in enumerate(zip(expected, products, strict=True)):
+            difference = abs(product - x)
+            if difference <= 8 * self._eps * abs(x):  # the norms are larger still
                 continue
-            squares = self.shards.dots([(direction, direction), (gradient, gradient)])
-            length = math.sqrt(squares[0])
+            square, whole = squares(i)
+            length = math.sqrt(square)
             difference = max(0.0, difference - noise * length)
-            scale = math.sqrt(squares[1]) * length
+            scale = math.sqrt(whole) * length
             largest = max(largest, difference / scale if scale else math.inf if difference else 0.0)
             if math.isnan(difference):
                 return math.inf
         return largest
+
+    def later(self, gradient: Tensor, directions: Sequence[Tensor], terms: Terms, reads: Reads) -> None:
+        """Raises LookCloser, once the numbers are read, where the discrepancy is more than what was confirmed."""
+        count = len(directions)
+        pairs = [(gradient, x) for x in directions] + [(x, x) for x in directions] + [(gradient, gradient)]
+
+        def look(values: list[float]) -> None:
+            expected, own, (whole, *products) = values[:count], values[count : 2 * count], values[2 * count :]
+            # To confirm takes what only the step has. So rounding that small models show now and then passes at once.
+            if self._largest(expected, products, lambda i: (own[i], whole)) > max(self.tolerance, LATE * self._eps):
+                raise LookCloser
+
+        reads.later(self.shards.products(pairs, beside=terms.products), look)
 
     def widen(self, discrepancy: float) -> None:
         """A discrepancy was rounding: let those of its size pass, within limits."""

@@ -1,6 +1,7 @@
 """Cross-entropies with class weights, which may be metaparameters: torch has no derivative with respect to those.
 
-Weights that need no gradient go the same way, so that a step has the same bits with and without one.
+Weights that need no gradient go the same way, so that a step has the same bits with and without one. Off the CPU,
+losses of more than two dimensions are taken over rows: torch's own have no deterministic form on a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """As `torch.nn.functional.cross_entropy`, differentiable in `weight` for class indices."""
+    if _over_rows(input, target):
+        rows = input.movedim(1, -1).flatten(0, -2)
+        losses = cross_entropy(
+            rows, target.flatten(), weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+        return losses.view(target.shape) if losses.ndim else losses
     if weight is not None and not target.is_floating_point() and size_average is None and reduce is None:
         losses, weights = _weighted(functional.cross_entropy, input, target, weight, ignore_index)
         if label_smoothing:
@@ -48,9 +55,18 @@ def nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `torch.nn.functional.nll_loss`, differentiable in `weight`."""
+    if _over_rows(input, target):
+        rows = input.movedim(1, -1).flatten(0, -2)
+        losses = nll_loss(rows, target.flatten(), weight, size_average, ignore_index, reduce, reduction)
+        return losses.view(target.shape) if losses.ndim else losses
     if weight is not None and size_average is None and reduce is None:
         return _reduced(*_weighted(F.nll_loss, input, target, weight, ignore_index), reduction)
     return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def _over_rows(input: Tensor, target: Tensor) -> bool:
+    indices = input.ndim > 2 and input.device.type != "cpu" and not target.is_floating_point()
+    return indices and target.shape == input.shape[:1] + input.shape[2:]
 
 
 def _weighted(

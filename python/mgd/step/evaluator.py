@@ -109,7 +109,7 @@ class Evaluator(Protocol):
         expected: Tensor,
     ) -> Derivatives:
         """Derivatives of `<gradient, direction> + <buffers after, cotangent>`. Raises ReplayDivergence where the loss
-        is not `expected` (float64 `[]`, on the CPU), that of the first evaluation."""
+        is not `expected` (float64 `[]`), that of the first evaluation, once both are read."""
         ...
 
     def tangents(

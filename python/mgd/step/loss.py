@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from mgd.step.batches import same, split_tensors
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Binding, Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
+from mgd.step.reads import Reads
 from mgd.step.rng import seed_generators, seed_of
 from mgd.util.text import describe
 
@@ -29,7 +31,7 @@ class BoundLoss:
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
     norms are plain arithmetic, and formulas as written, from there on (see `FunctionOverrides`). precision: the machine
     epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected. written: for every buffer that
-    was written to, the step and microbatch that did so first.
+    was written to, the step and microbatch that did so first. reads: what is still to be looked at of its evaluations.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BoundLoss:
     ):
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
+        self.reads = Reads(device)
         self.written: dict[str, tuple[int, int]] = {}
         self.plain_since: int | None = None
         self.precision: float | None = None
@@ -156,6 +159,16 @@ class Microbatch:
         """Take note that this evaluation wrote to these buffers."""
         for name in names:
             self.loss.written.setdefault(name, (self.step, self.index))
+
+    def expect(self, loss: Tensor, first: Tensor, tolerance: float = 0.0) -> None:
+        """Raises ReplayDivergence, once both are read, where this evaluation's loss is not that of the first one
+        (float64 `[]`), up to a relative tolerance."""
+
+        def look(values: list[float]) -> None:
+            if values[0] != values[1] and not math.isclose(*values, rel_tol=tolerance, abs_tol=1e-4 * tolerance):
+                raise self.diverged(values[1], values[0])
+
+        self.loss.reads.later(torch.stack([loss.detach().double(), first]), look)
 
     def of_tensors(self, before: Buffers, until: contextlib.ExitStack) -> TensorLoss:
         """The loss as a function of tensors alone, at the buffers `before`."""

@@ -33,7 +33,7 @@ def checked_tensors(z: Any, device: torch.device) -> dict[str, Any]:
 def _tensors(key: str, value: Any, device: torch.device) -> Any:
     def convert(path: Any, leaf: Any) -> Tensor:
         if isinstance(leaf, float):
-            return torch.tensor(leaf, dtype=torch.float64)
+            return torch.tensor(leaf, dtype=torch.float64, device=device)
         if isinstance(leaf, Tensor) and _usable(leaf) and all_finite(leaf):
             return leaf.clone() if leaf.is_inference() else leaf  # autograd refuses tensors of inference mode
         name = f"z[{key!r}]{keystr(path)}"
@@ -85,7 +85,7 @@ def schedule(optimizer: Optimizer, key: str, name: str, value: Any, steps: int) 
     """The values of the hyperparameter `key`, float64 `[T, G]` or broadcastable to it, in its range. name: for the
     error."""
     groups = optimizer.groups
-    value = torch.tensor(float(value), dtype=torch.float64) if isinstance(value, float | int) else value
+    value = torch.tensor(float(value), dtype=torch.float64, device="cpu") if isinstance(value, float | int) else value
     if not isinstance(value, Tensor):
         raise BadMetaparameter(f"expected a tensor for {name}; got {type(value).__name__}")
     if value.is_meta:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mgd.errors import BadMetaparameter
+from mgd.errors import BadMetaparameter, NonFiniteState
 from mgd.ranks.ranks import Ranks
 from mgd.step.metaparameter_checks import check_init, check_reserved, checked_tensors, hint, schedule, spread
+from mgd.step.reads import Reads
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import Arena, Optimizer
@@ -28,8 +29,9 @@ class Metaparameters:
     per_example: for metaparameters that a batch only indexes, the function from a batch to its integer index tensor.
     fixed: values of hyperparameters that are not metaparameters; `z` overrides them.
     origin: the first step that is differentiated.
-    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step. tables: the same, one `[G, H]` per
-    step. leaves: the tensors that the loss reads, in a fixed order (pytrees are flattened).
+    hypers: float64 `[T, G, H]`, the optimizer's hyperparameter table of every step, on the CPU. resident: the same
+    where the model is. tables: of that, one `[G, H]` per step. leaves: the tensors that the loss reads, in a fixed
+    order (pytrees are flattened).
 
     Raises BadMetaparameter if `z` or `fixed` does not fit the optimizer, the model or the number of steps.
     """
@@ -63,7 +65,8 @@ class Metaparameters:
         for key in self.hyper_keys:
             values = schedule(optimizer, key, f"z[{key!r}]", self.z[key], steps)
             self.hypers[:, :, optimizer.column(key)] = values
-        self.tables = self.hypers.unbind()
+        self.resident = self.hypers.to(arena.device)
+        self.tables = self.resident.unbind()
         if "init" in self.z:
             check_init(self.z["init"], arena)
             if origin:
@@ -189,7 +192,7 @@ class Metaparameters:
             count = len(tree_flatten(self.z[key])[0])
             leaves += [x.detach() for x in tree_flatten(dz[key])[0]] if key in dz else [None] * count
         zeros = dict(zip(self.arena.names, self.arena.slices(self.arena.zeros()), strict=True))
-        return MetaTangent(self.arena.flatten(zeros | dict(dz.get("init", {}))), hypers, leaves)
+        return MetaTangent(self.arena.flatten(zeros | dict(dz.get("init", {}))), hypers.to(self.arena.device), leaves)
 
 
 @dataclass
@@ -278,17 +281,21 @@ class Gradients:
         self._hyper = self.hyper.numpy() if self.hyper.device.type == "cpu" else None
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
 
-    def add_hyper(self, objective: int, step: int, cotangents: Tensor) -> bool:
+    def add_hyper(self, objective: int, step: int, cotangents: Tensor, reads: Reads) -> None:
         """Store the cotangents `[G, H + 1]` of a step's hyperparameters, as a kernel returns them.
 
-        Returns whether they are finite.
+        Raises NonFiniteState, once they are read, where they are not finite.
         """
         if self._hyper is None:
             self.hyper[objective, step] = cotangents[:, :-1]
-            return math.isfinite(float(cotangents.sum()))
-        values = cotangents.numpy()
-        self._hyper[objective, step] = values[:, :-1]
-        return math.isfinite(sum(cotangents.view(-1).tolist()))
+        else:
+            self._hyper[objective, step] = cotangents.numpy()[:, :-1]
+
+        def look(values: list[float]) -> None:
+            if not math.isfinite(sum(values)):
+                raise NonFiniteState(step, "the adjoint")
+
+        reads.later(cotangents, look)
 
     def add(
         self, objective: int, step: int, terms: Sequence[tuple[BatchMetaparameters, Sequence[Tensor | None]]]

@@ -17,5 +17,5 @@ def seed_of(seed: int, step: int, microbatch: int = 0) -> int:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of `device`, and no others."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    if generators := device.type != "cpu" and getattr(torch.get_device_module(device), "default_generators", None):
+        generators[device.index or 0].manual_seed(seed)

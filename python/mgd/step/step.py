@@ -16,7 +16,7 @@ from torch import Tensor
 from mgd.errors import ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
-from mgd.step.agreement import Agreement, Terms
+from mgd.step.agreement import CONFIRMED, Agreement, Terms
 from mgd.step.batches import fingerprints, microbatches, split_tensors
 from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
@@ -30,8 +30,8 @@ class StepResult:
     """What the evaluation of a step leaves behind.
 
     gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
-    here. losses: float64 `[microbatches]` on the CPU, each times its share of the batch. buffers: as they were before
-    each microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
+    here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before each
+    microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
     """
 
     gradient: Tensor
@@ -143,8 +143,10 @@ class StepFunction:
         """
         step = t, params, result, meta, directions, buffer_adjoints
         terms = self._differentiate(self.evaluator, *step)
-        discrepancy = self._agreement.discrepancy(result.gradient, directions, terms)
-        if discrepancy > self._agreement.tolerance:
+        agreement, reads = self._agreement, self.loss.reads
+        if reads.late and agreement.seen >= CONFIRMED:
+            agreement.later(result.gradient, directions, terms, reads)
+        elif (discrepancy := agreement.discrepancy(result.gradient, directions, terms)) > agreement.tolerance:
             terms = self._judged(discrepancy, terms, *step)
         for objective, derivatives in enumerate(terms.with_parameters):
             add(objective, derivatives, [(slices, each[objective]) for slices, each in terms.with_metaparameters])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 
+from mgd.step.determinism import deterministic_on
 from mgd.step.model import model_kept
 
 # A call changes torch's default generators and flags, and the model's tensors, which other functions may share.
@@ -27,11 +28,12 @@ def turn(model: nn.Module) -> Iterator[None]:
     modes = _get_current_function_mode_stack()
     with (
         _one_at_a_time,
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         contextlib.ExitStack() as borrowed,
     ):
         _borrowed.append(borrowed)
         try:
+            borrowed.enter_context(deterministic_on(device))
             # The fused attention kernels have no second derivatives.
             borrowed.enter_context(sdpa_kernel(SDPBackend.MATH))
             borrowed.enter_context(model_kept(model))

@@ -6,6 +6,7 @@ tangent of the parameters, and the mixed derivatives times those of buffers and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mgd.errors import BadMetaparameter, NonFiniteState
 from mgd.step.step import StateDirection
-from mgd.sweep.adjoint import Adjoint
+from mgd.sweep.adjoint import Adjoint, TrainedObjective
 from mgd.sweep.sweep import Sweep
 
 
@@ -30,6 +31,10 @@ class ForwardSweep(Sweep):
         self.tangents = [Adjoint.zeros(self.state, self.buffers) for _ in directions]
         for tangent, direction in zip(self.tangents, self._directions, strict=True):
             tangent.state.params.copy_(self.shards.part(direction.init))
+
+    def derivatives_of(self, objective: TrainedObjective) -> tuple[Tensor, list[Any]]:
+        """The value of the objective at the end of the training, and its derivatives along the directions."""
+        return objective.tangents(self.shards, self.tangents)
 
     def model_tangents(self) -> list[dict[str, Tensor]]:
         """Of the trained parameters, by name, for each direction."""
@@ -46,14 +51,9 @@ class ForwardSweep(Sweep):
             result, gradients = self.step.tangents(t, self.state.params, self.buffers, self.meta, given)
         self.timings.counts["model steps"] += 1
         self._note_losses(t, result)
-        scale, clip = self._clip(t, result)
+        scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer jvp"):
-            if clip:  # of the scaled gradient, from those of the gradient
-                along = self.shards.dots([(result.gradient, moved) for moved in gradients])
-                gradients = [
-                    (moved * scale).add_(result.gradient, alpha=clip * x)
-                    for moved, x in zip(gradients, along, strict=True)
-                ]
+            gradients = self.clipping.tangents(t, result.gradient, gradients)
             table, tangents = self.meta.tables[t], [tangent.state for tangent in self.tangents]
             hypers = torch.stack([direction.hypers[t] for direction in self._directions])
             self.optimizer.step_jvp_(
@@ -61,6 +61,9 @@ class ForwardSweep(Sweep):
             )
             for j, (tangent, moved) in enumerate(zip(self.tangents, given, strict=True)):
                 tangent.buffers = moved.buffers
-                if not self.shards.ranks.every(math.isfinite(float(tangent.state.params.sum()))):
-                    raise NonFiniteState(t, f"the tangent of the parameters along direction {j}")
+                self.reads.later(tangent.state.params.sum(), functools.partial(self._check_tangent, t, j))
         self.buffers = result.buffers[-1]
+
+    def _check_tangent(self, step: int, direction: int, total: list[float]) -> None:
+        if not self.shards.ranks.every(math.isfinite(total[0])):
+            raise NonFiniteState(step, f"the tangent of the parameters along direction {direction}")

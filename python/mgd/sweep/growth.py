@@ -36,8 +36,10 @@ class AdjointGrowth:
 
     def __init__(self, objectives: int, steps: int, shards: Shards):
         self._shards = shards
-        self.squares = torch.full((objectives, steps, len(shards.pieces)), math.nan, dtype=torch.float64)
-        self._squares = self.squares.numpy()  # of the same memory; to write a number through torch takes 5 µs
+        device = shards.arena.device
+        self.squares = torch.full((objectives, steps, len(shards.pieces)), math.nan, dtype=torch.float64, device=device)
+        # The same memory through numpy, on the CPU: to write a number through torch takes 5 µs.
+        self._squares = self.squares.numpy() if device.type == "cpu" else None
         self._alone, self._whole = shards.ranks.size == 1, len(shards.pieces) == 1
         self._later = [math.inf] * objectives  # the squares at the step before in the sweep
         self._largest: dict[tuple[int, int], list[str]] = {}  # the parameters with most of the norm, at steep steps
@@ -46,6 +48,10 @@ class AdjointGrowth:
         """The adjoints after step `t`, before the sweep goes back over it."""
         for j, adjoint in enumerate(adjoints):
             flat = adjoint.state.params
+            if self._squares is None:  # nobody waits for a device, so steep steps are not looked into
+                parts = [flat[start:stop] for start, stop, _ in self._shards.pieces]
+                self.squares[j, t] = torch.stack([x.double().square().sum() for x in parts])
+                continue
             if self._whole:
                 found = self._squares[j, t, 0] = _square(flat)
             else:
@@ -57,7 +63,7 @@ class AdjointGrowth:
 
     def whole(self) -> Tensor:
         """The squares of all pieces, float64 `[pieces, k, T]`. Called by every process."""
-        return self._shards.ranks.numbers(self.squares.movedim(2, 0).contiguous())
+        return self._shards.ranks.numbers(self.squares.movedim(2, 0).cpu().contiguous())
 
     def load(self, whole: Tensor) -> None:
         """Continue with what `whole` returned, perhaps on other processes."""
@@ -67,8 +73,7 @@ class AdjointGrowth:
     def norms(self) -> Tensor:
         """Of the parameters' adjoints after every step, float64 `[k, T]`; NaN where the sweep has not been. Called by
         every process."""
-        totals = self._shards.totals(self.squares.movedim(2, 0))
-        return totals.sqrt()
+        return self._shards.totals(self.squares.movedim(2, 0).cpu()).sqrt()
 
     def warn(self, norms: Tensor) -> None:
         """Warn of the objective whose adjoint grows most, if it grows as that of an unstable training does."""

@@ -121,7 +121,7 @@ class History:
         if self._scratch is None:
             assert self._layout is not None
             self._scratch = self._layout.zeros(self._layout.gradient_dtype)
-        losses = torch.empty(self.microbatches, dtype=torch.float64)
+        losses = torch.empty(self.microbatches, dtype=torch.float64, device=self._scratch.device)
         return StepResult(self._scratch, losses, self._get(("gradient", t), [self._scratch, losses]))
 
     def _view(self, t: int) -> StepResult | None:

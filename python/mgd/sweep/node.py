@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mgd.step.reads import patiently
+
 
 class DifferentiableTraining(torch.autograd.Function):
     """Forward: the training, keeping log and snapshots. Backward: one reverse sweep with the cotangent of the value."""
@@ -18,7 +20,7 @@ class DifferentiableTraining(torch.autograd.Function):
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in leaves]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
         with function._guarded() as tick:
-            ctx.sweep = function._trained(tree_unflatten(leaves, spec), tick)
+            ctx.sweep = patiently(lambda: function._trained(tree_unflatten(leaves, spec), tick))
         return ctx.sweep.value
 
     @staticmethod
@@ -28,8 +30,12 @@ class DifferentiableTraining(torch.autograd.Function):
         leaves = [x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
         z = tree_unflatten(leaves, ctx.spec)
         with ctx.function._guarded() as tick:
-            # The log is consumed by a reverse sweep; a second backward trains again.
-            sweep, ctx.sweep = ctx.sweep or ctx.function._trained(z, tick), None
-            grads = ctx.function._reversed(sweep, z, cotangent.reshape(-1).tolist())
+
+            def run():
+                # The log is consumed by a reverse sweep; a second backward trains again.
+                sweep, ctx.sweep = ctx.sweep or ctx.function._trained(z, tick), None
+                return ctx.function._reversed(sweep, z, cotangent.reshape(-1).tolist())
+
+            grads = patiently(run)[1]
         gradients = tree_flatten({key: grads[key] for key in z})[0]
         return None, None, *(g[0] if isinstance(x, Tensor) else None for x, g in zip(leaves, gradients, strict=True))

@@ -25,7 +25,7 @@ class Slab:
     """A block of `size` bytes, of which `used` are taken. It lives as long as a tensor in it."""
 
     def __init__(self, size: int):
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.size, self.used = size, 0
         self.address, self.storage = memory.data_ptr(), memory.untyped_storage()
 
@@ -113,7 +113,7 @@ class Layout:
             ctypes.memmove(slab.address + starts[-1], first, last - first)
         for i, (run, distance) in self._run_of.items():
             x, start = values[i], starts[run] + distance
-            view = torch.empty(0, dtype=x.dtype)
+            view = torch.empty(0, dtype=x.dtype, device="cpu")
             values[i] = view.set_(places[run][0].storage, start // x.element_size(), x.shape, x.stride())
         return values
 

@@ -9,6 +9,7 @@ of stored states).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -25,7 +26,9 @@ from mgd.results import Trained
 from mgd.step.metaparameters import Gradients, Metaparameters
 from mgd.step.model import Buffers
 from mgd.step.step import StepFunction, StepResult
-from mgd.sweep.adjoint import Adjoint
+from mgd.sweep import record
+from mgd.sweep.adjoint import Adjoint, TrainedObjective
+from mgd.sweep.clipping import Clipping
 from mgd.sweep.growth import AdjointGrowth
 from mgd.sweep.prefetch import Prefetcher
 from mgd.sweep.storage import Storage
@@ -33,7 +36,6 @@ from mgd.sweep.timings import Timings
 from mgd.util.finite import all_finite
 from mgd_kernels import Optimizer, OptimizerState
 
-CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 LOST = "a parameter, at this step or before it,"  # where only its effect was seen; `WatchedSweep` says more
 
 
@@ -66,12 +68,12 @@ class Sweep:
         self.step, self.optimizer, self.meta = step, optimizer, meta
         self.arena, self.shards, self.state, self.buffers = step.arena, step.shards, state, buffers
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
-        self.max_grad_norm, self.keep_slots, self.gather, self.tick = max_grad_norm, keep_slots, gather, tick
+        self.keep_slots, self.gather, self.tick, self.reads = keep_slots, gather, tick, step.loss.reads
+        self.clipping = Clipping(max_grad_norm, self.shards, self.reads)
         self.length = len(step.batches)
-        self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64)
+        self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64, device="cpu")
         self._losses = self.losses.numpy()  # of the same memory; to write a number through torch takes 5 µs
-        self._norms: dict[int, float] = {}  # of gradients, where they are clipped
-        self.timings = Timings()
+        self.timings = Timings(self.arena.device)
         self.index = self.visited = self.reversed = 0
         self.trained: Trained | None = None
         self.value: Tensor | None = None
@@ -80,7 +82,7 @@ class Sweep:
         self.growth: AdjointGrowth | None = None
         self.adjoint_norms: Tensor | None = None
         if storage.checkpoint is not None:
-            self._load(*storage.checkpoint.load())
+            record.restore(self, *storage.checkpoint.load())
         plan = storage.plan
         self._expect(0 if plan is None or meta.origin else self.length)
         self._actions = iter(()) if plan is None else itertools.islice(plan.actions(), self.index, None)
@@ -94,15 +96,16 @@ class Sweep:
     def forward(self) -> Trained:
         """Train to the end, keeping what the plan says. `WatchedSweep` says where a NaN came from."""
         if self.trained is None:
-            with self.timings.phase("first sweep"):
+            with self.timings.phase("first sweep"), self.reads.settled():
                 end = self._train_all()
+            self.timings.settle()
             if not self.shards.ranks.every(all_finite(end[0].params)):
                 raise NonFiniteState(self.length - 1, LOST)
             self.meta.settle_reads(self.shards.ranks)
             self.meta.check_all_read()
-            self.trained = self._end(*end)
+            self.trained = self.result_of(*end)
             if self.storage.checkpoint is not None:
-                self.storage.checkpoint.save_trained(_named(*end))
+                self.storage.checkpoint.save_trained(record.named_state(*end))
         return self.trained
 
     def _train_all(self) -> tuple[OptimizerState, Buffers]:
@@ -124,7 +127,7 @@ class Sweep:
         self._after_step()
         return end, result.buffers[-1]
 
-    def _end(self, state: OptimizerState, buffers: Buffers) -> Trained:
+    def result_of(self, state: OptimizerState, buffers: Buffers) -> Trained:
         """The end of the training, with memory of its own. Its parameters are whole: the objective looks at them."""
         slots = zip(self.optimizer.slots, state.slots, strict=True) if self.keep_slots else ()
         return Trained(
@@ -195,9 +198,8 @@ class Sweep:
     def _update(self, state: OptimizerState, result: StepResult) -> None:
         """Advance `state` by one step with the gradient of `result`."""
         with self.timings.timed("update"):
-            self.optimizer.step_(
-                state, result.gradient, self.meta.tables[state.step], self._clip(state.step, result)[0]
-            )
+            scale = self.clipping.factor(state.step, result.gradient)
+            self.optimizer.step_(state, result.gradient, self.meta.tables[state.step], scale)
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates, as many in one pass as are available."""
@@ -208,8 +210,8 @@ class Sweep:
             self.optimizer.replay_(
                 self.state,
                 [result.gradient for result in run],
-                self.meta.hypers[start : start + len(run)],
-                [self._clip(t, result)[0] for t, result in enumerate(run, start)],
+                self.meta.resident[start : start + len(run)],
+                [self.clipping.factor(t, result.gradient) for t, result in enumerate(run, start)],
             )
         self.buffers = run[-1].buffers[-1]
         self.timings.counts["rebuilt steps"] += len(run)
@@ -224,34 +226,33 @@ class Sweep:
         if captured := self.step.evaluator.capture_seconds - captured:
             self.timings.move(captured, work, "capture")
         self.timings.counts["model steps"] += 1
-        losses = result.losses
         if first:
             self._note_losses(t, result)
-        elif not torch.equal(self.losses[t], losses):
-            i = int((self.losses[t] != losses).nonzero()[0])
-            raise self.step.diverged(t, i, float(self.losses[t, i]), float(losses[i]), self.meta)
+        else:
+            self.reads.later(result.losses, lambda values: self._compare(t, values))
         return result
+
+    def _compare(self, t: int, losses: list[float]) -> None:
+        """Raises ReplayDivergence unless these are the losses that step `t` had at first."""
+        for i, (first, now) in enumerate(zip(self._losses[t].tolist(), losses, strict=True)):
+            if first != now:
+                raise self.step.diverged(t, i, first, now, self.meta)
 
     def _note_losses(self, t: int, result: StepResult) -> None:
         """Record the losses of step `t`, which is made for the first time."""
-        values = result.losses.tolist()
-        if not all(map(math.isfinite, values)):
-            raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
-        self._losses[t] = values
+
+        def look(values: list[float]) -> None:
+            if not all(map(math.isfinite, values)):
+                raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
+            self._losses[t] = values
+
+        self.reads.later(result.losses, look)
         self.visited = t + 1
         self.tick("train")
 
-    def _clip(self, t: int, step: StepResult) -> tuple[float, float]:
-        """The factor of global-norm clipping, and its derivative's coefficient: d factor/dg = coefficient g."""
-        if self.max_grad_norm is None:
-            return 1.0, 0.0
-        norm = self._norms.get(t)
-        if norm is None:
-            norm = self._norms[t] = self.shards.dots([(step.gradient, step.gradient)])[0] ** 0.5
-        factor = self.max_grad_norm / (norm + CLIP_EPSILON)
-        if factor >= 1.0:
-            return 1.0, 0.0
-        return factor, -factor / (norm + CLIP_EPSILON) / norm
+    def derivatives_of(self, objective: TrainedObjective) -> tuple[Tensor, list[Adjoint]]:
+        """The value of the objective at the end of the training, and its adjoints there."""
+        return objective.adjoints(self.shards, self.state)
 
     # --- backward ----------------------------------------------------------------------------------------------
 
@@ -263,6 +264,10 @@ class Sweep:
 
     def reverse(self) -> dict[str, Any]:
         """Perform the rest of the plan. Returns the gradients of the objectives, `[k, ...]`, by the keys of z."""
+        with self.reads.settled():
+            return self._reverse()
+
+    def _reverse(self) -> dict[str, Any]:
         start = time.perf_counter()
         gradients, growth = self.gradients, self.growth
         assert gradients is not None and growth is not None, "begin_reverse comes first"
@@ -283,6 +288,8 @@ class Sweep:
             self.index += 1
             if isinstance(action, Reverse):
                 self._after_step()
+        self.reads.settle()
+        self.timings.settle()
         self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
         gradients.settle()
         initial = [adjoint.state.params for adjoint in self.adjoints]
@@ -301,7 +308,7 @@ class Sweep:
         if logged:
             self.history.forget(t)
         result.residuals = self.residuals.take(t) or result.residuals
-        scale, clip = self._clip(t, result)
+        scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
                 out = self.shards.vjp_(
@@ -313,10 +320,8 @@ class Sweep:
                     directions[j],
                     scale,
                 )
-                if not gradients.add_hyper(j, t, out):
-                    raise NonFiniteState(t, "the adjoint")
-                if clip:
-                    directions[j].add_(result.gradient, alpha=clip * float(out[:, -1].sum()))
+                gradients.add_hyper(j, t, out, self.reads)
+                self.clipping.add_derivative_(t, result.gradient, directions[j], out[:, -1])
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
 
@@ -337,77 +342,7 @@ class Sweep:
 
     def _after_step(self) -> None:
         """After every step of either sweep, where the state is consistent."""
+        if self.reads.after_step():
+            self.timings.settle()
         if self.storage.checkpoint is not None:
-            self.storage.checkpoint.after_step(self.state_dict, self.history)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sweep between two steps: tensors, and values of JSON's types, by name."""
-        numbers = {name: getattr(self, name) for name in ("index", "visited", "reversed")}
-        return {
-            **numbers,
-            "step": self.state.step,
-            "first_read": self.meta.first_read,
-            "written": self.step.loss.written,
-            "trained": self.trained is not None,
-            "objectives": len(self.adjoints),
-            "losses": self.losses,
-            **_named(self.state, self.buffers),
-            **self._reverse_tensors(),
-            **({} if self.growth is None else {"growth": self.growth.whole()}),
-        }
-
-    def _reverse_tensors(self) -> dict[str, Tensor]:
-        """The objective's value, and the tensors that the reverse sweep changes in place."""
-        if self.gradients is None:
-            return {}
-        assert self.value is not None
-        self.gradients.settle()
-        states = [x for adjoint in self.adjoints for x in adjoint.state.tensors()]
-        others = [x for adjoint in self.adjoints for x in adjoint.buffers]
-        others += [self.gradients.hyper, *self.gradients.leaves]
-        return {
-            "value": self.value,
-            **{f"adjoint.{i}": x for i, x in enumerate(states)},
-            **{f"reverse.{i}": x for i, x in enumerate(others)},
-        }
-
-    def _load(self, state: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
-        """Continue from `state_dict()` of an earlier process, and from `end`, that of the training if it was reached.
-
-        None: from the beginning.
-        """
-        if state is None:
-            self.history.discard_after(0)
-            return
-        self.index, self.visited, self.reversed = state["index"], state["visited"], state["reversed"]
-        self.tick("train", self.visited)
-        self.meta.first_read.update(state["first_read"])
-        self.step.loss.written.update({name: (t, i) for name, (t, i) in state["written"].items()})
-        self.losses.copy_(state["losses"])
-        if end is not None:
-            self._load_training(end, self.length)
-            self.trained = self._end(self.state, self.buffers)
-            self.tick("reverse", self.reversed)
-        self._load_training(state, state["step"])
-        if end is not None:
-            zeros = [Adjoint.zeros(self.state, self.buffers) for _ in range(state["objectives"])]
-            self.begin_reverse(state["value"].to(self.arena.device), zeros)
-            for name, tensor in self._reverse_tensors().items():
-                tensor.copy_(state[name])
-            assert self.growth is not None
-            self.growth.load(state["growth"])
-        else:
-            self.history.discard_after(state["step"])
-
-    def _load_training(self, state: dict[str, Any], step: int) -> None:
-        for name, tensor in _named(self.state, self.buffers).items():
-            if name.startswith("state."):
-                tensor.copy_(state[name])
-        self.state.step = step
-        self.buffers = {name: state[f"buffers.{name}"].to(self.arena.device) for name in self.buffers}
-
-
-def _named(state: OptimizerState, buffers: Buffers) -> dict[str, Tensor]:
-    """The tensors of a training state, by the names that a checkpoint gives them."""
-    tensors = {f"state.{i}": x for i, x in enumerate(state.tensors())}
-    return tensors | {f"buffers.{name}": b for name, b in buffers.items()}
+            self.storage.checkpoint.after_step(functools.partial(record.of, self), self.history)

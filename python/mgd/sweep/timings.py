@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -13,37 +14,57 @@ from mgd.plan.budget import RESIDUALS, Costs
 from mgd.plan.training import transfers
 from mgd.util.profiler import phase
 
+Events = tuple[Any, Any]  # of a device: at the beginning and the end of a block
 ENOUGH = 1 << 20  # bytes, from which on a transfer's bandwidth is worth remembering
 
 
 @dataclass
 class Timings:
     """seconds, counts: by kind of work. phases: seconds of the plan's phases (see `Plan.phases`). firsts: of each kind
-    of work, the seconds of the first time, and the number of times. parts: seconds of what is a part of some work."""
+    of work, the seconds of the first time, and the number of times. parts: seconds of what is a part of some work.
+    device: an accelerator that tells the time of its own work, by events on its stream: the host only launches it."""
 
+    device: torch.device | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: Counter = field(default_factory=Counter)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _timers: dict[str, Timer] = field(default_factory=dict)
+    _waiting: list[tuple[Timer, Events]] = field(default_factory=list)  # blocks that the device has not timed yet
+    _spare: list[Events] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Take note of what the device has timed so far, and wait for it."""
+        if self._waiting:
+            self._waiting[-1][1][1].synchronize()  # events of one stream: the others have come to pass
+        for timer, (begin, end) in self._waiting:
+            timer.add(begin.elapsed_time(end) / 1e3)
+            self._spare.append((begin, end))
+        self._waiting.clear()
+
+    def _timer(self, seconds: dict[str, float], name: str, firsts: dict[str, tuple[float, int]] | None = None) -> Timer:
+        if self.device is None or self.device.type == "cpu":
+            return Timer(seconds, name, firsts)
+        return EventTimer(seconds, name, firsts, self.device, self._waiting, self._spare)
 
     def timed(self, work: str) -> Timer:
         """Adds the seconds of a block to those of this kind of work."""
         if work not in self._timers:
-            self._timers[work] = Timer(self.seconds, work, self.firsts)
+            self._timers[work] = self._timer(self.seconds, work, self.firsts)
         return self._timers[work]
 
     def part(self, kind: str) -> Timer:
         """Adds the seconds of a block to those of a kind that is a part of some work."""
-        return Timer(self.parts, kind, self.firsts)
+        return self._timer(self.parts, kind, self.firsts)
 
     def phase(self, name: str) -> Timer:
         """Adds the seconds of a block to those of a phase of the plan."""
-        return Timer(self.phases, name)
+        return self._timer(self.phases, name)
 
     def move(self, seconds: float, work: str, other: str) -> None:
         """Of what was last added to a kind of work, so many seconds belong to another one."""
+        self.settle()
         self.seconds[work] -= seconds
         self.seconds[other] += seconds
         first, times = self.firsts[work]
@@ -79,13 +100,13 @@ class Timings:
             return None
         rates = {way: store[way] for way in ("write", "read") if store and store[way]["bytes"] >= ENOUGH}
         write, read = ({"disk": rates[way]["bandwidth"]} if way in rates else {} for way in ("write", "read"))
+        transfer = transfers(device.type != "cpu", write)
         return Costs(
             step=step,
             hvp=self.mean("optimizer vjp") + again,
             hvp_kept=self.mean("optimizer vjp") + kept,
             update=self.seconds["rebuild"] / rebuilt if rebuilt else self.mean("update"),
-            read=read,
-            **transfers(device.type != "cpu", write),
+            **transfer | {"read": {**transfer.get("read", {}), **read}},
         )
 
 
@@ -102,10 +123,40 @@ class Timer:
         self.start = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
-        seconds = time.perf_counter() - self.start
+        self.add(time.perf_counter() - self.start)
+        if self.mark is not None:
+            self.mark.__exit__(*error)
+
+    def add(self, seconds: float) -> None:
         self.seconds[self.name] += seconds
         if self.firsts is not None:
             known = self.firsts.get(self.name)
             self.firsts[self.name] = (seconds, 1) if known is None else (known[0], known[1] + 1)
+
+
+class EventTimer(Timer):
+    """A timer of what a block launches on a device. waiting: where its blocks are put. spare: events to use again."""
+
+    def __init__(
+        self,
+        seconds: dict[str, float],
+        name: str,
+        firsts: dict[str, tuple[float, int]] | None,
+        device: torch.device,
+        waiting: list[tuple[Timer, Events]],
+        spare: list[Events],
+    ):
+        super().__init__(seconds, name, firsts)
+        self.module, self.device, self.waiting, self.spare = torch.get_device_module(device), device, waiting, spare
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        event = functools.partial(self.module.Event, enable_timing=True)
+        self.events = self.spare.pop() if self.spare else (event(), event())
+        self.events[0].record(self.module.current_stream(self.device))
+
+    def __exit__(self, *error: Any) -> None:
+        self.events[1].record(self.module.current_stream(self.device))
+        self.waiting.append((self, self.events))
         if self.mark is not None:
             self.mark.__exit__(*error)

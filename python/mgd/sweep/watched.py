@@ -2,16 +2,19 @@
 
 A sweep looks at the losses alone, at the parameters at the end, and on the way back at the cotangents of
 hyperparameters: to look at every gradient and adjoint would cost a pass over memory at each step. So the first NaN is
-found late. Then the training is run once more, watched.
+found late. Then the training is run once more, watched. On an accelerator, most numbers are looked at some steps after
+theirs; here each is looked at as it comes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from mgd.errors import NonFiniteState
 from mgd.step.metaparameters import Gradients
-from mgd.step.step import StepResult
+from mgd.step.step import StepFunction, StepResult
 from mgd.sweep.adjoint import Adjoint
 from mgd.sweep.sweep import Sweep
 from mgd.util.finite import all_finite
@@ -21,6 +24,10 @@ from mgd_kernels import OptimizerState
 class WatchedSweep(Sweep):
     """A training that raises NonFiniteState at the first gradient, parameter, optimizer state or adjoint that is not
     finite."""
+
+    def __init__(self, step: StepFunction, *arguments: Any, **options: Any):
+        step.loss.reads.every = 1
+        super().__init__(step, *arguments, **options)
 
     def _update(self, state: OptimizerState, result: StepResult) -> None:
         t = state.step

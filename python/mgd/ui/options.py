@@ -24,6 +24,7 @@ Steps = Annotated[int, typer.Option("--steps", min=1, help="Number of training s
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A short run, of about a minute, on less data.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of torch and of the kernels.")]
+Device = Annotated[str, typer.Option("--device", help='Where tensors live: "cpu", "cuda", "cuda:1".')]
 Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Save the run there, and continue one that was interrupted."),

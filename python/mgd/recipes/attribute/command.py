@@ -15,7 +15,7 @@ from mgd.recipes.attribute.recipe import Evaluation, run
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.attribute.texts import gpt_task, lora_task
 from mgd.recipes.options import train_and_test
-from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.ui.options import Data, Device, Json, Out, Quick, Seed, Threads
 
 
 class Setting(str, Enum):
@@ -70,14 +70,19 @@ def command(
     seed: Seed = 0,
     threads: Threads = 1,
     quick: Quick = False,
+    device: Device = "cpu",
 ) -> None:
     """Which training examples decided a prediction? Exact scores, judged by retraining without some (MAGIC)."""
     from mgd.recipes.attribute import report
     from mgd.ui.console import Session
+    from mgd.util.devices import checked_device
     from mgd.util.packages import require
 
     require("linear datamodeling scores", "attribution", "scipy")
+    checked_device(device)
     session = Session("recipe attribute", out, json, threads)
     task, rough, evaluation = SETTINGS[setting.value](data, seed, quick)
+    if device != "cpu":
+        task, rough = replace(task, device=device), rough and replace(rough, device=device)
     result = run(task, rough, evaluation, session.reporter)
     session.finish(report.page(result), result.to_dict())

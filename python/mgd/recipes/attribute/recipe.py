@@ -154,13 +154,15 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
     judged = Judged(task, a, loss, accuracy, plain, seconds, smoothness)
 
     scores: dict[str, Any] = {OURS: a.scores}
+    here = replace(task, device="cpu") if task.device != "cpu" else task  # where the other packages work
+    state = {name: tensor.cpu() for name, tensor in trained.model_state.items()}
     for name in baselines:
         if name in OF_TEXTS and task.texts is None:
             continue
         with reporter.phase(name, f"comparing with {name}"):
             try:
                 scores[name], judged.baseline_seconds[name] = _timed(
-                    lambda name=name: BASELINES[name](task, trained.model_state)  # type: ignore[misc]
+                    lambda name=name: BASELINES[name](here, state)  # type: ignore[misc]
                 )
             except MissingPackage as error:
                 judged.missing[name] = str(error)
@@ -204,7 +206,7 @@ def _remove(judged: Judged, scores: dict[str, Any], share: float, base: Tensor, 
 
 def _direction(task: Task) -> dict[str, Tensor]:
     (index,) = subsets(len(task), SMOOTHNESS_SHARE, 1, task.seed)
-    return {"data_weights": torch.zeros(len(task)).index_fill(0, index, -1.0)}
+    return {"data_weights": torch.zeros(len(task)).index_fill(0, index, -1.0).to(task.device)}
 
 
 def _timed(work: Any) -> tuple[Any, float]:

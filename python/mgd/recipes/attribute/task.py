@@ -53,7 +53,8 @@ class Task:
 
     name, data: for the reader. x, y: inputs and targets of the training examples `[n, ...]`; query_x, query_y: of the
     queries `[k, ...]`; test_x, test_y: more of the same, for the accuracy. pictures, texts: of the training examples,
-    query_pictures, query_texts: of the queries, one of the two kinds. labels, query_labels: a word for each.
+    query_pictures, query_texts: of the queries, one of the two kinds. labels, query_labels: a word for each. device:
+    where all of it is computed.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Task:
     texts: list[str] | None = None
     query_texts: list[str] | None = None
     seed: int = 0
+    device: str = "cpu"
     function: TrainingFunction = field(init=False)
     z: dict[str, Tensor] = field(init=False)
 
@@ -81,7 +83,11 @@ class Task:
         if training.batch > n or n != training.examples:
             raise BadArgument(f"expected {training.examples} examples in batches of {training.batch}; got {n} examples")
         generator = torch.Generator().manual_seed(self.seed + 1)
-        order = epochs(n, training.batch, training.steps, generator)
+        order = epochs(n, training.batch, training.steps, generator).to(self.device)
+        if any(p.device != torch.device(self.device) for p in self.model.parameters()):
+            self.model = copy.deepcopy(self.model).to(self.device)
+        for name in ("x", "y", "query_x", "query_y", "test_x", "test_y"):
+            setattr(self, name, getattr(self, name).to(self.device))
         batches = [(self.x[i], self.y[i], i) for i in order]
 
         def loss(model: nn.Module, batch: Any, z: Mapping[str, Tensor]) -> Tensor:
@@ -97,7 +103,7 @@ class Task:
             per_example={"data_weights": lambda batch: batch[2]},
             seed=self.seed,
         )
-        self.z = {"lr": training.schedule(), "data_weights": torch.ones(n)}
+        self.z = {"lr": training.schedule(), "data_weights": torch.ones(n, device=self.device)}
         self._exact = copy.deepcopy(self.model).double()
 
     def __len__(self) -> int:
@@ -114,6 +120,7 @@ class Task:
 
     def objectives(self, model: nn.Module, index: Tensor) -> Tensor:
         """The losses of some of the queries."""
+        index = index.to(self.device)
         return example_losses(model, self.query_x[index], self.query_y[index])
 
     def query_losses(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -131,9 +138,9 @@ class Task:
         with torch.no_grad():
             logits = torch.func.functional_call(self._exact, exact, (x,))
         losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).mean(1)
-        return losses, float((logits.argmax(-1) == y).double().mean())
+        return losses.cpu(), float((logits.argmax(-1) == y).double().mean())
 
     def without(self, dropped: Tensor) -> Tensor:
         """float64 `[k]`: the queries' losses after a training in which these examples have weight 0."""
-        weights = self.z["data_weights"].index_fill(0, dropped, 0.0)
+        weights = self.z["data_weights"].index_fill(0, dropped.to(self.device), 0.0)
         return self.query_losses(self.function.train({**self.z, "data_weights": weights}).model_state)

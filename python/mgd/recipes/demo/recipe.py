@@ -62,7 +62,7 @@ class Problem:
     z: dict[str, Tensor]
 
     @classmethod
-    def make(cls, train: Images, test: Images, steps: int, seed: int) -> Problem:
+    def make(cls, train: Images, test: Images, steps: int, seed: int, device: str = "cpu") -> Problem:
         if steps < 1:
             raise BadArgument(f"expected at least one training step; got {steps}")
         if len(train) < 4 * BATCH:
@@ -80,9 +80,9 @@ class Problem:
         given = torch.where(wrong, (train.labels + shift) % classes, train.labels)
 
         with seeded(seed):
-            model = network(train)
-        x, held_x, held_y = train.floats(), held_out.floats(), held_out.labels
-        visits = epochs(n, BATCH, steps, generator)
+            model = network(train).to(device)
+        x, held_x, held_y = (t.to(device) for t in (train.floats(), held_out.floats(), held_out.labels))
+        visits, seen = epochs(n, BATCH, steps, generator).to(device), given.to(device)
 
         def loss(model: nn.Module, batch: Any, z: Any) -> Tensor:
             x, y, _ = batch
@@ -91,25 +91,27 @@ class Problem:
         function = TrainingFunction(
             model,
             loss,
-            [(x[i], given[i], i) for i in visits],
+            [(x[i], seen[i], i) for i in visits],
             optimizer=AdamW(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps_root=EPS_ROOT),
             objective=lambda model: F.cross_entropy(model(held_x), held_y),
             per_example={"data_weights": lambda batch: batch[2]},
             seed=seed,
         )
         z = {
-            "lr": schedule(steps),
-            "weight_decay": torch.tensor(WEIGHT_DECAY),
-            "data_weights": torch.ones(n),
+            "lr": schedule(steps).to(device),
+            "weight_decay": torch.tensor(WEIGHT_DECAY, device=device),
+            "data_weights": torch.ones(n, device=device),
         }
         return cls(train, held_out, test, given, wrong, function, z)
 
     def without(self, dropped: Tensor) -> dict[str, float]:
         """Loss and accuracy on the test images after a training in which these images have weight 0."""
-        weights = self.z["data_weights"].index_fill(0, dropped, 0.0)
+        weights = self.z["data_weights"]
+        weights = weights.index_fill(0, dropped.to(weights.device), 0.0)
         trained = self.function.train({**self.z, "data_weights": weights})
         with torch.no_grad():
-            logits = torch.func.functional_call(self.function.model, trained.model_state, (self.test.floats(),))
+            images = self.test.floats().to(weights.device)
+            logits = torch.func.functional_call(self.function.model, trained.model_state, (images,)).cpu()
         right = logits.argmax(1) == self.test.labels
         return {"loss": float(F.cross_entropy(logits, self.test.labels)), "accuracy": float(right.double().mean())}
 
@@ -131,7 +133,7 @@ class Demo:
     @property
     def harm(self) -> Tensor:
         """`[n]`: the change in held-out loss per unit of weight on each training image; positive is harmful."""
-        return self.result.grads["data_weights"]
+        return self.result.grads["data_weights"].cpu()
 
     @property
     def ranking(self) -> Tensor:
@@ -188,11 +190,12 @@ def run(
     steps: int = 200,
     seed: int = 0,
     reporter: Reporter | None = None,
+    device: str = "cpu",
 ) -> Demo:
     """Train, differentiate, check in float64, and train again without the images found harmful."""
     reporter = reporter or Reporter()
     progress = reporter.progress
-    problem = Problem.make(train, test, steps, seed)
+    problem = Problem.make(train, test, steps, seed, device)
     f, z, n = problem.function, problem.z, len(problem.train)
     seconds: dict[str, float] = {}
     peak = {"start": _high_water()}

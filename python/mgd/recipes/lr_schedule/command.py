@@ -8,7 +8,7 @@ import typer
 
 from mgd.recipes.options import make_settings, train_and_test
 from mgd.ui.console import Session
-from mgd.ui.options import Data, Json, Out, Quick, Resume, Seed, Threads
+from mgd.ui.options import Data, Device, Json, Out, Quick, Resume, Seed, Threads
 
 
 def command(
@@ -24,14 +24,17 @@ def command(
     ] = None,
     outer: Annotated[float | None, typer.Option(help="Learning rate of Adam on the logarithms of the knots.")] = None,
     resume: Resume = None,
+    device: Device = "cpu",
 ) -> None:
     """Find a learning-rate schedule by metagradients, and compare with a grid, random search, TPE and CMA-ES."""
     from mgd.recipes.lr_schedule import report
     from mgd.recipes.lr_schedule.recipe import Settings, run
+    from mgd.util.devices import checked_device
     from mgd.util.packages import require
 
     require("searches and intervals", "recipes", "cma", "optuna", "scipy")
+    checked_device(device)
     session = Session("recipe lr-schedule", out, json, threads)
     settings = make_settings(Settings, quick, meta_steps=meta_steps, knots=knots, outer=outer)
-    result = run(*train_and_test(data), settings, seed, resume, session.reporter)
+    result = run(*train_and_test(data), settings, seed, resume, session.reporter, device)
     session.finish(report.page(result), result.to_dict())

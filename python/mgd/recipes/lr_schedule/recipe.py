@@ -136,11 +136,12 @@ def run(
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
+    device: str = "cpu",
 ) -> Found:
     """Descend, search, and judge. resume: a directory that keeps every training, to continue an interrupted run."""
     settings, reporter = settings or Settings(), reporter or Reporter()
     settings.check()
-    task = Task.make(train, test, settings.steps * settings.batch, settings.held_out, settings.tested, seed)
+    task = Task.make(train, test, settings.steps * settings.batch, settings.held_out, settings.tested, seed, device)
     function = training(task, settings, seed)
     start = torch.full((settings.knots,), math.log(settings.start))
     if resume is None:

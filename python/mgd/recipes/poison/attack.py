@@ -76,7 +76,7 @@ def controls(images: Tensor, labels: Tensor, poisoned: Tensor, pixels: Tensor, s
         strangers.append(int(others[torch.randint(len(others), (1,), generator=generator)]))
     shuffled = pixels[torch.randperm(len(poisoned), generator=generator)]
     return {
-        "noise": with_pixels(images, poisoned, torch.rand(pixels.shape, generator=generator)),
+        "noise": with_pixels(images, poisoned, torch.rand(pixels.shape, generator=generator).to(pixels)),
         "other classes' images": with_pixels(images, poisoned, images[strangers]),
         "the poison, labels shuffled": with_pixels(images, poisoned, shuffled),
     }

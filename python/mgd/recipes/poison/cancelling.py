@@ -68,7 +68,7 @@ def cancel(
     """Pixels of the images `poisoned` in [low, high] at which the mean gradient of all `images` at `target` is small:
     projected Adam on half its squared norm, from the images as they are. Gives them, and the norm before and after."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in target.items()}
-    rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, poisoned, False)
+    rest = torch.ones(len(images), dtype=torch.bool, device=images.device).index_fill(0, poisoned, False)
 
     def gradient(x: Tensor, y: Tensor, graph: bool = False) -> list[Tensor]:
         loss = F.cross_entropy(functional_call(model, leaves, (x,)), y, reduction="sum") / len(images)

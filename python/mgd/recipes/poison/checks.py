@@ -22,7 +22,7 @@ def psnr(changed: Tensor, original: Tensor) -> Tensor:
 def harm(training: Training, images: Tensor, seeds: Sequence[int]) -> Tensor:
     """`[n]`: how the objective (a loss on clean images) of a training on `images` rises with the weight of each, the
     mean over seeds. One metagradient per seed."""
-    total = torch.zeros(len(images))
+    total = torch.zeros(len(images), device=images.device)
     for seed in seeds:
         total += training.at(seed).metagradient(training.z(images)).grads["data_weights"]
     return total / len(seeds)
@@ -30,7 +30,7 @@ def harm(training: Training, images: Tensor, seeds: Sequence[int]) -> Tensor:
 
 def final_loss(training: Training, images: Tensor, seeds: Sequence[int]) -> Tensor:
     """`[n]`: the loss of each training image under the model trained on all of them, the mean over seeds."""
-    total = torch.zeros(len(images))
+    total = torch.zeros(len(images), device=images.device)
     for seed in seeds:
         logits = training.logits(training.train(seed, images), images)
         total += F.cross_entropy(logits, training.labels, reduction="none")
@@ -40,7 +40,7 @@ def final_loss(training: Training, images: Tensor, seeds: Sequence[int]) -> Tens
 def nearest_distance(images: Tensor, labels: Tensor) -> Tensor:
     """`[n]`: Euclidean distance, in pixels' units, to the nearest other training image of the same label."""
     flat = images.flatten(1)
-    found = torch.full((len(flat),), torch.inf)
+    found = torch.full((len(flat),), torch.inf, device=flat.device)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         distances = torch.cdist(flat[members], flat[members])
@@ -87,11 +87,12 @@ def examine(
         "training loss": final_loss(training, images, seeds),
         "distance": nearest_distance(images, training.labels),
     }
-    mask = torch.zeros(len(images), dtype=torch.bool).index_fill(0, poisoned, True)
+    mask = torch.zeros(len(images), dtype=torch.bool).index_fill(0, poisoned.cpu(), True)
     found = []
     for check in CHECKS:
-        order = scores[check].argsort(descending=True)
+        suspicion = scores[check].cpu()
+        order = suspicion.argsort(descending=True)
         first = float(mask[order[: len(poisoned)]].double().mean())
-        repaired = judge(torch.ones(len(images)).index_fill(0, order[:dropped], 0.0))
-        found.append(Detection(check, scores[check], auc(scores[check], mask), first, dropped, repaired))
+        repaired = judge(torch.ones(len(images)).index_fill(0, order[:dropped], 0.0).to(images.device))
+        found.append(Detection(check, suspicion, auc(suspicion, mask), first, dropped, repaired))
     return found

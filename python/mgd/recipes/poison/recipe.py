@@ -178,7 +178,13 @@ def standard_error(x: Tensor) -> float:
     return float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
-def run(train: Images, test: Images, settings: Settings | None = None, reporter: Reporter | None = None) -> Found:
+def run(
+    train: Images,
+    test: Images,
+    settings: Settings | None = None,
+    reporter: Reporter | None = None,
+    device: str = "cpu",
+) -> Found:
     """Attack the training, judge freshly trained models, and look for the poison."""
     s, reporter = settings or Settings(), reporter or Reporter()
     needed = s.training + s.held_out + s.defender
@@ -190,11 +196,11 @@ def run(train: Images, test: Images, settings: Settings | None = None, reporter:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(s.seed))
     parts = order[:needed].split([s.training, s.held_out, s.defender])
     tested = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(s.seed))[: s.test]]
-    (x, y), held_out, own, judged = (_floats(part) for part in (*(train[i] for i in parts), tested))
+    (x, y), held_out, own, judged = (_floats(part, device) for part in (*(train[i] for i in parts), tested))
     classes = len(train.classes)
     for name, part in (("held-out", held_out), ("defender's", own), ("test", judged)):
         check_data(*part, classes, name)
-    poisoned = chosen(len(x), s.share, s.seed)
+    poisoned = chosen(len(x), s.share, s.seed).to(device)
 
     def training(network: str, objective: Any) -> Training:
         return Training(x, y, classes, objective, network=network, steps=s.steps, batch=s.batch)
@@ -259,9 +265,9 @@ def run(train: Images, test: Images, settings: Settings | None = None, reporter:
 
     images = {"clean": x} | controls(x, y, poisoned, pixels, s.seed)
     images |= {CANCELLING: with_pixels(x, poisoned, cancelled.images), MGD: with_pixels(x, poisoned, pixels)}
-    found = Found(
-        s, train.name, train.classes, y, poisoned, images, descent, test_on_the_way, way, cancelled, by_radius
-    )
+    seen = {arm: pictures.cpu() for arm, pictures in images.items()}
+    indices = y.cpu(), poisoned.cpu()
+    found = Found(s, train.name, train.classes, *indices, seen, descent, test_on_the_way, way, cancelled, by_radius)
     judges = {
         "seen seeds": (victim, range(s.seeds)),
         "fresh seeds": (victim, fresh),
@@ -289,11 +295,11 @@ def run(train: Images, test: Images, settings: Settings | None = None, reporter:
 
             found.checks[arm] = examine(defender, images[arm], poisoned, judge_without, seeds=seeds, dropped=dropped)
         some = torch.randperm(len(x), generator=torch.Generator().manual_seed(s.seed + 1))[:dropped]
-        weights = torch.ones(len(x)).index_fill(0, some, 0.0)
+        weights = torch.ones(len(x)).index_fill(0, some, 0.0).to(device)
         found.at_random = accuracies(defender, images[MGD], judging, judged, weights)
     found.seconds = dict(reporter.seconds)
     return found
 
 
-def _floats(images: Images) -> tuple[Tensor, Tensor]:
-    return images.images.float() / 255, images.labels
+def _floats(images: Images, device: str) -> tuple[Tensor, Tensor]:
+    return images.images.to(device).float() / 255, images.labels.to(device)

@@ -69,7 +69,7 @@ class Visits(Sequence[tuple[Tensor, Tensor]]):
 
     def shuffle(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.order = epochs(len(self.labels), self.batch, self.steps, generator)
+        self.order = epochs(len(self.labels), self.batch, self.steps, generator).to(self.labels.device)
 
     def __len__(self) -> int:
         return self.steps
@@ -131,7 +131,8 @@ class Training:
         """The network as a seed starts it."""
         with seeded(seed):
             channels, side = self.images.shape[1:3]
-            return nn.Sequential(Standardised(*self.constants), NETWORKS[self.network](channels, side, self.classes))
+            network = NETWORKS[self.network](channels, side, self.classes)
+        return nn.Sequential(Standardised(*self.constants), network).to(self.images.device)
 
     def at(self, seed: int) -> TrainingFunction:
         """The training with the start and the order of a seed."""
@@ -143,7 +144,7 @@ class Training:
         """Metaparameters: these images, or the training's own; these weights, or ones."""
         return {
             "images": self.images if images is None else images,
-            "data_weights": torch.ones(len(self.images)) if weights is None else weights,
+            "data_weights": torch.ones(len(self.images), device=self.images.device) if weights is None else weights,
             "lr": self.rate,
         }
 

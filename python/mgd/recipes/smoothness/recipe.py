@@ -161,7 +161,12 @@ class Found:
 
 
 def run(
-    train: Images, test: Images, settings: Settings | None = None, seed: int = 0, reporter: Reporter | None = None
+    train: Images,
+    test: Images,
+    settings: Settings | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+    device: str = "cpu",
 ) -> Found:
     """Measure every choice with every seed."""
     settings, reporter = settings or Settings(), reporter or Reporter()
@@ -174,7 +179,7 @@ def run(
         reporter.bar("choices", total) as tick,
     ):
         for number in range(seed, seed + settings.seeds):
-            task = Task.make(train, test, settings.steps * largest, settings.held_out, settings.tested, number)
+            task = Task.make(train, test, settings.steps * largest, settings.held_out, settings.tested, number, device)
             for name, entry in measured.items():
                 measure(task, CHOICES[name], settings, number, entry)
                 tick(name)
@@ -190,7 +195,9 @@ def measure(task: Task, choice: Choice, settings: Settings, seed: int, entry: Ti
     f, z = training(task, choice, settings, seed)
     generator = torch.Generator().manual_seed(seed)
     shape = z["data_weights"].shape
-    signs = [torch.randint(2, shape, generator=generator) * 2.0 - 1 for _ in range(settings.directions)]
+    signs = [
+        (torch.randint(2, shape, generator=generator) * 2.0 - 1).to(task.device) for _ in range(settings.directions)
+    ]
     try:
         entry.trusts.append(trust(f, z, "data_weights", signs, settings.sizes))
         _, right = task.judge(f, z)
@@ -207,7 +214,7 @@ def training(task: Task, choice: Choice, settings: Settings, seed: int) -> tuple
     options: dict[str, Any] = {name: getattr(choice, name) for name in names}
     first = math.floor(choice.injected * settings.steps)
     batches = [
-        (x, y, i, torch.tensor(float(t >= first)))
+        (x, y, i, torch.tensor(float(t >= first), device=task.device))
         for t, (x, y, i) in enumerate(task.batches(choice.batch, settings.steps, seed))
     ]
 
@@ -226,4 +233,4 @@ def training(task: Task, choice: Choice, settings: Settings, seed: int) -> tuple
         trace=False,  # one metagradient each
     )
     rates = schedules.one_cycle(settings.steps, settings.rate, 0.2 * settings.rate, 0.1 * settings.rate)
-    return f, {"data_weights": torch.ones(len(task.train)), "lr": rates}
+    return f, {"data_weights": torch.ones(len(task.train), device=task.device), "lr": rates}

@@ -1,0 +1,53 @@
+"""`mgd bench gpu` on a pretended device: its gate, its measurements, and its list."""
+
+from __future__ import annotations
+
+import device_cases  # noqa: F401  # makes the device known
+import pytest
+import torch
+
+from mgd.bench import gpu
+from mgd.cli.main import main
+from mgd.errors import BadArgument
+from mgd.ranks.shards import Shards
+
+WHERE = {"accelerators": ["a GPU"], "driver": "1.2", "versions": {"torch": "2", "triton": "3"}, "date": "today"}
+
+
+def test_the_gate_holds_and_a_wrong_number_shuts_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, "GATE", ("small",))
+    monkeypatch.setattr(gpu, "GATE_STEPS", 2)
+    checks = gpu.gate("pretend")
+    assert all(check["holds"] for check in checks) and len(checks) == 8, checks
+    exact = Shards.vjp_
+    wrong = lambda *arguments: (x := exact(*arguments)) * (1.0 if x.device.type == "cpu" else 1.01)
+    monkeypatch.setattr(Shards, "vjp_", wrong)
+    monkeypatch.setattr(gpu, "measure", lambda *arguments, **options: pytest.fail("timed past a shut gate"))
+    page = tmp_path / "page.md"
+    page.write_text(f"{gpu.BEGIN}\n{gpu.END}\n")
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "gpu", "--device", "pretend", "--json", str(tmp_path / "x.json"), "--list", str(page)])
+    assert end.value.code == 1, capsys.readouterr()
+    assert "float32 against the CPU" in capsys.readouterr().out.replace("\n", " ")
+    assert page.read_text() == f"{gpu.BEGIN}\n{gpu.END}\n"
+
+
+def test_everything_is_measured(monkeypatch):
+    monkeypatch.setattr(gpu, "METHODS", ("eager",))
+    found = gpu.measure("pretend", parameters=1 << 12, rounds=1, steps=4, table=("small",))
+    (measured,) = found["workloads"]
+    assert not [entry for entry in measured["methods"].values() if not entry.get("agrees", True)]
+    assert measured["flops_per_second"]["ratio"] > 0 and measured["deterministic"]["ratio"]["median"] > 0
+    assert found["host_microseconds_per_step"]["metagradient"] > found["host_microseconds_per_step"]["training"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_gpu_enters_the_list(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{gpu.BEGIN}\n| an older one |\n{gpu.END}\nafter\n")
+    gpu.enlist(page, WHERE, "today-gpu.json")
+    line = "| a GPU | 1.2 | 2 | 3 | today | `today-gpu.json` |"
+    assert page.read_text().splitlines() == ["before", gpu.BEGIN, "| an older one |", line, gpu.END, "after"]
+    page.write_text("nothing")
+    with pytest.raises(BadArgument, match="expected a page"):
+        gpu.enlist(page, WHERE, "today-gpu.json")

@@ -1,0 +1,3 @@
+"""Fixtures of this folder."""
+
+from interruptions import interrupt, often  # noqa: F401

@@ -1,0 +1,23 @@
+"""Trainings on a device that is not the CPU: the checks beside this file, in a process of their own.
+
+Torch keeps a device that it was told of, and sizes its autograd threads before; other tests should not meet it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pretended
+import pytest
+
+CHECKS = sorted(path.name for path in Path(__file__).parent.glob("checks_*.py"))
+
+
+@pytest.mark.skipif(pretended.missing() is not None, reason=str(pretended.missing()))
+def test_on_a_pretended_device():
+    assert CHECKS
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *CHECKS]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
