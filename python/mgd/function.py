@@ -366,12 +366,12 @@ class TrainingFunction(Replaceable):
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
         try:
             trained = sweep.forward()
-            arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.step)
-            return trained
         except NonFiniteState as error:
             if error.where == LOST:
                 self._sweep(z, kind=WatchedSweep).forward()
             raise
+        arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.step)
+        return trained
 
     def _at_end(self, sweep: Sweep) -> TrainedObjective:
         """The objective at the end of a training that ran until there, in its own stream of random numbers."""
@@ -381,8 +381,7 @@ class TrainingFunction(Replaceable):
         return TrainedObjective(loss.binding, self.objective, sweep.trained, *how, loss.written)
 
     def _objective(self, sweep: Sweep, z: Mapping[str, Any]):
-        """The objective's value at the end of the training, which runs until there, and its adjoints; of one that
-        carries tangents, its derivatives along them."""
+        """What `derivatives_of` returns at the end of the training, which runs until there."""
         self._forward(sweep, z)
         with sweep.timings.timed("objective"):
             found = sweep.derivatives_of(self._at_end(sweep))

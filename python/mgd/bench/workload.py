@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mgd import TrainingFunction
+from mgd import Budget, TrainingFunction
 from mgd_kernels import Optimizer
 
 
@@ -21,7 +21,7 @@ class Workload:
 
     losses: of a model and a batch, the loss of each example, `[B]`. indices: of a batch, its examples' places in the
     data weights, `[B]`. examples: length n of the data weights. held_out: the batch of the objective. note: what a
-    reader of the results should know.
+    reader of the results should know. budget: of a metagradient, where the default one would not do.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Workload:
     optimizer: Optimizer
     examples: int
     note: str = ""
+    budget: Budget | None = None
 
     def loss(self, model: nn.Module, batch: Any, z: Any) -> Tensor:
         """The mean of the weighted losses of a batch."""
@@ -60,7 +61,7 @@ class Workload:
             objective=self.objective,
             per_example={"data_weights": self.indices},
             # In eval mode plain torch has no derivative through the running statistics of a batch norm.
-            **{"objective_mode": "train"} | options,
+            **{"objective_mode": "train", "budget": self.budget} | options,
         )
 
     def z(self) -> dict[str, Tensor]:

@@ -55,6 +55,13 @@ def lora(steps: int = 24, seed: int = 0) -> Workload:
     return lora(steps, seed)
 
 
+def smollm2(steps: int = 16, seed: int = 0) -> Workload:
+    """(e) Full fine-tuning of SmolLM2-135M: see `mgd.bench.workloads_smollm2`."""
+    from mgd.bench.workloads_smollm2 import smollm2
+
+    return smollm2(steps, seed)
+
+
 def small(steps: int = 64, seed: int = 0) -> Workload:
     """64-128-128-10 with GELU, batch 32, AdamW: steps of a millisecond, for long trainings."""
     torch.manual_seed(seed)
@@ -70,6 +77,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "convnet-batch": partial(convnet, "batch"),
     "gpt": gpt,
     "lora": lora,
+    "smollm2": smollm2,
     "small": small,
     **workloads_stock.NAMES,
 }

@@ -195,13 +195,17 @@ class Agreement:
 
 def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:
     """Whether two sets of derivatives are the same up to rounding, tensor by tensor; None stands for zeros."""
-    pairs = [
-        (x.detach().double(), y.detach().double())
-        for x, y in zip(replayed, evaluated, strict=True)
-        if x is not None and y is not None
-    ]
-    noise = ROUNDING * max((float(y.norm()) for _, y in pairs), default=0.0)
+    # A tensor at a time: all of them in float64 would be the largest thing in memory.
+    present = [(x, y) for x, y in zip(replayed, evaluated, strict=True) if x is not None and y is not None]
+    norms = [_norm(y) for _, y in present]
+    noise = ROUNDING * max(norms, default=0.0)
     single = [x if y is None else y for x, y in zip(replayed, evaluated, strict=True) if (x is None) != (y is None)]
-    return all(float((x - y).norm()) <= REPLAY_TOLERANCE * float(y.norm()) + noise for x, y in pairs) and all(
-        x is None or float(x.detach().double().norm()) <= noise for x in single
-    )
+    return all(
+        _norm(x, y) <= REPLAY_TOLERANCE * norm + noise for (x, y), norm in zip(present, norms, strict=True)
+    ) and all(x is None or _norm(x) <= noise for x in single)
+
+
+def _norm(x: Tensor, y: Tensor | None = None) -> float:
+    """Of x, or of x - y, in float64."""
+    double = x.detach().double()
+    return float((double if y is None else double - y.detach().double()).norm())

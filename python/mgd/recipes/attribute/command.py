@@ -13,7 +13,7 @@ import typer
 from mgd.recipes.attribute.images import images_task
 from mgd.recipes.attribute.recipe import Evaluation, run
 from mgd.recipes.attribute.task import Task, Training
-from mgd.recipes.attribute.texts import gpt_task, lora_task
+from mgd.recipes.attribute.texts import gpt_task, lora_task, smollm2_task
 from mgd.recipes.options import train_and_test
 from mgd.ui.options import Data, Device, Json, Out, Quick, Seed, Threads
 
@@ -24,6 +24,7 @@ class Setting(str, Enum):
     images = "images"
     text = "text"
     lora = "lora"
+    smollm2 = "smollm2"
 
 
 Tasks = tuple[Task, "Task | None", Evaluation]
@@ -35,6 +36,10 @@ TEXT = Training(examples=1000, batch=50, epochs=6, rate=3e-3, eps_root=1e-4)
 QUICK_TEXT = Training(examples=200, batch=50, epochs=6, rate=3e-3, eps_root=1e-4)
 LORA = Training(examples=200, batch=20, epochs=2, rate=1e-3, eps_root=1e-4)
 QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
+# 16 steps of 4 passages, each read once. A training takes minutes: it is not repeated for every subset.
+SMOLLM2 = Training(examples=64, batch=4, epochs=1, rate=1e-4, eps_root=1e-8)
+QUICK_SMOLLM2 = Training(examples=4, batch=2, epochs=1, rate=1e-4, eps_root=1e-8)
+ONE_TRAINING = Evaluation(fractions=(), baselines=())
 
 
 def images(data: Path | None, seed: int, quick: bool) -> Tasks:
@@ -57,12 +62,23 @@ def lora(data: Path | None, seed: int, quick: bool) -> Tasks:
     return lora_task(LORA, 8, seed), None, Evaluation(subsets=12)
 
 
-SETTINGS: dict[str, Callable[[Path | None, int, bool], Tasks]] = {"images": images, "text": text, "lora": lora}
+def smollm2(data: Path | None, seed: int, quick: bool) -> Tasks:
+    if quick:
+        return smollm2_task(QUICK_SMOLLM2, 32, 1, seed), None, ONE_TRAINING
+    return smollm2_task(SMOLLM2, 256, 1, seed), None, ONE_TRAINING
+
+
+SETTINGS: dict[str, Callable[[Path | None, int, bool], Tasks]] = {
+    "images": images,
+    "text": text,
+    "lora": lora,
+    "smollm2": smollm2,
+}
 
 
 def command(
     setting: Annotated[
-        Setting, typer.Option(help="A network on images, a GPT on text, or LoRA on a pretrained encoder.")
+        Setting, typer.Option(help="A network on images, a GPT on text, LoRA on an encoder, or a whole language model.")
     ] = Setting.images,
     data: Data = None,
     out: Out = None,

@@ -22,15 +22,16 @@ from mgd.recipes.intervals import Interval
 from mgd.ui.console import Reporter
 
 OURS = "metagradient"
+DIFFERENCE_STEP = 0.1  # how far the weight that moves most is moved from 1, each way
 SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and how far a step of metasmoothness goes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How scores are judged. fractions: of the training examples that are dropped. subsets: retrainings per fraction.
-    rough_subsets: the same for the roughly trained network; 0 leaves it out. baselines: names of those to compare.
-    removed: the share of the examples, those that a method calls most helpful to a query, without which that query is
-    judged; 0 leaves it out."""
+    """How scores are judged. fractions: of the training examples that are dropped; none: where a training takes too
+    long to be repeated so often. subsets: retrainings per fraction. rough_subsets: the same for the roughly trained
+    network; 0 leaves it out. baselines: names of those to compare. removed: the share of the examples, those that a
+    method calls most helpful to a query, without which that query is judged; 0 leaves it out."""
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     subsets: int = 40
@@ -50,8 +51,9 @@ class Judged:
 
     predicted: method -> fraction -> `[m, k]`; true: fraction -> `[m, k]`; scores: method -> fraction -> LDS.
     removal: method -> how much a query's loss rises without its most helpful examples, and the interval.
-    missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. smoothness: the
-    training's empirical metasmoothness along the weights of a tenth of the examples.
+    missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. difference: the
+    derivative of the mean query loss along its own gradient, by the scores and by a central difference of two
+    trainings. smoothness: the training's empirical metasmoothness along the weights of a tenth of the examples.
     """
 
     task: Task
@@ -60,6 +62,7 @@ class Judged:
     accuracy: float
     plain_seconds: float
     attribution_seconds: float
+    difference: tuple[float, float]
     smoothness: float
     true: dict[float, Tensor] = field(default_factory=dict)
     predicted: dict[str, dict[float, Tensor]] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Judged:
             "queries": task.queries,
             "test_loss": self.loss,
             "test_accuracy": self.accuracy,
+            "derivative_by_scores_and_by_difference": list(self.difference),
             "metasmoothness": self.smoothness,
             "plain_training_seconds": self.plain_seconds,
             "attribution_seconds": self.attribution_seconds,
@@ -149,9 +153,11 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
             lambda: attribute(f, z, task.queries, task.objectives, chunk=evaluation.chunk, progress=reporter.progress)
         )
     loss, accuracy = task.test(trained.model_state)
+    with reporter.phase("difference"):
+        difference = _difference(task, torch.as_tensor(a.scores).double().mean(0))
     with reporter.phase("metasmoothness"):
         smoothness = metasmoothness(f, z, _direction(task), SMOOTHNESS_STEP)
-    judged = Judged(task, a, loss, accuracy, plain, seconds, smoothness)
+    judged = Judged(task, a, loss, accuracy, plain, seconds, difference, smoothness)
 
     scores: dict[str, Any] = {OURS: a.scores}
     here = replace(task, device="cpu") if task.device != "cpu" else task  # where the other packages work
@@ -202,6 +208,15 @@ def _remove(judged: Judged, scores: dict[str, Any], share: float, base: Tensor, 
         for name, table in scores.items():
             removed = most_helpful(table, share)
             judged.removal[name] = rises(judged.task, removed, base, lambda name=name: tick(name))  # type: ignore[misc]
+
+
+def _difference(task: Task, gradient: Tensor) -> tuple[float, float]:
+    """The derivative of the mean query loss along its gradient with respect to the weights, float64 `[n]`: by that
+    gradient, and by a central difference."""
+    direction = gradient / gradient.abs().max().clamp_min(1e-300)
+    step = DIFFERENCE_STEP * direction.to(task.z["data_weights"])
+    ahead, behind = (task.with_weights(task.z["data_weights"] + sign * step).mean() for sign in (1, -1))
+    return float(gradient @ direction), float(ahead - behind) / (2 * DIFFERENCE_STEP)
 
 
 def _direction(task: Task) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mgd.recipes.attribute import pictures
-from mgd.recipes.attribute.recipe import OURS, Found, Judged
+from mgd.recipes.attribute.recipe import DIFFERENCE_STEP, OURS, Found, Judged
 from mgd.ui.page import Page, Section, Table
 
 GALLERY, EACH = 8, 6  # queries shown, and training examples of each kind for one of them
@@ -21,9 +21,11 @@ WORK = {
 
 def page(found: Found) -> Page:
     smooth = found.smooth
-    tables = [("Linear datamodeling score, by share of examples dropped", lds(found)), ("What it cost", cost(smooth))]
+    tables = [("What it cost", cost(smooth))]
     if smooth.removal:
-        tables.insert(1, (_without(found), removal(found)))
+        tables.insert(0, (_without(found), removal(found)))
+    if smooth.true:
+        tables.insert(0, ("Linear datamodeling score, by share of examples dropped", lds(found)))
     if found.rough is not None:
         tables.insert(-1, ("How smooth must a training be?", roughness(found)))
     return Page("Which training examples decided?", lead(found), tables, lambda: sections(found), verdict(found))
@@ -43,6 +45,11 @@ def lead(found: Found) -> str:
 
 
 def verdict(found: Found) -> str:
+    if not found.smooth.true:
+        by_scores, by_difference = found.smooth.difference
+        return (
+            f"The derivative along the metagradient is {by_scores:.6g}, and {by_difference:.6g} by two more trainings."
+        )
     first, by = min(found.smooth.true), found.smooth.scores
     ours = by[OURS][first]
     others = {name: scores[first].mean for name, scores in by.items() if name != OURS}
@@ -107,28 +114,8 @@ def cost(judged: Judged) -> Table:
 
 
 def sections(found: Found) -> list[Section]:
-    smooth, count = found.smooth, len(next(iter(found.smooth.true.values())))
-    methods = [m for m in (OURS, "EK-FAC", "TRAK") if m in smooth.scores]
-    parts = [
-        *_examples(smooth),
-        Section(
-            "Do the scores predict what leaving examples out does?",
-            f"For every share, {count} random subsets of the training examples got weight 0, and the training was "
-            "repeated. For each test example the predicted changes of its loss are ranked against the true ones "
-            "(Spearman), and the correlations averaged. In brackets and as bars: 95% bootstrap intervals over test "
-            "examples and subsets. All methods predict the same retrainings.",
-            pictures.scores_by_fraction(smooth, found.rough),
-            "scores",
-            lds(found),
-        ),
-        Section(
-            "Predicted and true changes",
-            "Each point is one test example and one subset. The metagradient predicts the change itself; the other "
-            "methods' predictions have no scale, and are scaled to fit best.",
-            pictures.prediction_against_truth(smooth, methods),
-            "predictions",
-        ),
-    ]
+    smooth = found.smooth
+    parts = [*_examples(smooth), *(_judged(found) if smooth.true else ()), _differentiated(smooth)]
     if smooth.removal:
         text = (
             "For every method and every test example the training is repeated without the training examples that the "
@@ -154,6 +141,43 @@ def sections(found: Found) -> list[Section]:
         )
     )
     return parts
+
+
+def _judged(found: Found) -> list[Section]:
+    """What retrainings without some of the examples say."""
+    smooth, count = found.smooth, len(next(iter(found.smooth.true.values())))
+    methods = [m for m in (OURS, "EK-FAC", "TRAK") if m in smooth.scores]
+    return [
+        Section(
+            "Do the scores predict what leaving examples out does?",
+            f"For every share, {count} random subsets of the training examples got weight 0, and the training was "
+            "repeated. For each test example the predicted changes of its loss are ranked against the true ones "
+            "(Spearman), and the correlations averaged. In brackets and as bars: 95% bootstrap intervals over test "
+            "examples and subsets. All methods predict the same retrainings.",
+            pictures.scores_by_fraction(smooth, found.rough),
+            "scores",
+            lds(found),
+        ),
+        Section(
+            "Predicted and true changes",
+            "Each point is one test example and one subset. The metagradient predicts the change itself; the other "
+            "methods' predictions have no scale, and are scaled to fit best.",
+            pictures.prediction_against_truth(smooth, methods),
+            "predictions",
+        ),
+    ]
+
+
+def _differentiated(judged: Judged) -> Section:
+    ours, difference = judged.difference
+    rows = [["derivative", "value"], ["by the scores", f"{ours:.8g}"], ["by a difference", f"{difference:.8g}"]]
+    text = (
+        "The mean loss of the test examples, differentiated along its own metagradient: by the scores, and by a "
+        f"central difference of two trainings, in which no weight moves by more than {DIFFERENCE_STEP:g}. Relative "
+        f"difference {abs(ours - difference) / max(abs(ours), 1e-300):.1e}, empirical metasmoothness "
+        f"{judged.smoothness:.3f}."
+    )
+    return Section("Is the derivative right?", text, table=rows)
 
 
 def _examples(judged: Judged) -> list[Section]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
+from mgd.plan.budget import Budget
 from mgd.recipes.trainings import epochs
 from mgd_kernels import AdamW
 
@@ -54,7 +55,7 @@ class Task:
     name, data: for the reader. x, y: inputs and targets of the training examples `[n, ...]`; query_x, query_y: of the
     queries `[k, ...]`; test_x, test_y: more of the same, for the accuracy. pictures, texts: of the training examples,
     query_pictures, query_texts: of the queries, one of the two kinds. labels, query_labels: a word for each. device:
-    where all of it is computed.
+    where all of it is computed. budget: of a metagradient; None: the default.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Task:
     query_texts: list[str] | None = None
     seed: int = 0
     device: str = "cpu"
+    budget: Budget | None = None
     function: TrainingFunction = field(init=False)
     z: dict[str, Tensor] = field(init=False)
 
@@ -102,9 +104,9 @@ class Task:
             objective=lambda model: example_losses(model, self.query_x, self.query_y),
             per_example={"data_weights": lambda batch: batch[2]},
             seed=self.seed,
+            budget=self.budget,
         )
         self.z = {"lr": training.schedule(), "data_weights": torch.ones(n, device=self.device)}
-        self._exact = copy.deepcopy(self.model).double()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -136,11 +138,14 @@ class Task:
         exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         x = x.double() if x.is_floating_point() else x
         with torch.no_grad():
-            logits = torch.func.functional_call(self._exact, exact, (x,))
+            logits = torch.func.functional_call(copy.deepcopy(self.model).double(), exact, (x,))
         losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).mean(1)
         return losses.cpu(), float((logits.argmax(-1) == y).double().mean())
 
+    def with_weights(self, weights: Tensor) -> Tensor:
+        """float64 `[k]`: the queries' losses after a training with these weights of the examples, `[n]`."""
+        return self.query_losses(self.function.train({**self.z, "data_weights": weights}).model_state)
+
     def without(self, dropped: Tensor) -> Tensor:
         """float64 `[k]`: the queries' losses after a training in which these examples have weight 0."""
-        weights = self.z["data_weights"].index_fill(0, dropped.to(self.device), 0.0)
-        return self.query_losses(self.function.train({**self.z, "data_weights": weights}).model_state)
+        return self.with_weights(self.z["data_weights"].index_fill(0, dropped.to(self.device), 0.0))

@@ -1,4 +1,5 @@
-"""Settings of text: `text`, a small GPT that continues bytes; `lora`, a pretrained encoder that tells domains apart."""
+"""Settings of text: `text`, a small GPT that continues bytes; `lora`, a pretrained encoder that tells domains apart;
+`smollm2`, a pretrained language model that is fine-tuned whole."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mgd.errors import BadArgument
+from mgd.plan.budget import Budget
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.data import text
+from mgd.recipes.models import smollm2
 from mgd.recipes.models.encoder import pretrained
 from mgd.recipes.models.gpt import GPT
 from mgd.recipes.trainings import seeded
@@ -22,7 +25,7 @@ TEST = 100
 
 def gpt_task(training: Training, queries: int, seed: int, domain: str | None = None) -> Task:
     """Continuations of stretches of one text: Shakespeare where it is installed, else Python's documentation."""
-    domain = domain or (PREFERRED if text.installed()[PREFERRED] is None else ALWAYS_THERE)
+    domain = domain or _english()
     stretches = _stretches(domain, CONTEXT + 1, training.examples + queries + TEST, seed)
     tokens = torch.stack([text.tokens(part) for part in stretches])
     with seeded(seed):
@@ -42,6 +45,21 @@ def lora_task(training: Training, queries: int, seed: int) -> Task:
     tokens = torch.tensor([tokenize(part.decode(), TOKENS) for part in snippets])
     names = [DOMAINS[label] for label in labels.tolist()]
     return _task("LoRA", ", ".join(DOMAINS), model, training, queries, tokens, labels, snippets, seed, names)
+
+
+def smollm2_task(training: Training, length: int, queries: int, seed: int, domain: str | None = None) -> Task:
+    """Full fine-tuning of SmolLM2-135M in float32, on passages of `length` tokens of one text, its log on disk."""
+    domain, test = domain or _english(), training.batch  # as many, since their logits are held at once, in float64
+    model, tokenizer = smollm2.pretrained()
+    total = training.examples + queries + test
+    tokens = smollm2.passages(tokenizer, domain, total, length + 1, seed)
+    words = [tokenizer.decode(passage).encode() for passage in tokens]
+    x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
+    return _task("SmolLM2-135M", domain, model, training, queries, x, y, words, seed, budget=smollm2.budget())
+
+
+def _english() -> str:
+    return PREFERRED if text.installed()[PREFERRED] is None else ALWAYS_THERE
 
 
 def _stretches(domain: str, length: int, count: int, seed: int) -> list[bytes]:
@@ -65,6 +83,7 @@ def _task(
     texts: Sequence[bytes],
     seed: int,
     names: Sequence[str] | None = None,
+    budget: Budget | None = None,
 ) -> Task:
     """The first examples are trained on, the next are the queries, the rest are for the accuracy."""
     n = training.examples
@@ -86,4 +105,5 @@ def _task(
         texts=words[train],
         query_texts=words[query],
         seed=seed,
+        budget=budget,
     )

@@ -9,9 +9,14 @@ from pathlib import Path
 from mgd.errors import BadData
 
 
-def folder(name: str, install: str) -> Path:
+def place(name: str) -> Path:
     """`$MGD_DATA/name`, by default `.data/name` in the working directory, where `make data` puts it."""
-    path = Path(os.environ.get("MGD_DATA", ".data")) / name
+    return Path(os.environ.get("MGD_DATA", ".data")) / name
+
+
+def folder(name: str, install: str) -> Path:
+    """The `place` of a data set. Raises BadData where there is no such folder."""
+    path = place(name)
     if not path.is_dir():
         raise BadData(f"expected the folder {path}: {install}, or set MGD_DATA to the folder that holds {name}")
     return path
