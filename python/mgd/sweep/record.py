@@ -7,7 +7,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ from mgd.step.model import Buffers
 from mgd.sweep.adjoint import Adjoint
 from mgd_kernels import OptimizerState
 
-if TYPE_CHECKING:
-    from mgd.sweep.sweep import Sweep
+Sweep = Any  # the class of that name imports this module
 
 
 def of(sweep: Sweep) -> dict[str, Any]:
