@@ -173,13 +173,12 @@ class _Group:
     @classmethod
     @contextlib.contextmanager
     def of(cls, f: TrainingFunction, count: int) -> Iterator[_Group]:
-        with contextlib.ExitStack() as stack:
-            group, index = stack.enter_context(f.ranks.split(count))
-            if count == 1:
-                yield cls(copy.copy(f))
-                return
-            stack.enter_context(f.ranks.call())  # an error of one group ends the others, too
-            yield cls(f.replaced(process_group=group), index, f.ranks)
+        ranks, index = f.ranks.split(count)
+        if count == 1:
+            yield cls(copy.copy(f))
+            return
+        with f.ranks.call():  # an error of one group ends the others, too
+            yield cls(f.replaced(process_group=ranks), index, f.ranks)
 
     def exchanged(self, found: list[Any]) -> list[Any]:
         """What all groups have found."""
