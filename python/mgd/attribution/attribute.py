@@ -75,9 +75,8 @@ def attribute(
     resume: a directory in which the sweeps of a chunk keep their log, so that an interrupted chunk continues as well,
         to the same bits (see `TrainingFunction.metagradient`). If `out` is not given, the scores are there too.
     query_groups: where f has several processes, so many groups of them take turns at the chunks, each with trainings of
-        its own. It divides their number; what is left, the processes of a group, divides `microbatches`. Scores are
-        whole on every process, and those of one group with the same `chunk`, to the bit, which by default is at most
-        the queries per group. The report is that of the own group.
+        its own. It divides their number. Scores are whole on every process, and have the bits of one group with the
+        same `chunk`, which by default is at most the number of queries per group. The report is that of the own group.
 
     The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
     ReplayDivergence names the first step that differs, and nothing more is written.
