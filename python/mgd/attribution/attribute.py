@@ -75,8 +75,8 @@ def attribute(
     resume: a directory in which the sweeps of a chunk keep their log, so that an interrupted chunk continues as well,
         to the same bits (see `TrainingFunction.metagradient`). If `out` is not given, the scores are there too.
     query_groups: where f has several processes, so many groups of them take turns at the chunks, each with trainings of
-        its own. It divides their number; what is left, the processes of a group, divides `microbatches`. Scores are the
-        same, to the bit, and whole on every process; the report is that of the own group.
+        its own. It divides their number. Scores are whole on every process, and have the bits of one group with the
+        same `chunk`, which by default is at most the number of queries per group. The report is that of the own group.
 
     The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
     ReplayDivergence names the first step that differs, and nothing more is written.
@@ -173,13 +173,12 @@ class _Group:
     @classmethod
     @contextlib.contextmanager
     def of(cls, f: TrainingFunction, count: int) -> Iterator[_Group]:
-        with contextlib.ExitStack() as stack:
-            group, index = stack.enter_context(f.ranks.split(count))
-            if count == 1:
-                yield cls(copy.copy(f))
-                return
-            stack.enter_context(f.ranks.call())  # an error of one group ends the others, too
-            yield cls(f.replaced(process_group=group), index, f.ranks)
+        ranks, index = f.ranks.split(count)
+        if count == 1:
+            yield cls(copy.copy(f))
+            return
+        with f.ranks.call():  # an error of one group ends the others, too
+            yield cls(f.replaced(process_group=ranks), index, f.ranks)
 
     def exchanged(self, found: list[Any]) -> list[Any]:
         """What all groups have found."""

@@ -8,6 +8,7 @@ them, too. One that stalls is noticed when the timeout of the process group has 
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 import socket
 import time
@@ -29,7 +30,9 @@ LEFT = "a failure of another rank"  # what a rank says that only saw a connectio
 
 
 def ranks_of(process_group: Any) -> Ranks:
-    """The ranks of a process group of `torch.distributed`; None: this process alone."""
+    """The ranks of a process group of `torch.distributed`, or these ranks; None: this process alone."""
+    if isinstance(process_group, Ranks):
+        return process_group
     return Ranks() if process_group is None else ProcessRanks(process_group)
 
 
@@ -50,7 +53,7 @@ class ProcessRanks(Ranks):
         backend = dist.get_backend_config(process_group)
         if "gloo" not in backend:
             raise BadArgument(f"expected a process group with Gloo, which serves the CPU; got {backend!r}")
-        self._base = process_group
+        self._name: str = process_group.group_name
         self._own: Any = None  # the connections
         self.sent = 0  # bytes so far, to other ranks
         self._key = ""  # of what ranks say of a failure, in the store
@@ -75,7 +78,7 @@ class ProcessRanks(Ranks):
 
     def _connect(self) -> None:
         """Connect with every rank, in a group that is this object's own."""
-        name = self._base.group_name
+        name = self._name
         _connections[name] += 1  # as often as the other ranks, which make the same calls
         self._key = f"mgd/{name}/{_connections[name]}"
         with self._failing():
@@ -153,20 +156,17 @@ class ProcessRanks(Ranks):
         received = self.joined(flat, [flat.numel()] * self.size)
         return received.reshape(self.size * own.shape[0], *own.shape[1:])
 
-    @contextlib.contextmanager
-    def split(self, count: int) -> Iterator[tuple[Any, int]]:
+    def split(self, count: int) -> tuple[Ranks, int]:
         self._check_split(count)
         each = self.size // count
         index = self.rank // each
-        if each == 1 or count == 1:
-            yield self._base if count == 1 else None, index
-            return
-        members = [dist.get_global_rank(self._base, index * each + i) for i in range(each)]
-        group = dist.new_group(members, self._timeout, "gloo", use_local_synchronization=True)
-        try:
-            yield group, index
-        finally:
-            dist.destroy_process_group(group)
+        if each == 1:
+            return Ranks(), index
+        # No group of torch's: a second one of the same members finds the first one's addresses, and waits for them.
+        part = copy.copy(self)
+        part._own, part.sent, part._name = None, 0, f"{self._name}/{index} of {count}"
+        part.rank, part.size = self.rank % each, each
+        return part, index
 
     def check_same(self, facts: Callable[[], Mapping[str, Any]]) -> None:
         check_facts(self.objects(dict(facts())))

@@ -60,12 +60,11 @@ class Ranks:
         if self.size > 1:
             raise BadArgument(f"expected one process for {what}; got {self.size}: leave process_group out")
 
-    @contextlib.contextmanager
-    def split(self, count: int) -> Iterator[tuple[Any, int]]:
-        """So many groups of neighbours, of which each process is in one: that group, as `ranks_of` takes it, and its
-        number. Raises BadArgument unless `count` divides the number of processes."""
+    def split(self, count: int) -> tuple[Ranks, int]:
+        """So many groups of neighbours, of which each process is in one: the ranks of that group, and its number.
+        Raises BadArgument unless `count` divides the number of processes."""
         self._check_split(count)
-        yield None, 0
+        return Ranks(), 0
 
     def _check_split(self, count: int) -> None:
         if count < 1 or self.size % count:
