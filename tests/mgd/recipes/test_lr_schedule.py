@@ -143,6 +143,7 @@ def test_the_objective_is_that_of_the_training_and_infinite_where_it_diverges(tm
         assert len(Objective(f, run)._known) == 3
 
 
+@pytest.mark.filterwarnings("ignore::mgd.errors.UnstableTraining")
 def test_the_descent_takes_a_smaller_step_where_a_training_diverges_and_says_so():
     found = descend_on_schedule(steep(), torch.full((3,), math.log(1e-5)), 6, outer=8.0)
     assert found.history[1].diverged >= 1 and len(found.notes) == sum(step.diverged for step in found.history)

@@ -42,10 +42,8 @@ def test_interrupted_at_every_kind_of_moment(tmp_path, often, interrupt, schedul
 def test_a_run_of_which_the_last_steps_are_differentiated(tmp_path, often, interrupt, n):
     f, z = training(since=12)
     assert interrupt(lambda: f.metagradient(z, resume=tmp_path), n)[0] is None
-    found, expected = interrupt(lambda: f.metagradient(z, resume=tmp_path), None)[0], f.metagradient(z)
-    for result in (found, expected):  # NaN is not equal to itself
-        result.report.adjoint_norms.nan_to_num_(-1.0)
-    assert same(found, expected)
+    result, _ = interrupt(lambda: f.metagradient(z, resume=tmp_path), None)
+    assert same(result, f.metagradient(z))
 
 
 def test_interrupted_again_and_again(tmp_path, often, interrupt):
