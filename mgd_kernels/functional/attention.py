@@ -130,7 +130,7 @@ at 512 x 512 0.8 to 1.1."""
 
 def _strips(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa) -> tuple | None:
     """The arguments of `attention`; None where it does not serve."""
-    if not 3 <= query.ndim <= 4 or not query.ndim == key.ndim == value.ndim or dropout_p:
+    if not 3 <= query.ndim <= 4 or not query.ndim == key.ndim == value.ndim or not 0.0 <= dropout_p < 1.0:
         return None
     if query.shape[-2] * key.shape[-2] < LARGE or not served_by_products(query, key, value):
         return None
@@ -156,7 +156,8 @@ def _strips(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa) ->
         )
     if not fits:
         return None
-    return q, k, v, mask, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale), offset
+    seed = torch.randint(1 << 62, ()) if dropout_p else None
+    return q, k, v, mask, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale), offset, seed, float(dropout_p)
 
 
 def scaled_dot_product_attention(
@@ -170,8 +171,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """As `torch.nn.functional.scaled_dot_product_attention`: query `[..., L, E]`, key `[..., S, E]`, value
-    `[..., S, D]`. From L S = 2^20 on, without dropout, by strips of queries, which never hold `[L, S]`. Below, queries,
-    keys and values of the same leading dimensions, two where there is a mask; grouped queries are torch's own."""
+    `[..., S, D]`. From L S = 2^20 on by strips of queries, which never hold `[L, S]`, with dropout of other masks than
+    torch's, from a seed that torch's generator draws. Below, queries, keys and values of the same leading dimensions,
+    two where there is a mask; grouped queries are torch's own."""
     by_strips = _strips(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if by_strips is not None:
         return attention(*by_strips).view(*query.shape[:-1], value.shape[-1])

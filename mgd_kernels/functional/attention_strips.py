@@ -3,11 +3,13 @@
 Names: q [B, H, L, E], k [B, K, S, E] and v [B, K, S, D] with H a multiple of K, mask (boolean, or added to the scores)
 that broadcasts to [B, H, L, S], o the output and g its cotangent; dq, dk, dv, dm cotangents of q, k, v, mask; cq, ck,
 cv, cm the cotangents of these. With offset, query i sees the keys up to i + offset. One that sees none has output 0.
+Z is what dropout multiplies with: 0 or 1/(1 - p), drawn again in every pass from the seed and the place of the strip.
 
-    s = scale q kᵀ + mask    P = softmax(s)    o = P v    M = g vᵀ    dS = P∘(M - ⟨P M⟩)
-    dq = scale dS k    dk = scale dSᵀ q    dv = Pᵀ g    dm = dS
-    X = scale (cq kᵀ + q ckᵀ) + cm    R = P∘(X - ⟨P X⟩)    T = X∘(M - ⟨P M⟩) - M ⟨P X⟩ + g cvᵀ    U = P∘(T - ⟨P T⟩)
-    cotangents: of g: R v + P cv    of q: scale (U k + dS ck)    of k: scale (Uᵀ q + dSᵀ cq)    of v: Rᵀ g    of mask: U
+    s = scale q kᵀ + mask    P = softmax(s)    o = (Z∘P) v    M = Z∘g vᵀ    dS = P∘(M - ⟨P M⟩)
+    dq = scale dS k    dk = scale dSᵀ q    dv = (Z∘P)ᵀ g    dm = dS
+    X = scale (cq kᵀ + q ckᵀ) + cm    R = P∘(X - ⟨P X⟩)    T = X∘(M - ⟨P M⟩) - M ⟨P X⟩ + Z∘g cvᵀ    U = P∘(T - ⟨P T⟩)
+    cotangents: of g: (Z∘R) v + (Z∘P) cv    of v: (Z∘R)ᵀ g    of mask: U
+                of q: scale (U k + dS ck)    of k: scale (Uᵀ q + dSᵀ cq)
 
 ⟨⟩ sums over keys. Rows of dS, R and U sum to 0, so that a constant vector may be taken from the keys and from ck: their
 mean is. Keys with a large common part would lose X in rounding otherwise.
@@ -25,17 +27,29 @@ from mgd_kernels.functional._team import Team, spans, team
 from mgd_kernels.functional.attention_rows import softmax_, softmax_backward_, softmax_double_backward_
 
 _ROWS = 128  # of a strip: with 32 its products take three times as long
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 class _Heads:
     """The query heads that share one head of keys and values, example b: what their strips have in common."""
 
     def __init__(
-        self, b: int, kv: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, offset: int | None
+        self,
+        b: int,
+        kv: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        offset: int | None,
+        seed: Tensor | None,
+        dropout: float,
     ):
         group = q.shape[1] // k.shape[1]
         self.b, self.kv, self.heads = b, kv, range(kv * group, (kv + 1) * group)
-        self.mask, self.scale, self.offset = mask, scale, offset
+        self.mask, self.scale, self.offset, self.dropout = mask, scale, offset, dropout
+        self.seed = None if seed is None else int(seed) + b * q.shape[1]
         self.q, self.v, self.keys = q[b], v[b, kv], k.shape[2]
         self.weight = self._seen()
         self.k = self.centred(k)
@@ -53,11 +67,11 @@ class _Heads:
         return own - (own if self.weight is None else own[self.weight]).mean(0)
 
     def strips(self, rows: int) -> list[tuple[slice, int]]:
-        """Rows, and the number of keys that they see; not those that see none."""
-        if self.offset is None:
-            return [(at, self.keys) for at in spans(rows, _ROWS)]
-        seen = [(at, min(self.keys, at.stop + self.offset)) for at in spans(rows, _ROWS)]
-        return [(at, n) for at, n in seen if n > 0]
+        return _strips(rows, self.keys, self.offset)
+
+    def drop_(self, x: Tensor, head: int, at: slice) -> Tensor:
+        """x, of a strip, times Z, in its place."""
+        return x if self.seed is None else x.mul_(_factors(x, self.seed + head, at, self.dropout))
 
     def probabilities(self, head: int, at: slice, n: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The queries, scaled, and P of a strip."""
@@ -79,6 +93,23 @@ class _Heads:
         if not blind.any():
             return q, softmax_(s)
         return q, softmax_(s.masked_fill_(blind, 0)).masked_fill_(blind, 0)
+
+
+def _strips(rows: int, keys: int, offset: int | None) -> list[tuple[slice, int]]:
+    """Rows, and the number of keys that they see; not those that see none."""
+    if offset is None:
+        return [(at, keys) for at in spans(rows, _ROWS)]
+    seen = [(at, min(keys, at.stop + offset)) for at in spans(rows, _ROWS)]
+    return [(at, n) for at, n in seen if n > 0]
+
+
+def _factors(like: Tensor, seed: int, at: slice, dropout: float) -> Tensor:
+    """Z of a strip, of one matrix's seed: the same in every pass, whichever thread asks."""
+    # Torch's generator takes 32 bits. Multiples of the golden ratio spread seeds and places over them.
+    mixed = ((seed * _GOLDEN + at.start // _ROWS + 1) * _GOLDEN >> 32) & 0xFFFFFFFF
+    generator = torch.Generator().manual_seed(mixed)
+    kept = torch.empty(like.shape, dtype=torch.float32).bernoulli_(1 - dropout, generator=generator)
+    return kept.to(like.dtype).div_(1 - dropout)  # drawn alike in both dtypes
 
 
 def _of(x: Tensor, b: int, head: int) -> Tensor:
@@ -116,28 +147,28 @@ def _each(crew: Team, work: Callable[[tuple[int, int]], None], q: Tensor, k: Ten
         crew.each(work, pieces)
 
 
-def _attention(q, k, v, mask, scale, offset):
+def _attention(q, k, v, mask, *options):
     q, k, v = dense(q, k, v)
     o = q.new_zeros(*q.shape[:3], v.shape[3])
 
     def work(piece: tuple[int, int]) -> None:
-        heads, (buffer,) = _Heads(*piece, q, k, v, mask, scale, offset), _workspace(q, k, 1)
+        heads, (buffer,) = _Heads(*piece, q, k, v, mask, *options), _workspace(q, k, 1)
         for head in heads.heads:
             for at, n in heads.strips(q.shape[2]):
                 _, p = heads.probabilities(head, at, n, buffer)
-                torch.mm(p, heads.v[:n], out=o[heads.b, head, at])
+                torch.mm(heads.drop_(p, head, at), heads.v[:n], out=o[heads.b, head, at])
 
     with team() as crew:
         _each(crew, work, q, k, q.new_empty(0))
     return o
 
 
-def _backward(g, q, k, v, mask, mask_gradient, scale, offset):
+def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
     g, q, k, v = dense(g, q, k, v)
     dq, dk, dv, dm = _zeros(q, k, v, mask, mask_gradient)
 
     def work(piece: tuple[int, int]) -> None:
-        heads, (first, second) = _Heads(*piece, q, k, v, mask, scale, offset), _workspace(q, k, 2)
+        heads, (first, second) = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 2)
         # Transposed, since the products that add to them are faster so.
         dkt, dvt = q.new_zeros(q.shape[3], k.shape[2]), q.new_zeros(v.shape[3], k.shape[2])
         for head in heads.heads:
@@ -145,10 +176,10 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, offset):
                 rows, p = heads.probabilities(head, at, n, first)
                 cotangent = g[heads.b, head, at]
                 ds = torch.mm(cotangent, heads.v[:n].t(), out=_matrix(second, len(rows), n))
-                softmax_backward_(p, ds)
+                softmax_backward_(p, heads.drop_(ds, head, at))
                 torch.mm(ds, heads.k[:n], out=dq[heads.b, head, at]).mul_(scale)
                 dkt[:, :n].addmm_(rows.t(), ds)
-                dvt[:, :n].addmm_(cotangent.t(), p)
+                dvt[:, :n].addmm_(cotangent.t(), heads.drop_(p, head, at))
                 if mask_gradient:
                     _add_to_mask(dm, heads.b, head, at, ds)
         dk[piece], dv[piece] = dkt.t(), dvt.t()
@@ -158,14 +189,14 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, offset):
     return dq, dk, dv, dm
 
 
-def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, offset):
+def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *options):
     cq, ck, cv, g, q, k, v = dense(cq, ck, cv, g, q, k, v)
     gg = torch.zeros_like(g)
     dq, dk, dv, dm = _zeros(q, k, v, mask, mask_gradient)
     cq, ck = torch.zeros_like(q) if cq is None else cq, torch.zeros_like(k) if ck is None else ck
 
     def work(piece: tuple[int, int]) -> None:
-        heads, buffers = _Heads(*piece, q, k, v, mask, scale, offset), _workspace(q, k, 4)
+        heads, buffers = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 4)
         ckc = heads.centred(ck)
         both = torch.cat([ckc, heads.k], 1)  # of one product, which is faster than two
         dkt, dvt = q.new_zeros(q.shape[3], k.shape[2]), q.new_zeros(v.shape[3], k.shape[2])
@@ -177,20 +208,24 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, off
                 torch.mm(torch.cat([rows, tangent], 1), both[:n].t(), out=x)
                 if cm is not None:
                     x += _strip_of(cm, heads.b, head, at, n)
-                torch.mm(cotangent, heads.v[:n].t(), out=m)
+                heads.drop_(torch.mm(cotangent, heads.v[:n].t(), out=m), head, at)
                 softmax_backward_(p, ds.copy_(m))
-                softmax_double_backward_(p, x, m)  # now R and T
+                softmax_double_backward_(p, x, m)  # now R, and T but for its last term
                 out = gg[heads.b, head, at]
-                torch.mm(x, heads.v[:n], out=out)
+                torch.mm(heads.drop_(x, head, at), heads.v[:n], out=out)
                 if cv is not None:
-                    m.addmm_(cotangent, cv[piece][:n].t())
-                    out.addmm_(p, cv[piece][:n])
+                    if heads.seed is None:
+                        m.addmm_(cotangent, cv[piece][:n].t())
+                    else:
+                        m += heads.drop_(torch.mm(cotangent, cv[piece][:n].t()), head, at)
                 softmax_backward_(p, m)  # now U
                 torch.mm(m, heads.k[:n], out=dq[heads.b, head, at]).addmm_(ds, ckc[:n]).mul_(scale)
                 dkt[:, :n].addmm_(rows.t(), m).addmm_(tangent.t(), ds)
                 dvt[:, :n].addmm_(cotangent.t(), x)
                 if mask_gradient:
                     _add_to_mask(dm, heads.b, head, at, m)
+                if cv is not None:
+                    out.addmm_(heads.drop_(p, head, at), cv[piece][:n])
         dk[piece], dv[piece] = dkt.t(), dvt.t()
 
     with team() as crew:
@@ -204,25 +239,28 @@ def _zeros(q, k, v, mask, mask_gradient) -> list[Tensor]:
 
 def _differentiate(ctx, g):
     if g is None:
-        return (None,) * 6
-    q, k, v, mask = ctx.saved_tensors
+        return (None,) * 8
+    q, k, v, mask, seed = ctx.saved_tensors
     wanted = mask is not None and ctx.needs_input_grad[4]  # the first is the dispatcher's
-    dq, dk, dv, dm = attention_backward(g, q, k, v, mask, wanted, *ctx.arguments[4:])
-    return dq, dk, dv, dm if wanted else None, None, None
+    scale, offset, _, dropout = ctx.arguments[4:]
+    dq, dk, dv, dm = attention_backward(g, q, k, v, mask, wanted, scale, offset, seed, dropout)
+    return dq, dk, dv, dm if wanted else None, None, None, None, None
 
 
 def _differentiate_twice(ctx, cq, ck, cv, cm):
     mask_gradient = ctx.arguments[5]
     cm = cm if mask_gradient else None
     if cq is None and ck is None and cv is None and cm is None:
-        return (None,) * 8
-    g, q, k, v, mask = ctx.saved_tensors
+        return (None,) * 10
+    g, q, k, v, mask, seed = ctx.saved_tensors
     wanted = mask is not None and ctx.needs_input_grad[5]
-    *found, dm = attention_double_backward(cq, ck, cv, cm, g, q, k, v, mask, wanted, *ctx.arguments[6:])
-    return *found, dm if wanted else None, None, None, None
+    scale, offset, _, dropout = ctx.arguments[6:]
+    given = cq, ck, cv, cm, g, q, k, v, mask
+    *found, dm = attention_double_backward(*given, wanted, scale, offset, seed, dropout)
+    return *found, dm if wanted else None, *[None] * 5
 
 
-def plain_attention(q, k, v, mask, scale, offset) -> Tensor:
+def plain_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor:
     """The same in torch's operators, with the matrix in memory."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = scale * (q @ k.transpose(2, 3))
@@ -231,14 +269,23 @@ def plain_attention(q, k, v, mask, scale, offset) -> Tensor:
     if offset is not None:
         s = s.masked_fill(torch.ones(s.shape[2:], dtype=torch.bool, device=s.device).triu(offset + 1), -torch.inf)
     blind = (s == -torch.inf).all(-1, keepdim=True)
-    return s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0) @ v
+    p = s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    return (p if seed is None else p * _all_factors(p, seed, offset, dropout)) @ v
 
 
-def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, offset):
+def _all_factors(p: Tensor, seed: Tensor, offset: int | None, dropout: float) -> Tensor:
+    z = torch.zeros_like(p, requires_grad=False)
+    for i, matrix in enumerate(z.view(-1, *z.shape[2:])):
+        for at, n in _strips(matrix.shape[0], matrix.shape[1], offset):
+            matrix[at, :n] = _factors(matrix[at, :n], int(seed) + i, at, dropout)
+    return z
+
+
+def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *options):
     added = None if mask is None or mask.dtype is torch.bool else mask
 
     def function(q, k, v, added):
-        return plain_attention(q, k, v, mask if added is None else added, scale, offset)
+        return plain_attention(q, k, v, mask if added is None else added, *options)
 
     *found, dm = twice(function, [q, k, v, added], [g], [cq, ck, cv, cm])
     return *found, dm if mask_gradient else q.new_zeros(0)
@@ -248,13 +295,13 @@ def _empty(q, k, v, mask, mask_gradient):
     return like(q), like(k), like(v), like(mask) if mask_gradient else q.new_empty(0)
 
 
-_OPTIONS = "float scale, SymInt? offset"
+_OPTIONS = "float scale, SymInt? offset, Tensor? seed, float dropout"
 
 attention = operator(
     f"attention(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> Tensor",
     _attention,
     lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[3]),
-    lambda args, o: args[:4],
+    lambda args, o: (*args[:4], args[6]),
     _differentiate,
 )
 attention_backward = operator(
@@ -262,7 +309,7 @@ attention_backward = operator(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     lambda g, q, k, v, mask, mask_gradient, *_: _empty(q, k, v, mask, mask_gradient),
-    lambda args, out: args[:5],
+    lambda args, out: (*args[:5], args[8]),
     _differentiate_twice,
 )
 attention_double_backward = operator(

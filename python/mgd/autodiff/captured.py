@@ -40,6 +40,7 @@ from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
+from mgd.util.system import return_freed_memory
 
 MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long as a capture
 
@@ -154,8 +155,7 @@ class CapturedEvaluator:
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
             microbatch.wrote(graph.written)
-            versions = [x._version for x in given]
-            kept = GraphResiduals(graph, given, residuals, versions, microbatch.metaparameters)
+            kept = GraphResiduals(graph, given, residuals, [x._version for x in given], microbatch.metaparameters)
             step.evaluation = Evaluation(loss, grads, buffers, kept)
             return loss, left[count:]
 
@@ -272,6 +272,7 @@ class CapturedEvaluator:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
                     joint, extras = self._make(graph, places, step, others)
+                    return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
                 step.note(places)
                 microbatch.reseed()
@@ -367,6 +368,7 @@ class CapturedEvaluator:
                 plain = True
                 step.microbatch.reseed()
                 expected = function(*inputs)
+            return_freed_memory()  # of the autograd graph of all second derivatives
             loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
             step.microbatch.reseed()
             module = make_fx(function, tracing_mode="fake")(*inputs)

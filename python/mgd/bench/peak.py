@@ -7,7 +7,6 @@ of allocated memory above what was allocated before.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -27,7 +26,7 @@ from mgd.bench.methods import METHODS, Method, Outcome, package, training
 from mgd.errors import MetagradientError
 from mgd.ui.result import finite
 from mgd.util.fingerprint import digest
-from mgd.util.system import free_memory, keep_freed_memory
+from mgd.util.system import free_memory, keep_freed_memory, return_freed_memory
 
 SHARE = 0.6  # of the free memory that a method may be expected to take before it is extrapolated instead
 PROBES = (4, 8)  # steps of the short trainings from which the memory of a long one is extrapolated
@@ -108,10 +107,7 @@ class _Rise:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
             return self
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # another C library
+        return_freed_memory()
         self.resettable = True
         try:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again from VmRSS

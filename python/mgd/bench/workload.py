@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mgd import Budget, TrainingFunction
+from mgd import TrainingFunction
 from mgd_kernels import Optimizer
 
 
@@ -21,7 +21,7 @@ class Workload:
 
     losses: of a model and a batch, the loss of each example, `[B]`. indices: of a batch, its examples' places in the
     data weights, `[B]`. examples: length n of the data weights. held_out: the batch of the objective. note: what a
-    reader of the results should know. budget: of a metagradient, where the default one would not do.
+    reader of the results should know. options: further arguments of the training function.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Workload:
     optimizer: Optimizer
     examples: int
     note: str = ""
-    budget: Budget | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def loss(self, model: nn.Module, batch: Any, z: Any) -> Tensor:
         """The mean of the weighted losses of a batch."""
@@ -61,7 +61,7 @@ class Workload:
             objective=self.objective,
             per_example={"data_weights": self.indices},
             # In eval mode plain torch has no derivative through the running statistics of a batch norm.
-            **{"objective_mode": "train", "budget": self.budget} | options,
+            **{"objective_mode": "train"} | self.options | options,
         )
 
     def z(self) -> dict[str, Tensor]:

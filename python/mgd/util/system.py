@@ -72,6 +72,15 @@ def _available(root: Path) -> int | None:
     return int(rest.split(maxsplit=1)[0]) * 1024 if found else None
 
 
+def return_freed_memory() -> None:
+    """Give what malloc holds and nothing uses back to the system, where glibc can: after work of another kind than what
+    follows, whose pieces would not fit into the gaps."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library
+
+
 _TRIM_THRESHOLD = 2**31 - 1  # bytes, the largest number that mallopt takes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MMAP_THRESHOLD = 32 << 20  # bytes; the most to which glibc itself raises its threshold as larger blocks are freed

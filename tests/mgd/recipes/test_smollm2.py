@@ -42,7 +42,9 @@ def small(monkeypatch, tmp_path):
     """The setting and the workload have a small model of the kind, and their log in a folder of the test."""
     monkeypatch.setattr(smollm2, "installed", lambda: True)
     monkeypatch.setattr(smollm2, "pretrained", lambda: (smollm2.untrained(**TINY), Bytes()))
-    monkeypatch.setattr(smollm2, "budget", lambda: Budget(host="200KB", disk=(tmp_path, "1GB")))
+    kept = {"budget": Budget(host="200KB", disk=(tmp_path, "1GB"))}
+    within = smollm2.within_memory()
+    monkeypatch.setattr(smollm2, "within_memory", lambda: within | kept)
     torch.manual_seed(0)
     return tmp_path
 

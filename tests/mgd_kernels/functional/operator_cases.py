@@ -91,7 +91,7 @@ def cases() -> dict[str, Case]:
         inputs = [random(2, 3, rows, 8), random(2, 3, columns, 8), random(2, 3, columns, 4)]
         found[f"attention-{rows}x{columns}-{causal}"] = Case(*pair, inputs, "softmax")
     pair = [
-        lambda q, k, v: attention(q, k, v, None, 0.4, 0),
+        lambda q, k, v: attention(q, k, v, None, 0.4, 0, None, 0.0),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True),
     ]
     inputs = [random(2, 6, 150, 8), random(2, 3, 140, 8), random(2, 3, 140, 4)]

@@ -56,8 +56,10 @@ def derivatives(function, inputs: list[Tensor], dtype) -> list[Tensor]:
     return [x.detach() for x in (o, *first, *second)]
 
 
-def pair(offset):
-    return [lambda q, k, v, m=None, f=f: f(q, k, v, m, 0.4, offset) for f in (attention, plain_attention)]
+def pair(offset, dropout=0.0):
+    seed = torch.tensor(1 << 61 | 7) if dropout else None
+    functions = attention, plain_attention
+    return [lambda q, k, v, m=None, f=f: f(q, k, v, m, 0.4, offset, seed, dropout) for f in functions]
 
 
 def error(found, exact) -> float:
@@ -75,6 +77,36 @@ def test_every_option(shape, mask, group):
         exact = derivatives(plain, rounded, torch.float64)
         allowed = error(derivatives(plain, rounded, torch.float32), exact)
         assert error(derivatives(mine, rounded, torch.float32), exact) <= max(2 * allowed, 8 * EPS)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("offset", [None, 0, -13])
+def test_dropout(mask, offset):
+    inputs = problem(53, 40, mask, 3)
+    mine, plain = pair(offset, 0.3)
+    assert error(derivatives(mine, inputs, torch.float64), derivatives(plain, inputs, torch.float64)) < 1e-12
+    rounded = [x.float() if x.is_floating_point() else x for x in inputs]
+    exact = derivatives(plain, rounded, torch.float64)
+    allowed = error(derivatives(plain, rounded, torch.float32), exact)
+    assert error(derivatives(mine, rounded, torch.float32), exact) <= max(2 * allowed, 8 * EPS)
+
+
+def test_dropout_drops_its_share_of_every_matrix_anew_and_keeps_the_mean():
+    q, k = torch.zeros(2, 4, 300, 8), torch.zeros(2, 4, 300, 8)
+    v = torch.eye(300).expand(2, 4, 300, 300).contiguous()
+    torch.manual_seed(0)
+    first, second = (300 * functional.scaled_dot_product_attention(q, k, v, dropout_p=0.2) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(first, 300 * functional.scaled_dot_product_attention(q, k, v, dropout_p=0.2))
+    torch.testing.assert_close(first.unique(), torch.tensor([0.0, 1.25]))
+    assert float(first.mean(-1).sub(1).abs().max()) < 6 * 0.5 / 300**0.5
+    matrices = torch.cat([x.flatten(0, 1) for x in (first, second)]) > 0
+    matrices = torch.cat(matrices[:, :288].unflatten(1, (18, 16)).flatten(0, 1).unsqueeze(0).unbind())
+    share = (matrices.sum((1, 2)) / matrices[0].numel()).double()
+    assert float((share - 0.8).abs().max()) < 6 * 0.4 / matrices[0].numel() ** 0.5
+    flat = matrices.flatten(1).float() - 0.8  # of strips: no two drop alike
+    correlation = (flat @ flat.T / flat.shape[1] / 0.16).fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 6 / flat.shape[1] ** 0.5
 
 
 def test_keys_with_a_common_part():
@@ -96,13 +128,14 @@ def test_keys_that_no_query_sees_may_hold_anything():
     assert error(found[:2], exact[:2]) < 1e-6 and all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("mask", "dtype"), list(product(MASKS, (torch.float32, torch.float64))))
-def test_bits_do_not_depend_on_threads(mask, dtype):
+def test_bits_do_not_depend_on_threads(mask, dtype, dropout):
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(derivatives(pair(None)[0], problem(77, 101, mask, 3), dtype))
+            found.append(derivatives(pair(None, dropout)[0], problem(77, 101, mask, 3), dtype))
     finally:
         torch.set_num_threads(before)
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
@@ -124,14 +157,16 @@ def test_gradcheck():
     inputs = [x[:1, :, :, :2].clone() for x in problem(3, 4, group=2)]
     for mask in (None, torch.zeros(1, 1, 3, 4, dtype=torch.float64)):
         x = [p.requires_grad_() for p in (*inputs, *([] if mask is None else [mask]))]
-        function = lambda q, k, v, m=None: attention(q, k, v, m, 0.4, 0)
-        assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(function, x)
+        for dropout in (0.0, 0.3):
+            function = pair(0, dropout)[0]
+            assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("mask", ["none", "boolean", "added"])
-def test_third_derivatives(mask):
+def test_third_derivatives(mask, dropout):
     found, inputs = [], problem(17, 21, mask, 2)
-    for function in pair(0):
+    for function in pair(0, dropout):
         x = [p.clone().requires_grad_() if p.is_floating_point() else p for p in inputs]
         smooth = [p for p in x if p.requires_grad]
         first = torch.autograd.grad(function(*x).square().sum(), smooth, create_graph=True)
@@ -165,7 +200,9 @@ def test_it_is_called_as_torchs(monkeypatch):
 def test_what_it_leaves_to_torch(monkeypatch):
     monkeypatch.setattr(whole, "attention", lambda *_: pytest.fail("by strips"))
     q, k, v = problem(20, 30)
-    functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+    assert not functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0).any()
+    with pytest.raises(RuntimeError, match="dropout"):
+        functional.scaled_dot_product_attention(q, k, v, dropout_p=1.5)
     torchs_and_ours(q.expand(3, *q.shape), k.expand(3, *k.shape), v.expand(3, *v.shape))
     for fine in (q.half(), k.half(), v.half()), (q, k[:1], v[:1]):
         assert functional.scaled_dot_product_attention(*fine).shape[2:] == (20, 5)

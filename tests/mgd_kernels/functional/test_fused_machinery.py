@@ -139,6 +139,7 @@ def sample_calls() -> list[tuple]:
     target = torch.tensor([1, -100, 3])
     p = torch.softmax(r(2, 3, 3), -1).detach().requires_grad_()
     statistics = torch.zeros(3, 2)
+    keyed = r(1, 2, 6, 3), *r(2, 1, 2, 5, 3).detach()
     return [
         (ops.activation_with_slope, (x, "gelu")),
         (ops.activation_backward, (r(3, 10), torch.rand(3, 10), x, "silu")),
@@ -156,8 +157,8 @@ def sample_calls() -> list[tuple]:
         (ops.softmax_backward, (r(2, 3, 3), p, 0.5, True)),
         (ops.cross_entropy, (x, target, -100)),
         (ops.cross_entropy_backward, (r(3), x, target, statistics, -100)),
-        (ops.attention, (r(1, 4, 6, 3), r(1, 2, 5, 3), r(1, 2, 5, 2), r(1, 4, 1, 5), 0.5, 0)),
-        (ops.attention_backward, (r(1, 2, 6, 3), r(1, 2, 6, 3), *r(2, 1, 2, 5, 3).detach(), None, False, 0.5, None)),
+        (ops.attention, (r(1, 4, 6, 3), r(1, 2, 5, 3), r(1, 2, 5, 2), r(1, 4, 1, 5), 0.5, 0, None, 0.0)),
+        (ops.attention_backward, (r(1, 2, 6, 3), *keyed, None, False, 0.5, None, torch.tensor(3), 0.2)),
         (ops.linear_cross_entropy, (x, r(5, 10), r(5), target, -100, 0.1, 0.0, 0.0)),
         (ops.linear_cross_entropy_backward, (r(3), x, r(5, 10), None, target, statistics, True, -100, 0.0, 0.1, 2.0)),
     ]

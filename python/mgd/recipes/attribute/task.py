@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mgd.errors import BadArgument
 from mgd.function import TrainingFunction
-from mgd.plan.budget import Budget
 from mgd.recipes.trainings import epochs
 from mgd_kernels import AdamW
 
@@ -55,7 +54,7 @@ class Task:
     name, data: for the reader. x, y: inputs and targets of the training examples `[n, ...]`; query_x, query_y: of the
     queries `[k, ...]`; test_x, test_y: more of the same, for the accuracy. pictures, texts: of the training examples,
     query_pictures, query_texts: of the queries, one of the two kinds. labels, query_labels: a word for each. device:
-    where all of it is computed. budget: of a metagradient; None: the default.
+    where all of it is computed. options: further arguments of the training function.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Task:
     query_texts: list[str] | None = None
     seed: int = 0
     device: str = "cpu"
-    budget: Budget | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     function: TrainingFunction = field(init=False)
     z: dict[str, Tensor] = field(init=False)
 
@@ -104,7 +103,7 @@ class Task:
             objective=lambda model: example_losses(model, self.query_x, self.query_y),
             per_example={"data_weights": lambda batch: batch[2]},
             seed=self.seed,
-            budget=self.budget,
+            **self.options,
         )
         self.z = {"lr": training.schedule(), "data_weights": torch.ones(n, device=self.device)}
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd.errors import BadArgument
-from mgd.plan.budget import Budget
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.data import text
 from mgd.recipes.models import smollm2
@@ -55,7 +55,7 @@ def smollm2_task(training: Training, length: int, queries: int, seed: int, domai
     tokens = smollm2.passages(tokenizer, domain, total, length + 1, seed)
     words = [tokenizer.decode(passage).encode() for passage in tokens]
     x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
-    return _task("SmolLM2-135M", domain, model, training, queries, x, y, words, seed, budget=smollm2.budget())
+    return _task("SmolLM2-135M", domain, model, training, queries, x, y, words, seed, options=smollm2.within_memory())
 
 
 def _english() -> str:
@@ -83,7 +83,7 @@ def _task(
     texts: Sequence[bytes],
     seed: int,
     names: Sequence[str] | None = None,
-    budget: Budget | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Task:
     """The first examples are trained on, the next are the queries, the rest are for the accuracy."""
     n = training.examples
@@ -105,5 +105,5 @@ def _task(
         texts=words[train],
         query_texts=words[query],
         seed=seed,
-        budget=budget,
+        options=options or {},
     )
