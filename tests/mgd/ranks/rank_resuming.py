@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from rank_trainings import TRAININGS, Counting, Interrupted, interrupt, mlp, outcome, told
 
+import mgd
 from mgd import errors
 from mgd.plan import training as planning
 from mgd.sweep.checkpoint import RunCheckpoint
@@ -48,15 +49,25 @@ CHAINS = (1, 2, 4, 2, 1), (4, 2, 1, 2, 4)  # numbers of processes
 # Batches that each reads until it is interrupted, beyond those of digests: in the training, then in the reverse sweep.
 MOMENTS = (4, 4, 6, 4, None)
 REACHED = [(2, 0), (4, 0), (6, 2), (6, 4)]  # by the last checkpoints: steps of either sweep
-RESHARDED = [("mlp", 0), ("mlp", 1), ("matrices", 0), ("matrices", 1), ("two objectives", 0)]
+SLOWER = [*REACHED[:3], (6, 2)]  # where steps are replayed between
+RESHARDED = [
+    ("mlp", 0),
+    ("mlp", 1),
+    ("matrices", 0),
+    ("matrices", 1),
+    ("two objectives", 0),
+    ("mlp, from snapshots", 0),
+]
 
 
 def resharded(group: Any, folder: Path) -> dict[str, Any]:
     """Interrupted again and again, and continued each time by another number of processes."""
     planning.CHECKPOINT_EVERY = 2
     groups = {1: None, 2: dist.new_group([0, 1]), 4: group}
+    small = mgd.Budget(disk=(folder, "700kB"))
+    trainings = TRAININGS | {"mlp, from snapshots": lambda: mlp(schedule="revolve", budget=small).to(torch.float32)}
     return {
-        (name, chain): _resharded(TRAININGS[name](), groups, CHAINS[chain], folder / f"{name} {chain}")
+        (name, chain): _resharded(trainings[name](), groups, CHAINS[chain], folder / f"{name} {chain}")
         for name, chain in RESHARDED
     }
 
