@@ -60,6 +60,7 @@ def load() -> ctypes.CDLL:
     library.pretend_register()
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", _module(library))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else `model.to` parts tied weights, as no GPU does
     return library
 
 
