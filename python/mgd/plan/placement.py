@@ -26,6 +26,7 @@ Seconds = NDArray[np.float64]
 
 #: Up to so many objects of a kind, all ways to split them over the tiers are tried; of more, some.
 SNAPSHOTS, GRADIENTS = 10, 24
+ALL_SPLITS = 60  # of the log of a short chain on two tiers
 
 #: The most combinations of which all are tried. Of more, those whose snapshots are best where the log fills the tiers.
 COMBINATIONS = 2_000
@@ -133,7 +134,7 @@ class Placements:
             return None
         snapshots = self.snapshots(outers, inners)
         if entries:
-            splits = _splits(entries, room // grad, GRADIENTS)
+            splits = _splits(entries, room // grad, GRADIENTS if len(room) > 2 or entries > ALL_SPLITS else ALL_SPLITS)
             if len(a) * len(splits) > COMBINATIONS:
                 seconds = self.seconds(snapshots, logs, a, b, np.arange(len(a)))
                 some = np.argsort(seconds, kind="stable")[: 1 + COMBINATIONS // len(splits)]
