@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from mgd.bench import baselines, methods, workloads_smollm2
 from mgd.errors import BadData
 from mgd.plan.budget import Budget
-from mgd.recipes.attribute import Evaluation, Training, run
+from mgd.recipes.attribute import Training, run
 from mgd.recipes.attribute import report as recipe_report
+from mgd.recipes.attribute.command import ONE_TRAINING
 from mgd.recipes.attribute.recipe import OURS
 from mgd.recipes.attribute.texts import smollm2_task
 from mgd.recipes.models import smollm2
@@ -53,7 +54,7 @@ def test_the_setting_is_checked_by_a_difference_of_its_training(small):
     training = Training(examples=8, batch=2, epochs=1, rate=1e-3, eps_root=1e-6)
     task = smollm2_task(training, 12, 2, seed=0, domain="pydoc")
     assert task.texts[3].encode() == bytes([*task.x[3].tolist(), int(task.y[3, -1])])
-    found = run(task, None, Evaluation(fractions=(), baselines=()))
+    found = run(task, None, ONE_TRAINING)
     ours, difference = found.smooth.difference
     assert abs(ours) > 1e-6 and difference == pytest.approx(ours, rel=2e-3)
     assert list(found.smooth.scores) == [OURS] and found.to_dict()["smooth"]["lds"] == {OURS: {}}

@@ -39,7 +39,7 @@ QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
 # 16 steps of 4 passages, each read once. A training takes minutes: it is not repeated for every subset.
 SMOLLM2 = Training(examples=64, batch=4, epochs=1, rate=1e-4, eps_root=1e-8)
 QUICK_SMOLLM2 = Training(examples=4, batch=2, epochs=1, rate=1e-4, eps_root=1e-8)
-ONE_TRAINING = Evaluation(fractions=(), baselines=())
+ONE_TRAINING = Evaluation(fractions=(), baselines=(), removed=0.0)
 
 
 def images(data: Path | None, seed: int, quick: bool) -> Tasks:

@@ -57,12 +57,12 @@ def installed() -> bool:
 def pretrained() -> tuple[Logits, Any]:
     """The model in float32, all of it trained, and its tokenizer.
 
-    Raises MissingPackage without transformers and gguf, BadData where the weights are missing.
+    Raises BadData where the weights are missing, MissingPackage without transformers and gguf.
     """
-    require("SmolLM2", "language", "transformers", "gguf")
     file = folder(NAME, MAKE) / FILE
     if not file.is_file():
         raise BadData(f"expected the file {file}: {MAKE}")
+    require("SmolLM2", "language", "transformers", "gguf")
     with _silent() as transformers:
         where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
