@@ -95,7 +95,8 @@ class Metaparameters:
         self._before = Metaparameters(z, *self._given)
         if self._before.structure != self.structure or list(self._before.z) != list(self.z):
             raise BadMetaparameter(f"expected z of the keys of its anchor, {list(self._before.z)}; got {list(self.z)}")
-        self.hypers[: self.origin] = self._before.hypers[: self.origin]
+        for mine, others in ((self.hypers, self._before.hypers), (self.resident, self._before.resident)):
+            mine[: self.origin] = others[: self.origin]
 
     # --- what a step sees --------------------------------------------------------------------------------------
 

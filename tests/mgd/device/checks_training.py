@@ -39,6 +39,21 @@ def test_a_metagradient_is_that_of_the_cpu(name, trace):
     same(found, on(case, "cpu").metagradient(trace=trace))
 
 
+def test_the_last_steps_and_their_anchor_are_those_of_the_cpu():
+    """The steps before them train with another z, whose tables lie on the device."""
+    found = []
+    for device in (PRETENDED, "cpu"):
+        case = on(device_cases.mlp(since=3), device)
+        f, z = case.function(), case.z
+        result = f.metagradient(z)
+        lr = torch.full((len(case),), 0.05, device=device)
+        found.append([f.anchored(z | {"lr": lr}).value(z), result.value, *result.grads.values()])
+        found[-1].append(result.report.adjoint_norms[-3:])
+    for ours, theirs in zip(*found, strict=True):
+        assert cases.relative_error(moved(ours, "cpu"), theirs) < 1e-5
+    assert not torch.equal(found[1][0], found[1][1])
+
+
 @pytest.mark.parametrize(
     ("tiers", "trace"), [("device", False), ("host", False), ("disk", False), ("all", False), ("all", True)]
 )
