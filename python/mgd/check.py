@@ -321,6 +321,7 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
     unknown = sorted(set(direction) - set(z))
     if unknown or not direction:
         raise BadArgument(f"expected a direction for some keys of z, {list(z)}; got {unknown or 'none'}")
+    z, direction = (tree_map(_tensor, dict(each)) for each in (z, direction))
     for key in direction:
         shapes = [[x.shape for x in tree_flatten(tree)[0]] for tree in (z[key], direction[key])]
         if shapes[0] != shapes[1]:
@@ -336,6 +337,11 @@ def metasmoothness(f: TrainingFunction, z: Mapping[str, Any], direction: Mapping
         return torch.cat([p.reshape(-1).double() for p in parameters])
 
     return agreement(trained(0), trained(1), trained(2))
+
+
+def _tensor(x: Any) -> Any:
+    """A Python number as `metagradient` takes it."""
+    return torch.tensor(float(x), dtype=torch.float64) if isinstance(x, int | float) else x
 
 
 def agreement(start: Tensor, middle: Tensor, end: Tensor) -> float:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -107,7 +108,13 @@ class Diagnosis:
             if share:
                 words.append(f"ZERO: {share:.0%} of the entries of {key!r} are exactly 0.")
         if self.healthy:
-            words.append("It can be followed: the training is smooth here, and the metagradient precise.")
+            if math.isnan(x.smoothness):
+                words.append(
+                    "The metagradient is precise. Whether it can be followed was not measured: no step of it moves a "
+                    "parameter and stays in the range of z."
+                )
+            else:
+                words.append("It can be followed: the training is smooth here, and the metagradient precise.")
         return words
 
 
@@ -124,8 +131,8 @@ def diagnose(f: TrainingFunction, z: Mapping[str, Any], *, h: float = 0.05) -> D
 
     Raises BadArgument unless h > 0.
     """
-    if not h > 0:
-        raise BadArgument(f"expected h > 0; got {h}")
+    if not isinstance(h, Real) or not 0 < h < math.inf:
+        raise BadArgument(f"expected h > 0 and finite; got {h!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # they are what is measured here
         found = _measured(f, z, h)
@@ -152,7 +159,7 @@ def _measured(f: TrainingFunction, z: Mapping[str, Any], h: float) -> Measured:
         steepest=steepest,
         start=start,
         stop=stop,
-        error=max(distance(result.grads[key], exact.grads[key]) for key in z),
+        error=max((distance(result.grads[key], exact.grads[key]) for key in z), default=0.0),
         zeros={key: _zeros(xs) for key, xs in leaves.items()},
     )
 

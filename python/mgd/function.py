@@ -213,7 +213,7 @@ class TrainingFunction(Replaceable):
         dz: tensors for some keys of z, of their shapes; or a list of m such directions, which gives the tangents a
             first dimension `[m]`. A further direction costs about two trainings.
         """
-        directions = [dz] if isinstance(dz, Mapping) else list(dz)
+        directions = arguments.checked_directions(dz)
         with self._guarded(progress) as tick:
             self.ranks.check_same(lambda: leaf_digests("dz", [dict(each) for each in directions]))
 

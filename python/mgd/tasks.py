@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mgd.errors import BadArgument, BadMetaparameter
 from mgd.function import TrainingFunction
+from mgd.sweep.node import first_derivatives
 
 
 def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor:
-    """The mean objective, `[]`, of trainings with the same `z`, as a node of the autograd graph: `backward` fills the
-    gradients of the tensors in `z`.
+    """The mean objective, float64 `[]`, of trainings with the same `z`, as a node of the autograd graph: `backward`
+    fills the gradients of the tensors in `z`, once (no `create_graph`).
 
     Each training is differentiated before the next one begins, so memory grows neither with their number nor with
     their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken where no tensor in
@@ -28,6 +29,8 @@ def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor
     """
     if not isinstance(z, Mapping):
         raise BadMetaparameter(f"expected z to map names to tensors; got {type(z).__name__}")
+    if isinstance(tasks, TrainingFunction) or not isinstance(tasks, Iterable):
+        raise BadArgument(f"expected tasks to be several training functions; got {type(tasks).__name__}")
     leaves, spec = tree_flatten(dict(z))
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
     return _MeanOver.apply(tasks, spec, wanted, *leaves)
@@ -39,6 +42,8 @@ class _MeanOver(torch.autograd.Function):
         z, count, total = tree_unflatten(leaves, spec), 0, None
         ctx.gradients = None
         for f in tasks:
+            if not isinstance(f, TrainingFunction):
+                raise BadArgument(f"expected tasks to be training functions; got {type(f).__name__}")
             result = f.metagradient(z) if wanted else None
             value = (f.value(z) if result is None else result.value).double()
             if value.ndim:
@@ -56,7 +61,7 @@ class _MeanOver(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivatives
     def backward(ctx, cotangent: Tensor):
         pairs = zip(ctx.tensors, ctx.gradients, strict=True)
         return None, None, None, *(g * (cotangent / ctx.count).to(g) if is_tensor else None for is_tensor, g in pairs)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import mgd
 from mgd import errors
-from mgd_kernels import UpdateRule
+from mgd_kernels import SGD, UpdateRule
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -104,3 +104,17 @@ def test_inputs_survive_a_deepcopy_after_a_call():
     case = base()
     case.metagradient()
     copy.deepcopy(case.model)
+
+
+def test_a_zero_gradient_is_not_clipped():
+    """Also where the largest norm is below what torch adds to the norm."""
+    f = mgd.TrainingFunction(
+        nn.Linear(2, 1),
+        lambda model, batch, z: (model(batch) * 0).sum() * z["w"],
+        [torch.ones(3, 2)] * 2,
+        optimizer=SGD(lr=0.1),
+        objective=lambda model: model.weight.sum(),
+        max_grad_norm=1e-7,
+    )
+    z = {"w": torch.tensor(1.0)}
+    assert f.metagradient(z).grads["w"] == 0 and f.jvp(z, z).tangent == 0

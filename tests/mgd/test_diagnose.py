@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -73,3 +74,19 @@ def test_zeros_are_told():
 def test_a_step_has_a_size():
     with pytest.raises(BadArgument, match="h > 0"):
         mgd.diagnose(case().function(), case().z, h=0.0)
+
+
+def test_numbers_and_nothing_are_metaparameters_too():
+    f, z = case().function(), case().z
+    assert math.isnan(mgd.diagnose(f.replaced(loss=lambda m, b, z: m(b[0]).square().mean()), {}).found.smoothness)
+    found = mgd.diagnose(f, z | {"lr": 0.01})
+    assert found.found.smoothness > 0.8
+    for h in (0.0, math.inf, math.nan, "a"):
+        with pytest.raises(BadArgument, match="h > 0"):
+            mgd.diagnose(f, z, h=h)
+
+
+def test_what_was_not_measured_is_not_called_smooth():
+    found = mgd.diagnose(case().function(), case().z)
+    unmeasured = dataclasses.replace(found, found=dataclasses.replace(found.found, smoothness=math.nan))
+    assert "was not measured" in str(unmeasured) and "smooth here" not in str(unmeasured)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import mgd
-from mgd.errors import BadMetaparameter, NonFiniteState
+from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
 from mgd_kernels import SGD, Adam, Muon, RMSprop
 
 EXACT = 1e-10
@@ -145,3 +145,10 @@ def test_a_result_of_forward_mode_goes_to_a_file(tmp_path):
     result = case.function().jvp(case.z, case.z)
     result.save(tmp_path / "jvp")
     assert torch.equal(mgd.load(tmp_path / "jvp").tangent, result.tangent) and "tangent" in repr(result)
+
+
+@pytest.mark.parametrize("dz", [None, 3, [None]])
+def test_a_direction_is_a_mapping(dz):
+    case = supervised(mlp(), (5,), steps=2)
+    with pytest.raises(BadArgument, match="expected dz to map names"):
+        case.function().jvp(case.z, dz)

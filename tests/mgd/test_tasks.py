@@ -10,7 +10,7 @@ import torch
 from cases import initial, mlp, relative_error, supervised
 
 import mgd
-from mgd.errors import BadArgument, BadMetaparameter
+from mgd.errors import BadArgument, BadMetaparameter, NotDifferentiable
 from mgd_kernels import SGD
 
 
@@ -81,3 +81,23 @@ def test_what_has_no_mean_is_refused():
         mgd.mean_over([several], z)
     with pytest.raises(BadMetaparameter, match="map names"):
         mgd.mean_over([cases[0].function()], z["lr"])
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    """In silence it would be that of a gradient without a derivative."""
+    cases, z = parts(1)
+    f = cases[0].function()
+    for call in (f, lambda z: mgd.mean_over([f], z)):
+        rate = z["lr"].clone().requires_grad_()
+        value = call({**z, "lr": rate})
+        with pytest.raises(NotDifferentiable, match="create_graph"):
+            torch.autograd.grad(value, rate, create_graph=True)
+        assert torch.autograd.grad(value, rate)[0] != 0
+
+
+@pytest.mark.parametrize("tasks", [None, 3, [3]])
+def test_tasks_are_training_functions(tasks):
+    with pytest.raises(BadArgument, match="training functions"):
+        mgd.mean_over(tasks, {"s": torch.tensor(1.0)})
+    with pytest.raises(BadArgument, match="several training functions; got TrainingFunction"):
+        mgd.mean_over(parts(1)[0][0].function(), {"s": torch.tensor(1.0)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from mgd.ui.options import parse_count
 from mgd.ui.page import Page, Section
 from mgd.util.text import parse_bytes
 
+MOST_STEPS, MOST_RANKS = 10**10, 10**6  # a plan takes seconds at these
 _SLOTS = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -50,6 +52,7 @@ def plan_for(
     Raises BadArgument for a word without a meaning, BudgetTooSmall where nothing fits.
     """
     _check_words(optimizer, dtype)
+    _check_numbers(steps, step_seconds)
     count, size = parse_count(parameters), _BYTES[dtype]
     limits = parse_budget(budget)
     sizes = Sizes(
@@ -80,6 +83,9 @@ def forecast_for(
     Raises BadArgument for a word without a meaning, BudgetTooSmall where nothing fits.
     """
     _check_words(optimizer, dtype)
+    _check_numbers(steps)
+    if ranks > MOST_RANKS:
+        raise BadArgument(f"expected at most {MOST_RANKS:,} ranks; got {ranks:,}")
     device, network = on
     if device not in DEVICES:
         raise BadArgument(f"expected a device among {', '.join(DEVICES)}; got {device!r}")
@@ -106,6 +112,13 @@ def parse_rate(text: str) -> float:
         raise BadArgument(f'expected a rate such as "400Gb" (bits per second) or "50GB" (bytes); got {text!r}')
     bits = float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
     return bits / 8 if match[3] == "b" else bits
+
+
+def _check_numbers(steps: int, step_seconds: float | None = None) -> None:
+    if steps > MOST_STEPS:
+        raise BadArgument(f"expected at most {MOST_STEPS:,} steps; got {steps:,}")
+    if step_seconds is not None and not 0 < step_seconds < math.inf:
+        raise BadArgument(f"expected the seconds of a step above 0 and finite; got {step_seconds}")
 
 
 def _check_words(optimizer: str, dtype: str) -> None:

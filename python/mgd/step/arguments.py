@@ -135,6 +135,17 @@ def check_numbers(max_grad_norm: Any, microbatches: int, since: Any, steps: int)
         )
 
 
+def checked_directions(dz: Any) -> list[Mapping[str, Any]]:
+    """One direction in the space of z, or several."""
+    directions: list[Any] = [dz] if isinstance(dz, Mapping) else list(dz) if isinstance(dz, list | tuple) else [None]
+    for each in directions:
+        if not isinstance(each, Mapping):
+            raise BadArgument(
+                f"expected dz to map names of z to tensors, or a list of such directions; got {type(dz).__name__}"
+            )
+    return directions
+
+
 def origin(steps: int, since: int | None) -> int:
     """The first of so many steps that is differentiated."""
     return 0 if since is None else max(0, steps - since)

@@ -55,5 +55,8 @@ class Clipping:
             norm = self._norms[t] = squares[0] ** 0.5
         factor = self.max_norm / (norm + EPSILON)
         if isinstance(factor, Tensor):
-            return factor.clamp(max=1.0), torch.where(factor < 1.0, -factor / (norm + EPSILON) / norm, 0.0)
-        return (1.0, 0.0) if factor >= 1.0 else (factor, -factor / (norm + EPSILON) / norm)
+            clips = (factor < 1.0) & (norm > 0.0)  # of a zero gradient no factor changes anything
+            return factor.clamp(max=1.0), torch.where(clips, -factor / (norm + EPSILON) / norm, 0.0)
+        if factor >= 1.0:
+            return 1.0, 0.0
+        return factor, -factor / (norm + EPSILON) / norm if norm else 0.0

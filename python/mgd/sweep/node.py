@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mgd.errors import NotDifferentiable
 from mgd.step.reads import patiently
+
+
+def first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's `backward` whose result has no derivative, and which raises NotDifferentiable where one is asked for."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *cotangents: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotDifferentiable(
+                "a training",
+                "its gradient is not a function that autograd can differentiate again: leave out create_graph=True. "
+                "For products with its second derivatives, take differences of metagradients.",
+            )
+        return torch.autograd.function.once_differentiable(backward)(ctx, *cotangents)
+
+    return checked
 
 
 class DifferentiableTraining(torch.autograd.Function):
@@ -24,7 +43,7 @@ class DifferentiableTraining(torch.autograd.Function):
         return ctx.sweep.value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivatives
     def backward(ctx, cotangent: Tensor):
         # Unpacking the saved tensors raises where z has changed since.
         leaves = [x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
