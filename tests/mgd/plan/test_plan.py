@@ -156,7 +156,7 @@ def test_several_tiers(schedule, sizes):
 )
 @example(9, 5, 2, 2, (None, None, None), "auto", 1.0, (1.0, 1.0, 1.0, 1.0, 4.0, 1.0), {"host"})
 @example(2, 1, 1, 2, (None, None, None), "auto", 0.0, (1.0,) * 6, {"host"})  # ends early, transfers overlap
-@settings(max_examples=2 * settings.default.max_examples, deadline=None)
+@settings(deadline=None)
 def test_any_plan_holds_its_promises(T, back, snapshot, gradient, rooms, schedule, update, rates, overlap):
     sizes = Sizes(snapshot, gradient)
     stop_at = max(0, T - back)
