@@ -372,7 +372,7 @@ class CapturedEvaluator:
             loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
             step.microbatch.reseed()
             module = make_fx(function, tracing_mode="fake")(*inputs)
-            if not without_mutation(module.graph):
+            if not without_mutation(module):
                 module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
             clean(module)
             if changes_inputs(module.graph):

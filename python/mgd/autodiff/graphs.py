@@ -60,25 +60,30 @@ def _changes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def without_mutation(graph: fx.Graph) -> bool:
+def without_mutation(module: fx.GraphModule) -> bool:
     """Replace operators that change a tensor in place, as dropout does with a new mask, by those that return another.
 
-    Only where the tensor is a result of the graph without views, and all tensors have one dtype. Returns whether all
-    could be replaced; what could not needs a second trace.
+    Only where the tensor is a result of the graph without views, whose dtype no other tensor changes. Returns whether
+    all could be replaced; what could not needs a second trace.
     """
+    graph = module.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     drawn: set[fx.Node] = set()  # views of what nothing else reads
+    complete = True
     for node in [node for node in graph.nodes if _changes(node)]:
         base, other = node.args[0], _out_of_place(node.target)
-        if other is None or base.op != "call_function":
-            return False
-        if (is_view(base) and base not in drawn) or any(map(is_view, base.users.keys() - {node})):
-            return False
-        if len({x.meta["val"].dtype for x in node.all_input_nodes}) > 1:  # the result might have another one
-            return False
         dims = _memory_order(node.meta["val"]) if draws(node) else None
-        if dims == () or (dims and node.target is not aten.bernoulli_.float):
-            return False
+        if (
+            other is None
+            or base.op != "call_function"
+            or (is_view(base) and base not in drawn)
+            or any(map(is_view, base.users.keys() - {node}))
+            or any(x.meta["val"].dtype not in (base.meta["val"].dtype, torch.bool) for x in node.all_input_nodes)
+            or dims == ()
+            or (dims and node.target is not aten.bernoulli_.float)
+        ):
+            complete = False
+            continue
         with graph.inserting_before(node):
             result = _called(graph, other, node, dims)
         if dims:
@@ -88,7 +93,8 @@ def without_mutation(graph: fx.Graph) -> bool:
         node.replace_all_uses_with(result)
         order[result] = order[node]
         graph.erase_node(node)
-    return True
+    module.recompile()
+    return complete
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
