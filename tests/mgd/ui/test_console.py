@@ -105,5 +105,5 @@ def test_names_and_counts_are_read_as_people_write_them():
     with pytest.raises(BadArgument, match="expected letters among a, b, c; got d, e"):
         parse_names("a,d,e", ("a", "b", "c"), "letters")
     assert parse_count("1.5b") == 1_500_000_000
-    with pytest.raises(BadArgument, match="expected a number such as"):
+    with pytest.raises(BadArgument, match="expected a number of parameters such as"):
         parse_count("x")
