@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import sys
 import warnings
 from datetime import timedelta
@@ -16,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parents[1] / "mgd" / "ranks"))
+from interruptions import die_at
 from rank_trainings import mlp, outcome
 
 from mgd.errors import MetagradientError
 from mgd.plan import training as planning
 from mgd.ranks import processes
-from mgd.step.step import StepFunction
 from mgd_kernels import _core
 
 SECONDS = 60  # for one run, which takes two
@@ -53,19 +51,7 @@ def _arm(kind: str, left: int) -> None:
     if kind == "change":
         _core.store_inject("killed", left)
         return
-
-    def counted(original):
-        def method(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return method
-
-    for name in ("gradient", "second_derivatives"):
-        setattr(StepFunction, name, counted(getattr(StepFunction, name)))
+    die_at(left)
 
 
 def run(size: int, folder: Path, directory: Path, moment: Moment | None = None) -> list[int | None]:

@@ -56,31 +56,17 @@ def memory_peak() -> int:
 
 def metagradient(request: dict[str, Any], reference: Any) -> dict[str, Any]:
     """In the fork: one metagradient, and what came of it."""
-    from interruptions import outcome, training
+    from interruptions import die_at, outcome, training
 
     from mgd.errors import KernelError, MetagradientError
     from mgd.plan import training as planning
-    from mgd.step.step import StepFunction
     from mgd_kernels import _core
 
     planning.CHECKPOINT_EVERY = CHECKPOINT_EVERY
     f, z = training(STEPS, trace=False, schedule=request.get("schedule", "auto"))
     if request.get("other"):
         z["lr"] *= 2
-    left = request.get("stop", 0)
-
-    def counted(original):
-        def method(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return method
-
-    for name in ("gradient", "second_derivatives"):
-        setattr(StepFunction, name, counted(getattr(StepFunction, name)))
+    die_at(request.get("stop", 0))
     for name, value in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (value, value))
     before = memory_peak()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +44,7 @@ def training(steps: int = T, **options) -> tuple[TrainingFunction, dict]:
 
 
 def outcome(result) -> list[torch.Tensor]:
-    norms = result.report.adjoint_norms.nan_to_num(
-        -1.0
-    )  # NaN, where no step was differentiated, is not equal to itself
+    norms = result.report.adjoint_norms.nan_to_num(-1.0)  # NaN, of steps that are not differentiated, equals nothing
     return tree_leaves((result.value, result.grads, result.losses, result.model_state, norms))
 
 
@@ -86,24 +86,30 @@ def interrupt(monkeypatch):
     return run
 
 
+def die_at(left: int) -> None:
+    """Kill this process before its `left`-th evaluation of a step; 0: never."""
+
+    def counted(original):
+        def method(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return method
+
+    for name in ("gradient", "second_derivatives"):
+        setattr(StepFunction, name, counted(getattr(StepFunction, name)))
+
+
 KILLED = """
-import os, signal, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from interruptions import CHECKPOINT_EVERY, planning, training
-from mgd.step.step import StepFunction
+from interruptions import CHECKPOINT_EVERY, die_at, planning, training
 planning.CHECKPOINT_EVERY = CHECKPOINT_EVERY
-left = int(sys.argv[3])
-def counted(original):
-    def method(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return method
-for name in ("gradient", "second_derivatives"):
-    setattr(StepFunction, name, counted(getattr(StepFunction, name)))
+die_at(int(sys.argv[3]))
 f, z = training()
 f.metagradient(z, resume=sys.argv[2])
 """
