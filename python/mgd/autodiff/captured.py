@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,19 +24,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.execution import COMPILED_TOLERANCE, derivatives_of, present, reason, same_bits, same_loss
+from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
-from mgd.errors import MetagradientError, ReplayDivergence
+from mgd.autodiff.step_graph import GraphResiduals, StepGraph
+from mgd.errors import MetagradientError
 from mgd.step.agreement import agree
 from mgd.step.batches import described
-from mgd.step.evaluator import Derivatives, Direction, Evaluation, SecondDerivatives, Tangents
+from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
-from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
 from mgd.util.system import return_freed_memory
@@ -46,66 +45,6 @@ MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long a
 
 # The structure of the batch and of z (Dynamo does not guard that a key is missing), the microbatch's share, shapes.
 Kind = tuple[str, str, float, tuple[torch.Size, ...]]
-
-
-@dataclass(slots=True)
-class StepGraph:
-    """A joint graph, and what is around it.
-
-    extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
-    for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
-    """
-
-    joint: JointGraph
-    extras: int
-    written: frozenset[str]
-    moving: tuple[bool, ...]
-
-    def ways(
-        self, directions: Sequence[Sequence[Tensor]], cotangents: Sequence[Sequence[Tensor]]
-    ) -> list[tuple[Tensor, ...]]:
-        """The directions in which the joint graph is evaluated. cotangents: one a floating-point buffer."""
-        if not all(self.moving):
-            cotangents = [[x for x, moves in zip(c, self.moving, strict=True) if moves] for c in cotangents]
-        return [(*d, *c) for d, c in zip(directions, cotangents, strict=True)]
-
-    def derivatives(self, results: SecondDerivatives, parameters: int) -> Derivatives:
-        """From what the joint graph gives for each way; absent for buffers that it does not differentiate."""
-        if not all(self.moving):
-            rests = [iter(result[parameters:]) for result in results]
-            results = [
-                [*result[:parameters], *[next(rest) if moves else None for moves in self.moving], *rest]
-                for result, rest in zip(results, rests, strict=True)
-            ]
-        return derivatives_of(results)
-
-
-@dataclass(slots=True)
-class GraphResiduals:
-    """What a joint graph computed for the second derivatives of one microbatch.
-
-    given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
-    tensors: what the graph reads beside them; whoever keeps it may put copies in their place.
-    """
-
-    graph: StepGraph
-    given: list[Tensor]
-    tensors: Sequence[Any]
-    versions: list[int]
-    metaparameters: BatchMetaparameters
-
-    def second_derivatives(
-        self,
-        step: int,
-        parameters: list[Tensor],
-        directions: Sequence[Sequence[Tensor]],
-        cotangents: Sequence[Sequence[Tensor]],
-    ) -> Derivatives:
-        if [x._version for x in self.given] != self.versions:
-            raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
-        ways = self.graph.ways(directions, cotangents)
-        results = self.graph.joint.hvp_from_residuals(parameters, self.given, self.tensors, ways)
-        return self.graph.derivatives(results, len(parameters))
 
 
 class CapturedEvaluator:
@@ -150,13 +89,13 @@ class CapturedEvaluator:
 
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
-            loss, grads, left, residuals = graph.joint.forward(parameters, given)
+            loss, grads, influence, left, residuals = graph.joint.forward(parameters, given)
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
             microbatch.wrote(graph.written)
             kept = GraphResiduals(graph, given, residuals, [x._version for x in given], microbatch.metaparameters)
-            step.evaluation = Evaluation(loss, grads, buffers, kept)
+            step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 
         kind = self._kind(microbatch)
@@ -203,11 +142,12 @@ class CapturedEvaluator:
             nonlocal found
             joint, ways, rest = graph.joint, graph.ways(directions, cotangents), []
             if graph.extras:
-                loss, _, left, residuals = joint.forward(parameters, given)
+                loss, _, influence, left, residuals = joint.forward(parameters, given)
                 results, rest = joint.hvp_from_residuals(parameters, given, residuals, ways), left[-graph.extras :]
             else:
-                loss, results = joint.recompute_hvp(parameters, given, ways)
+                loss, influence, results = joint.recompute_hvp(parameters, given, ways)
             found = graph.derivatives(results, len(parameters))
+            found.influence = influence
             return loss, rest
 
         kind = self._kind(microbatch)
@@ -329,14 +269,14 @@ class CapturedEvaluator:
         bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
         inputs = [x for kind in kinds for x in kind]
         fixed = bounds[3][1]
-        counts, share = [0, 0, 0], step.microbatch.share
+        left, extras, share = 0, 0, step.microbatch.share
         rewritten = self.at_once and step.microbatch.loss.autocast is None
         captured = without_logits(graph.module) if rewritten else graph.module
         loss_of = step.microbatch.loss
         plain, overrides = loss_of.plain_at(step.microbatch.step), FunctionOverrides()
 
         def evaluate(p, b, z, constants):
-            nonlocal overrides
+            nonlocal overrides, extras
             owned = [x.clone() for x in constants[: len(step.others)]]
             known = [*p, *b, *owned, *z]
             rest = iter(constants[len(step.others) :])
@@ -350,14 +290,22 @@ class CapturedEvaluator:
                 overrides.in_loss = False
             if overrides.differentiates and not plain:
                 raise _LooksInside
-            counts[2] = len(extra)
+            extras = len(extra)
             return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
 
         def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            nonlocal left
             p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
             second = first_and_second(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
-            counts[:2] = len(second.gradient), len(second.buffers)
-            return second.loss, *second.gradient, *second.buffers, *second.results[0], second.products[0]
+            left = len(second.buffers)
+            return (
+                second.loss,
+                *second.gradient,
+                *second.influence,
+                *second.buffers,
+                *second.results[0],
+                second.products[0],
+            )
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -377,17 +325,17 @@ class CapturedEvaluator:
             clean(module)
             if changes_inputs(module.graph):
                 raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
-            joint = JointGraph(module, fixed, (counts[0], counts[1]), self.compile)
+            joint = JointGraph(module, fixed, (len(point.parameters), len(point.metaparameters), left), self.compile)
             step.microbatch.reseed()
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
-            loss, grads, left, residuals = joint.forward(parameters, given)
+            loss, grads, influence, after, residuals = joint.forward(parameters, given)
             (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
-        found = [*grads, *left, *results]
+        found = [*grads, *influence, *after, *results]
         if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
             raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
         if not self.at_once and not same_bits(found, expected[1:]):
             raise NotCaptured("it rounds differently in a graph, which trace=True allows")
-        return joint, counts[2]
+        return joint, extras
 
 
 class _LooksInside(Exception):
@@ -395,6 +343,11 @@ class _LooksInside(Exception):
 
 
 def _same(x: Evaluation, y: Evaluation) -> bool:
-    """Whether two evaluations are equal, bit by bit."""
+    """Whether two evaluations are equal: bit by bit in what trains, up to rounding in derivatives of metaparameters."""
     buffers = [(x.buffers[name], y.buffers[name]) for name in x.buffers]
-    return torch.equal(x.loss, y.loss) and same_bits(x.gradients, y.gradients) and all(a.equal(b) for a, b in buffers)
+    return (
+        torch.equal(x.loss, y.loss)
+        and same_bits(x.gradients, y.gradients)
+        and agree(x.influence, y.influence)
+        and all(a.equal(b) for a, b in buffers)
+    )

@@ -99,7 +99,8 @@ class EagerEvaluator:
                     raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
                 if look is not None:
                     look(loss)
-                grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+                found = torch.autograd.grad(loss, [*inputs, *metaparameters], allow_unused=True)
+                grads, influence = found[: len(inputs)], found[len(inputs) :]
                 if all(g is None for g in grads):
                     check_unmodified()
                     raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
@@ -124,7 +125,7 @@ class EagerEvaluator:
         check_unmodified()
         after = _settled(before, copies, left, microbatch.loss.reads)
         microbatch.wrote(name for name in after if after[name] is not before[name])
-        return Evaluation(loss.detach(), grads, after)
+        return Evaluation(loss.detach(), grads, after, influence)
 
     def second_derivatives(
         self,
@@ -164,7 +165,8 @@ class EagerEvaluator:
         microbatch.reseed()
         second = self.evaluate(microbatch, function, point)
         microbatch.expect(second.loss, expected, COMPILED_TOLERANCE if self.rounds else 0.0)
-        return Derivatives(second.results, second.products, second.gradient, microbatch.loss.precision or 0.0)
+        precision = microbatch.loss.precision or 0.0
+        return Derivatives(second.results, second.products, second.gradient, second.influence, precision)
 
     def evaluate(self, microbatch: Microbatch, function: TensorLoss, point: Point) -> SecondOrder:
         """As `first_and_second`. Raises NotDifferentiable, naming the operator that has no second derivative."""

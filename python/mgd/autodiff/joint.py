@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, fx
@@ -23,70 +24,75 @@ from mgd.step.evaluator import SecondDerivatives
 class JointGraph:
     """A step's graph in two parts.
 
-    graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, the gradient of
-    each parameter, the buffers as the step leaves them, the second derivatives, and last `<gradient, direction>`.
-    counts: the numbers of gradients and of buffers. compile: whether to compile the parts.
+    graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, its derivatives
+    with respect to each parameter and each metaparameter, the buffers as the step leaves them, the second derivatives,
+    and last `<gradient, direction>`. counts: the numbers of parameters, metaparameters and buffers. compile: whether to
+    compile the parts.
     """
 
-    def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int], compile: bool):
+    def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int, int], compile: bool):
         nodes = list(graph.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         outputs = list(next(node for node in nodes if node.op == "output").args[0])
         own = [node for node in nodes if node.op not in ("placeholder", "output")]
-        grads = outputs[1 : 1 + counts[0]]
-        buffers, results = outputs[1 + counts[0] : 1 + sum(counts)], outputs[1 + sum(counts) :]
+        ends = [1, *accumulate(counts, initial=1)][1:]
+        grads, influence, buffers = (outputs[a:b] for a, b in pairwise(ends))
+        results, seen, left = outputs[ends[-1] :], [outputs[0], *influence], [*influence, *buffers]
         varying = dependents(graph.graph, placeholders[fixed:])
         second = [node for node in own if node in varying]
         read = {x for node in second for x in node.all_input_nodes} | {x for x in results if isinstance(x, fx.Node)}
         random = [node for node in own if draws(node) and node not in varying]
-        shared = ancestors([outputs[0], *grads, *buffers, *random, *(x for x in read if x not in varying)])
+        shared = ancestors([*seen, *grads, *buffers, *random, *(x for x in read if x not in varying)])
         first = [node for node in own if node in shared]
         second, second_reads = _with_sources(own, second, results, is_view)
         refresh, sources = _with_sources(own, [], second_reads, _is_cheap)
         if _bytes(second_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], second_reads
         self.counts, self.compile = counts, compile
-        fixed_placeholders, read = placeholders[:fixed], ancestors([outputs[0], *random, *second_reads])
+        fixed_placeholders, read = placeholders[:fixed], ancestors([*seen, *random, *second_reads])
         again = [node for node in own if node in read]
         each = part(graph, [*placeholders, *second_reads], second, results)
         if not compile:
             add_in_place(each)
         executable = compiled if compile else direct
-        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *grads, *buffers, *sources]))
+        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *grads, *left, *sources]))
         # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
         self._each = executable(each)
-        self._recompute = executable(part(graph, fixed_placeholders, again, [outputs[0], *second_reads]))
-        self._recompute_once = executable(chained(graph, placeholders, again, outputs[:1], second_reads, each))
+        self._recompute = executable(part(graph, fixed_placeholders, again, [*seen, *second_reads]))
+        self._recompute_once = executable(chained(graph, placeholders, again, seen, second_reads, each))
         self._refresh = executable(part(graph, [*fixed_placeholders, *sources], refresh, second_reads))
         self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], second_reads, each))
 
     def forward(
         self, parameters: list[Tensor], inputs: list[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor | None], list[Tensor], list[Tensor]]:
-        """The loss, the gradient of each parameter, the buffers as the step leaves them, and the residuals to keep.
+    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], list[Tensor]]:
+        """The loss, its derivatives with respect to parameters and to metaparameters, the buffers as the step leaves
+        them, and the residuals to keep.
 
         inputs: buffers, metaparameters and constants.
         """
         with below_autograd(not self.compile):
             loss, *rest = self._forward(*parameters, *inputs)
-        buffers = self.counts[0] + self.counts[1]
-        return loss, rest[: self.counts[0]], rest[self.counts[0] : buffers], rest[buffers:]
+        first, second, third = accumulate(self.counts)
+        return loss, rest[:first], rest[first:second], rest[second:third], rest[third:]
 
     def recompute_hvp(
         self, parameters: list[Tensor], inputs: list[Tensor], directions: Sequence[Sequence[Tensor]]
-    ) -> tuple[Tensor, SecondDerivatives]:
-        """The loss, and for each direction the second derivatives with respect to parameters, buffers and
-        metaparameters, and last `<gradient, direction>`.
+    ) -> tuple[Tensor, Sequence[Tensor | None], SecondDerivatives]:
+        """The loss, its derivatives with respect to metaparameters, and for each direction the second derivatives with
+        respect to parameters, buffers and metaparameters, and last `<gradient, direction>`.
 
         directions: each a direction for the parameters, followed by cotangents of the buffers.
         """
+        count = self.counts[1]
         with below_autograd(not self.compile):
             if len(directions) == 1:
                 loss, *result = self._recompute_once(*parameters, *inputs, *directions[0])
-                return loss, [result]
+                return loss, result[:count], [result[count:]]
             loss, *read = self._recompute(*parameters, *inputs)
-            return loss, [list(self._each(*parameters, *inputs, *way, *read)) for way in directions]
+            influence, read = read[:count], read[count:]
+            return loss, influence, [list(self._each(*parameters, *inputs, *way, *read)) for way in directions]
 
     def hvp_from_residuals(
         self,

@@ -57,10 +57,12 @@ def leaves(tensors: Tensors) -> list[Tensor]:
 
 @dataclass(slots=True)
 class SecondOrder:
-    """What `first_and_second` computes. loss, gradient, buffers: detached. results, products: see `Derivatives`."""
+    """What `first_and_second` computes. loss, gradient, influence, buffers: detached. See `Derivatives` for what they
+    are."""
 
     loss: Tensor
     gradient: list[Tensor | None]
+    influence: list[Tensor | None]
     buffers: list[Tensor]
     results: SecondDerivatives
     products: list[Tensor]
@@ -78,7 +80,9 @@ def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
     one = torch.ones_like(loss).requires_grad_()
     inputs = [*p, *b, *z, one]
-    grads: list[Tensor | None] = list(torch.autograd.grad(loss, p, one, create_graph=True, allow_unused=True))
+    first: list[Tensor | None] = list(torch.autograd.grad(loss, [*p, *z], one, create_graph=True, allow_unused=True))
+    grads, influence = first[: len(p)], [None if x is None else x.detach() for x in first[len(p) :]]
+    del first  # the graph of the metaparameters' derivatives
     outputs = [*grads, *left[: len(b)]]
     live = {i: output for i, output in enumerate(outputs) if output is not None and output.requires_grad}
     gradient: list[Tensor | None] = [None if g is None else g.detach() for g in grads]
@@ -94,9 +98,9 @@ def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
             gradients(list(live.values()), inputs, cotangent, retain_graph=retain)
             for cotangent, retain in zip(cotangents, keep, strict=True)
         ]
-    products = [result.pop() for result in results]
     zero = torch.zeros_like(loss).detach()
-    return SecondOrder(loss.detach(), gradient, after, results, [zero if x is None else x for x in products])
+    products = [zero if x is None else x for x in (result.pop() for result in results)]
+    return SecondOrder(loss.detach(), gradient, influence, after, results, products)
 
 
 def gradients(

@@ -130,10 +130,10 @@ class Shards:
         if pairs:
             torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
 
-    def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        """The losses of all microbatches, float64 `[microbatches]`, where the model is. parts: a fingerprint of each of
-        them, as far as this process has them."""
-        return torch.stack(list(losses)) if len(losses) > 1 else losses[0].reshape(1)
+    def numbers(self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
+        """A row of numbers of all microbatches, float64 `[microbatches, n]`, from those of the own ones. parts: a
+        fingerprint of each of them, as far as this process has them."""
+        return torch.stack(list(rows)) if len(rows) > 1 else rows[0].unsqueeze(0)
 
     def histories(self, buffers: list[Any]) -> list[Any]:
         """The buffers before each microbatch and after the last one, from those of the own microbatches."""
@@ -246,15 +246,15 @@ class RankShards(Shards):
         total = self.gradient(flats)
         part.add_(total if total.dtype == part.dtype else total.to(part.dtype))
 
-    def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        own = torch.stack(list(losses)).cpu()
+    def numbers(self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
+        own = torch.cat(list(rows)).cpu()
         prints = torch.tensor(parts(), dtype=torch.int64, device="cpu").view(torch.float64)
         found = self.ranks.numbers(torch.cat([own, prints]).unsqueeze(0))
         seen = found[:, len(own) :].contiguous().view(torch.int64)
         if bool((seen != seen[0]).any()):
             rank = int((seen != seen[0]).any(1).nonzero()[0])
             raise RanksDisagree([f"batches[{step}]"], f"the examples of rank {rank} are not those of rank 0")
-        return found[:, : len(own)].reshape(-1).contiguous()
+        return found[:, : len(own)].reshape(self.microbatches, -1)
 
     def histories(self, buffers: list[Any]) -> list[Any]:
         before = buffers[0]

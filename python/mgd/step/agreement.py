@@ -18,6 +18,7 @@ from mgd.errors import NotDifferentiable, ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
 from mgd.step.evaluator import Derivatives
+from mgd.step.influence import projections
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import LookCloser, Reads
@@ -37,7 +38,8 @@ class Terms:
     with_parameters: for each direction. with_metaparameters: of each microbatch, last one first, what the loss saw of
     z, and for each direction the derivatives. buffer_adjoints: before the microbatches so far. products: of each
     microbatch, first one first, `<gradient, direction>` for each direction. gradient: of this evaluation, where it has
-    it.
+    it. influence: of each microbatch, by its index, the loss's derivatives with respect to z, where they may be other
+    ones than those of the gradient's evaluation.
     """
 
     def __init__(self, directions: int, buffer_adjoints: list[list[Tensor]]):
@@ -45,6 +47,7 @@ class Terms:
         self.with_parameters: list[Blocks[Tensors]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
         self.products: list[list[Tensor]] = []
+        self.influence: dict[int, Tensor] = {}
         self.gradient: Blocks[Tensors] | None = Blocks(_sum)
         self.precision = 0.0
 
@@ -69,6 +72,8 @@ class Terms:
         self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
         self.products.insert(0, list(derivatives.products))
         self.precision = max(self.precision, derivatives.precision)
+        if derivatives.influence:
+            self.influence[index] = projections(derivatives.influence, metaparameters.tensors[0].device)
         if derivatives.gradient is None:
             self.gradient = None
         elif self.gradient is not None:

@@ -21,12 +21,15 @@ class Derivatives:
     """The second derivatives of one microbatch.
 
     products: for each direction, `<gradient, direction>` (`[]`) with the gradient of this very evaluation. gradient:
-    that gradient, where the evaluation has it. precision: the machine epsilon of its coarsest dtype.
+    that gradient, where the evaluation has it. influence: the loss's derivatives with respect to the metaparameters, as
+    of this evaluation; None where it is the very one that gave the gradient. precision: the machine epsilon of its
+    coarsest dtype.
     """
 
     results: SecondDerivatives
     products: Sequence[Tensor]
     gradient: Sequence[Tensor | None] | None = None
+    influence: Sequence[Tensor | None] | None = None
     precision: float = 0.0
 
 
@@ -54,11 +57,15 @@ class Residuals(Protocol):
 
 @dataclass(slots=True)
 class Evaluation:
-    """Loss (detached) and gradients of one microbatch, the buffers it leaves behind, and residuals if it kept any."""
+    """Loss (detached) and gradients of one microbatch, the buffers it leaves behind, and residuals if it kept any.
+
+    influence: the loss's derivatives with respect to the metaparameters that it sees.
+    """
 
     loss: Tensor
     gradients: Sequence[Tensor | None]
     buffers: Buffers
+    influence: Sequence[Tensor | None] = ()
     residuals: Residuals | None = None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mgd.errors import ReplayDivergence
@@ -18,10 +19,12 @@ from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
 from mgd.step.agreement import CONFIRMED, Agreement, Terms
 from mgd.step.batches import fingerprints, microbatches, split_tensors
-from mgd.step.evaluator import Direction, Evaluator, Residuals
+from mgd.step.evaluator import Direction, Evaluation, Evaluator, Residuals
+from mgd.step.influence import Influence, projections
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
 from mgd.step.model import Buffers
+from mgd.step.reads import LookCloser
 from mgd.util.fingerprint import digest
 
 
@@ -59,6 +62,7 @@ class StepFunction:
     """Evaluates the steps of one training: the own microbatches of `shards`, and what all of them add up to.
 
     moved, unmoved: the parameters, by number, that had a gradient at some step, and those that had none at some step.
+    influence: how the loss depends on metaparameters, as of each step's first evaluation.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class StepFunction:
         self.microbatches, self.evaluator = microbatches, evaluator
         self.moved: set[int] = set()
         self.unmoved: set[int] = set()
+        self.influence = Influence(len(batches), microbatches)
         self._agreement = Agreement(shards)
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
 
@@ -76,7 +81,8 @@ class StepFunction:
     ) -> StepResult:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        losses, history, residuals = [], [buffers], []
+        rows, history, residuals = [], [buffers], []
+        self.influence.prepare(meta)
         parameters = self.arena.tensors(self.shards.whole(params))
         batch, place = self.batches[t], self.shards.memory(into)
         unmoved: set[int] | None = None
@@ -86,7 +92,7 @@ class StepFunction:
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
             place = None
-            losses.append(result.loss.double())
+            rows.append(_numbers(result))
             history.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
@@ -94,10 +100,11 @@ class StepFunction:
         if unmoved or len(self.moved) < len(parameters):
             self.moved.update(i for i in range(len(parameters)) if i not in unmoved)
             self.unmoved |= unmoved
-        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
+        numbers = self.shards.numbers(t, rows, lambda: fingerprints(batch, self.microbatches, t))
+        self._note_influence(t, numbers[:, 1:])
         total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
         self._agreement.note(total)
-        return StepResult(total, values, histories, residuals if len(residuals) == len(losses) else None)
+        return StepResult(total, numbers[:, 0], histories, residuals if len(residuals) == len(rows) else None)
 
     def tangents(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
@@ -120,11 +127,11 @@ class StepFunction:
             for j, direction in enumerate(directions):
                 totals[j].add(microbatch.index, self.shards.flat(found.gradients[j]))
                 direction.buffers = found.buffers[j]
-            losses.append(found.evaluation.loss.double())
+            losses.append(found.evaluation.loss.double().reshape(1))
             history.append(found.evaluation.buffers)
-        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
+        rows = self.shards.numbers(t, losses, lambda: fingerprints(batch, self.microbatches, t))
         histories, gradients = self.shards.histories(history), [self.shards.gradient(x) for x in totals]
-        return StepResult(self.shards.gradient(total), values, histories), gradients
+        return StepResult(self.shards.gradient(total), rows[:, 0], histories), gradients
 
     def second_derivatives(
         self,
@@ -146,8 +153,11 @@ class StepFunction:
         agreement, reads = self._agreement, self.loss.reads
         if reads.late and agreement.seen >= CONFIRMED:
             agreement.later(result.gradient, directions, terms, reads)
-        elif (discrepancy := agreement.discrepancy(result.gradient, directions, terms)) > agreement.tolerance:
-            terms = self._judged(discrepancy, terms, *step)
+            self._look_at_influence(t, terms)
+        else:
+            discrepancy = agreement.discrepancy(result.gradient, directions, terms)
+            if discrepancy > agreement.tolerance or self._other_influence(t, terms) is not None:
+                terms = self._judged(discrepancy, terms, *step)
         for objective, derivatives in enumerate(terms.with_parameters):
             add(objective, derivatives, [(slices, each[objective]) for slices, each in terms.with_metaparameters])
         return terms.buffer_adjoints
@@ -170,11 +180,44 @@ class StepFunction:
             result.residuals = None
             plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
         self._agreement.confirm(t, result.gradient, directions, plain)
+        if key := self._other_influence(t, plain):
+            raise self.influence.diverged(t, key)
         if plain is not terms and not self.shards.ranks.every(plain.agree(terms)):
             self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
         self._agreement.widen(discrepancy)
         return terms
+
+    # --- how the loss depends on metaparameters ----------------------------------------------------------------
+
+    def _note_influence(self, t: int, numbers: Tensor) -> None:
+        """Compare what step `t` has with what it had at first, once it is read. numbers: a row for each microbatch."""
+        if numbers.numel():
+            self.loss.reads.later(numbers, lambda values: self.influence.compared(t, values, self._epsilon))
+
+    def _look_at_influence(self, t: int, terms: Terms) -> None:
+        """Raises LookCloser, once the numbers are read, where an evaluation of step `t` differs from its first one."""
+        own = list(terms.influence)
+
+        def look(values: list[float]) -> None:
+            if self.influence.differing(t, own, values, self._epsilon):
+                raise LookCloser
+
+        if own:
+            self.loss.reads.later(torch.stack(list(terms.influence.values())), look)
+
+    def _other_influence(self, t: int, terms: Terms) -> str | None:
+        """The key of a metaparameter on which the loss of step `t` depends otherwise than at first."""
+        if not terms.influence:
+            return None
+        values = torch.stack(list(terms.influence.values())).reshape(-1).tolist()
+        return self.influence.differing(t, list(terms.influence), values, max(self._epsilon, terms.precision))
+
+    @property
+    def _epsilon(self) -> float:
+        """Of the coarsest arithmetic that is known of."""
+        dtypes = [self.arena.gradient_dtype, self.loss.autocast or self.arena.gradient_dtype]
+        return max(self.loss.precision or 0.0, *(torch.finfo(dtype).eps for dtype in dtypes))
 
     def _differentiate(
         self,
@@ -236,6 +279,14 @@ class StepFunction:
                 f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
                 "(fix the order of the examples and their augmentation).",
             )
+
+
+def _numbers(result: Evaluation) -> Tensor:
+    """The loss of a microbatch and how it depends on metaparameters, float64 `[n]`."""
+    loss = result.loss.double().reshape(1)
+    if not result.influence:
+        return loss
+    return torch.cat([loss, projections(result.influence, loss.device).reshape(-1)])
 
 
 def _hash(tensors: list[Tensor]) -> int:

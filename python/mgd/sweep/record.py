@@ -30,6 +30,7 @@ def of(sweep: Sweep) -> dict[str, Any]:
         "trained": sweep.trained is not None,
         "objectives": len(sweep.adjoints),
         "losses": sweep.losses,
+        "influence": sweep.step.influence.values,
         **named_state(sweep.state, sweep.buffers),
         **_named_reverse(sweep),
         **({} if sweep.growth is None else {"growth": sweep.growth.whole()}),
@@ -47,6 +48,8 @@ def restore(sweep: Sweep, state: dict[str, Any] | None, end: dict[str, Any] | No
     sweep.meta.first_read.update(state["first_read"])
     sweep.step.loss.written.update({name: (t, i) for name, (t, i) in state["written"].items()})
     sweep.losses.copy_(state["losses"])
+    sweep.step.influence.prepare(sweep.meta)
+    sweep.step.influence.values.copy_(state["influence"])
     if end is not None:
         _restore_training(sweep, end, sweep.length)
         sweep.trained = sweep.result_of(sweep.state, sweep.buffers)

@@ -99,6 +99,17 @@ def metaparameter_detached_for_first_steps() -> Training:
     return counted(lambda m, h: h, loss)
 
 
+@pattern(STATEFUL, honest=False)
+def metaparameter_that_fades_in() -> Training:
+    def loss(m, b, z):
+        o = m(b["x"])
+        k = 0.05 * m.n
+        w = k * z["w"] + (1 - k) * z["w"].detach()
+        return (w[b["i"]] * (o - b["y"]).square()[:, 0]).mean()
+
+    return counted(lambda m, h: h, loss)
+
+
 @pattern(STATEFUL)
 def tensor_hook_that_grows() -> Training:
     def loss(m, b, z):

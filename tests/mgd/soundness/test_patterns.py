@@ -37,10 +37,7 @@ metaparameter_detached_for_first_steps tensor_hook_that_grows random_detach tens
 """.split()
 
 WRONG, RAISES, REFUSED = "another number", "a raw error", "an error, and no reason for one"
-KNOWN: dict[str, dict[str, str]] = {
-    # Evaluated twice, the metaparameter is detached at first and not later; no gradient of the parameters tells.
-    "metaparameter_detached_for_first_steps": {"eager": WRONG, "default": WRONG},
-}
+KNOWN: dict[str, dict[str, str]] = {}
 
 
 def cases() -> Iterator[ParameterSet]:
