@@ -63,7 +63,7 @@ class TrainingFunction(Replaceable):
     objective: `objective(model) -> scalar`, or `[k]` for k objectives at once.
     objective_mode: "eval": the objective finds the model in eval mode; "train": in the modes of the training.
     max_grad_norm: clip each step's gradient to this global norm.
-    microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
+    microbatches: evaluate each batch in so many slices; loss and buffers are their means, weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
     since: k: only the last k steps are differentiated, and only they are logged. The state after the steps before them,
         and what those read of `z`, is a constant of the derivative (see `anchored`); None: all steps.

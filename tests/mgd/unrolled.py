@@ -106,17 +106,15 @@ def unrolled(
     seen = {key: value for key, value in z.items() if key not in (*optimizer.hyper_names, "init")}
     losses, clipped = [], []
 
-    def run(function: Callable[..., Tensor], *args: Any) -> Tensor:
-        nonlocal buffers
+    def run(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = {f"model.{name}": p.to(dtypes[name]) for name, p in params.items()}
         tensors |= {f"model.{name}": b for name, b in buffers.items()}
         with sdpa_kernel(SDPBackend.MATH):
-            value, buffers = torch.func.functional_call(call, tensors, (function, *args))
-        return value
+            return torch.func.functional_call(call, tensors, (function, *args))
 
     for t in range(steps):
         grads = {name: torch.zeros_like(p) for name, p in params.items()}
-        total = 0.0
+        total, left = 0.0, []
         for i, (batch, share) in enumerate(_parts(batches[t], microbatches)):
             view = dict(seen)
             for key, index in (per_example or {}).items():
@@ -125,11 +123,14 @@ def unrolled(
             torch.manual_seed(seed_of(seed, t, i))
             cast = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
             with cast:
-                value = run(loss, batch, view) * share
+                value, after = run(loss, batch, view)
+            value = value * share
+            left.append((after, share))
             total += value.item()
             part = torch.autograd.grad(value, list(params.values()), create_graph=True, allow_unused=True)
             grads = {n: g if d is None else g + d for (n, g), d in zip(grads.items(), part, strict=True)}
         losses.append(total)
+        buffers = {name: _mean([(after[name], share) for after, share in left]) for name in buffers}
         if max_grad_norm is not None:
             norm = torch.stack([(g.double() ** 2).sum() for g in grads.values()]).sum().sqrt()
             clipped.append(bool(norm + 1e-6 > max_grad_norm))
@@ -139,7 +140,7 @@ def unrolled(
 
     torch.manual_seed(seed_of(seed, steps))
     trained = {name: b.detach().clone() for name, b in buffers.items()}
-    value = run(objective)
+    value, _ = run(objective)
     found = [
         torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
         for v in value.reshape(-1)
@@ -161,6 +162,11 @@ def unrolled(
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _mean(each: list[tuple[Tensor, float]]) -> Tensor:
+    """The weighted mean of what microbatches leave of a buffer."""
+    return sum(x * share for x, share in each) if each[0][0].is_floating_point() else each[0][0]
 
 
 def _parts(batch: Any, count: int) -> list[tuple[Any, float]]:

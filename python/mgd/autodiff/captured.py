@@ -93,6 +93,7 @@ class GraphResiduals:
     tensors: Sequence[Any]
     versions: list[int]
     metaparameters: BatchMetaparameters
+    share: float
 
     def second_derivatives(
         self,
@@ -154,9 +155,8 @@ class CapturedEvaluator:
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
-            microbatch.wrote(graph.written)
-            kept = GraphResiduals(graph, given, residuals, [x._version for x in given], microbatch.metaparameters)
-            step.evaluation = Evaluation(loss, grads, buffers, kept)
+            of = [x._version for x in given], microbatch.metaparameters, microbatch.share
+            step.evaluation = Evaluation(loss, grads, buffers, GraphResiduals(graph, given, residuals, *of))
             return loss, left[count:]
 
         kind = self._kind(microbatch)

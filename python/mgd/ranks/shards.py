@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,14 +129,16 @@ class Shards:
         if pairs:
             torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
 
-    def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        """The losses of all microbatches, float64 `[microbatches]`, where the model is. parts: a fingerprint of each of
-        them, as far as this process has them."""
-        return torch.stack(list(losses)) if len(losses) > 1 else losses[0].reshape(1)
+    def losses(
+        self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]], names: Sequence[str]
+    ) -> tuple[Tensor, list[str]]:
+        """The losses of all microbatches, float64 `[microbatches]`, where the model is, and the names of all of them.
+        parts: a fingerprint of each of them, as far as this process has them. names: of the own ones, if any."""
+        return torch.stack(list(losses)) if len(losses) > 1 else losses[0].reshape(1), list(names)
 
-    def histories(self, buffers: list[Any]) -> list[Any]:
-        """The buffers before each microbatch and after the last one, from those of the own microbatches."""
-        return buffers
+    def of_all(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        """Tensors of each microbatch, of the same shapes and dtypes, from those of the own ones."""
+        return own
 
     # --- sums over flat buffers --------------------------------------------------------------------------------
 
@@ -246,27 +247,29 @@ class RankShards(Shards):
         total = self.gradient(flats)
         part.add_(total if total.dtype == part.dtype else total.to(part.dtype))
 
-    def losses(self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
+    def losses(
+        self, step: int, losses: Sequence[Tensor], parts: Callable[[], Sequence[int]], names: Sequence[str]
+    ) -> tuple[Tensor, list[str]]:
         own = torch.stack(list(losses)).cpu()
-        prints = torch.tensor(parts(), dtype=torch.int64, device="cpu").view(torch.float64)
+        prints = torch.tensor([*parts(), len(names)], dtype=torch.int64, device="cpu").view(torch.float64)
         found = self.ranks.numbers(torch.cat([own, prints]).unsqueeze(0))
-        seen = found[:, len(own) :].contiguous().view(torch.int64)
+        seen, some = found[:, len(own) :].contiguous().view(torch.int64).split([prints.numel() - 1, 1], 1)
         if bool((seen != seen[0]).any()):
             rank = int((seen != seen[0]).any(1).nonzero()[0])
             raise RanksDisagree([f"batches[{step}]"], f"the examples of rank {rank} are not those of rank 0")
-        return found[:, : len(own)].reshape(-1).contiguous()
+        everyones = [] if not int(some.sum()) else self.ranks.objects(list(names))
+        return found[:, : len(own)].reshape(-1).contiguous(), list(dict.fromkeys(x for each in everyones for x in each))
 
-    def histories(self, buffers: list[Any]) -> list[Any]:
-        before = buffers[0]
-        for after in buffers[1:]:
-            for name, tensor in after.items():
-                if tensor is not before[name]:
-                    raise BadArgument(
-                        f"expected a model whose buffers stay as they are, on several processes; a step changes "
-                        f"{name!r}, for instance running statistics, which would depend on the number of processes. "
-                        "Use a norm without them, or put the module into eval mode"
-                    )
-        return [before] * (self.microbatches + 1)
+    def of_all(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        rows = [torch.cat([x.contiguous().reshape(-1).view(torch.uint8) for x in tensors]) for tensors in own]
+        sizes = [x.nbytes for x in own[0]]
+        return [
+            [
+                part.clone().view(x.dtype).reshape(x.shape)  # a copy begins where its dtype may
+                for part, x in zip(row.split(sizes), own[0], strict=True)
+            ]
+            for row in self.ranks.numbers(torch.stack(rows))
+        ]
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -7,21 +7,24 @@ is evaluated is up to an `Evaluator`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mgd.errors import ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
 from mgd.step.agreement import CONFIRMED, Agreement, Terms
-from mgd.step.batches import fingerprints, microbatches, split_tensors
+from mgd.step.batches import fingerprints, microbatches, shares, split_tensors
+from mgd.step.combined import after_step, after_tangents, changed
 from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
-from mgd.step.model import Buffers
+from mgd.step.model import Buffers, differentiable
 from mgd.util.fingerprint import digest
 
 
@@ -30,8 +33,8 @@ class StepResult:
     """What the evaluation of a step leaves behind.
 
     gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
-    here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before each
-    microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
+    here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before the step,
+    and as it leaves them. residuals: of each own microbatch, where all of them kept some.
     """
 
     gradient: Tensor
@@ -76,28 +79,43 @@ class StepFunction:
     ) -> StepResult:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        losses, history, residuals = [], [buffers], []
+        losses, left, residuals = [], [], []
         parameters = self.arena.tensors(self.shards.whole(params))
         batch, place = self.batches[t], self.shards.memory(into)
         unmoved: set[int] | None = None
         for microbatch in self._evaluations(t, batch, meta):
-            result = self.evaluator.gradient(microbatch, parameters, history[-1])
+            result = self.evaluator.gradient(microbatch, parameters, buffers)
             absent = {i for i, g in enumerate(result.gradients) if g is None}
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
             place = None
             losses.append(result.loss.double())
-            history.append(result.buffers)
+            left.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
         assert unmoved is not None
         if unmoved or len(self.moved) < len(parameters):
             self.moved.update(i for i in range(len(parameters)) if i not in unmoved)
             self.unmoved |= unmoved
-        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
-        total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
+        values, after, _ = self._ended(t, batch, buffers, losses, left)
+        total = self.shards.gradient(blocks, into)
         self._agreement.note(total)
-        return StepResult(total, values, histories, residuals if len(residuals) == len(losses) else None)
+        return StepResult(total, values, [buffers, after], residuals if len(residuals) == len(losses) else None)
+
+    def _ended(
+        self, t: int, batch: Any, before: Buffers, losses: list[Tensor], left: list[Buffers]
+    ) -> tuple[Tensor, Buffers, bool]:
+        """The losses of all microbatches, the buffers after the step, and whether they are others than before. losses,
+        left: what each own microbatch has as its loss and leaves of the buffers."""
+        prints = functools.partial(fingerprints, batch, self.microbatches, t)
+        values, names = self.shards.losses(t, losses, prints, changed(before, left))
+        if not names:
+            return values, before, False
+        first = any([name not in self.loss.written for name in names])
+        for name in names:
+            self.loss.written.setdefault(name, t)
+        weights = shares(batch, self.microbatches)
+        return values, after_step(self.shards, before, left, weights, names, self.loss.reads, first), True
 
     def tangents(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
@@ -106,7 +124,8 @@ class StepFunction:
         the step."""
         total: Blocks[Tensor] = Blocks(Tensor.add_)
         totals: list[Blocks[Tensor]] = [Blocks(Tensor.add_) for _ in directions]
-        losses, history = [], [buffers]
+        losses, left = [], []
+        moving: list[list[list[Tensor]]] = [[] for _ in directions]  # what each own microbatch leaves of buffers
         parameters = self.arena.tensors(self.shards.whole(params))
         moved = [self.arena.tensors(self.shards.whole(direction.params)) for direction in directions]
         batch = self.batches[t]
@@ -115,16 +134,19 @@ class StepFunction:
                 Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
                 for tensors, direction in zip(moved, directions, strict=True)
             ]
-            found = self.evaluator.tangents(microbatch, parameters, history[-1], given)
+            found = self.evaluator.tangents(microbatch, parameters, buffers, given)
             total.add(microbatch.index, self.shards.flat(found.evaluation.gradients))
-            for j, direction in enumerate(directions):
+            for j in range(len(directions)):
                 totals[j].add(microbatch.index, self.shards.flat(found.gradients[j]))
-                direction.buffers = found.buffers[j]
+                moving[j].append(found.buffers[j])
             losses.append(found.evaluation.loss.double())
-            history.append(found.evaluation.buffers)
-        values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
-        histories, gradients = self.shards.histories(history), [self.shards.gradient(x) for x in totals]
-        return StepResult(self.shards.gradient(total), values, histories), gradients
+            left.append(found.evaluation.buffers)
+        values, after, some = self._ended(t, batch, buffers, losses, left)
+        if some:
+            for direction, each in zip(directions, moving, strict=True):
+                direction.buffers = after_tangents(self.shards, each, shares(batch, self.microbatches))
+        gradients = [self.shards.gradient(x) for x in totals]
+        return StepResult(self.shards.gradient(total), values, [buffers, after]), gradients
 
     def second_derivatives(
         self,
@@ -150,7 +172,24 @@ class StepFunction:
             terms = self._judged(discrepancy, terms, *step)
         for objective, derivatives in enumerate(terms.with_parameters):
             add(objective, derivatives, [(slices, each[objective]) for slices, each in terms.with_metaparameters])
-        return terms.buffer_adjoints
+        return self._before(t, result.buffers[0], terms)
+
+    def _before(self, t: int, before: Buffers, terms: Terms) -> list[list[Tensor]]:
+        """For each direction the adjoints of the buffers before a step, from those of the own microbatches."""
+        names, moved = differentiable(before), self.loss.moved(t, before)
+        if not moved:
+            return [[torch.zeros_like(before[name]) for name in names] for _ in terms.with_parameters]
+        places = [i for i, name in enumerate(names) if name in moved]
+
+        def whole(i: int, adjoint: Tensor | None) -> Tensor:
+            return torch.zeros_like(before[names[i]]) if adjoint is None else adjoint
+
+        own = [[whole(i, each[i]) for each in rows for i in places] for rows in terms.with_buffers]
+        sums = iter([functools.reduce(torch.add, each) for each in zip(*self.shards.of_all(own), strict=True)])
+        return [
+            [next(sums) if name in moved else torch.zeros_like(before[name]) for name in names]
+            for _ in terms.with_parameters
+        ]
 
     def _judged(
         self,
@@ -190,19 +229,23 @@ class StepFunction:
         parameters = self.arena.tensors(self.shards.whole(params))
         tangents = [self.arena.tensors(self.shards.whole(direction)) for direction in directions]
         evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
-        terms = Terms(len(directions), buffer_adjoints)
+        terms, before = Terms(len(directions)), result.buffers[0]
+        moved = [name in self.loss.moved(t + 1, before) for name in differentiable(before)]
+        own: Sequence[Microbatch | Residuals] = evaluations or result.residuals or ()
         for k, i in reversed(list(enumerate(self.shards.own))):
-            before = result.buffers[i]
-            if result.residuals is not None:
-                metaparameters = result.residuals[k].metaparameters
-                derivatives = result.residuals[k].second_derivatives(t, parameters, tangents, terms.buffer_adjoints)
-            else:
-                assert evaluations is not None
-                metaparameters = evaluations[k].metaparameters
+            one, cotangents = own[k], buffer_adjoints
+            if any(moved) and self.microbatches > 1:  # each has its share in the mean
+                cotangents = [
+                    [a * one.share if moves else a for a, moves in zip(adjoints, moved, strict=True)]
+                    for adjoints in buffer_adjoints
+                ]
+            if isinstance(one, Microbatch):
                 derivatives = evaluator.second_derivatives(
-                    evaluations[k], parameters, before, tangents, terms.buffer_adjoints, result.losses[i]
+                    one, parameters, before, tangents, cotangents, result.losses[i]
                 )
-            terms.append(i, derivatives, len(parameters), before, metaparameters)
+            else:
+                derivatives = one.second_derivatives(t, parameters, tangents, cotangents)
+            terms.append(i, derivatives, len(parameters), before, one.metaparameters)
         return terms
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:

@@ -45,7 +45,7 @@ def restore(sweep: Sweep, state: dict[str, Any] | None, end: dict[str, Any] | No
     sweep.index, sweep.visited, sweep.reversed = state["index"], state["visited"], state["reversed"]
     sweep.tick("train", sweep.visited)
     sweep.meta.first_read.update(state["first_read"])
-    sweep.step.loss.written.update({name: (t, i) for name, (t, i) in state["written"].items()})
+    sweep.step.loss.written.update(state["written"])
     sweep.losses.copy_(state["losses"])
     if end is not None:
         _restore_training(sweep, end, sweep.length)

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_resuming import halfway, resharded, resumed, trains  # noqa: F401 (checks, by name)
-from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, several, told, weighted_loss
+from rank_trainings import TRAININGS, Counting, Interrupted, V, interrupt, mlp, outcome, several, told, weighted_loss
 from torch import nn
 
 import mgd
+from mgd.plan import training as planning
 from mgd.plan.scale import DEVICES, Forecast, Scale
 from mgd_kernels import AdamW
 
@@ -70,6 +71,60 @@ def queries(group: Any) -> dict[str, Any]:
     how = {"weights": "weights", "chunk": 2, "query_groups": 1 if group is None else 2}
     again = [mgd.attribute(f, case.z, 5, _query_losses(case), **how) for _ in range(2)]
     return {"scores": [torch.as_tensor(found.scores) for found in again], "losses": again[0].values}
+
+
+def attributions(group: Any, folder: Path) -> dict[str, Any]:
+    """Attributions in directories: made by two groups and by one, interrupted, and continued by another number."""
+    planning.CHECKPOINT_EVERY = 2
+    case, rank, found = mlp().to(torch.float32), dist.get_rank(group), {}
+    losses, how = _query_losses(case), {"weights": "weights", "chunk": 2}
+
+    def attributed(case: cases.Case, group: Any = group, **options: Any) -> Any:
+        return mgd.attribute(case.function(process_group=group), case.z, 5, losses, **how, **options)
+
+    for name, options in {"groups": {"query_groups": 2}, "one": {}}.items():
+        made = attributed(case, out=folder / name, **options)
+        again = attributed(case, out=folder / name, **options)
+        found[name] = {"scores": torch.tensor(made.scores), "losses": made.values, "kept": again.report.chunks_kept}
+        assert made.directory == str(folder / name) and same_scores(made, again)
+    # In the third chunk's training; the digests, the visits and the rehearsal read all of it before.
+    stop = 5 * len(case) + 1 + 4 * len(case) + 3
+    batches = Interrupted(case.batches, stop if rank == 1 else -1, interrupt)
+    ends = told(lambda: attributed(case.but(batches=batches), resume=folder / "run")) if rank == 0 else None
+    if rank:
+        with contextlib.suppress(KeyboardInterrupt):
+            attributed(case.but(batches=batches), resume=folder / "run")
+    dist.barrier()
+    left = sorted(path.name for path in (folder / "run").iterdir())
+    dist.barrier()
+    if rank == 0:
+        alone = attributed(case, None, resume=folder / "run")
+        found["run"] = {"scores": torch.tensor(alone.scores), "losses": alone.values, "kept": alone.report.chunks_kept}
+    dist.barrier()
+    other = {"lr": case.z["lr"] * (1 + rank)}
+    refused = {
+        "other z": told(lambda: attributed(case.but(z=other), out=folder / "z")),
+        "other run": told(lambda: attributed(case.but(z={"lr": 2 * case.z["lr"]}), out=folder / "one")),
+        "other places": told(lambda: attributed(case, out=folder / f"{rank}")),
+        "one place": told(lambda: attributed(case, out=folder / "one" if rank else None)),
+        "blind": told(lambda: _elsewhere(rank, folder, lambda: attributed(case, out="mine"))),
+    }
+    return {"found": found, "ends": ends, "left": left, "refused": refused}
+
+
+def same_scores(one: Any, other: Any) -> bool:
+    return bool((one.scores == other.scores).all()) and torch.equal(one.values, other.values)
+
+
+def _elsewhere(rank: int, folder: Path, call: Any) -> Any:
+    """Make the call in another working directory on each rank."""
+    (folder / f"work {rank}").mkdir()
+    before = os.getcwd()
+    os.chdir(folder / f"work {rank}")
+    try:
+        return call()
+    finally:
+        os.chdir(before)
 
 
 def _query_losses(case: cases.Case) -> Any:
@@ -311,7 +366,17 @@ def check(name: str, group: Any, folder: Path) -> Any:
     if name in TRAININGS:
         return bits(name, group)
     function = globals()[name]
-    if name in ("on_disk", "directories", "trains", "halfway", "refusals", "resumed", "resharded", "died"):
+    if name in (
+        "on_disk",
+        "directories",
+        "attributions",
+        "trains",
+        "halfway",
+        "refusals",
+        "resumed",
+        "resharded",
+        "died",
+    ):
         folder.mkdir(exist_ok=True)
         return function(group, folder)
     return function(group)

@@ -14,9 +14,21 @@ from torch.utils._pytree import tree_flatten
 
 SAME = [*rank_trainings.TRAININGS, "other_calls", "parts", "on_disk", "jvps", "queries"]
 CHECKS = {
-    2: [*SAME, "users", "directories", "sizes", "traffic", "shares", "refusals", "resumed", "stalled", "died"],
+    2: [
+        *SAME,
+        "users",
+        "directories",
+        "attributions",
+        "sizes",
+        "traffic",
+        "shares",
+        "refusals",
+        "resumed",
+        "stalled",
+        "died",
+    ],
     4: [
-        *("mlp", "mlp in float64", "gpt with dropout", "matrices"),
+        *("mlp", "mlp in float64", "convnet", "convnet in float64", "gpt with dropout", "matrices"),
         *("parts", "jvps", "queries", "sizes", "traffic", "shares", "resumed", "resharded", "halfway", "trains"),
     ],
 }
@@ -73,11 +85,12 @@ def test_the_bits_are_those_of_one_process(launched, alone, size, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_exact_in_float64(launched):
-    case = rank_trainings.mlp()
+@pytest.mark.parametrize("name", ["mlp in float64", "convnet in float64"])
+def test_exact_in_float64(launched, name):
+    case = rank_trainings.TRAININGS[name]()
     expected = case.unrolled()
     for found in launched[4]:
-        grads = found["mlp in float64"]["grads"]
+        grads = found[name]["grads"]
         assert max(cases.relative_error(grads[key], expected.grads[key]) for key in case.z) <= 1e-10
 
 
@@ -115,7 +128,7 @@ def test_a_rank_loads_its_own_microbatches_alone(launched, size):
         ("code", "RanksDisagree", "the code of the loss"),
         ("objective", "RanksDisagree", "the objective's value"),
         ("divides", "BadArgument", "microbatches=3 and 2 processes"),
-        ("buffers", "BadArgument", "'mean'"),
+        ("buffers", "BadArgument", "leave 'seen' alike"),
         ("resume", "RanksDisagree", "the call"),
         ("calls", "RanksDisagree", "the call"),
         ("jvp", "RanksDisagree", "dz[0]['lr']"),
@@ -180,8 +193,6 @@ def test_shares_of_all_ranks_are_the_whole(launched, alone, size, name):
 def test_a_process_that_ends_while_a_run_changes_hands(launched, alone):
     for found in (ranks["halfway"] for ranks in launched[4]):
         assert found["missing"][0] == "StaleRun" and "what rank 1 of 2 kept is not in" in found["missing"][1]
-    for found in (ranks["halfway"] for ranks in launched[4][:2]):
-        assert found["buffers"][0] == "BadArgument" and "'mean'" in found["buffers"][1]
     found = launched[4][0]["halfway"]
     twos, fours = ({f"rank {i} of {size}" for i in range(size)} for size in (2, 4))
     assert twos | fours <= set(found["4 commit"]) and twos <= set(found["2 discard"])
@@ -207,6 +218,27 @@ def test_a_descent_and_a_rater_are_continued_in_directories(launched, alone):
         )
         assert found["trained"] == 2
         assert found["other"][0] == ("RankFailed" if rank else "StaleRun") and "the start of 'lr'" in found["other"][1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attributions_in_directories(launched, alone):
+    expected = {"scores": alone["queries"]["scores"][0], "losses": alone["queries"]["losses"]}
+    for rank, found in enumerate(ranks["attributions"] for ranks in launched[2]):
+        assert same(found["found"]["groups"], expected | {"kept": 3})
+        assert same(found["found"]["one"], expected | {"kept": 3})
+        refused = found["refused"]
+        assert refused["other z"][0] == "RanksDisagree" and "z['lr']" in refused["other z"][1]
+        assert (
+            refused["other run"][0] == ("RankFailed" if rank else "StaleRun") and "z['lr']" in refused["other run"][1]
+        )
+        assert all(
+            refused[name][0] == "RanksDisagree" and "out" in refused[name][1] for name in ("other places", "one place")
+        )
+        assert refused["blind"][0] == "BadArgument" and "rank 1 does not see mine" in refused["blind"][1]
+    found = launched[2][0]["attributions"]
+    assert same(found["found"]["run"], expected | {"kept": 2})
+    assert found["ends"][0] == "RankFailed" and "rank 1 raised KeyboardInterrupt" in found["ends"][1]
+    assert "queries-4" in found["left"] and "queries-2" not in found["left"]
 
 
 def test_a_rank_that_stalls_is_named(launched):
