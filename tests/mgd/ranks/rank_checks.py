@@ -6,6 +6,7 @@ A check returns values that the test compares with those of one process. It runs
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 import warnings
@@ -24,9 +25,11 @@ from torch import nn
 import mgd
 from mgd.plan import training as planning
 from mgd.plan.scale import DEVICES, Forecast, Scale
+from mgd.ranks import processes
 from mgd_kernels import AdamW
 
-STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
+STALL = 4.0  # seconds: the timeout of the group in which a rank stalls
+processes.GRACE = 0.5
 
 
 def bits(name: str, group: Any) -> dict[str, Any]:
@@ -66,17 +69,17 @@ def users(group: Any) -> dict[str, Any]:
 
 def queries(group: Any) -> dict[str, Any]:
     """An attribution whose queries are shared out among two groups of processes."""
-    case = mlp().to(torch.float32)
+    case = mlp(steps=3).to(torch.float32)
     f = case.function(process_group=group)
     how = {"weights": "weights", "chunk": 2, "query_groups": 1 if group is None else 2}
-    again = [mgd.attribute(f, case.z, 5, _query_losses(case), **how) for _ in range(2)]
-    return {"scores": [torch.as_tensor(found.scores) for found in again], "losses": again[0].values}
+    found = mgd.attribute(f, case.z, 5, _query_losses(case), **how)
+    return {"scores": torch.as_tensor(found.scores), "losses": found.values}
 
 
 def attributions(group: Any, folder: Path) -> dict[str, Any]:
     """Attributions in directories: made by two groups and by one, interrupted, and continued by another number."""
     planning.CHECKPOINT_EVERY = 2
-    case, rank, found = mlp().to(torch.float32), dist.get_rank(group), {}
+    case, rank, found = mlp(steps=3).to(torch.float32), dist.get_rank(group), {}
     losses, how = _query_losses(case), {"weights": "weights", "chunk": 2}
 
     def attributed(case: cases.Case, group: Any = group, **options: Any) -> Any:
@@ -87,8 +90,8 @@ def attributions(group: Any, folder: Path) -> dict[str, Any]:
         again = attributed(case, out=folder / name, **options)
         found[name] = {"scores": torch.tensor(made.scores), "losses": made.values, "kept": again.report.chunks_kept}
         assert made.directory == str(folder / name) and same_scores(made, again)
-    # In the third chunk's training; the digests, the visits and the rehearsal read all of it before.
-    stop = 5 * len(case) + 1 + 4 * len(case) + 3
+    # In the third chunk's training, after the visits, the rehearsal, two chunks and the digests of each of them.
+    stop = 11 * len(case) + 2
     batches = Interrupted(case.batches, stop if rank == 1 else -1, interrupt)
     ends = told(lambda: attributed(case.but(batches=batches), resume=folder / "run")) if rank == 0 else None
     if rank:
@@ -165,7 +168,7 @@ def _rater(group: Any) -> mgd.DataRater:
 def jvps(group: Any) -> dict[str, Any]:
     """Forward mode, along two directions."""
     found = {}
-    for name in ("mlp", "matrices"):
+    for name in ("convnet", "matrices"):
         case, generator = TRAININGS[name](), cases.generator(7)
         one = {"init": {n: torch.randn(x.shape, generator=generator) for n, x in case.z["init"].items()}}
         result = case.function(process_group=group).jvp(case.z, [one, {k: case.z[k] for k in ("lr", "weights")}])
@@ -285,6 +288,10 @@ def _none(model: nn.Module, index: torch.Tensor) -> None:
     """Losses that are none."""
 
 
+def _not_the_last(losses: Any) -> Any:
+    return lambda model, index: None if 2 in index else losses(model, index)
+
+
 def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     case = mlp().to(torch.float32)
@@ -311,7 +318,8 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "buffers": of(case.but(model=Counting(), z={"init": {}})),
         "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"] + rank})),
         "groups": told(lambda: attributed(_none, 3)),
-        "one group": told(lambda: attributed(_none if rank else _query_losses(case), 2)),
+        "one group": told(lambda: attributed(_not_the_last(_query_losses(case)), 2)),
+        "other queries": told(lambda: attributed(_none if rank else _query_losses(case), 1)),
         "resume": told(
             lambda: case.function(process_group=group).metagradient(case.z, resume=folder / "a" if rank else None)
         ),
@@ -330,7 +338,7 @@ def stalled(group: Any) -> tuple[str, str, float]:
     """Rank 1 does not come back in time."""
     short = dist.new_group(timeout=timedelta(seconds=STALL))
     rank, case = dist.get_rank(group), mlp().to(torch.float32)
-    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(3 * STALL))
+    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(STALL + 2))
     begin = time.monotonic()
     told_of = told(lambda: case.but(batches=batches).metagradient(process_group=short))
     return *told_of, time.monotonic() - begin
@@ -353,9 +361,9 @@ def everything(rank: int, size: int, folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     group, found = dist.group.WORLD, {}
     for name in names:
-        begin = time.monotonic()
+        begin, used = time.monotonic(), time.process_time()
         found[name] = check(name, group, folder / name.replace(" ", "-"))
-        found[f"seconds of {name}"] = time.monotonic() - begin
+        found[f"seconds of {name}"] = time.monotonic() - begin, time.process_time() - used
         torch.save(found, folder / f"{rank}.part")
         (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
     with contextlib.suppress(Exception):
@@ -366,17 +374,7 @@ def check(name: str, group: Any, folder: Path) -> Any:
     if name in TRAININGS:
         return bits(name, group)
     function = globals()[name]
-    if name in (
-        "on_disk",
-        "directories",
-        "attributions",
-        "trains",
-        "halfway",
-        "refusals",
-        "resumed",
-        "resharded",
-        "died",
-    ):
-        folder.mkdir(exist_ok=True)
-        return function(group, folder)
-    return function(group)
+    if "folder" not in inspect.signature(function).parameters:
+        return function(group)
+    folder.mkdir(exist_ok=True)
+    return function(group, folder)

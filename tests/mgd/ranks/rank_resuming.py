@@ -53,9 +53,7 @@ SLOWER = [*REACHED[:3], (6, 2)]  # where steps are replayed between
 RESHARDED = [
     ("mlp", 0),
     ("mlp", 1),
-    ("matrices", 0),
     ("matrices", 1),
-    ("two objectives", 0),
     ("convnet", 0),
     ("mlp, from snapshots", 0),
 ]
