@@ -63,7 +63,7 @@ class TrainingFunction(Replaceable):
     objective: `objective(model) -> scalar`, or `[k]` for k objectives at once.
     objective_mode: "eval": the objective finds the model in eval mode; "train": in the modes of the training.
     max_grad_norm: clip each step's gradient to this global norm.
-    microbatches: evaluate each batch in this many slices; the step's loss is their mean weighted by size.
+    microbatches: evaluate each batch in so many slices; loss and buffers are their means, weighted by size.
     seed: every step's random stream is a function of `seed` and the step.
     since: k: only the last k steps are differentiated, and only they are logged. The state after the steps before them,
         and what those read of `z`, is a constant of the derivative (see `anchored`); None: all steps.
@@ -318,6 +318,7 @@ class TrainingFunction(Replaceable):
                 max_grad_norm=self.max_grad_norm,
                 keep_slots=not reversible or self.optimizer_state is not None,
                 gather=self.gather or name == "jvp",
+                behind=(self.optimizer_state or {}).get("skipped", {}),
                 tick=tick,
             )
 
@@ -365,13 +366,11 @@ class TrainingFunction(Replaceable):
     def _forward(self, sweep: Sweep, z: Mapping[str, Any]) -> Trained:
         """Train to the end. Errors of lost numbers name the first of them, if the training repeats itself."""
         try:
-            trained = sweep.forward()
+            return sweep.forward()
         except NonFiniteState as error:
             if error.where == LOST:
                 self._sweep(z, kind=WatchedSweep).forward()
             raise
-        arguments.warn_of_unmoved(self.optimizer, sweep.meta.hypers, sweep.step)
-        return trained
 
     def _at_end(self, sweep: Sweep) -> TrainedObjective:
         """The objective at the end of a training that ran until there, in its own stream of random numbers."""

@@ -27,7 +27,8 @@ class _Saved:
 class Trained(_Saved):
     """A trained model.
 
-    parameters, buffers: by name. optimizer_state: the step count as "step", and the tensors as slot -> name -> tensor.
+    parameters, buffers: by name. optimizer_state: the step count as "step", the tensors as slot -> name -> tensor, and,
+    where some steps had no gradient of a parameter, how many as "skipped" -> name -> int.
     losses: float64 `[T]`, one per step. share: None, or, where each process keeps its own (`gather=False`), which
     elements of a flat parameter are in `parameters` and `optimizer_state`, by its name: `(start, stop)`.
     """

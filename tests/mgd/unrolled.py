@@ -104,19 +104,18 @@ def unrolled(
     slots = {slot: {name: torch.zeros_like(p) for name, p in params.items()} for slot in optimizer.slots}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     seen = {key: value for key, value in z.items() if key not in (*optimizer.hyper_names, "init")}
+    counts = dict.fromkeys(params, 0)
     losses, clipped = [], []
 
-    def run(function: Callable[..., Tensor], *args: Any) -> Tensor:
-        nonlocal buffers
+    def run(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = {f"model.{name}": p.to(dtypes[name]) for name, p in params.items()}
         tensors |= {f"model.{name}": b for name, b in buffers.items()}
         with sdpa_kernel(SDPBackend.MATH):
-            value, buffers = torch.func.functional_call(call, tensors, (function, *args))
-        return value
+            return torch.func.functional_call(call, tensors, (function, *args))
 
     for t in range(steps):
         grads = {name: torch.zeros_like(p) for name, p in params.items()}
-        total = 0.0
+        total, left, reached = 0.0, [], set()
         for i, (batch, share) in enumerate(_parts(batches[t], microbatches)):
             view = dict(seen)
             for key, index in (per_example or {}).items():
@@ -125,21 +124,27 @@ def unrolled(
             torch.manual_seed(seed_of(seed, t, i))
             cast = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
             with cast:
-                value = run(loss, batch, view) * share
+                value, after = run(loss, batch, view)
+            value = value * share
+            left.append((after, share))
             total += value.item()
             part = torch.autograd.grad(value, list(params.values()), create_graph=True, allow_unused=True)
+            reached |= {n for n, d in zip(grads, part, strict=True) if d is not None}
             grads = {n: g if d is None else g + d for (n, g), d in zip(grads.items(), part, strict=True)}
         losses.append(total)
+        buffers = {name: _mean([(after[name], share) for after, share in left]) for name in buffers}
         if max_grad_norm is not None:
             norm = torch.stack([(g.double() ** 2).sum() for g in grads.values()]).sum().sqrt()
             clipped.append(bool(norm + 1e-6 > max_grad_norm))
             if clipped[-1]:
                 grads = {n: g * (max_grad_norm / (norm + 1e-6)) for n, g in grads.items()}
-        params, slots = _update(optimizer, params, slots, grads, z, t, steps)
+        # As torch.optim: a parameter without a gradient stays as it is, and so does its count of steps.
+        counts = {name: count + (name in reached) for name, count in counts.items()}
+        params, slots = _update(optimizer, params, slots, grads, reached, counts, z, t, steps)
 
     torch.manual_seed(seed_of(seed, steps))
     trained = {name: b.detach().clone() for name, b in buffers.items()}
-    value = run(objective)
+    value, _ = run(objective)
     found = [
         torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
         for v in value.reshape(-1)
@@ -161,6 +166,11 @@ def unrolled(
 
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _mean(each: list[tuple[Tensor, float]]) -> Tensor:
+    """The weighted mean of what microbatches leave of a buffer."""
+    return sum(x * share for x, share in each) if each[0][0].is_floating_point() else each[0][0]
 
 
 def _parts(batch: Any, count: int) -> list[tuple[Any, float]]:
@@ -197,9 +207,11 @@ def _group(optimizer: Optimizer, name: str) -> int:
     return 0
 
 
-def _update(optimizer, params, slots, grads, z, t, steps):
-    new_params, new_slots = {}, {slot: {} for slot in slots}
+def _update(optimizer, params, slots, grads, reached, counts, z, t, steps):
+    new_params, new_slots = dict(params), {slot: dict(named) for slot, named in slots.items()}
     for name, p in params.items():
+        if name not in reached:
+            continue
         group = _group(optimizer, name)
         hyper = {key: _hyper(optimizer, z, key, group, t, steps) for key in optimizer.hyper_names}
         mine = [slots[slot][name] for slot in optimizer.slots]
@@ -207,10 +219,10 @@ def _update(optimizer, params, slots, grads, z, t, steps):
             row = [0.0] * optimizer.width
             for key, value in hyper.items():
                 row[optimizer.column(key)] = value
-            new = reference.step(optimizer.rule, p, mine, grads[name], row, t + 1)
+            new = reference.step(optimizer.rule, p, mine, grads[name], row, counts[name])
         else:
             named = dict(zip(optimizer.slots, mine, strict=True))
-            value, left = optimizer.update(p, named, grads[name], hyper, t + 1)
+            value, left = optimizer.update(p, named, grads[name], hyper, counts[name])
             new = value, *(left[slot] for slot in optimizer.slots)
         new_params[name] = new[0]
         for slot, value in zip(optimizer.slots, new[1:], strict=True):

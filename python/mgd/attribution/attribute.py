@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_flatten
 
 from mgd.attribution import scores as files
 from mgd.attribution.result import Attribution, AttributionReport
+from mgd.attribution.shared import SharedScores
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
 from mgd.function import TrainingFunction
+from mgd.identity import code_of
 from mgd.ranks.ranks import Ranks
 from mgd.results import Metagradient, Trained
 from mgd.step.batches import loaded
@@ -68,7 +70,8 @@ def attribute(
         function too: a step then costs what its batch costs, and it is known which examples no step reads.
     names: a title for each query, stored in the index.
     chunk: the number of queries that share a training and a reverse sweep. By default as many as fit in `memory`
-        (bytes, or text such as "2GB"; by default a quarter of what is free), which holds their adjoints and scores.
+        (bytes, or text such as "2GB"; by default a quarter of what is free), which holds their adjoints and scores; or
+        what an interrupted call in the same directory began with.
     out: a directory for `scores.npy`, with a digest of every chunk. The scores are then never in memory as a whole, and
         a repeated call after an interruption keeps the chunks that are done; all that they depend on is compared (see
         `TrainingFunction.identity`). Without it the scores are an array in memory.
@@ -78,6 +81,9 @@ def attribute(
         its own. It divides their number. Scores are whole on every process, and have the bits of one group with the
         same `chunk`, which by default is at most the number of queries per group. The report is that of the own group.
 
+    On several processes, rank 0 fills the directory of scores, which all of them must see, as on a shared file system.
+    Any number of processes and of groups continues it.
+
     The training is run once in advance, and every chunk's training must repeat it bit by bit. If one does not,
     ReplayDivergence names the first step that differs, and nothing more is written.
 
@@ -86,26 +92,32 @@ def attribute(
     CorruptScores or CorruptState if it is damaged.
     """
     start = time.perf_counter()
-    numbers = _numbers(queries)
-    if names is not None and len(names) != len(numbers):
-        raise BadArgument(f"expected a name for each of the {len(numbers)} queries; got {len(names)}")
-    weight = _weights(z, weights)
-    visits = _visits(f, weights, len(weight))
-    if out is not None or resume is not None:
-        f.ranks.refuse("an attribution in a directory (out=, resume=)")
-    count, given = len(numbers), chunk
+    if not f.gather:
+        f = f.replaced(gather=True)
+    directory = out if out is not None else resume
     with f.ranks.call():
-        f.ranks.check_same(lambda: {"query_groups": digest(query_groups)})
-        chunk = f.ranks.first(lambda: _chunk(f, z, -(-count // max(1, query_groups)), given, memory))
+        numbers = _numbers(queries)
+        if names is not None and len(names) != len(numbers):
+            raise BadArgument(f"expected a name for each of the {len(numbers)} queries; got {len(names)}")
+        weight = _weights(z, weights)
+        visits = _visits(f, weights, len(weight))
+        for path in (out, resume):
+            if path is not None:
+                path_of(path)
+        call = {"queries": numbers, "names": names and list(names), "weights": weights, "query_groups": query_groups}
+        call |= {"out": out and os.fspath(out), "resume": resume and os.fspath(resume)}
+        f.ranks.check_same(
+            lambda: code_of(f.model, f.loss, objectives) | {name: digest(value) for name, value in call.items()}
+        )
+        f.ranks.split(query_groups)  # or it is refused
+        given, each = chunk, -(-len(numbers) // query_groups)
+        chunk = f.ranks.first(lambda: _chunk(f, z, len(numbers), each, given, memory, directory))
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
 
     dtype, titles = str(weight.dtype).removeprefix("torch."), None if names is None else list(names)
     parts = [numbers[first : first + chunk] for first in range(0, len(numbers), chunk)]
-    for path in (out, resume):
-        if path is not None:
-            path_of(path)
-    directory = out if out is not None else resume
+    chunks = list(zip(range(0, len(numbers), chunk), parts, strict=True))
     file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64, device="cpu")
     with contextlib.ExitStack() as stack:
         if directory is None:
@@ -113,7 +125,7 @@ def attribute(
         else:
             index = files.Index([len(numbers), len(weight)], dtype, weights, numbers, titles, chunk, unvisited)
             identity = f.identity(z, (_objective(objectives, part) for part in parts))
-            file = stack.enter_context(files.ScoreFile(directory, index, identity))
+            file = stack.enter_context(SharedScores(f.ranks, directory, index, identity))
 
         begin = time.perf_counter()
         rehearsal = f.train(z, progress=progress)
@@ -123,40 +135,38 @@ def attribute(
 
         group = stack.enter_context(_Group.of(f, query_groups))
         shared = group.function
-        single = len(parts) == 1  # then show the bars of its two sweeps instead
-        tick = stack.enter_context(tracked("queries", len(numbers), enabled=progress and not single))
-        chunks = list(zip(range(0, len(numbers), chunk), parts, strict=True))
-        for turn in (chunks[i : i + query_groups] for i in range(0, len(chunks), query_groups)):
+        # If there is one chunk, the bars of its two sweeps are shown instead.
+        bar = progress and len(chunks) > 1
+        todo = [each for each in chunks if file is None or each[0] not in file.done]
+        report.chunks_kept = len(chunks) - len(todo)
+        kept = len(numbers) - sum(len(part) for _, part in todo)
+        tick = stack.enter_context(tracked("queries", len(numbers), kept, enabled=bar))
+        for turn in (todo[i : i + query_groups] for i in range(0, len(todo), query_groups)):
             found: list[tuple[int, Any, Tensor]] = []
             for first, part in turn[group.index : group.index + 1]:
-                if file is not None and file.is_done(first):
-                    report.chunks_kept += 1
-                    continue
                 shared.objective = _objective(objectives, part)
                 place = None if resume is None else path_of(resume) / f"queries-{first}"
-                result = _repeated(shared, z, place, rehearsal, progress and single)
+                result = _repeated(shared, z, place, rehearsal, progress and not bar)
                 report.add(result)
-                begin = time.perf_counter()
-                scores, losses = result.grads[weights].cpu().numpy(), result.value.double().cpu()
+                found.append((first, result.grads[weights].cpu().numpy(), result.value.double().cpu()))
+                del result
+            begin = time.perf_counter()
+            for each in group.exchanged(found):
                 if file is not None:
-                    file.write(first, scores, losses.tolist())
+                    file.write(*each)
                 else:
-                    found.append((first, scores, losses))
-                del result, scores
-                report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
-                if place is not None:
-                    shutil.rmtree(place, ignore_errors=True)
-            for first, scores, losses in group.exchanged(found):
-                assert rows is not None
-                rows[first : first + len(losses)], values[first : first + len(losses)] = scores, losses
-            for _, part in turn:
+                    assert rows is not None
+                    first, scores, losses = each
+                    rows[first : first + len(losses)], values[first : first + len(losses)] = scores, losses
+            report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
+            for first, part in turn:
+                if resume is not None:  # what its sweeps kept there is not needed any more
+                    shutil.rmtree(path_of(resume) / f"queries-{first}", ignore_errors=True)
                 for _ in part:
                     tick("")
         report.total_seconds = time.perf_counter() - start
         if file is not None:
-            file.finish(report.to_dict())
-    if directory is not None:
-        return Attribution.load(directory)
+            return file.finish(report.to_dict())
     assert rows is not None
     return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
 
@@ -168,6 +178,7 @@ class _Group:
 
     function: TrainingFunction
     index: int = 0
+    count: int = 1
     all_ranks: Ranks | None = None
 
     @classmethod
@@ -178,14 +189,16 @@ class _Group:
             yield cls(copy.copy(f))
             return
         with f.ranks.call():  # an error of one group ends the others, too
-            yield cls(f.replaced(process_group=ranks), index, f.ranks)
+            yield cls(f.replaced(process_group=ranks), index, count, f.ranks)
 
-    def exchanged(self, found: list[Any]) -> list[Any]:
-        """What all groups have found."""
+    def exchanged(self, found: list[Any]) -> Iterator[Any]:
+        """What all groups have found, that of one group at a time."""
         if self.all_ranks is None:
-            return found
+            yield from found
+            return
         own = found if self.function.ranks.rank == 0 else []
-        return [one for each in self.all_ranks.objects(own) for one in each]
+        for index in range(self.count):
+            yield from (one for each in self.all_ranks.objects(own if index == self.index else []) for one in each)
 
 
 def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module], Tensor]:
@@ -279,12 +292,23 @@ def _visits(f: TrainingFunction, key: str, n: int) -> Tensor | None:
     return visits
 
 
-def _chunk(f: TrainingFunction, z: Mapping[str, Any], k: int, chunk: int | None, memory: int | str | None) -> int:
-    """How many queries share a sweep."""
+def _chunk(
+    f: TrainingFunction,
+    z: Mapping[str, Any],
+    count: int,
+    k: int,
+    chunk: int | None,
+    memory: int | str | None,
+    directory: str | os.PathLike[str] | None,
+) -> int:
+    """How many queries share a sweep. count: of all queries. k: of those of a group. directory: where an attribution
+    may have begun, which then goes on with its own number."""
     if chunk is not None:
         if chunk < 1 or memory is not None:
             raise BadArgument(f"expected chunk >= 1, or memory in its place; got chunk={chunk} and memory={memory!r}")
-        return min(chunk, k)
+        return min(chunk, count)
+    if directory is not None and memory is None and (begun := files.chunk_of(directory)):
+        return begun
     room = int(SHARE * free_memory()) if memory is None else parse_bytes(memory)
     each = query_bytes(f, z)
     if memory is not None and room < each:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mgd.errors import CorruptScores, StaleRun, StoreIOError, UnknownFormat
+from mgd.util.files import path_of
 from mgd.util.fingerprint import Identity, digest
 from mgd.util.run_directory import RunDirectory
 
@@ -89,8 +90,10 @@ class ScoreFile:
             where = "the trained parameters" if step is None else f"the training's loss at step {step}"
             raise StaleRun(str(self._run.path), [where + " (did the batches, the loss or the machine change?)"])
 
-    def is_done(self, start: int) -> bool:
-        return start in self._done
+    @property
+    def done(self) -> set[int]:
+        """The first rows of the chunks that are done."""
+        return set(self._done)
 
     def write(self, start: int, rows: np.ndarray, values: Sequence[float]) -> None:
         """Store the chunk that begins at row `start`: its rows `[c, n]`, and the losses of its queries, `[c]`."""
@@ -210,6 +213,22 @@ def done(run: RunDirectory) -> dict[int, dict[str, Any]]:
     """The records of finished chunks, by their first row and in the order of rows."""
     starts = sorted(key[1] for key in run.keys() if isinstance(key, tuple) and key[0] == "chunk")
     return {start: run.read(("chunk", start)) for start in starts}
+
+
+def mapped(directory: str | os.PathLike[str], index: Index) -> np.memmap:
+    """The scores `[k, n]` of a directory whose entries another process has read and checked, as a memory map."""
+    matrix = Matrix(path_of(directory) / SCORES, index)
+    with matrix.opened() as file:
+        return matrix.mapped(file)
+
+
+def chunk_of(directory: str | os.PathLike[str]) -> int | None:
+    """The number of queries per chunk of the attribution in a directory; None if there is none."""
+    if not (path_of(directory) / "MGD_STORE").exists():
+        return None
+    with RunDirectory.existing(directory, KIND) as run:
+        found = run.read("index")
+    return None if found is None else Index(**found).chunk
 
 
 def losses_of(records: Mapping[int, Mapping[str, Any]]) -> list[float]:

@@ -93,8 +93,8 @@ class CapturedEvaluator:
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
-            microbatch.wrote(graph.written)
-            kept = GraphResiduals(graph, given, residuals, [x._version for x in given], microbatch.metaparameters)
+            of = [x._version for x in given], microbatch.metaparameters, microbatch.share
+            kept = GraphResiduals(graph, given, residuals, *of)
             step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 

@@ -124,7 +124,6 @@ class EagerEvaluator:
                 raise
         check_unmodified()
         after = _settled(before, copies, left, microbatch.loss.reads)
-        microbatch.wrote(name for name in after if after[name] is not before[name])
         return Evaluation(loss.detach(), grads, after, influence)
 
     def second_derivatives(
@@ -155,9 +154,12 @@ class EagerEvaluator:
             )
         if microbatch.loss.plain_since != known:
             return self.tangents(microbatch, parameters, before, directions)
-        microbatch.wrote(name for name, written in zip(function.names, found.written, strict=False) if written)
-        after = dict(zip(function.names, found.buffers, strict=True))
-        evaluation = Evaluation(found.loss, found.gradient, {name: after[name] for name in before})
+        left = dict(zip(function.names, found.buffers, strict=True))
+        written = dict(zip(function.names, found.written, strict=False))
+        for name in function.names[function.floats :]:
+            written[name] = left[name]._version > 0 or not equal(left[name], before[name])
+        after = {name: left[name] if written[name] else before[name] for name in before}
+        evaluation = Evaluation(found.loss, found.gradient, after)
         return Tangents(evaluation, found.losses, found.gradients, found.floats)
 
     def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:

@@ -60,6 +60,7 @@ class GraphResiduals:
     tensors: Sequence[Any]
     versions: list[int]
     metaparameters: BatchMetaparameters
+    share: float
 
     def second_derivatives(
         self,

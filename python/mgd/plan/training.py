@@ -57,15 +57,15 @@ class PlanRequest:
     memory: int | None = None
 
     def sizes(self, through_store: bool = False) -> Sizes:
-        """Bytes of a snapshot and of a log entry: the gradient, and the buffers before and after each microbatch.
+        """Bytes of a snapshot and of a log entry: the gradient, and the buffers before and after the step.
 
-        Buffers are counted as if each evaluation replaced all of them; a buffer that none replaces is stored only once.
+        Buffers are counted as if each step replaced all of them; a buffer that none replaces is stored only once.
         Entries that may pass through the store are as large as their files (docs/format.md).
         """
         arena, residuals, memory = self.arena, self.residuals, own_memory(self.arena.device)
         history = [b.numel() * b.element_size() for b in self.buffers.values()]
         ranks = [b.ndim for b in self.buffers.values()]
-        state, times = 1 + len(self.optimizer.slots), 1 + self.microbatches
+        state, times = 1 + len(self.optimizer.slots), 2
         snapshot = [arena.numel * arena.dtype.itemsize] * state + history
         gradient = [arena.numel * arena.gradient_dtype.itemsize] + history * times
         if through_store or self.budget.disk is not None or arena.device.type != "cpu":

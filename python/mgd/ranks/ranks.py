@@ -55,11 +55,6 @@ class Ranks:
         """Bytes of memory that are free for each process; None: what the system has."""
         return None
 
-    def refuse(self, what: str) -> None:
-        """Raise BadArgument where there are several processes, for what works in one alone."""
-        if self.size > 1:
-            raise BadArgument(f"expected one process for {what}; got {self.size}: leave process_group out")
-
     def split(self, count: int) -> tuple[Ranks, int]:
         """So many groups of neighbours, of which each process is in one: the ranks of that group, and its number.
         Raises BadArgument unless `count` divides the number of processes."""

@@ -130,14 +130,17 @@ class Shards:
         if pairs:
             torch._foreach_add_([x for x, _ in pairs], [g for _, g in pairs])
 
-    def numbers(self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
-        """A row of numbers of all microbatches, float64 `[microbatches, n]`, from those of the own ones. parts: a
-        fingerprint of each of them, as far as this process has them."""
-        return torch.stack(list(rows)) if len(rows) > 1 else rows[0].unsqueeze(0)
+    def gathered(
+        self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]], note: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Any]]:
+        """A row of numbers of each microbatch, float64 `[microbatches, n]`, from those of the own ones, and every
+        process's note; none where all are of empty things. parts: a fingerprint of each microbatch, as far as this
+        process has them."""
+        return torch.stack(list(rows)) if len(rows) > 1 else rows[0].unsqueeze(0), [note] if any(note) else []
 
-    def histories(self, buffers: list[Any]) -> list[Any]:
-        """The buffers before each microbatch and after the last one, from those of the own microbatches."""
-        return buffers
+    def of_all(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        """Tensors of each microbatch, of the same shapes and dtypes, from those of the own ones."""
+        return own
 
     # --- sums over flat buffers --------------------------------------------------------------------------------
 
@@ -246,27 +249,29 @@ class RankShards(Shards):
         total = self.gradient(flats)
         part.add_(total if total.dtype == part.dtype else total.to(part.dtype))
 
-    def numbers(self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]]) -> Tensor:
+    def gathered(
+        self, step: int, rows: Sequence[Tensor], parts: Callable[[], Sequence[int]], note: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Any]]:
         own = torch.cat(list(rows)).cpu()
-        prints = torch.tensor(parts(), dtype=torch.int64, device="cpu").view(torch.float64)
+        prints = torch.tensor([*parts(), any(note)], dtype=torch.int64, device="cpu").view(torch.float64)
         found = self.ranks.numbers(torch.cat([own, prints]).unsqueeze(0))
-        seen = found[:, len(own) :].contiguous().view(torch.int64)
+        seen, some = found[:, len(own) :].contiguous().view(torch.int64).split([prints.numel() - 1, 1], 1)
         if bool((seen != seen[0]).any()):
             rank = int((seen != seen[0]).any(1).nonzero()[0])
             raise RanksDisagree([f"batches[{step}]"], f"the examples of rank {rank} are not those of rank 0")
-        return found[:, : len(own)].reshape(self.microbatches, -1)
+        notes = self.ranks.objects(note) if bool(some.any()) else []
+        return found[:, : len(own)].reshape(self.microbatches, -1), notes
 
-    def histories(self, buffers: list[Any]) -> list[Any]:
-        before = buffers[0]
-        for after in buffers[1:]:
-            for name, tensor in after.items():
-                if tensor is not before[name]:
-                    raise BadArgument(
-                        f"expected a model whose buffers stay as they are, on several processes; a step changes "
-                        f"{name!r}, for instance running statistics, which would depend on the number of processes. "
-                        "Use a norm without them, or put the module into eval mode"
-                    )
-        return [before] * (self.microbatches + 1)
+    def of_all(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        rows = [torch.cat([x.contiguous().reshape(-1).view(torch.uint8) for x in tensors]) for tensors in own]
+        sizes = [x.nbytes for x in own[0]]
+        return [
+            [
+                part.clone().view(x.dtype).reshape(x.shape)  # a copy begins where its dtype may
+                for part, x in zip(row.split(sizes), own[0], strict=True)
+            ]
+            for row in self.ranks.numbers(torch.stack(rows))
+        ]
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -36,14 +36,14 @@ class Terms:
     """The second derivatives of a step, summed over microbatches, before they are added to the adjoint.
 
     with_parameters: for each direction. with_metaparameters: of each microbatch, last one first, what the loss saw of
-    z, and for each direction the derivatives. buffer_adjoints: before the microbatches so far. products: of each
-    microbatch, first one first, `<gradient, direction>` for each direction. gradient: of this evaluation, where it has
-    it. influence: of each microbatch, by its index, the loss's derivatives with respect to z, where they may be other
-    ones than those of the gradient's evaluation.
+    z, and for each direction the derivatives. with_buffers: of each microbatch, first one first, for each direction the
+    adjoints of the floating-point buffers that it began with, or None for zero. products: likewise,
+    `<gradient, direction>`. gradient: of this evaluation, where it has it. influence: of each microbatch, by its index,
+    the loss's derivatives with respect to z, where they may be other ones than those of the gradient's evaluation.
     """
 
-    def __init__(self, directions: int, buffer_adjoints: list[list[Tensor]]):
-        self.buffer_adjoints = buffer_adjoints
+    def __init__(self, directions: int):
+        self.with_buffers: list[list[Tensors]] = []
         self.with_parameters: list[Blocks[Tensors]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
         self.products: list[list[Tensor]] = []
@@ -60,13 +60,9 @@ class Terms:
         metaparameters: BatchMetaparameters,
     ) -> None:
         """Add those of microbatch `index`. parameters: how many there are. before: the buffers that it began with."""
-        names = differentiable(before)
-        p, b = parameters, parameters + len(names)
+        p, b = parameters, parameters + len(differentiable(before))
         results = derivatives.results
-        self.buffer_adjoints = [
-            [torch.zeros_like(before[n]) if a is None else a for n, a in zip(names, each[p:b], strict=True)]
-            for each in results
-        ]
+        self.with_buffers.insert(0, [each[p:b] for each in results])
         for total, each in zip(self.with_parameters, results, strict=True):
             total.add(index, each[:p])
         self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
@@ -84,7 +80,7 @@ class Terms:
         pairs = zip(self.with_metaparameters, other.with_metaparameters, strict=True)
         return (
             all(map(_agree_in_blocks, self.with_parameters, other.with_parameters))
-            and all(map(agree, self.buffer_adjoints, other.buffer_adjoints))
+            and all(all(map(agree, *rows)) for rows in zip(self.with_buffers, other.with_buffers, strict=True))
             and all(all(map(agree, mine, others)) for (_, mine), (_, others) in pairs)
         )
 

@@ -13,7 +13,6 @@ from mgd.errors import BadArgument
 from mgd.plan.budget import Budget, Sizes
 from mgd.plan.plan import plan
 from mgd.ranks.shards import Shards
-from mgd.step.step import StepFunction
 from mgd_kernels import Adam, Optimizer, OptimizerState
 
 # What replaces gradients by those of several processes, or of one of them.
@@ -149,25 +148,6 @@ def checked_directions(dz: Any) -> list[Mapping[str, Any]]:
 def origin(steps: int, since: int | None) -> int:
     """The first of so many steps that is differentiated."""
     return 0 if since is None else max(0, steps - since)
-
-
-def warn_of_unmoved(optimizer: Optimizer, hypers: Tensor, step: StepFunction) -> None:
-    """Warn where a parameter had no gradient and `torch.optim` would have done something else: it leaves it as it is,
-    where here its gradient is zero."""
-    names, moved, unmoved = step.arena.names, step.moved, step.unmoved
-    decays = [False] * optimizer.groups
-    if "weight_decay" in optimizer.hyper_names:
-        decays = hypers[:, :, optimizer.column("weight_decay")].any(0).tolist()
-    groups = optimizer.group_of(names)
-    differing = [names[i] for i in sorted(unmoved) if decays[groups[i]] or (i in moved and optimizer.slots)]
-    if differing:
-        warnings.warn(
-            f"{', '.join(map(repr, differing[:3]))}{', ...' if differing[3:] else ''} had no gradient at some steps. "
-            "torch.optim would skip these parameters there; here their gradient is zero, and weight decay and momentum "
-            "act. Freeze (requires_grad=False) what no step uses",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def warn_of_noise(optimizer: Optimizer, hypers: Tensor, shards: Shards, state: OptimizerState) -> None:

@@ -65,8 +65,7 @@ def microbatches(batch: Any, count: int, step: int, wanted: range | None = None)
             f"{sorted(lengths)}"
         )
     length = lengths.pop()
-    if length < count:
-        raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
+    _check_length(length, count, step)
     split = [leaf.tensor_split(count) if isinstance(leaf, Tensor) and leaf.ndim else [leaf] * count for leaf in leaves]
     sizes = [stop - start for start, stop in slices(length, count)]
     return [(tree_unflatten([parts[i] for parts in split], spec), sizes[i] / length) for i in wanted]
@@ -74,8 +73,7 @@ def microbatches(batch: Any, count: int, step: int, wanted: range | None = None)
 
 def _loaded_microbatches(batch: PartialBatch, count: int, step: int, wanted: range) -> list[tuple[Any, float]]:
     length, found = len(batch), []
-    if length < count:
-        raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
+    _check_length(length, count, step)
     stretches = slices(length, count)
     for start, stop in (stretches[i] for i in wanted):
         part = batch.load(start, stop)
@@ -87,6 +85,21 @@ def _loaded_microbatches(batch: PartialBatch, count: int, step: int, wanted: ran
             )
         found.append((part, (stop - start) / length))
     return found
+
+
+def _check_length(length: int, count: int, step: int) -> None:
+    if length < count:
+        raise BadBatch(f"expected at least {count} examples for {count} microbatches; batch {step} has {length}")
+
+
+def shares(batch: Any, count: int) -> list[float]:
+    """The share of the examples that each of `count` microbatches of the batch has."""
+    if count == 1:
+        return [1.0]
+    leaves = [] if is_partial(batch) else flatten(batch)[0]
+    lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    length = lengths[0] if lengths else len(batch)
+    return [(stop - start) / length for start, stop in slices(length, count)]
 
 
 def slices(length: int, count: int) -> list[tuple[int, int]]:

@@ -36,11 +36,12 @@ class Derivatives:
 class Residuals(Protocol):
     """What the evaluation of a microbatch computed for its second derivatives and kept.
 
-    given: inputs that it holds on to as they are. tensors: what it computed, tensors and numbers; copies may take their
-    places, with the same strides, and as far from the beginning of a cache line.
+    share: the microbatch's. given: inputs that it holds on to as they are. tensors: what it computed, tensors and
+    numbers; copies may take their places, with the same strides, and as far from the beginning of a cache line.
     """
 
     metaparameters: BatchMetaparameters
+    share: float
     given: list[Tensor]
     tensors: Sequence[Any]
 

@@ -16,14 +16,15 @@ def starting_state(
 ) -> OptimizerState:
     """A state with copies of these parameters, and with the slots and the step count of an earlier training.
 
-    optimizer_state: `Trained.optimizer_state` of that training, `{"step": int, slot: {parameter: tensor}}`; None for a
-    fresh start. Slots are zero if it lacks them and its step count is 0.
+    optimizer_state: `Trained.optimizer_state` of that training, `{"step": int, slot: {parameter: tensor}}`, with
+    `"skipped": {parameter: int}` where steps had no gradient of some; None for a fresh start. Slots are zero if it
+    lacks them and its step count is 0.
 
     Raises BadArgument for a state of another optimizer or model.
     """
     state = optimizer.init(arena.flatten(parameters), arena)
     source = optimizer_state or {}
-    if unknown := sorted(set(source) - {"step", *optimizer.slots}):
+    if unknown := sorted(set(source) - {"step", "skipped", *optimizer.slots}):
         raise BadArgument(
             f"expected optimizer_state of {type(optimizer).__name__} to hold 'step' and {list(optimizer.slots)}; "
             f"got {unknown}: is it another optimizer's?"
@@ -35,6 +36,12 @@ def starting_state(
         raise BadArgument(
             f"expected optimizer_state after {step} steps to hold {list(optimizer.slots)}; it lacks {missing}"
         )
+    for name, count in source.get("skipped", {}).items():
+        if name not in arena.names or not isinstance(count, int) or not 0 <= count <= step:
+            raise BadArgument(
+                f"expected optimizer_state['skipped'] to count up to {step} steps for trained parameters; got "
+                f"{count!r} for {name!r}"
+            )
     shapes = dict(zip(arena.names, arena.shapes, strict=True))
     for slot, flat in zip(optimizer.slots, state.slots, strict=True):
         if slot not in source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class BoundLoss:
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
     norms are plain arithmetic, and formulas as written, from there on (see `FunctionOverrides`). precision: the machine
     epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected. written: for every buffer that
-    was written to, the step and microbatch that did so first. reads: what is still to be looked at of its evaluations.
+    was written to, the step that did so first. reads: what is still to be looked at of its evaluations.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BoundLoss:
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
         self.reads = Reads(device)
-        self.written: dict[str, tuple[int, int]] = {}
+        self.written: dict[str, int] = {}
         self.plain_since: int | None = None
         self.precision: float | None = None
 
@@ -62,6 +62,10 @@ class BoundLoss:
     def plain_at(self, step: int) -> bool:
         """Whether formulas are as written, and norms plain arithmetic, at this step."""
         return self.plain_since is not None and step >= self.plain_since
+
+    def moved(self, step: int, buffers: Buffers) -> list[str]:
+        """The names of those of which an adjoint may differ from zero at the beginning of this step."""
+        return [name for name in differentiable(buffers) if self.written.get(name, step) < step]
 
     def refuse_writes(
         self, step: int, overrides: FunctionOverrides, parameters: Sequence[Tensor], metaparameters: Sequence[Tensor]
@@ -147,18 +151,12 @@ class Microbatch:
         return self.loss(self, self.batch, parameters, buffers, metaparameters, until)
 
     def moved(self, buffers: Buffers) -> list[str]:
-        """The names of those that carry an adjoint: floating-point ones that an earlier evaluation wrote to.
+        """The names of those that carry an adjoint: floating-point ones that an earlier step wrote to.
 
         The others are constants, in every evaluation of this microbatch: what requires a gradient decides which of its
         kernels torch takes, and whether it takes a tensor at all, as for the weights of some losses.
         """
-        here, written = (self.step, self.index), self.loss.written
-        return [name for name in differentiable(buffers) if name in written and written[name] < here]
-
-    def wrote(self, names: Iterable[str]) -> None:
-        """Take note that this evaluation wrote to these buffers."""
-        for name in names:
-            self.loss.written.setdefault(name, (self.step, self.index))
+        return self.loss.moved(self.step, buffers)
 
     def expect(self, loss: Tensor, first: Tensor, tolerance: float = 0.0) -> None:
         """Raises ReplayDivergence, once both are read, where this evaluation's loss is not that of the first one

@@ -7,6 +7,7 @@ is evaluated is up to an `Evaluator`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,13 @@ from mgd.errors import ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
 from mgd.step.agreement import CONFIRMED, Agreement, Terms
-from mgd.step.batches import fingerprints, microbatches, split_tensors
+from mgd.step.batches import fingerprints, microbatches, shares, split_tensors
+from mgd.step.combined import after_step, after_tangents, changed
 from mgd.step.evaluator import Direction, Evaluation, Evaluator, Residuals
 from mgd.step.influence import Influence, projections
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
-from mgd.step.model import Buffers
+from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import LookCloser
 from mgd.util.fingerprint import digest
 
@@ -33,14 +35,31 @@ class StepResult:
     """What the evaluation of a step leaves behind.
 
     gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
-    here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before each
-    microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
+    here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before the step,
+    and as it leaves them. residuals: of each own microbatch, where all of them kept some.
+    skipped: the parameters, by number, that no microbatch has a gradient of.
     """
 
     gradient: Tensor
     losses: Tensor
     buffers: list[Buffers]
     residuals: list[Residuals] | None = None
+    skipped: frozenset[int] = frozenset()
+
+
+@dataclass
+class _Ended:
+    """What all microbatches of a step leave: a row of numbers each, and buffers. changed: whether these are others than
+    before. skipped: see `StepResult`."""
+
+    numbers: Tensor
+    buffers: Buffers
+    skipped: frozenset[int]
+    changed: bool
+
+    @property
+    def losses(self) -> Tensor:
+        return self.numbers[:, 0].contiguous()
 
 
 @dataclass
@@ -61,7 +80,6 @@ Add = Callable[[int, Blocks[Sequence["Tensor | None"]], list[tuple[BatchMetapara
 class StepFunction:
     """Evaluates the steps of one training: the own microbatches of `shards`, and what all of them add up to.
 
-    moved, unmoved: the parameters, by number, that had a gradient at some step, and those that had none at some step.
     influence: how the loss depends on metaparameters, as of each step's first evaluation.
     """
 
@@ -70,8 +88,6 @@ class StepFunction:
     ):
         self.shards, self.arena, self.loss, self.batches = shards, shards.arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
-        self.moved: set[int] = set()
-        self.unmoved: set[int] = set()
         self.influence = Influence(len(batches), microbatches)
         self._agreement = Agreement(shards)
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
@@ -81,30 +97,46 @@ class StepFunction:
     ) -> StepResult:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        rows, history, residuals = [], [buffers], []
+        rows, left, residuals = [], [], []
         self.influence.prepare(meta)
         parameters = self.arena.tensors(self.shards.whole(params))
         batch, place = self.batches[t], self.shards.memory(into)
         unmoved: set[int] | None = None
         for microbatch in self._evaluations(t, batch, meta):
-            result = self.evaluator.gradient(microbatch, parameters, history[-1])
+            result = self.evaluator.gradient(microbatch, parameters, buffers)
             absent = {i for i, g in enumerate(result.gradients) if g is None}
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
             place = None
             rows.append(_numbers(result))
-            history.append(result.buffers)
+            left.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
-        assert unmoved is not None
-        if unmoved or len(self.moved) < len(parameters):
-            self.moved.update(i for i in range(len(parameters)) if i not in unmoved)
-            self.unmoved |= unmoved
-        numbers = self.shards.numbers(t, rows, lambda: fingerprints(batch, self.microbatches, t))
-        self._note_influence(t, numbers[:, 1:])
-        total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
+        ended = self._ended(t, batch, buffers, rows, left, unmoved)
+        self._note_influence(t, ended.numbers[:, 1:])
+        total = self.shards.gradient(blocks, into)
         self._agreement.note(total)
-        return StepResult(total, numbers[:, 0], histories, residuals if len(residuals) == len(rows) else None)
+        kept = residuals if len(residuals) == len(rows) else None
+        return StepResult(total, ended.losses, [buffers, ended.buffers], kept, ended.skipped)
+
+    def _ended(
+        self, t: int, batch: Any, before: Buffers, rows: list[Tensor], left: list[Buffers], absent: set[int] | None
+    ) -> _Ended:
+        """What all microbatches of a step have as numbers, and leave. rows, left: those of each own one, and of its
+        buffers. absent: parameters, by number, of which no own one has a gradient."""
+        prints = functools.partial(fingerprints, batch, self.microbatches, t)
+        own = changed(before, left), sorted(absent or ())
+        numbers, notes = self.shards.gathered(t, rows, prints, own)
+        skipped = frozenset(notes[0][1]).intersection(*[x for _, x in notes]) if notes else frozenset()
+        names = list(dict.fromkeys(name for each, _ in notes for name in each))
+        if not names:
+            return _Ended(numbers, before, skipped, False)
+        first = any([name not in self.loss.written for name in names])
+        for name in names:
+            self.loss.written.setdefault(name, t)
+        weights = shares(batch, self.microbatches)
+        after = after_step(self.shards, before, left, weights, names, self.loss.reads, first)
+        return _Ended(numbers, after, skipped, True)
 
     def tangents(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
@@ -113,7 +145,9 @@ class StepFunction:
         the step."""
         total: Blocks[Tensor] = Blocks(Tensor.add_)
         totals: list[Blocks[Tensor]] = [Blocks(Tensor.add_) for _ in directions]
-        losses, history = [], [buffers]
+        rows, left = [], []
+        unmoved: set[int] | None = None
+        moving: list[list[list[Tensor]]] = [[] for _ in directions]  # what each own microbatch leaves of buffers
         parameters = self.arena.tensors(self.shards.whole(params))
         moved = [self.arena.tensors(self.shards.whole(direction.params)) for direction in directions]
         batch = self.batches[t]
@@ -122,16 +156,22 @@ class StepFunction:
                 Direction(tensors, direction.buffers, microbatch.metaparameters.along(direction.leaves))
                 for tensors, direction in zip(moved, directions, strict=True)
             ]
-            found = self.evaluator.tangents(microbatch, parameters, history[-1], given)
+            found = self.evaluator.tangents(microbatch, parameters, buffers, given)
             total.add(microbatch.index, self.shards.flat(found.evaluation.gradients))
-            for j, direction in enumerate(directions):
+            for j in range(len(directions)):
                 totals[j].add(microbatch.index, self.shards.flat(found.gradients[j]))
-                direction.buffers = found.buffers[j]
-            losses.append(found.evaluation.loss.double().reshape(1))
-            history.append(found.evaluation.buffers)
-        rows = self.shards.numbers(t, losses, lambda: fingerprints(batch, self.microbatches, t))
-        histories, gradients = self.shards.histories(history), [self.shards.gradient(x) for x in totals]
-        return StepResult(self.shards.gradient(total), rows[:, 0], histories), gradients
+                moving[j].append(found.buffers[j])
+            absent = {i for i, g in enumerate(found.evaluation.gradients) if g is None}
+            unmoved = absent if unmoved is None else unmoved & absent
+            rows.append(found.evaluation.loss.double().reshape(1))
+            left.append(found.evaluation.buffers)
+        ended = self._ended(t, batch, buffers, rows, left, unmoved)
+        if ended.changed:
+            for direction, each in zip(directions, moving, strict=True):
+                direction.buffers = after_tangents(self.shards, each, shares(batch, self.microbatches))
+        gradients, histories = [self.shards.gradient(x) for x in totals], [buffers, ended.buffers]
+        total_gradient = self.shards.gradient(total)
+        return StepResult(total_gradient, ended.losses, histories, None, ended.skipped), gradients
 
     def second_derivatives(
         self,
@@ -160,7 +200,24 @@ class StepFunction:
                 terms = self._judged(discrepancy, terms, *step)
         for objective, derivatives in enumerate(terms.with_parameters):
             add(objective, derivatives, [(slices, each[objective]) for slices, each in terms.with_metaparameters])
-        return terms.buffer_adjoints
+        return self._before(t, result.buffers[0], terms)
+
+    def _before(self, t: int, before: Buffers, terms: Terms) -> list[list[Tensor]]:
+        """For each direction the adjoints of the buffers before a step, from those of the own microbatches."""
+        names, moved = differentiable(before), self.loss.moved(t, before)
+        if not moved:
+            return [[torch.zeros_like(before[name]) for name in names] for _ in terms.with_parameters]
+        places = [i for i, name in enumerate(names) if name in moved]
+
+        def whole(i: int, adjoint: Tensor | None) -> Tensor:
+            return torch.zeros_like(before[names[i]]) if adjoint is None else adjoint
+
+        own = [[whole(i, each[i]) for each in rows for i in places] for rows in terms.with_buffers]
+        sums = iter([functools.reduce(torch.add, each) for each in zip(*self.shards.of_all(own), strict=True)])
+        return [
+            [next(sums) if name in moved else torch.zeros_like(before[name]) for name in names]
+            for _ in terms.with_parameters
+        ]
 
     def _judged(
         self,
@@ -233,19 +290,23 @@ class StepFunction:
         parameters = self.arena.tensors(self.shards.whole(params))
         tangents = [self.arena.tensors(self.shards.whole(direction)) for direction in directions]
         evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
-        terms = Terms(len(directions), buffer_adjoints)
+        terms, before = Terms(len(directions)), result.buffers[0]
+        moved = [name in self.loss.moved(t + 1, before) for name in differentiable(before)]
+        own: Sequence[Microbatch | Residuals] = evaluations or result.residuals or ()
         for k, i in reversed(list(enumerate(self.shards.own))):
-            before = result.buffers[i]
-            if result.residuals is not None:
-                metaparameters = result.residuals[k].metaparameters
-                derivatives = result.residuals[k].second_derivatives(t, parameters, tangents, terms.buffer_adjoints)
-            else:
-                assert evaluations is not None
-                metaparameters = evaluations[k].metaparameters
+            one, cotangents = own[k], buffer_adjoints
+            if any(moved) and self.microbatches > 1:  # each has its share in the mean
+                cotangents = [
+                    [a * one.share if moves else a for a, moves in zip(adjoints, moved, strict=True)]
+                    for adjoints in buffer_adjoints
+                ]
+            if isinstance(one, Microbatch):
                 derivatives = evaluator.second_derivatives(
-                    evaluations[k], parameters, before, tangents, terms.buffer_adjoints, result.losses[i]
+                    one, parameters, before, tangents, cotangents, result.losses[i]
                 )
-            terms.append(i, derivatives, len(parameters), before, metaparameters)
+            else:
+                derivatives = one.second_derivatives(t, parameters, tangents, cotangents)
+            terms.append(i, derivatives, len(parameters), before, one.metaparameters)
         return terms
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:

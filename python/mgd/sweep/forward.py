@@ -49,6 +49,7 @@ class ForwardSweep(Sweep):
         ]
         with self.timings.timed("training"):
             result, gradients = self.step.tangents(t, self.state.params, self.buffers, self.meta, given)
+        self.updates.skip(t, result.skipped)
         self.timings.counts["model steps"] += 1
         self._note_losses(t, result)
         scale = self.clipping.factor(t, result.gradient)
@@ -56,9 +57,7 @@ class ForwardSweep(Sweep):
             gradients = self.clipping.tangents(t, result.gradient, gradients)
             table, tangents = self.meta.tables[t], [tangent.state for tangent in self.tangents]
             hypers = torch.stack([direction.hypers[t] for direction in self._directions])
-            self.optimizer.step_jvp_(
-                self.state, result.gradient, table, tangents, gradients, hypers, scale, advance=True
-            )
+            self.updates.jvp_(self.state, result.gradient, table, tangents, gradients, hypers, scale)
             for j, (tangent, moved) in enumerate(zip(self.tangents, given, strict=True)):
                 tangent.buffers = moved.buffers
                 self.reads.later(tangent.state.params.sum(), functools.partial(self._check_tangent, t, j))

@@ -74,7 +74,7 @@ class History:
         self._layout, self._in_memory = layout, frozenset(in_memory)
         self._scratch: Tensor | None = None  # what was read into it is valid until the next such read
         self._viewing = store is not None and layout is not None and layout.device.type == "cpu"
-        self._spare = (1 + microbatches) * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
+        self._spare = 2 * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
         self._pending: set[Key] = set()
         self._gradients: dict[int, StepResult] = {}  # in memory, as are these
         self._snapshots: dict[int, Snapshot] = {}
@@ -228,7 +228,7 @@ class History:
     def adopt(self, keys: Iterable[Key]) -> None:
         """Take over the entries that an earlier process left in the store."""
         for key in keys:
-            histories = 1 + self.microbatches if key[0] == "gradient" else 1
+            histories = 2 if key[0] == "gradient" else 1  # before the step and after it
             self._names[key] = [tuple(self.constants)] * histories
 
     def discard_after(self, step: int) -> None:

@@ -31,6 +31,7 @@ def of(sweep: Sweep) -> dict[str, Any]:
         "objectives": len(sweep.adjoints),
         "losses": sweep.losses,
         "influence": sweep.step.influence.values,
+        "skipped": sweep.updates.record(),
         **named_state(sweep.state, sweep.buffers),
         **_named_reverse(sweep),
         **({} if sweep.growth is None else {"growth": sweep.growth.whole()}),
@@ -46,8 +47,9 @@ def restore(sweep: Sweep, state: dict[str, Any] | None, end: dict[str, Any] | No
     sweep.index, sweep.visited, sweep.reversed = state["index"], state["visited"], state["reversed"]
     sweep.tick("train", sweep.visited)
     sweep.meta.first_read.update(state["first_read"])
-    sweep.step.loss.written.update({name: (t, i) for name, (t, i) in state["written"].items()})
+    sweep.step.loss.written.update(state["written"])
     sweep.losses.copy_(state["losses"])
+    sweep.updates.restore(state["skipped"])
     sweep.step.influence.prepare(sweep.meta)
     sweep.step.influence.values.copy_(state["influence"])
     if end is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd.errors import BadArgument, StaleRun, StoreIOError
+from mgd.errors import StaleRun, StoreIOError
 from mgd.ranks.layout import Layout, layouts
 from mgd.ranks.ranks import Ranks
 from mgd.ranks.shards import Shards
@@ -115,11 +115,6 @@ class OtherRun:
         moves, number = Moves(self, shards), max(numbers)
         state, end = ({rank: found[number][i] for rank, found in records.items()} for i in (0, 1))
         moved = moves.state(state)
-        if self.layout.size == 1 < shards.ranks.size and moved["written"]:
-            raise BadArgument(
-                f"expected a run whose steps leave buffers as they are, to go on with several processes; a step "
-                f"changes {next(iter(moved['written']))!r}. Go on with one process"
-            )
         new.renew()
         flat = {"gradient": 1, "snapshot": sum(name.startswith("state.") for name in moved)}
         for key in sorted(self._common(set(run.entries()) for run in self.runs.values())):

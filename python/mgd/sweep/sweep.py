@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from mgd.sweep.growth import AdjointGrowth
 from mgd.sweep.prefetch import Prefetcher
 from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
+from mgd.sweep.updates import Updates
 from mgd.util.finite import all_finite
 from mgd_kernels import Optimizer, OptimizerState
 
@@ -43,9 +44,9 @@ class Sweep:
     """One training, forward by the actions of its storage's plan and backward by the rest of them.
 
     The current state is `state` with `buffers` at step `state.step`; flat buffers, here and in the history, are this
-    process's part (`mgd.ranks.shards`). keep_slots: the end may be the beginning of
-    another training, so its optimizer state is part of the result. gather: results are whole, not this process's
-    share. index: actions of the plan that are done.
+    process's part (`mgd.ranks.shards`). keep_slots: the end may be the beginning of another training, so its optimizer
+    state is part of the result. behind: how often earlier trainings skipped parameters, by name. gather: results are
+    whole, not this process's share. index: actions of the plan that are done.
     visited, reversed: steps that each sweep has behind it. trained, value: the end of the training and the objective
     there, once they are known; then `adjoints`, `gradients` and `growth` are those of the reverse sweep, and at its
     end `adjoint_norms`.
@@ -63,12 +64,14 @@ class Sweep:
         max_grad_norm: float | None = None,
         keep_slots: bool = False,
         gather: bool = True,
+        behind: Mapping[str, int] | None = None,
         tick: Callable[..., None] = lambda phase, steps=1: None,
     ):
         self.step, self.optimizer, self.meta = step, optimizer, meta
         self.arena, self.shards, self.state, self.buffers = step.arena, step.shards, state, buffers
         self.storage, self.history, self.residuals = storage, storage.history, storage.residuals
         self.keep_slots, self.gather, self.tick, self.reads = keep_slots, gather, tick, step.loss.reads
+        self.updates = Updates(optimizer, step.shards, behind or {})
         self.clipping = Clipping(max_grad_norm, self.shards, self.reads)
         self.length = len(step.batches)
         self.losses = torch.zeros(self.length, step.microbatches, dtype=torch.float64, device="cpu")
@@ -130,10 +133,12 @@ class Sweep:
     def result_of(self, state: OptimizerState, buffers: Buffers) -> Trained:
         """The end of the training, with memory of its own. Its parameters are whole: the objective looks at them."""
         slots = zip(self.optimizer.slots, state.slots, strict=True) if self.keep_slots else ()
+        behind = self.updates.behind(state.step)
         return Trained(
             parameters={name: p.clone() for name, p in self.arena.views(self.shards.whole(state.params)).items()},
             buffers={name: b.clone() for name, b in buffers.items()},
             optimizer_state={"step": state.next_count - 1}
+            | ({"skipped": behind} if behind else {})
             | {slot: {n: t.clone() for n, t in self._views(flat).items()} for slot, flat in slots},
             losses=self.losses.sum(1),
         )
@@ -199,7 +204,7 @@ class Sweep:
         """Advance `state` by one step with the gradient of `result`."""
         with self.timings.timed("update"):
             scale = self.clipping.factor(state.step, result.gradient)
-            self.optimizer.step_(state, result.gradient, self.meta.tables[state.step], scale)
+            self.updates.step_(state, result.gradient, self.meta.tables[state.step], scale)
 
     def _rebuild(self, stop: int) -> None:
         """Advance over logged steps by their updates, as many in one pass as are available."""
@@ -207,7 +212,7 @@ class Sweep:
         with self.timings.timed("store"):
             run = self.history.run(start, stop)
         with self.timings.timed("rebuild"):
-            self.optimizer.replay_(
+            self.updates.replay_(
                 self.state,
                 [result.gradient for result in run],
                 self.meta.resident[start : start + len(run)],
@@ -223,6 +228,7 @@ class Sweep:
             self._expect(self.length - t)
         with self.timings.timed(work):
             result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into)
+        self.updates.skip(t, result.skipped)
         if captured := self.step.evaluator.capture_seconds - captured:
             self.timings.move(captured, work, "capture")
         self.timings.counts["model steps"] += 1
@@ -311,8 +317,7 @@ class Sweep:
         scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer vjp"):
             for j, adjoint in enumerate(adjoints):
-                out = self.shards.vjp_(
-                    self.optimizer,
+                out = self.updates.vjp_(
                     self.state,
                     result.gradient,
                     self.meta.tables[t],

@@ -6,6 +6,7 @@ A check returns values that the test compares with those of one process. It runs
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 import warnings
@@ -18,14 +19,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_resuming import halfway, resharded, resumed, trains  # noqa: F401 (checks, by name)
-from rank_trainings import TRAININGS, Counting, Interrupted, V, mlp, outcome, several, told, weighted_loss
+from rank_trainings import TRAININGS, Counting, Interrupted, V, interrupt, mlp, outcome, several, told, weighted_loss
 from torch import nn
 
 import mgd
+from mgd.plan import training as planning
 from mgd.plan.scale import DEVICES, Forecast, Scale
+from mgd.ranks import processes
 from mgd_kernels import AdamW
 
-STALL = 8.0  # seconds: the timeout of the group in which a rank stalls
+STALL = 4.0  # seconds: the timeout of the group in which a rank stalls
+processes.GRACE = 0.5
 
 
 def bits(name: str, group: Any) -> dict[str, Any]:
@@ -65,11 +69,65 @@ def users(group: Any) -> dict[str, Any]:
 
 def queries(group: Any) -> dict[str, Any]:
     """An attribution whose queries are shared out among two groups of processes."""
-    case = mlp().to(torch.float32)
+    case = mlp(steps=3).to(torch.float32)
     f = case.function(process_group=group)
     how = {"weights": "weights", "chunk": 2, "query_groups": 1 if group is None else 2}
-    again = [mgd.attribute(f, case.z, 5, _query_losses(case), **how) for _ in range(2)]
-    return {"scores": [torch.as_tensor(found.scores) for found in again], "losses": again[0].values}
+    found = mgd.attribute(f, case.z, 5, _query_losses(case), **how)
+    return {"scores": torch.as_tensor(found.scores), "losses": found.values}
+
+
+def attributions(group: Any, folder: Path) -> dict[str, Any]:
+    """Attributions in directories: made by two groups and by one, interrupted, and continued by another number."""
+    planning.CHECKPOINT_EVERY = 2
+    case, rank, found = mlp(steps=3).to(torch.float32), dist.get_rank(group), {}
+    losses, how = _query_losses(case), {"weights": "weights", "chunk": 2}
+
+    def attributed(case: cases.Case, group: Any = group, **options: Any) -> Any:
+        return mgd.attribute(case.function(process_group=group), case.z, 5, losses, **how, **options)
+
+    for name, options in {"groups": {"query_groups": 2}, "one": {}}.items():
+        made = attributed(case, out=folder / name, **options)
+        again = attributed(case, out=folder / name, **options)
+        found[name] = {"scores": torch.tensor(made.scores), "losses": made.values, "kept": again.report.chunks_kept}
+        assert made.directory == str(folder / name) and same_scores(made, again)
+    # In the third chunk's training, after the visits, the rehearsal, two chunks and the digests of each of them.
+    stop = 11 * len(case) + 2
+    batches = Interrupted(case.batches, stop if rank == 1 else -1, interrupt)
+    ends = told(lambda: attributed(case.but(batches=batches), resume=folder / "run")) if rank == 0 else None
+    if rank:
+        with contextlib.suppress(KeyboardInterrupt):
+            attributed(case.but(batches=batches), resume=folder / "run")
+    dist.barrier()
+    left = sorted(path.name for path in (folder / "run").iterdir())
+    dist.barrier()
+    if rank == 0:
+        alone = attributed(case, None, resume=folder / "run")
+        found["run"] = {"scores": torch.tensor(alone.scores), "losses": alone.values, "kept": alone.report.chunks_kept}
+    dist.barrier()
+    other = {"lr": case.z["lr"] * (1 + rank)}
+    refused = {
+        "other z": told(lambda: attributed(case.but(z=other), out=folder / "z")),
+        "other run": told(lambda: attributed(case.but(z={"lr": 2 * case.z["lr"]}), out=folder / "one")),
+        "other places": told(lambda: attributed(case, out=folder / f"{rank}")),
+        "one place": told(lambda: attributed(case, out=folder / "one" if rank else None)),
+        "blind": told(lambda: _elsewhere(rank, folder, lambda: attributed(case, out="mine"))),
+    }
+    return {"found": found, "ends": ends, "left": left, "refused": refused}
+
+
+def same_scores(one: Any, other: Any) -> bool:
+    return bool((one.scores == other.scores).all()) and torch.equal(one.values, other.values)
+
+
+def _elsewhere(rank: int, folder: Path, call: Any) -> Any:
+    """Make the call in another working directory on each rank."""
+    (folder / f"work {rank}").mkdir()
+    before = os.getcwd()
+    os.chdir(folder / f"work {rank}")
+    try:
+        return call()
+    finally:
+        os.chdir(before)
 
 
 def _query_losses(case: cases.Case) -> Any:
@@ -110,7 +168,7 @@ def _rater(group: Any) -> mgd.DataRater:
 def jvps(group: Any) -> dict[str, Any]:
     """Forward mode, along two directions."""
     found = {}
-    for name in ("mlp", "matrices"):
+    for name in ("convnet", "matrices"):
         case, generator = TRAININGS[name](), cases.generator(7)
         one = {"init": {n: torch.randn(x.shape, generator=generator) for n, x in case.z["init"].items()}}
         result = case.function(process_group=group).jvp(case.z, [one, {k: case.z[k] for k in ("lr", "weights")}])
@@ -230,6 +288,10 @@ def _none(model: nn.Module, index: torch.Tensor) -> None:
     """Losses that are none."""
 
 
+def _not_the_last(losses: Any) -> Any:
+    return lambda model, index: None if 2 in index else losses(model, index)
+
+
 def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     case = mlp().to(torch.float32)
@@ -256,7 +318,8 @@ def refusals(group: Any, folder: Path) -> dict[str, tuple[str, str]]:
         "buffers": of(case.but(model=Counting(), z={"init": {}})),
         "jvp": told(lambda: case.function(process_group=group).jvp(case.z, {"lr": case.z["lr"] + rank})),
         "groups": told(lambda: attributed(_none, 3)),
-        "one group": told(lambda: attributed(_none if rank else _query_losses(case), 2)),
+        "one group": told(lambda: attributed(_not_the_last(_query_losses(case)), 2)),
+        "other queries": told(lambda: attributed(_none if rank else _query_losses(case), 1)),
         "resume": told(
             lambda: case.function(process_group=group).metagradient(case.z, resume=folder / "a" if rank else None)
         ),
@@ -275,7 +338,7 @@ def stalled(group: Any) -> tuple[str, str, float]:
     """Rank 1 does not come back in time."""
     short = dist.new_group(timeout=timedelta(seconds=STALL))
     rank, case = dist.get_rank(group), mlp().to(torch.float32)
-    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(3 * STALL))
+    batches = Interrupted(case.batches, 3 if rank == 1 else -1, lambda: time.sleep(STALL + 2))
     begin = time.monotonic()
     told_of = told(lambda: case.but(batches=batches).metagradient(process_group=short))
     return *told_of, time.monotonic() - begin
@@ -298,9 +361,9 @@ def everything(rank: int, size: int, folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     group, found = dist.group.WORLD, {}
     for name in names:
-        begin = time.monotonic()
+        begin, used = time.monotonic(), time.process_time()
         found[name] = check(name, group, folder / name.replace(" ", "-"))
-        found[f"seconds of {name}"] = time.monotonic() - begin
+        found[f"seconds of {name}"] = time.monotonic() - begin, time.process_time() - used
         torch.save(found, folder / f"{rank}.part")
         (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
     with contextlib.suppress(Exception):
@@ -311,7 +374,7 @@ def check(name: str, group: Any, folder: Path) -> Any:
     if name in TRAININGS:
         return bits(name, group)
     function = globals()[name]
-    if name in ("on_disk", "directories", "trains", "halfway", "refusals", "resumed", "resharded", "died"):
-        folder.mkdir(exist_ok=True)
-        return function(group, folder)
-    return function(group)
+    if "folder" not in inspect.signature(function).parameters:
+        return function(group)
+    folder.mkdir(exist_ok=True)
+    return function(group, folder)

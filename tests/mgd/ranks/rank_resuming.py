@@ -11,7 +11,7 @@ from unittest.mock import patch
 import cases
 import torch
 import torch.distributed as dist
-from rank_trainings import TRAININGS, Counting, Interrupted, interrupt, mlp, outcome, told
+from rank_trainings import TRAININGS, Interrupted, interrupt, mlp, outcome, told
 
 import mgd
 from mgd import errors
@@ -53,9 +53,8 @@ SLOWER = [*REACHED[:3], (6, 2)]  # where steps are replayed between
 RESHARDED = [
     ("mlp", 0),
     ("mlp", 1),
-    ("matrices", 0),
     ("matrices", 1),
-    ("two objectives", 0),
+    ("convnet", 0),
     ("mlp, from snapshots", 0),
 ]
 
@@ -153,13 +152,5 @@ def halfway(group: Any, folder: Path) -> dict[str, Any]:
     result = call(1, batches)
     dist.barrier()
     left = sorted(path.name for path in folder.iterdir())
-    dist.barrier()
-    case = case.but(model=Counting(), z={"init": {}})
-    call(1, Interrupted(case.batches, len(case) + 5, interrupt))
-    dist.barrier()
-    if rank < 2:
-        found["buffers"] = told(lambda: case.function(process_group=groups[2]).metagradient(case.z, resume=folder))
-    dist.barrier()
-    call(1)
     dist.barrier()
     return found | {"outcome": result and outcome(result), "accesses": batches.count, "left": left}

@@ -49,31 +49,48 @@ def weighted_loss(model, batch, z):
     return (z["weights"] * F.cross_entropy(model(x) * z["temperature"], y, reduction="none")).mean()
 
 
-def mlp(**changes: Any) -> cases.Case:
+def mlp(steps: int = 6, **changes: Any) -> cases.Case:
     model = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Dropout(0.1), nn.Linear(24, cases.CLASSES))
     torch.manual_seed(0)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
-    return weighted(cases.supervised(model, (5,), steps=6), **changes)
+    return weighted(cases.supervised(model, (5,), steps), **changes)
 
 
-def gpt(**changes: Any) -> cases.Case:
-    case = cases.language()
-    return case.but(**{"trace": False, "microbatches": V, "max_grad_norm": 0.5} | changes)
+def convnet() -> cases.Case:
+    """Its running statistics are part of the training, and both objectives read them."""
+    case = cases.supervised(cases.convnet(), (1, 6, 6), steps=6)
+
+    def objectives(model: nn.Module) -> torch.Tensor:
+        return torch.stack([case.objective(model), model[1].running_var.square().sum()])
+
+    return weighted(case, objective=objectives)
+
+
+def captured() -> cases.Case:
+    """As graphs, which keep residuals. Microbatches are as long as each other: there is one graph."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, cases.CLASSES))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return weighted(cases.supervised(model, (5,), steps=3, batch=8), trace=True)
+
+
+def gpt() -> cases.Case:
+    return cases.language().but(trace=False, microbatches=V, max_grad_norm=0.5)
 
 
 class Counting(nn.Module):
-    """Keeps a running mean."""
+    """Counts what it sees, which has no mean over microbatches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(5, 3)
-        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        self.mean.mul_(0.9).add_(y.detach().mean(0), alpha=0.1)
-        return y - self.mean
+        self.seen += (x[:, 0] > 0).sum()
+        return self.linear(x)
 
 
 def several(model: nn.Module) -> torch.Tensor:
@@ -84,8 +101,10 @@ def several(model: nn.Module) -> torch.Tensor:
 TRAININGS = {
     "mlp": lambda: mlp().to(torch.float32),
     "mlp in float64": lambda: mlp(),
+    "convnet": lambda: convnet().to(torch.float32),
+    "convnet in float64": lambda: convnet(),
     "gpt with dropout": lambda: gpt().to(torch.float32),
-    "gpt, captured": lambda: gpt(trace=True).to(torch.float32),
+    "captured": lambda: captured().to(torch.float32),
     "parameter groups": lambda: mlp(
         optimizer=AdamW(lr=1e-2, eps_root=1e-4, param_groups=[{"params": "*.bias", "weight_decay": 0.0}])
     ).to(torch.float32),
