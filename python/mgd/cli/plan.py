@@ -92,7 +92,7 @@ def forecast_for(
     size = _BYTES[dtype]
     scale = Scale(parse_count(parameters), ranks, _SLOTS[optimizer], max(4, size), size)
     limits = parse_budget(budget) if budget else None
-    count = None if tokens is None else parse_count(tokens)
+    count = None if tokens is None else parse_count(tokens, "tokens of a step (--tokens)")
     rate = parse_rate(network)
     return forecast(steps, scale, DEVICES[device], rate, tokens=count, budget=limits, schedule=schedule)
 
@@ -109,7 +109,9 @@ def parse_rate(text: str) -> float:
     """Bytes per second from "400Gb" (bits), "50GB" (bytes), with or without "/s"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MGT])(b|B)(?:/s)?\s*", text)
     if match is None or not float(match[1]):
-        raise BadArgument(f'expected a rate such as "400Gb" (bits per second) or "50GB" (bytes); got {text!r}')
+        raise BadArgument(
+            f'expected a rate such as "400Gb" (bits per second) or "50GB" (bytes) for --network; got {text!r}'
+        )
     bits = float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]]
     return bits / 8 if match[3] == "b" else bits
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import pickle
 import socket
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +35,17 @@ def ranks_of(process_group: Any) -> Ranks:
     """The ranks of a process group of `torch.distributed`, or these ranks; None: this process alone."""
     if isinstance(process_group, Ranks):
         return process_group
-    return Ranks() if process_group is None else ProcessRanks(process_group)
+    if process_group is not None:
+        return ProcessRanks(process_group)
+    started = int(os.environ.get("WORLD_SIZE", 1)) if dist.is_available() and dist.is_torchelastic_launched() else 1
+    if started > 1 and not dist.is_initialized():  # then torch.distributed.group.WORLD is None
+        warnings.warn(
+            f"torchrun started {started} processes, and each makes the whole training: none of them has called "
+            "torch.distributed.init_process_group, without which there is no process_group to give",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Ranks()
 
 
 class ProcessRanks(Ranks):

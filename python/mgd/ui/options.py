@@ -43,11 +43,11 @@ def parse_names(text: str, known: Collection[str], what: str) -> list[str]:
     return names
 
 
-def parse_count(text: str) -> int:
-    """A number of parameters from text such as "124M", "1.5B", "7_000_000"."""
+def parse_count(text: str, what: str = "parameters") -> int:
+    """A number of parameters, or of something else, from text such as "124M", "1.5B", "7_000_000"."""
     from mgd.errors import BadArgument
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmbt]?)\s*", text.lower().replace("_", "").replace(",", ""))
     if match is None or (count := round(float(match[1]) * _COUNTS[match[2]])) < 1:
-        raise BadArgument(f'expected a number of parameters such as "124M" or 1000000; got {text!r}')
+        raise BadArgument(f'expected a number of {what} such as "124M" or 1000000; got {text!r}')
     return count

@@ -193,6 +193,7 @@ def test_a_plan_too_long_to_draw_still_gets_its_page(capsys, tmp_path):
         (["--parameters", "1M", "--ranks", "4", "--network", "400"], "expected a rate such as"),
         (["--parameters", "1M", "--ranks", "4", "--step-seconds", "1"], "no --step-seconds"),
         (["--parameters", "1M", "--tokens", "1M"], "expected --ranks"),
+        (["--parameters", "1M", "--ranks", "4", "--tokens", "0"], "expected a number of tokens of a step (--tokens)"),
         (["--parameters", "1M", "--ranks", "100000000"], "expected at most 1,000,000 ranks"),
         (["--parameters", "1M", "--step-seconds", "inf"], "above 0 and finite"),
         (["--parameters", "1M", "--steps", "100000000000000000000"], "expected at most 10,000,000,000 steps"),

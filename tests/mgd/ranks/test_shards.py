@@ -131,6 +131,13 @@ def test_what_is_no_process_group_is_refused():
         cases.supervised(cases.mlp(), (5,)).function(process_group="WORLD")
 
 
+def test_a_group_that_is_not_there_yet_is_told(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(RuntimeWarning, match="torchrun started 2 processes, and each makes the whole training"):
+        cases.supervised(cases.mlp(), (5,)).function(process_group=torch.distributed.group.WORLD)
+
+
 def test_a_wrapped_model_is_refused():
     class FSDPModule:
         __module__ = "torch.distributed.fsdp._fully_shard._fully_shard"
