@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast docs package attack sanitize data bench bench-gpu lint format clean
+.PHONY: demo test test-fast docs package attack sanitize data bench bench-peers bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -82,6 +82,20 @@ bench: $(VENV)/.installed
 	mkdir -p $(RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json $(RESULTS)/$(TODAY)-pytest.json $(ARGS)
 	$(BIN)/python -m pytest -m slow
+
+# What people would use instead, in an environment of its own, pinned: what cannot be installed is said and left out.
+# bergson asks for torchvision and torchaudio, which no workload needs and which come for other builds of torch.
+# `ARGS=--quick` takes two workloads and a few steps; `ARGS="--page docs/peers.md"` enters the results there.
+PEERS := build/peers
+PEERS_PIP = $(PEERS)/bin/pip install --quiet --constraint benchmarks/peers.txt
+bench-peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) --config-settings=build-dir=build/peers-core '.[plots]'
+	-$(PEERS_PIP) 'transformers>=5,<6' peft
+	for each in torchopt higher 'jax optax' bergson; do $(PEERS_PIP) $$each || echo "$$each cannot be installed here"; done
+	-$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio
+	mkdir -p $(RESULTS)
+	$(PEERS)/bin/mgd bench peers --json $(RESULTS)/$(TODAY)-peers.json $(ARGS)
 
 # For a machine with a GPU: the tests that need one, then `mgd bench gpu`, which times nothing before its own checks
 # hold. It has never run on one. The list of GPUs that were tested is written by it alone.
