@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +20,7 @@ from mgd.bench.peers.methods import PEERS, QUICK, WORKLOADS
 from mgd.bench.workloads import WORKLOADS as KNOWN
 from mgd.errors import BadArgument
 from mgd.ui.options import Json, parse_names
+from mgd.ui.result import write_json
 
 STEPS, QUICK_STEPS = 16, 4
 
@@ -34,23 +38,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(
-    source: str, peers: list[str], steps: int, rounds: int, limit: int, core: int, tick: Any = lambda _: None
-) -> dict[str, Any]:
-    """Of one workload: plain training, and each peer's time, memory and differences from float64, in JSON's types."""
+Keep = Callable[[str, dict[str, Any]], None]
+
+
+def measure(source: str, steps: int, peers: list[str], rounds: int, limit: int, core: int, keep: Keep) -> None:
+    """Of one workload: the float64 reference, plain training, and each peer, in JSON's types. keep: is given what was
+    measured, and its name."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.pt"
-        found: dict[str, Any] = {"workload": source, "steps": steps, "peers": {}}
         for what in (alone.REFERENCE, alone.TRAINING, *peers):
-            tick(f"{source}: {what}")
             one = alone.measure(source, what, steps, rounds, reference, limit, core)
-            if what in PEERS:
-                found["peers"][what] = one
-            elif "error" in one:
-                return found | {"error": f"{what}: {one['error']}"}
-            else:
-                found[what] = one
-    return found
+            keep(what, one)
+            if what not in PEERS and "error" in one:
+                return
 
 
 def command(
@@ -86,17 +86,41 @@ def command(
     there = versions()
     session.print(", ".join(f"{package} {version}" for package, version in there.items()))
     cores = sorted(os.sched_getaffinity(0))[::-1]
-    results: list[dict[str, Any]] = []
-    with session.status() as tick, ThreadPoolExecutor(jobs) as pool:
+    results: list[dict[str, Any]] = [{"workload": source, "steps": steps, "peers": {}} for source in sources]
+    whole = {"machine": where, "versions": there, "limit": limit, "jobs": jobs, "rounds": rounds, "results": results}
+    writing = threading.Lock()
+
+    def kept(found: dict[str, Any], what: str, one: dict[str, Any]) -> None:
+        with writing:  # after every measurement, so that it is kept if the rest is interrupted
+            if what in PEERS:
+                found["peers"][what] = one
+            elif "error" in one:
+                found["error"] = f"{what}: {one['error']}"
+            else:
+                found[what] = one
+            session.print(f"{found['workload']}: {what}" + (f": {one['error']}" if "error" in one else ""))
+            if json is not None:
+                write_json(json, session.command, whole)
+
+    with ThreadPoolExecutor(jobs) as pool:
         waiting = [
-            pool.submit(measure, source, names, steps, rounds, limit, cores[i % jobs % len(cores)], tick)
-            for i, source in enumerate(sources)
+            pool.submit(
+                measure,
+                found["workload"],
+                steps,
+                names,
+                rounds,
+                limit,
+                cores[i % jobs % len(cores)],
+                partial(kept, found),
+            )
+            for i, found in enumerate(results)
         ]
-        results = [one.result() for one in waiting]
+        for one in waiting:
+            one.result()
     for found in results:
         session.table(table.title(found), table.rows(found))
     session.print(f"\n{table.CAPTION}", style="dim")
-    whole = {"machine": where, "versions": there, "limit": limit, "jobs": jobs, "rounds": rounds, "results": results}
     session.write(None, whole)
     if page is not None:
         table.enter(page, whole)

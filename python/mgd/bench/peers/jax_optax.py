@@ -39,11 +39,13 @@ def prepare(case: Case) -> Callable[[], Outcome]:
     start = {name: value for name, (trained, value) in every.items() if trained}
     frozen = {name: value for name, (trained, value) in every.items() if not trained}
     data = [folded(array(torch.stack(column))) for column in zip(*map(tree_leaves, function.batches), strict=True)]
-    held_out = [array(tensor) for tensor in tree_leaves(case.held_out)]
+    held_out = [array(tensor) for tensor in tree_leaves(case.held_out)[:2]]
+    # Arguments of the program: of constants, XLA would compute what it can while it compiles, for minutes.
+    given = {"start": start, "frozen": frozen, "data": data, "held_out": held_out}
 
-    def losses(params: Any, inputs: Any, labels: Any) -> Any:
+    def losses(given: Any, params: Any, inputs: Any, labels: Any) -> Any:
         """The loss of each example, its tokens averaged."""
-        logits = apply(model, {**frozen, **params}, "", inputs)
+        logits = apply(model, {**given["frozen"], **params}, "", inputs)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return each.reshape(len(inputs), -1).mean(1)
 
@@ -57,24 +59,24 @@ def prepare(case: Case) -> Callable[[], Outcome]:
             case other:
                 raise Unsupported(f"the comparison with JAX has no {type(other).__name__}")
 
-    def trained_objective(z: Any) -> Any:
+    def trained_objective(z: Any, given: Any) -> Any:
         def step(carry: Any, now: Any) -> Any:
             params, kept = carry
             (inputs, labels, index), lr = now
-            loss = lambda params: (z["data_weights"][index] * losses(params, inputs, labels)).mean()
+            loss = lambda params: (z["data_weights"][index] * losses(given, params, inputs, labels)).mean()
             updates, kept = optimizer(lr, z["weight_decay"]).update(jax.grad(loss)(params), kept, params)
             return (optax.apply_updates(params, updates), kept), None
 
         segment = jax.checkpoint(lambda carry, inputs: jax.lax.scan(step, carry, inputs))
-        carry = start, optimizer(0.0, 0.0).init(start)
-        (params, _), _ = jax.lax.scan(segment, carry, (data, folded(z["lr"])))
-        return losses(params, *held_out[:2]).mean()
+        carry = given["start"], optimizer(0.0, 0.0).init(given["start"])
+        (params, _), _ = jax.lax.scan(segment, carry, (given["data"], folded(z["lr"])))
+        return losses(given, params, *given["held_out"]).mean()
 
     differentiated = jax.jit(jax.value_and_grad(trained_objective))
     z = {key: array(value) for key, value in case.z.items()}
 
     def run() -> Outcome:
-        value, grads = jax.block_until_ready(differentiated(z))
+        value, grads = jax.block_until_ready(differentiated(z, given))
         back = lambda x: torch.from_numpy(np.array(x))
         return Outcome(back(value), {key: back(grads[key]) for key in case.z})
 

@@ -33,12 +33,12 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "unrolled": Peer("plain torch, one autograd graph through all steps", "unrolled"),
-    "recipe": Peer(
-        "a step of torch.func compiled by torch.compile, under reentrant checkpoints of sqrt(T) steps", "recipe:prepare"
-    ),
     "torchopt": Peer("TorchOpt's functional optimizers, unrolled", "libraries:torchopt", ("torchopt",)),
     "higher": Peer("higher's patched modules, unrolled", "libraries:higher", ("higher",)),
     "bergson": Peer("bergson's MAGIC trainer, from checkpoints on disk", "bergson", ("bergson",)),
-    "jax": Peer("JAX and optax, one program of scans with sqrt(T) checkpoints", "jax_optax:prepare", ("jax", "optax")),
     "mgd": Peer("this package with its default arguments", "mgd", ("mgd-kernels",)),
+    "jax": Peer("JAX and optax, one program of scans with sqrt(T) checkpoints", "jax_optax:prepare", ("jax", "optax")),
+    "recipe": Peer(
+        "a step of torch.func compiled by torch.compile, under reentrant checkpoints of sqrt(T) steps", "recipe:prepare"
+    ),
 }
