@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast docs package attack sanitize data bench bench-peers bench-gpu lint format clean
+.PHONY: demo test test-fast test-oldest docs package attack sanitize data bench bench-peers bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -30,6 +30,15 @@ test: $(VENV)/.installed
 # What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --fast -q $(ARGS)
+
+# The fast tests with the oldest releases that pyproject.toml allows, in an environment of its own: without packages of
+# the test extra that ask for newer ones. Old releases of typer warn of newer ones of click.
+OLDEST := build/oldest
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --config-settings=build-dir=build/oldest-core \
+	    $(EDITABLE) '.[plots]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist scikit-learn scipy
+	$(OLDEST)/bin/python -m pytest --fast -q -W ignore::DeprecationWarning $(ARGS)
 
 # Every attack of tests/attack in full size: kills, damaged files, limits; and the store under sanitizers.
 attack: $(VENV)/.installed sanitize

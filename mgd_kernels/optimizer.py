@@ -199,7 +199,9 @@ class Optimizer(ABC):
             given = value.detach() if isinstance(value, Tensor) else float(value)
             self.check_range(name, given, called)
             if name == "lr" and float(torch.as_tensor(given).min()) < 0:
-                raise BadArgument(f"expected {called} >= 0, as a training descends; got {float(torch.as_tensor(given).min())}")
+                raise BadArgument(
+                    f"expected {called} >= 0, as a training descends; got {float(torch.as_tensor(given).min())}"
+                )
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the hyperparameter may have these values. called: its name in the error."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mgd import __version__
 from mgd.bench import shared
 from mgd.bench.peers import alone, table
 from mgd.bench.peers.methods import PEERS, QUICK, WORKLOADS
@@ -27,7 +28,7 @@ STEPS, QUICK_STEPS = 16, 4
 
 def versions() -> dict[str, str]:
     """Of what is compared, as far as it is installed."""
-    found = {}
+    found = {"mgd-kernels": __version__}
     for package in dict.fromkeys(
         ["torch", "transformers", "peft", *(p for peer in PEERS.values() for p in peer.packages)]
     ):

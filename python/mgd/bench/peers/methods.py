@@ -36,7 +36,7 @@ PEERS: dict[str, Peer] = {
     "torchopt": Peer("TorchOpt's functional optimizers, unrolled", "libraries:torchopt", ("torchopt",)),
     "higher": Peer("higher's patched modules, unrolled", "libraries:higher", ("higher",)),
     "bergson": Peer("bergson's MAGIC trainer, from checkpoints on disk", "bergson", ("bergson",)),
-    "mgd": Peer("this package with its default arguments", "mgd", ("mgd-kernels",)),
+    "mgd": Peer("this package with its default arguments", "mgd"),
     "jax": Peer("JAX and optax, one program of scans with sqrt(T) checkpoints", "jax_optax:prepare", ("jax", "optax")),
     "recipe": Peer(
         "a step of torch.func compiled by torch.compile, under reentrant checkpoints of sqrt(T) steps", "recipe:prepare"
