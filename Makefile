@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 # An editable install finds new modules by itself, and new packages only when it is made again.
 PACKAGES := $(shell find mgd_kernels python -name __init__.py)
 
-.PHONY: demo test test-fast docs package attack sanitize data bench bench-gpu lint format clean
+.PHONY: demo test test-fast test-oldest docs package attack sanitize data bench bench-peers bench-gpu lint format clean
 
 # Tests make the store's system calls fail, which a shipped extension cannot.
 EDITABLE := --config-settings=cmake.define.MGD_FAULT_INJECTION=ON --editable
@@ -30,6 +30,15 @@ test: $(VENV)/.installed
 # What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest --fast -q $(ARGS)
+
+# The fast tests with the oldest releases that pyproject.toml allows, in an environment of its own: without packages of
+# the test extra that ask for newer ones. Old releases of typer warn of newer ones of click.
+OLDEST := build/oldest
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --config-settings=build-dir=build/oldest-core \
+	    $(EDITABLE) '.[plots]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist scikit-learn scipy
+	$(OLDEST)/bin/python -m pytest --fast -q -W ignore::DeprecationWarning $(ARGS)
 
 # Every attack of tests/attack in full size: kills, damaged files, limits; and the store under sanitizers.
 attack: $(VENV)/.installed sanitize
@@ -82,6 +91,20 @@ bench: $(VENV)/.installed
 	mkdir -p $(RESULTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json $(RESULTS)/$(TODAY)-pytest.json $(ARGS)
 	$(BIN)/python -m pytest -m slow
+
+# What people would use instead, in an environment of its own, pinned: what cannot be installed is said and left out.
+# bergson asks for torchvision and torchaudio, which no workload needs and which come for other builds of torch.
+# `ARGS=--quick` takes two workloads and a few steps; `ARGS="--page docs/peers.md"` enters the results there.
+PEERS := build/peers
+PEERS_PIP = $(PEERS)/bin/pip install --quiet --constraint benchmarks/peers.txt
+bench-peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) --config-settings=build-dir=build/peers-core '.[plots]'
+	-$(PEERS_PIP) 'transformers>=5,<6' peft
+	for each in torchopt higher 'jax optax' bergson; do $(PEERS_PIP) $$each || echo "$$each cannot be installed here"; done
+	-$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio
+	mkdir -p $(RESULTS)
+	$(PEERS)/bin/mgd bench peers --json $(RESULTS)/$(TODAY)-peers.json $(ARGS)
 
 # For a machine with a GPU: the tests that need one, then `mgd bench gpu`, which times nothing before its own checks
 # hold. It has never run on one. The list of GPUs that were tested is written by it alone.

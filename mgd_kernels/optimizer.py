@@ -107,7 +107,8 @@ class Optimizer(ABC):
             return "<a function of the step>" if callable(value) else f"{float(value):g}"
 
         values = [f"{name}={shown(value)}" for name, value in self._values.items()]
-        groups = [f"{len(self.param_groups)} parameter groups"] if self.param_groups else []
+        count = len(self.param_groups)
+        groups = [f"{count} parameter group{'s' if count > 1 else ''}"] if count else []
         return f"{type(self).__name__}({', '.join(values + groups)})"
 
     # --- hyperparameters ---------------------------------------------------------------------------------------
@@ -195,7 +196,12 @@ class Optimizer(ABC):
                 )
             if isinstance(value, Tensor) and (value.ndim > 1 or not value.numel() or value.is_meta):
                 raise BadArgument(f"expected {called} of shape [] or [T], one per step; got {list(value.shape)}")
-            self.check_range(name, value.detach() if isinstance(value, Tensor) else float(value), called)
+            given = value.detach() if isinstance(value, Tensor) else float(value)
+            self.check_range(name, given, called)
+            if name == "lr" and float(torch.as_tensor(given).min()) < 0:
+                raise BadArgument(
+                    f"expected {called} >= 0, as a training descends; got {float(torch.as_tensor(given).min())}"
+                )
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the hyperparameter may have these values. called: its name in the error."""

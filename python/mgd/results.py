@@ -48,6 +48,20 @@ class Trained(_Saved):
         return f"Trained({_count(self.parameters)} parameters, {_losses(self.losses)})"
 
 
+MEANING = {  # of the kinds of work in a report
+    "training": "loss and gradient of each step, the first time",
+    "replay": "loss and gradient of steps that are run again",
+    "update": "the optimizer's steps",
+    "rebuild": "states between snapshots, from logged gradients by the optimizer alone",
+    "store": "snapshots and log: copies, writes, waiting for reads",
+    "objective": "its value and its gradient",
+    "optimizer vjp": "the adjoint through each optimizer step",
+    "optimizer jvp": "tangents through each optimizer step",
+    "hvp": "second derivatives of each step's loss in one direction",
+    "capture": "the graph of a step is made, once for each shape",
+}
+
+
 @dataclass
 class Report:
     """What a metagradient did and what it cost. For a resumed run, only what this process did.
@@ -85,7 +99,7 @@ class Report:
 
     def __str__(self) -> str:
         facts = {
-            "training": f"{self.steps:,} steps, {self.objectives} objective(s)",
+            "training": f"{self.steps:,} step{'s' * (self.steps != 1)}, {self.objectives} objective{'s' * (self.objectives != 1)}",
             "second derivatives": self.execution,
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
@@ -97,6 +111,8 @@ class Report:
         lines = [f"{name.ljust(width)}  {text}" for name, text in facts.items()]
         rows = [[name, format_seconds(seconds)] for name, seconds in self.seconds.items()]
         lines += ["", *table(["time by kind of work", "measured"], rows)]
+        for i, name in enumerate(self.seconds, len(lines) - len(rows)):
+            lines[i] += f"   {MEANING[name]}" if name in MEANING else ""
         measured, predicted = self.measured_seconds, self.predicted_seconds
         rows = [
             [name, format_seconds(predicted[name]), format_seconds(measured.get(name, 0.0))]

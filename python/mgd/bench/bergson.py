@@ -39,12 +39,16 @@ class _Loss(nn.Module):
     def __init__(self, function: TrainingFunction):
         super().__init__()
         self.model, self.loss = copy.deepcopy(function.model), function.loss
-        self.one_label = function.batches[0][1].ndim == 1
+        first = function.batches[0]
+        self.named = isinstance(first, Mapping)
+        self.one_label = not self.named and first[1].ndim == 1
 
-    def forward(self, input_ids: Tensor, labels: Tensor, example_weight: Tensor) -> Tensor:
-        if self.one_label:
-            labels = labels[:, 0]
-        return self.loss(self.model, (input_ids, labels, None), {"data_weights": example_weight})
+    def forward(self, example_weight: Tensor, **inputs: Tensor) -> Tensor:
+        batch: Any = inputs
+        if not self.named:
+            labels = inputs["labels"]
+            batch = (inputs["input_ids"], labels[:, 0] if self.one_label else labels, None)
+        return self.loss(self.model, batch, {"data_weights": example_weight})
 
 
 class _Stream:
@@ -52,6 +56,7 @@ class _Stream:
 
     def __init__(self, function: TrainingFunction, weights: Tensor):
         self.batches, self.weights = function.batches, nn.Parameter(weights.detach().clone())
+        self.indices = function.per_example["data_weights"]
         self.device = weights.device
 
     @property
@@ -66,7 +71,10 @@ class _Stream:
         return len(self.batches)
 
     def __getitem__(self, t: int) -> dict[str, Tensor]:
-        inputs, labels, index = self.batches[t]
+        batch = self.batches[t]
+        if isinstance(batch, Mapping):  # of tensors by name, among them the labels
+            return {**batch, "example_weight": self.weights[self.indices(batch)]}
+        inputs, labels, index = batch
         if labels.ndim == 1:
             labels = torch.stack([labels, labels], 1)  # it counts the labels of all tokens but the first
         return {"input_ids": inputs, "labels": labels, "example_weight": self.weights[index]}

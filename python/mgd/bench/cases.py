@@ -18,7 +18,8 @@ from mgd.errors import BadArgument
 
 @dataclass
 class Case:
-    """source, device: what `load` was given. objectives: makes an objective of k components, where one is known."""
+    """source, device: what `load` was given. objectives: makes an objective of k components, where one is known.
+    held_out: the batch of a workload's objective."""
 
     source: str
     function: TrainingFunction
@@ -26,6 +27,7 @@ class Case:
     device: str = "cpu"
     objectives: Callable[[int], Callable[..., Tensor]] | None = None
     note: str = ""
+    held_out: Any = None
 
     def __len__(self) -> int:
         return len(self.function)
@@ -57,7 +59,9 @@ def load(source: str, steps: int | None = None, device: str = "cpu") -> Case:
     if source not in WORKLOADS:
         raise BadArgument(f"expected a workload among {', '.join(WORKLOADS)}, or SCRIPT.py:FUNCTION; got {source!r}")
     workload = WORKLOADS[source](**({} if steps is None else {"steps": steps})).to(device)
-    return Case(source, workload.function(), workload.z(), device, workload.objectives, workload.note)
+    return Case(
+        source, workload.function(), workload.z(), device, workload.objectives, workload.note, workload.held_out
+    )
 
 
 def _script(source: str) -> Case:

@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, str] = {
     "memory": "mgd.bench.memory",
     "overhead": "mgd.bench.overhead",
     "short": "mgd.bench.short",
+    "peers": "mgd.bench.peers.command",
     "plan": "mgd.bench.plan_times",
     "offload": "mgd.bench.offload",
     "kernels": "mgd.bench.kernels",

@@ -24,7 +24,7 @@ from mgd.util.text import format_bytes, format_seconds, table
 SCHEDULES = ("auto", "log", "revolve", "kary", "sqrt", "binary", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How one metagradient of T steps is computed. `actions()` says what to do; all else is known in advance.
 
@@ -138,8 +138,15 @@ class Plan:
             ],
         }
 
+    def __repr__(self) -> str:
+        held = ", ".join(f"{format_bytes(most)} of {tier}" for tier, most in self.peak.items())
+        return f"Plan({self.T} steps, schedule {self.schedule!r}, {self.model_steps} model steps, {held})"
+
+    def __str__(self) -> str:
+        return self.explain()
+
     def explain(self) -> str:
-        """The plan in words and tables."""
+        """The plan in words and tables; `print` of a plan shows the same."""
         return "\n".join([*self._words(), "", *self._work_table(), *self._memory_table(), *self._advice()])
 
     def _advice(self) -> list[str]:

@@ -1,0 +1,130 @@
+"""The command: every peer on every workload, one process after the other or `--jobs` at a time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mgd import __version__
+from mgd.bench import shared
+from mgd.bench.peers import alone, table
+from mgd.bench.peers.methods import PEERS, QUICK, WORKLOADS
+from mgd.bench.workloads import WORKLOADS as KNOWN
+from mgd.errors import BadArgument
+from mgd.ui.options import Json, parse_names
+from mgd.ui.result import write_json
+
+STEPS, QUICK_STEPS = 16, 4
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared, as far as it is installed."""
+    found = {"mgd-kernels": __version__}
+    for package in dict.fromkeys(
+        ["torch", "transformers", "peft", *(p for peer in PEERS.values() for p in peer.packages)]
+    ):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+Keep = Callable[[str, dict[str, Any]], None]
+
+
+def measure(source: str, steps: int, peers: list[str], rounds: int, limit: int, core: int, keep: Keep) -> None:
+    """Of one workload: the float64 reference, plain training, and each peer, in JSON's types. keep: is given what was
+    measured, and its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.pt"
+        for what in (alone.REFERENCE, alone.TRAINING, *peers):
+            one = alone.measure(source, what, steps, rounds, reference, limit, core)
+            keep(what, one)
+            if what not in PEERS and "error" in one:
+                return
+
+
+def command(
+    workload: Annotated[
+        str, typer.Option("--workload", metavar="A,B,...", help=f"Some of {', '.join(WORKLOADS)}, or of the others.")
+    ] = ",".join(WORKLOADS),
+    peers: Annotated[str, typer.Option("--peers", metavar="A,B,...", help=f"Some of {', '.join(PEERS)}.")] = ",".join(
+        PEERS
+    ),
+    steps: Annotated[
+        int, typer.Option("--steps", min=4, help="Training steps; half of them are measured, too.")
+    ] = STEPS,
+    rounds: shared.Rounds = 2,
+    limit: Annotated[
+        int, typer.Option("--limit", min=10, help="Seconds that one measurement may compute, compilation included.")
+    ] = 240,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workloads that are measured at a time, a core each.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Workloads {', '.join(QUICK)} with {QUICK_STEPS} steps.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Enter table and plot in this Markdown page.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """The same metagradients by what people would use instead: time, memory, growth and difference from float64."""
+    if quick:
+        workload, steps, rounds = ",".join(QUICK), QUICK_STEPS, 1
+    names, sources = parse_names(peers, PEERS, "peers"), parse_names(workload, KNOWN, "workloads")
+    if page is not None and table.BEGIN not in page.read_text("utf-8"):
+        raise BadArgument(f"expected {page} to have the line {table.BEGIN}")
+    session, where = shared.begin("bench peers", None, json)
+    there = versions()
+    session.print(", ".join(f"{package} {version}" for package, version in there.items()))
+    cores = sorted(os.sched_getaffinity(0))[::-1]
+    results: list[dict[str, Any]] = [{"workload": source, "steps": steps, "peers": {}} for source in sources]
+    whole = {"machine": where, "versions": there, "limit": limit, "jobs": jobs, "rounds": rounds, "results": results}
+    writing = threading.Lock()
+
+    def kept(found: dict[str, Any], what: str, one: dict[str, Any]) -> None:
+        with writing:  # after every measurement, so that it is kept if the rest is interrupted
+            if what in PEERS:
+                found["peers"][what] = one
+            elif "error" in one:
+                found["error"] = f"{what}: {one['error']}"
+            else:
+                found[what] = one
+            session.print(f"{found['workload']}: {what}" + (f": {one['error']}" if "error" in one else ""))
+            if json is not None:
+                write_json(json, session.command, whole)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [
+            pool.submit(
+                measure,
+                found["workload"],
+                steps,
+                names,
+                rounds,
+                limit,
+                cores[i % jobs % len(cores)],
+                partial(kept, found),
+            )
+            for i, found in enumerate(results)
+        ]
+        for one in waiting:
+            one.result()
+    for found in results:
+        session.table(table.title(found), table.rows(found))
+    session.print(f"\n{table.CAPTION}", style="dim")
+    session.write(None, whole)
+    if page is not None:
+        table.enter(page, whole)
+    if wrong := table.disagreeing(results):
+        session.print(f"More than {table.AGREE:g} from float64: {', '.join(wrong)}.", style="bold red")
+        raise typer.Exit(1)
