@@ -145,18 +145,25 @@ class CapturedEvaluator:
     def refuse(self, reason: str) -> None:
         self.refused = reason
 
-    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+    def gradient(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
+    ) -> Evaluation:
         step: CapturedStep | None = None
 
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
-            loss, grads, left, residuals = graph.joint.forward(parameters, given)
+            joint = graph.joint
+            loss, grads, left, residuals = joint.forward(parameters, given, room)
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
             microbatch.wrote(graph.written)
-            kept = GraphResiduals(graph, given, residuals, [x._version for x in given], microbatch.metaparameters)
-            step.evaluation = Evaluation(loss, grads, buffers, kept)
+            if residuals is None:
+                step.evaluation = Evaluation(loss, grads, buffers, not_kept=joint.residual_bytes)
+            else:
+                versions = [x._version for x in given]
+                kept = GraphResiduals(graph, given, residuals, versions, microbatch.metaparameters)
+                step.evaluation = Evaluation(loss, grads, buffers, kept)
             return loss, left[count:]
 
         kind = self._kind(microbatch)
@@ -204,6 +211,7 @@ class CapturedEvaluator:
             joint, ways, rest = graph.joint, graph.ways(directions, cotangents), []
             if graph.extras:
                 loss, _, left, residuals = joint.forward(parameters, given)
+                assert residuals is not None
                 results, rest = joint.hvp_from_residuals(parameters, given, residuals, ways), left[-graph.extras :]
             else:
                 loss, results = joint.recompute_hvp(parameters, given, ways)
@@ -381,6 +389,7 @@ class CapturedEvaluator:
             step.microbatch.reseed()
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
             loss, grads, left, residuals = joint.forward(parameters, given)
+            assert residuals is not None
             (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
         found = [*grads, *left, *results]
         if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):

@@ -31,13 +31,15 @@ class StepResult:
 
     gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
     here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before each
-    microbatch and after the last one. residuals: of each own microbatch, where all of them kept some.
+    microbatch and after the last one. residuals: of each own microbatch, where all of them kept some. not_kept: bytes
+    of residuals for which there was no room.
     """
 
     gradient: Tensor
     losses: Tensor
     buffers: list[Buffers]
     residuals: list[Residuals] | None = None
+    not_kept: int = 0
 
 
 @dataclass
@@ -52,7 +54,7 @@ class StateDirection:
 
 # add(objective, with respect to parameters, of each microbatch, last one first, the metaparameters and with respect to
 # those)
-Add = Callable[[int, Blocks[Sequence["Tensor | None"]], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
+Add = Callable[[int, Blocks[list["Tensor | None"]], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
 
 
 class StepFunction:
@@ -72,24 +74,33 @@ class StepFunction:
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
 
     def gradient(
-        self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
+        self,
+        t: int,
+        params: Tensor,
+        buffers: Buffers,
+        meta: Metaparameters,
+        into: Tensor | None = None,
+        room: int | None = None,
     ) -> StepResult:
-        """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
+        """Evaluate step `t` at the flat `params`. into: memory for the gradient. room: bytes that residuals may take;
+        None: as many as there are. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        losses, history, residuals = [], [buffers], []
+        losses, history, residuals, not_kept = [], [buffers], [], 0
+        room = None if room is None else room // len(self.shards.own)
         parameters = self.arena.tensors(self.shards.whole(params))
         batch, place = self.batches[t], self.shards.memory(into)
         unmoved: set[int] | None = None
         for microbatch in self._evaluations(t, batch, meta):
-            result = self.evaluator.gradient(microbatch, parameters, history[-1])
+            result = self.evaluator.gradient(microbatch, parameters, history[-1], room=room)
             absent = {i for i, g in enumerate(result.gradients) if g is None}
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
-            place = None
+            place, result.gradients = None, ()  # or they would be held while the next ones are computed
             losses.append(result.loss.double())
             history.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
+            not_kept += result.not_kept
         assert unmoved is not None
         if unmoved or len(self.moved) < len(parameters):
             self.moved.update(i for i in range(len(parameters)) if i not in unmoved)
@@ -97,7 +108,8 @@ class StepFunction:
         values = self.shards.losses(t, losses, lambda: fingerprints(batch, self.microbatches, t))
         total, histories = self.shards.gradient(blocks, into), self.shards.histories(history)
         self._agreement.note(total)
-        return StepResult(total, values, histories, residuals if len(residuals) == len(losses) else None)
+        kept = residuals if len(residuals) == len(losses) else None
+        return StepResult(total, values, histories, kept, not_kept)
 
     def tangents(
         self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, directions: Sequence[StateDirection]
