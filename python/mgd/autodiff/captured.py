@@ -84,18 +84,24 @@ class CapturedEvaluator:
     def refuse(self, reason: str) -> None:
         self.refused = reason
 
-    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
+    def gradient(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
+    ) -> Evaluation:
         step: CapturedStep | None = None
 
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
-            loss, grads, influence, left, residuals = graph.joint.forward(parameters, given)
+            joint = graph.joint
+            loss, grads, influence, left, residuals = joint.forward(parameters, given, room)
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
-            of = [x._version for x in given], microbatch.metaparameters, microbatch.share
-            kept = GraphResiduals(graph, given, residuals, *of)
-            step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
+            if residuals is None:
+                step.evaluation = Evaluation(loss, grads, buffers, influence, not_kept=joint.residual_bytes)
+            else:
+                of = [x._version for x in given], microbatch.metaparameters, microbatch.share
+                kept = GraphResiduals(graph, given, residuals, *of)
+                step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 
         kind = self._kind(microbatch)
@@ -143,6 +149,7 @@ class CapturedEvaluator:
             joint, ways, rest = graph.joint, graph.ways(directions, cotangents), []
             if graph.extras:
                 loss, _, influence, left, residuals = joint.forward(parameters, given)
+                assert residuals is not None
                 results, rest = joint.hvp_from_residuals(parameters, given, residuals, ways), left[-graph.extras :]
             else:
                 loss, influence, results = joint.recompute_hvp(parameters, given, ways)
@@ -329,6 +336,7 @@ class CapturedEvaluator:
             step.microbatch.reseed()
             parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
             loss, grads, influence, after, residuals = joint.forward(parameters, given)
+            assert residuals is not None
             (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
         found = [*grads, *influence, *after, *results]
         if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):

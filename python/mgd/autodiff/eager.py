@@ -51,7 +51,13 @@ class EagerEvaluator:
         pass
 
     def gradient(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None = None
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        look: Look | None = None,
+        *,
+        room: int | None = None,
     ) -> Evaluation:
         known = microbatch.loss.plain_since
         try:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from mgd.autodiff.execution import below_autograd, compiled, direct
 from mgd.autodiff.graphs import ancestors, chained, dependents, draws, is_symbolic, is_view, part
+from mgd.autodiff.order import compute_late
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
 
@@ -27,7 +28,8 @@ class JointGraph:
     graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, its derivatives
     with respect to each parameter and each metaparameter, the buffers as the step leaves them, the second derivatives,
     and last `<gradient, direction>`. counts: the numbers of parameters, metaparameters and buffers. compile: whether to
-    compile the parts.
+    compile the parts. residual_bytes: of what `forward` leaves behind for the second derivatives, as far as sizes do
+    not depend on data.
     """
 
     def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int, int], compile: bool):
@@ -51,11 +53,17 @@ class JointGraph:
         self.counts, self.compile = counts, compile
         fixed_placeholders, read = placeholders[:fixed], ancestors([*seen, *random, *second_reads])
         again = [node for node in own if node in read]
-        each = part(graph, [*placeholders, *second_reads], second, results)
+        each = compute_late(part(graph, [*placeholders, *second_reads], second, results))
         if not compile:
             add_in_place(each)
         executable = compiled if compile else direct
-        self._forward = executable(part(graph, fixed_placeholders, first, [outputs[0], *grads, *left, *sources]))
+        own_outputs = [outputs[0], *grads, *left]
+        self._forward = executable(part(graph, fixed_placeholders, first, [*own_outputs, *sources]))
+        # Without residuals; to compile this one, too, takes as long again.
+        alone = ancestors([*own_outputs, *random])
+        bare = part(graph, fixed_placeholders, [node for node in own if node in alone], own_outputs)
+        self._bare = None if compile else executable(bare)
+        self.residual_bytes = _bytes(sources)
         # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
         self._each = executable(each)
@@ -65,17 +73,20 @@ class JointGraph:
         self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], second_reads, each))
 
     def forward(
-        self, parameters: list[Tensor], inputs: list[Tensor]
-    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], list[Tensor]]:
+        self, parameters: list[Tensor], inputs: list[Tensor], room: int | None = None
+    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], list[Tensor] | None]:
         """The loss, its derivatives with respect to parameters and to metaparameters, the buffers as the step leaves
-        them, and the residuals to keep.
+        them, and the residuals to keep; None in their place where they need not be held, since they would take more
+        bytes than `room`.
 
         inputs: buffers, metaparameters and constants.
         """
+        bare = self._bare if room is not None and self.residual_bytes > room else None
         with below_autograd(not self.compile):
-            loss, *rest = self._forward(*parameters, *inputs)
+            loss, *rest = (bare or self._forward)(*parameters, *inputs)
         first, second, third = accumulate(self.counts)
-        return loss, rest[:first], rest[first:second], rest[second:third], rest[third:]
+        residuals = None if bare else rest[third:]
+        return loss, rest[:first], rest[first:second], rest[second:third], residuals
 
     def recompute_hvp(
         self, parameters: list[Tensor], inputs: list[Tensor], directions: Sequence[Sequence[Tensor]]

@@ -14,7 +14,7 @@ class Blocks(Generic[T]):
     """Sums of values, one per microbatch, over blocks of 2^j that begin at multiples of their length.
 
     Two neighbours become one block as soon as both are there, in whatever order they come. So a rank that has some of
-    the microbatches makes the very additions of one that has all. merge: the sum of two; it may change the first.
+    the microbatches makes the very additions of one that has all. merge: the sum of two; it may change both.
     """
 
     def __init__(self, merge: Callable[[T, T], T]):

@@ -24,6 +24,7 @@ from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import LookCloser, Reads
 
 Tensors = Sequence["Tensor | None"]
+Summands = list["Tensor | None"]
 
 # Relative, of each second derivative of a graph and of a plain evaluation, which run the same operators.
 REPLAY_TOLERANCE = 1e-3
@@ -44,11 +45,11 @@ class Terms:
 
     def __init__(self, directions: int):
         self.with_buffers: list[list[Tensors]] = []
-        self.with_parameters: list[Blocks[Tensors]] = [Blocks(_sum) for _ in range(directions)]
+        self.with_parameters: list[Blocks[Summands]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
         self.products: list[list[Tensor]] = []
         self.influence: dict[int, Tensor] = {}
-        self.gradient: Blocks[Tensors] | None = Blocks(_sum)
+        self.gradient: Blocks[Summands] | None = Blocks(_sum)
         self.precision = 0.0
 
     def append(
@@ -59,13 +60,16 @@ class Terms:
         before: Buffers,
         metaparameters: BatchMetaparameters,
     ) -> None:
-        """Add those of microbatch `index`. parameters: how many there are. before: the buffers that it began with."""
+        """Add those of microbatch `index`, which are taken out of `derivatives`. parameters: how many there are.
+        before: the buffers that it began with."""
         p, b = parameters, parameters + len(differentiable(before))
         results = derivatives.results
         self.with_buffers.insert(0, [each[p:b] for each in results])
-        for total, each in zip(self.with_parameters, results, strict=True):
-            total.add(index, each[:p])
         self.with_metaparameters.append((metaparameters, [each[b:] for each in results]))
+        for total, each in zip(self.with_parameters, results, strict=True):
+            terms = each[:p]
+            each.clear()
+            total.add(index, terms)
         self.products.insert(0, list(derivatives.products))
         self.precision = max(self.precision, derivatives.precision)
         if derivatives.influence:
@@ -73,7 +77,8 @@ class Terms:
         if derivatives.gradient is None:
             self.gradient = None
         elif self.gradient is not None:
-            self.gradient.add(index, derivatives.gradient)
+            terms, derivatives.gradient = list(derivatives.gradient), None
+            self.gradient.add(index, terms)
 
     def agree(self, other: Terms) -> bool:
         """Whether both are the same up to rounding."""
@@ -85,12 +90,17 @@ class Terms:
         )
 
 
-def _agree_in_blocks(mine: Blocks[Tensors], others: Blocks[Tensors]) -> bool:
+def _agree_in_blocks(mine: Blocks[Summands], others: Blocks[Summands]) -> bool:
     return all(agree(x, y) for (_, x), (_, y) in zip(mine.items(), others.items(), strict=True))
 
 
-def _sum(x: Tensors, y: Tensors) -> Tensors:
-    return [b if a is None else a if b is None else a + b for a, b in zip(x, y, strict=True)]
+def _sum(x: Summands, y: Summands) -> Summands:
+    """The sum, in x; y is empty then. A pair at a time is let go of, so that two of three are held at most."""
+    y.reverse()
+    for i, a in enumerate(x):
+        b = y.pop()
+        x[i] = b if a is None else a if b is None else a + b
+    return x
 
 
 class Agreement:

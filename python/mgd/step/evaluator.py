@@ -60,7 +60,8 @@ class Residuals(Protocol):
 class Evaluation:
     """Loss (detached) and gradients of one microbatch, the buffers it leaves behind, and residuals if it kept any.
 
-    influence: the loss's derivatives with respect to the metaparameters that it sees.
+    influence: the loss's derivatives with respect to the metaparameters that it sees. not_kept: bytes of residuals for
+    which there was no room.
     """
 
     loss: Tensor
@@ -68,6 +69,7 @@ class Evaluation:
     buffers: Buffers
     influence: Sequence[Tensor | None] = ()
     residuals: Residuals | None = None
+    not_kept: int = 0
 
 
 @dataclass(slots=True)
@@ -103,8 +105,11 @@ class Evaluator(Protocol):
         """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
         ...
 
-    def gradient(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers) -> Evaluation:
-        """Loss and gradient at `parameters`, with the buffers `before`."""
+    def gradient(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
+    ) -> Evaluation:
+        """Loss and gradient at `parameters`, with the buffers `before`. room: bytes that residuals may take; None: as
+        many as there are."""
         ...
 
     def second_derivatives(

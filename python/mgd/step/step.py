@@ -36,8 +36,8 @@ class StepResult:
 
     gradient: flat `[n]`, in the dtype in which the model produced it; this process's part, as are all flat buffers
     here. losses: float64 `[microbatches]`, each times its share of the batch. buffers: as they were before the step,
-    and as it leaves them. residuals: of each own microbatch, where all of them kept some.
-    skipped: the parameters, by number, that no microbatch has a gradient of.
+    and as it leaves them. residuals: of each own microbatch, where all of them kept some. skipped: the parameters, by
+    number, that no microbatch has a gradient of. not_kept: bytes of residuals for which there was no room.
     """
 
     gradient: Tensor
@@ -45,6 +45,7 @@ class StepResult:
     buffers: list[Buffers]
     residuals: list[Residuals] | None = None
     skipped: frozenset[int] = frozenset()
+    not_kept: int = 0
 
 
 @dataclass
@@ -74,7 +75,7 @@ class StateDirection:
 
 # add(objective, with respect to parameters, of each microbatch, last one first, the metaparameters and with respect to
 # those)
-Add = Callable[[int, Blocks[Sequence["Tensor | None"]], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
+Add = Callable[[int, Blocks[list["Tensor | None"]], list[tuple[BatchMetaparameters, list["Tensor | None"]]]], None]
 
 
 class StepFunction:
@@ -93,31 +94,41 @@ class StepFunction:
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
 
     def gradient(
-        self, t: int, params: Tensor, buffers: Buffers, meta: Metaparameters, into: Tensor | None = None
+        self,
+        t: int,
+        params: Tensor,
+        buffers: Buffers,
+        meta: Metaparameters,
+        into: Tensor | None = None,
+        room: int | None = None,
     ) -> StepResult:
-        """Evaluate step `t` at the flat `params`. into: memory for the gradient. Errors name the step."""
+        """Evaluate step `t` at the flat `params`. into: memory for the gradient. room: bytes that residuals may take;
+        None: as many as there are. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        rows, left, residuals = [], [], []
+        rows, left, residuals, not_kept = [], [], [], 0
+        room = None if room is None else room // len(self.shards.own)
         self.influence.prepare(meta)
         parameters = self.arena.tensors(self.shards.whole(params))
         batch, place = self.batches[t], self.shards.memory(into)
         unmoved: set[int] | None = None
         for microbatch in self._evaluations(t, batch, meta):
-            result = self.evaluator.gradient(microbatch, parameters, buffers)
+            result = self.evaluator.gradient(microbatch, parameters, buffers, room=room)
             absent = {i for i, g in enumerate(result.gradients) if g is None}
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
-            place = None
+            place, result.gradients = None, ()  # or they would be held while the next ones are computed
             rows.append(_numbers(result))
+            result.influence = ()
             left.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
+            not_kept += result.not_kept
         ended = self._ended(t, batch, buffers, rows, left, unmoved)
         self._note_influence(t, ended.numbers[:, 1:])
         total = self.shards.gradient(blocks, into)
         self._agreement.note(total)
         kept = residuals if len(residuals) == len(rows) else None
-        return StepResult(total, ended.losses, [buffers, ended.buffers], kept, ended.skipped)
+        return StepResult(total, ended.losses, [buffers, ended.buffers], kept, ended.skipped, not_kept)
 
     def _ended(
         self, t: int, batch: Any, before: Buffers, rows: list[Tensor], left: list[Buffers], absent: set[int] | None

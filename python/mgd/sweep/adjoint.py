@@ -62,10 +62,13 @@ class TrainedObjective:
         with self._evaluated() as (value, parameters, floats):
             with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
                 components = value.reshape(-1).unbind()
-            gradients = [
-                torch.autograd.grad(component, [*parameters, *floats.values()], retain_graph=True, allow_unused=True)
-                for component in components
+            inputs, last = [*parameters, *floats.values()], len(components) - 1
+            gradients = [  # the last one lets go of the graph on its way
+                list(torch.autograd.grad(component, inputs, retain_graph=i < last, allow_unused=True))
+                for i, component in enumerate(components)
             ]
+            value = value.detach()
+            del components
         adjoints, arena, buffers = [], shards.arena, self.trained.buffers
         for grads in gradients:
             if all(g is None for g in grads):
@@ -74,14 +77,16 @@ class TrainedObjective:
             pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
             if pairs:
                 torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-            adjoint = replace(like.zeros_like(), params=shards.part(flat))
+            grads[: len(parameters)] = pairs = [None] * len(parameters)
+            slots = tuple([torch.zeros_like(slot) for slot in like.slots])
+            adjoint = replace(like, params=shards.part(flat), slots=slots)
             # Memory of its own: a gradient may be a view with stride 0.
             own = {name: torch.zeros_like(buffers[name]) for name in differentiable(buffers)}
             for name, g in zip(floats, grads[len(parameters) :], strict=True):
                 if g is not None:
                     own[name].copy_(g)
             adjoints.append(Adjoint(adjoint, list(own.values())))
-        return value.detach(), adjoints
+        return value, adjoints
 
     def tangents(self, shards: Shards, tangents: Sequence[Adjoint]) -> tuple[Tensor, list[Tensor]]:
         """The value, and its derivative along each tangent of the final state. Outputs may be many: they share one

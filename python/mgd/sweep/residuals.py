@@ -46,6 +46,10 @@ class ResidualCache:
         self._beside = 0  # bytes that stay where they are
         self._references: Counter[_Reference] = Counter()
 
+    def missed(self, needed: int) -> None:
+        """A step did not keep this many bytes, for which there is no room."""
+        self.step_bytes = self.step_bytes or needed
+
     def put(self, t: int, residuals: list[Residuals]) -> None:
         """Keep the residuals of step `t`, if there is room."""
         if not self.room and self.step_bytes:

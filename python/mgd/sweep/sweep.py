@@ -122,7 +122,7 @@ class Sweep:
         # The last step is the first to be reversed. So the state before it stays the current one, and its gradient is
         # kept. The state after it has the room that the adjoint will take: there is none yet.
         t = self.state.step
-        result = self._evaluate(t)
+        result = self._evaluate(t, room=self.residuals.room)
         self._keep_residuals(t, result)
         self.history.hold(t, result)
         end = self.state.clone()
@@ -184,7 +184,7 @@ class Sweep:
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
         with self.history.entry(t, tier) as entry:
-            result = self._evaluate(t, entry.gradient)
+            result = self._evaluate(t, entry.gradient, 0 if tier is None else self.residuals.room)
             if tier is not None:
                 self._keep_residuals(t, result)
                 with self.timings.timed("store"):
@@ -196,6 +196,7 @@ class Sweep:
 
     def _keep_residuals(self, t: int, result: StepResult) -> None:
         """Move what step `t` computed for its second derivatives to where there may be room for it."""
+        self.residuals.missed(result.not_kept)
         if result.residuals is not None:
             self.residuals.put(t, result.residuals)
             result.residuals = None
@@ -221,13 +222,14 @@ class Sweep:
         self.buffers = run[-1].buffers[-1]
         self.timings.counts["rebuilt steps"] += len(run)
 
-    def _evaluate(self, t: int, into: Tensor | None = None) -> StepResult:
+    def _evaluate(self, t: int, into: Tensor | None = None, room: int | None = None) -> StepResult:
+        """room: for residuals, as of `StepFunction.gradient`."""
         first, captured = t >= self.visited, self.step.evaluator.capture_seconds
         work = "training" if first else "replay"
         if first and t == self.meta.origin > 0 and self.storage.plan is not None:
             self._expect(self.length - t)
         with self.timings.timed(work):
-            result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into)
+            result = self.step.gradient(t, self.state.params, self.buffers, self.meta, into, room)
         self.updates.skip(t, result.skipped)
         if captured := self.step.evaluator.capture_seconds - captured:
             self.timings.move(captured, work, "capture")

@@ -96,7 +96,7 @@ def within_memory() -> dict[str, Any]:
     """Arguments of a training function: 2 GB of memory for what it keeps, a log on disk beside the weights, and batches
     in two parts, since the second derivatives of 4 × 256 tokens in one would take 3.7 GB more while they are computed.
     """
-    return {"budget": Budget(host=HOST, disk=(place(NAME) / "log", DISK)), "microbatches": 2}
+    return {"budget": Budget(host=HOST, disk=(place(NAME) / "log", DISK)), "microbatches": 4, "trace": True}
 
 
 @contextlib.contextmanager
