@@ -16,7 +16,7 @@ from torch import nn
 import mgd
 from mgd.errors import NotDeterministic
 from mgd.step import class_weights
-from mgd_kernels import Muon
+from mgd_kernels import Arena, Muon
 
 CASES = {
     "mlp": device_cases.mlp,
@@ -196,3 +196,31 @@ def test_the_default_budget_leaves_room_for_second_derivatives():
     assert f.plan().limits["device"] <= pretended.MEMORY // 2
     f._residuals = pretended.MEMORY // 5
     assert f.plan().limits["device"] < 0.2 * pretended.MEMORY
+
+
+# --- copies and casts --------------------------------------------------------------------------------------------
+
+
+@pretended_only
+def test_a_16_bit_model_is_cast_at_once():
+    """One launch for all of its parameters, and none where nothing was written since."""
+    model = cases.mlp().to(PRETENDED, torch.bfloat16)
+    arena = Arena.of(model)
+    flat = arena.flatten(model)
+    for written, launches in ((True, 1), (False, 0), (True, 1)):
+        flat.add_(1.0) if written else None
+        with pretended.counted() as found:
+            tensors = arena.tensors(flat)
+        assert found.launches == launches
+        assert all(torch.equal(x, y.bfloat16()) for x, y in zip(tensors, arena.slices(flat), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the model computes in")
+@pytest.mark.parametrize("device", [PRETENDED, "cpu"])
+def test_the_copy_of_a_16_bit_model_is_never_an_old_one(device, monkeypatch, tmp_path):
+    """Whoever wrote the parameters: a step, several at once, a snapshot that was loaded."""
+    case = on(device_cases.mlp(dropout=0.0).to(torch.bfloat16), device)
+    budget = mgd.Budget(device="1KB", host="4KB", disk=(tmp_path, "1MB"))
+    found = case.metagradient(trace=False, budget=budget)
+    monkeypatch.setattr(Arena, "rounded", lambda arena, flat: flat.to(arena.dtypes[0]))
+    same(found, case.metagradient(trace=False), tolerance=0)
