@@ -14,6 +14,7 @@ from device_cases import PRETENDED, moved, on, pretended_only, same
 from torch import nn
 
 import mgd
+from mgd.autodiff import payoff
 from mgd.errors import NotDeterministic
 from mgd.step import class_weights
 from mgd_kernels import Arena, Muon
@@ -196,6 +197,24 @@ def test_the_default_budget_leaves_room_for_second_derivatives():
     assert f.plan().limits["device"] <= pretended.MEMORY // 2
     f._residuals = pretended.MEMORY // 5
     assert f.plan().limits["device"] < 0.2 * pretended.MEMORY
+
+
+# --- when a capture pays -----------------------------------------------------------------------------------------
+
+
+@pretended_only
+@pytest.mark.parametrize("per_node", [1e-12, 1e3])
+def test_a_capture_is_decided_by_the_time_of_the_device(per_node, monkeypatch):
+    """It takes 10 µs for a launch, whatever the host does; nobody waits for it."""
+    monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
+    monkeypatch.setattr(payoff, "IMPORT", 0.0)
+    f = on(device_cases.mlp(steps=6), PRETENDED).function()
+    result = f.metagradient(on(device_cases.mlp(steps=6), PRETENDED).z)
+    assert (result.report.execution == "captured") == (per_node < 1)
+    (kind,) = f._evaluator.payoff._kinds.values()
+    launches = kind.gradient / 1e-5
+    assert 20 < launches < 1000 and abs(launches - round(launches)) < 1e-3
+    assert kind.measured == (2 if per_node < 1 else 5)
 
 
 # --- copies and casts --------------------------------------------------------------------------------------------
