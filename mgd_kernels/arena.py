@@ -71,6 +71,15 @@ class Stretch:
         return torch.zeros(self.numel, dtype=dtype or self.dtype, device=self.device)
 
 
+@dataclass
+class _Rounded:
+    """A copy of a flat buffer in another dtype, as of a version of the buffer: autograd's count of writes to it."""
+
+    flat: weakref.ref[Tensor]
+    copy: Tensor
+    version: int
+
+
 class Arena:
     """The layout of named tensors in one flat buffer.
 
@@ -108,6 +117,7 @@ class Arena:
         self._gaps = [b - a - s.numel() for a, b, s in zip(offsets, [*offsets[1:], end], self.shapes, strict=True)]
         self._strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         self._slices: dict[int, tuple[weakref.ref[Tensor], list[Tensor]]] = {}
+        self._rounded: dict[int, _Rounded] = {}
 
     def __repr__(self) -> str:
         return f"Arena({len(self.names)} tensors, {self.numel:,} elements of {self.dtype} on {self.device})"
@@ -118,7 +128,7 @@ class Arena:
         return cls({name: p for name, p in model.named_parameters() if p.requires_grad}, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_slices": {}}  # views belong to the buffers of this process
+        return self.__dict__ | {"_slices": {}, "_rounded": {}}  # views belong to the buffers of this process
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -177,11 +187,33 @@ class Arena:
         }
 
     def tensors(self, flat: Tensor) -> list[Tensor]:
-        """As `views`, in order, without their names."""
-        parts = self.slices(flat)
-        if self._uniform and self.dtypes[0] == flat.dtype:
-            return list(parts)
-        return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
+        """As `views`, in order, without their names. Valid until `flat` is written, as views are."""
+        if self._uniform:
+            return list(self.slices(flat if self.dtypes[0] == flat.dtype else self.rounded(flat)))
+        return [part.to(dtype) for part, dtype in zip(self.slices(flat), self.dtypes, strict=True)]
+
+    def rounded(self, flat: Tensor) -> Tensor:
+        """`flat` in the one dtype of the tensors, by one pass over all of it; kept, and made again where `flat` was
+        written meanwhile."""
+        known = self.kept(flat)
+        if known is None:
+            copy = flat.to(self.dtypes[0])
+            if not (flat.requires_grad or flat.is_inference() or copy.is_inference()):
+                key = id(flat)
+                self._rounded[key] = _Rounded(
+                    weakref.ref(flat, lambda _: self._rounded.pop(key, None)), copy, flat._version
+                )
+            return copy
+        if known.version != flat._version:
+            with torch.no_grad():
+                known.copy.copy_(flat)
+            known.version = flat._version
+        return known.copy
+
+    def kept(self, flat: Tensor) -> _Rounded | None:
+        """The rounded copy that is kept of `flat`, for a kernel that writes both in one pass."""
+        known = self._rounded.get(id(flat))
+        return known if known is not None and known.flat() is flat and not flat.requires_grad else None
 
     def joined(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
         """A flat buffer `[numel]` of `gradient_dtype`, `into` or a new one, with the values of these tensors; padding

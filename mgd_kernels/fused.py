@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mgd_kernels import dispatch
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.optimizer import Optimizer, Value
+from mgd_kernels.optimizer import Optimizer, OptimizerState, Value
 from mgd_kernels.rules import ADAM, RANGES, SGD_MOMENTUM, SGD_NESTEROV, SGD_PLAIN, Rule, check_range
 
 
@@ -49,9 +50,11 @@ class FusedOptimizer(Optimizer):
         return dispatch.choose(self.rule, params, grad)
 
     def _step_(self, state, grad, table, grad_scale):
-        self.backend(state.params, grad).step_(
-            self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale
-        )
+        backend = self.backend(state.params, grad)
+        with _copied(backend, state) as copy:
+            backend.step_(
+                self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale, **copy
+            )
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
         return self.backend(state.params, grad).vjp_(
@@ -85,9 +88,24 @@ class FusedOptimizer(Optimizer):
         )
 
     def _replay_(self, state, grads, tables, grad_scales):
-        self.backend(state.params, grads[0]).replay_(
-            self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales
-        )
+        backend = self.backend(state.params, grads[0])
+        with _copied(backend, state) as copy:
+            backend.replay_(
+                self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales,
+                **copy,
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _copied(backend: Any, state: OptimizerState) -> Iterator[dict[str, Tensor]]:
+    """In the block, arguments by which a backend writes the copy of the parameters, too, that the arena keeps."""
+    kept = state.arena.kept(state.params) if state.arena and getattr(backend, "WRITES_COPY", False) else None
+    if kept is None or kept.copy.dtype.itemsize != 2:
+        yield {}
+        return
+    kept.version = -1  # of no buffer, while it is written
+    yield {"low": kept.copy}
+    kept.version = state.params._version
 
 
 class SGD(FusedOptimizer):

@@ -335,8 +335,7 @@ void bind_store(py::module_& m) {
              [](Put& p, uint32_t chunk, const HeldBuffer& buffer) {
                  BufferPtr copy = buffer.buffer;
                  py::gil_scoped_release unlocked;
-                 const uint64_t sum = checksum(copy->data(), p.header().chunk_size(chunk));
-                 p.commit(chunk, std::move(copy), sum);
+                 p.commit(chunk, std::move(copy));
              })
         .def("close", &Put::close, Unlocked())
         .def("abort", &Put::abort, Unlocked());
@@ -350,7 +349,7 @@ void bind_store(py::module_& m) {
                  {
                      py::gil_scoped_release unlocked;
                      buffer = g.chunk(chunk, wait);
-                     if (buffer)
+                     if (buffer && g.summed())
                          g.verify(chunk, checksum(buffer->data(), g.header().chunk_size(chunk)), buffer->data());
                  }
                  return held(std::move(buffer));

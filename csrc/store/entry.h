@@ -37,6 +37,7 @@ struct Entry {
     std::exception_ptr error;
     bool doomed = false;        // removed or replaced while it is being written
     bool write_failed = false;  // rather than found damaged
+    bool summed = true;         // false: of the host tier, filled by a device without a checksum
     uint32_t parts = 1;         // chunks still to write, and one until the put is closed
     std::vector<Slot> slots;
 

@@ -45,20 +45,28 @@ BufferPtr Put::buffer(uint32_t chunk, bool wait) {
 }
 
 void Put::commit(uint32_t chunk, BufferPtr buffer, uint64_t sum) {
-    TieredStore* store = use_.store;
     entry_->header.sums[chunk] = sum;
+    accept(chunk, std::move(buffer), true);
+}
+
+void Put::commit(uint32_t chunk, BufferPtr buffer) { accept(chunk, std::move(buffer), false); }
+
+void Put::accept(uint32_t chunk, BufferPtr buffer, bool summed) {
+    TieredStore* store = use_.store;
     {
         std::lock_guard lock(store->mutex_);
         if (entry_->tier == Tier::host) {
+            entry_->summed = entry_->summed && summed;
             entry_->slots[chunk].state = Entry::Chunk::loaded;
             entry_->slots[chunk].buffer = std::move(buffer);
             return;
         }
         ++entry_->parts;
     }
-    store->io_.submit([store, entry = entry_, chunk, buffer = std::move(buffer)]() mutable {
+    store->io_.submit([store, entry = entry_, chunk, summed, buffer = std::move(buffer)]() mutable {
         std::exception_ptr error;
         try {
+            if (!summed) entry->header.sums[chunk] = checksum(buffer->data(), entry->header.chunk_size(chunk));
             store->write_chunk(entry, chunk, *buffer);
         } catch (...) {
             error = std::current_exception();

@@ -160,10 +160,14 @@ class Put {
     const Header& header() const;
     BufferPtr buffer(uint32_t chunk, bool wait);  // null when none is free and !wait; padding is zero already
     void commit(uint32_t chunk, BufferPtr buffer, uint64_t sum);  // sum: checksum of the buffer
+    // Without one: a thread computes it before it writes the chunk, and an entry of the host tier has none.
+    void commit(uint32_t chunk, BufferPtr buffer);
     void close();
     void abort();  // no effect after close
 
   private:
+    void accept(uint32_t chunk, BufferPtr buffer, bool summed);
+
     TieredStore::Use use_;
     EntryPtr entry_;
 };
@@ -178,6 +182,7 @@ class Get {
     // The chunk, not yet verified; null when it needs a buffer, none is free and !wait.
     BufferPtr chunk(uint32_t i, bool wait);
     void verify(uint32_t i, uint64_t sum, const char* data) const;  // throws CorruptState unless chunk i is as stored
+    bool summed() const { return entry_->summed; }                  // whether there is a sum to verify
     bool verified() const { return verified_; }              // whether the last chunk was kept, and is known to be good
     void keep(uint32_t i, BufferPtr buffer, bool verified);  // for the next get
     void end();

@@ -17,7 +17,8 @@ class Backend(Protocol):
     """Steps, their VJPs and replays over flat buffers, in place. Elements outside every segment stay as they are.
 
     A backend with `OUT_OF_PLACE = True` also takes `out=` in `step_`, `replay_` and `vjp_`: tensors apart from all
-    others, which receive the elements of the segments of what otherwise is overwritten.
+    others, which receive the elements of the segments of what otherwise is overwritten. One with `WRITES_COPY = True`
+    takes `low=` in `step_` and `replay_`: a 16-bit `[n]` tensor that receives the new parameters in the same pass.
     """
 
     def unavailable(self) -> str | None:

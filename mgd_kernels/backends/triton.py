@@ -14,21 +14,22 @@ import contextlib
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgd_kernels.arena import Segments
 from mgd_kernels.backends.addresses import check_tangents
+from mgd_kernels.backends.triton_tiles import tiles_of
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.memory import check_extents_apart, wrote
 from mgd_kernels.rules import Rule
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WRITES_COPY = True
 
 
 def _interpreted() -> bool:
@@ -69,65 +70,6 @@ def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
     return None
 
 
-# --- Tiles -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Which stretch each program handles.
-
-    parts: one launch each, `(tiles, table, size, aligned)`: aligned tiles of up to `size` elements, then the ragged
-        ends of segments. A table is int64 `[tiles, 4]` on the device, rows `(start, stop, group, place)`; None where
-        the one segment starts at 0 and tiles follow by counting.
-    count: of all tiles. They have places in order of group and start, and `ranges`, int64 `[G + 1]`, says where the
-        places of each group begin (None where all are of one group).
-    """
-
-    parts: tuple[tuple[int, Tensor | None, int, bool], ...]
-    count: int
-    ranges: Tensor | None
-
-
-_tiles: WeakKeyDictionary[Segments, dict[tuple[torch.device, int], Tiles]] = WeakKeyDictionary()
-
-
-def tiles_of(segments: Segments, size: int, device: torch.device) -> Tiles:
-    """Cut the segments into tiles of at most `size` elements, none across a boundary; cached with the segments."""
-    cached = _tiles.setdefault(segments, {})
-    if (device, size) not in cached:
-        cached[device, size] = _cut(segments, size, device)
-    return cached[device, size]
-
-
-def _cut(segments: Segments, size: int, device: torch.device) -> Tiles:
-    vector = _kernels().VECTOR.value
-    rows = segments.rows()
-    if len(rows) == 1 and segments.groups == 1 and rows[0][0] == 0 and rows[0][1] % vector == 0:
-        count = -(-rows[0][1] // size)
-        return Tiles(((count, None, size, True),) if count else (), count, None)
-    whole: list[tuple[int, int, int, int]] = []
-    ragged: list[tuple[int, int, int, int]] = []
-    counts = torch.zeros(segments.groups, dtype=torch.int64, device="cpu")
-    for start, stop, group in sorted(rows, key=lambda row: (row[2], row[0])):
-        first, last = min(-(-start // vector) * vector, stop), stop // vector * vector
-        for begin, end in (
-            (start, first),
-            *((i, min(i + size, last)) for i in range(first, last, size)),
-            (max(first, last), stop),
-        ):
-            if begin < end:
-                place = len(whole) + len(ragged)
-                (ragged if begin % vector or end % vector else whole).append((begin, end, group, place))
-                counts[group] += 1
-    ranges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(device)
-    parts = tuple(
-        (len(tiles), torch.tensor(tiles, dtype=torch.int64, device="cpu").to(device), longest, aligned)
-        for tiles, longest, aligned in ((whole, size, True), (ragged, vector, False))
-        if tiles
-    )
-    return Tiles(parts, len(whole) + len(ragged), ranges)
-
-
 # --- Launching ---------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +88,13 @@ def _options(block: int, rule: str | None = None) -> dict[str, object]:
         return {}
     from triton.runtime import driver
 
-    return _kernels().options(block, rule, driver.active.get_current_target().backend)
+    return _options_of(block, rule, driver.active)
+
+
+@cache
+def _options_of(block: int, rule: str | None, driver: Any) -> dict[str, object]:
+    """Looked up once: to ask the driver at each launch takes as long as the launch."""
+    return _kernels().options(block, rule, driver.get_current_target().backend)
 
 
 def _reducing_tile(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -61,3 +62,14 @@ def offsets(sizes: Iterable[int]) -> list[int]:
         starts[-1] = -(-starts[-1] // ALIGNMENT) * ALIGNMENT
         starts.append(starts[-1] + size)
     return starts
+
+
+def directory_name(directory: str | os.PathLike[str]) -> bytes:
+    """A path as the system spells it. Raises BadArgument where it is none."""
+    try:
+        name = os.fsencode(directory)
+    except (TypeError, UnicodeEncodeError):
+        name = b""
+    if not name or b"\0" in name:
+        raise BadArgument(f"expected the path of a directory; got {directory!r}")
+    return name

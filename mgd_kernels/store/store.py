@@ -11,6 +11,7 @@ The work is done in C++ (csrc/store); the file format is docs/format.md.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import weakref
@@ -21,7 +22,7 @@ import torch
 
 from mgd_kernels.errors import BackendUnavailable, BadArgument, StoreClosed, StoreFull
 from mgd_kernels.memory import address, wrote
-from mgd_kernels.store.format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, encode_key
+from mgd_kernels.store.format import CHUNK, DTYPE_OF, DTYPES, PAGE, Key, decode_key, directory_name, encode_key
 from mgd_kernels.store.gpu_copy import DeviceCopies
 from mgd_kernels.store.tensors import Tensors, matching_targets, storable
 from mgd_kernels.store.zero_copy import Reservation, viewed_tensors
@@ -90,7 +91,7 @@ class Store:
         staging: int | None,
         persistent: bool,
     ) -> None:
-        directory = _directory_name(disk[0]) if disk else b""
+        directory = directory_name(disk[0]) if disk else b""
         for name, value in {"host": host, "disk": disk[1] if disk else 0}.items():
             if not isinstance(value, int) or value < 0:
                 raise BadArgument(f"expected a number of bytes >= 0 for {name}; got {value!r}")
@@ -119,21 +120,24 @@ class Store:
             durable=durable,
             threads=threads,
         )
-        self._finalizer = weakref.finalize(self, _close_quietly, self._core)
         self._owner = os.getpid()
         self._tiers = ["host"] * (host > 0 and not persistent) + ["disk"] * (disk is not None)  # fastest first
         self._devices: dict[bytes, list[torch.device]] = {}  # where an entry's tensors were, if not all on the CPU
         self._copies = DeviceCopies(self._core)
+        self._finalizer = weakref.finalize(self, _close_quietly, self._core, self._copies, self._owner)
 
     # --- entries
 
-    def put(self, key: Key, tensors: Tensors, tier: str | None = None) -> None:
+    def put(self, key: Key, tensors: Tensors, tier: str | None = None, unchanging: bool = False) -> None:
         """Copies one tensor or a list of them under ``key``, replacing what was there.
 
-        Returns when the copy is made; a thread writes it to disk afterwards. Waits while all buffers are in use.
-        A write that fails later is reported by :meth:`get` of that key, :meth:`check`, :meth:`flush`, :meth:`close`.
+        Returns when the copy is made, or of a GPU's tensors when it is on its way; a thread writes it to disk
+        afterwards. Waits while all buffers are in use. A write that fails later is reported by :meth:`get` of that
+        key, :meth:`check`, :meth:`flush`, :meth:`close`.
 
         Args:
+            unchanging: nobody writes to these tensors any more. A GPU then goes on while they are copied; otherwise
+                its current stream waits for that.
             tensors: any shape; bfloat16, float16, float32, float64, int64, int32, int16, int8, uint8 or bool. Values,
                 shape and dtype are kept, not strides.
             tier: ``"host"`` or ``"disk"``; ``None`` means the fastest that has room.
@@ -154,10 +158,11 @@ class Store:
         for candidate in [tier] if tier else self._tiers:
             try:
                 if all(t.device.type == "cpu" for t in items):
-                    core.put(name, sequence, layout, [address(t) for t in items], candidate)
+                    with self._copies.alone():
+                        core.put(name, sequence, layout, [address(t) for t in items], candidate)
                     self._devices.pop(name, None)
                 else:
-                    self._copies.put(name, sequence, items, layout, candidate)
+                    self._copies.put(name, sequence, items, layout, candidate, unchanging)
                     self._devices[name] = [t.device for t in items]
                 return
             except StoreFull as refusal:
@@ -175,7 +180,8 @@ class Store:
         device: torch.device | str | None = None,
         again: bool = False,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """What was put under ``key``, bit-equal: a tensor, or a list of them.
+        """What was put under ``key``, bit-equal: a tensor, or a list of them. Of a GPU's, the host does not wait: it
+        is there for what the current stream does next.
 
         Args:
             out: contiguous tensors of the stored dtypes and shapes to fill and return; after an error their contents
@@ -191,6 +197,7 @@ class Store:
             UnknownFormat: the file is of another version.
         """
         core, name = self._live(), encode_key(key)
+        self._copies.settle(name)
         _, sequence, layout = core.describe(name)
         if out is None:
             devices = self._devices.get(name) if device is None else [torch.device(device)] * len(layout)
@@ -204,7 +211,8 @@ class Store:
         if any(t.device.type != "cpu" for t in targets):
             self._copies.get(name, targets)
         else:
-            core.get(name, [address(t) for t in targets], again)
+            with self._copies.alone():
+                core.get(name, [address(t) for t in targets], again)
             wrote(targets)
         if out is not None:
             return out if isinstance(out, torch.Tensor) else list(out)
@@ -221,7 +229,8 @@ class Store:
         Args:
             room: bytes for further tensors of the entry, each with up to 64 more.
         """
-        return Reservation.of(self._live(), shape, dtype, room)
+        with self._copies.alone():
+            return Reservation.of(self._live(), shape, dtype, room)
 
     def commit(self, key: Key, reservation: Reservation, others: Sequence[torch.Tensor] = ()) -> None:
         """Puts the list ``[reservation.tensor, *others]`` on disk under ``key``, the first of them without a copy.
@@ -234,6 +243,7 @@ class Store:
             BadArgument: the others need more room than was reserved, or the buffer was committed before.
         """
         core, name = self._live(), encode_key(key)
+        self._copies.settle(name)
         reservation.commit(core, name, [storable(t, i + 1) for i, t in enumerate(others)])
         self._devices.pop(name, None)
 
@@ -244,42 +254,45 @@ class Store:
         for entries that are not on disk or not in one chunk (those of :meth:`commit` are), and where so much is
         reserved and viewed already that the store could not go on. ``again`` and the errors are those of :meth:`get`.
         """
-        return viewed_tensors(self._live(), encode_key(key), again)
+        with self._copies.alone():
+            return viewed_tensors(self._live(), encode_key(key), again)
 
     # --- what is where
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Starts to read these entries, in this order, as far as there are free buffers; the rest as buffers become
         free. Returns at once. Raises KeyError on a key that is not stored."""
-        self._live().prefetch([encode_key(key) for key in keys])
+        self._live()
+        self._copies.prefetch([encode_key(key) for key in keys])
 
     def delete(self, key: Key) -> None:
         """Removes an entry, or raises KeyError."""
         core, name = self._live(), encode_key(key)
         self._devices.pop(name, None)
+        self._copies.settle(name)
         core.remove(name)
 
     def clear(self) -> None:
         """Removes every entry, in one step: a process that dies meanwhile, or a power failure, leaves all or none."""
-        core = self._live()
+        core = self._settled()
         self._devices.clear()
         core.clear()
 
     def keys(self) -> list[Key]:
         """All keys, sorted by their spelling in the format. Damaged entries are among them: their get raises."""
-        return [decode_key(name) for name in sorted(self._live().keys())]
+        return [decode_key(name) for name in sorted(self._settled().keys())]
 
     def layout(self, key: Key) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """The dtypes and shapes of an entry's tensors; the errors of a damaged header are those of :meth:`get`."""
-        _, _, layout = self._live().describe(encode_key(key))
+        _, _, layout = self._settled(key).describe(encode_key(key))
         return [(DTYPE_OF[code], tuple(shape)) for code, shape in layout]
 
     def tier(self, key: Key) -> str:
         """Where an entry is: ``"host"`` or ``"disk"``."""
-        return self._live().describe(encode_key(key))[0]
+        return self._settled(key).describe(encode_key(key))[0]
 
     def __contains__(self, key: Key) -> bool:
-        return self._live().contains(encode_key(key))
+        return self._settled(key).contains(encode_key(key))
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -289,11 +302,13 @@ class Store:
     def flush(self) -> None:
         """Waits until everything is written; raises the error of a write that failed, until its key is deleted or
         stored again."""
-        self._live().flush()
+        self._settled().flush()
 
     def check(self) -> None:
         """Raises the error of a write that has failed by now, as :meth:`flush` does, but waits for nothing."""
-        self._live().check()
+        core = self._live()
+        self._copies.look()
+        core.check()
 
     def close(self) -> None:
         """Waits for the writes, frees everything and lets go of the directory; a scratch directory is removed.
@@ -302,8 +317,14 @@ class Store:
         """
         self._devices.clear()
         self._finalizer.detach()
-        self._closed = True
-        self._core.close()
+        self._closed, ours = True, os.getpid() == self._owner
+        try:
+            if ours:
+                self._copies.settle()
+        finally:
+            if ours:
+                self._copies.give_up()
+            self._core.close()
 
     _closed = False
 
@@ -325,7 +346,8 @@ class Store:
         bytes, and how many requests were met by a ``reused`` buffer. ``handed``: entries put and got without a copy,
         ``lent`` and ``leased``. ``put``, ``get`` (copies in and out, waiting included), ``write`` and ``read`` (files):
         ``bytes``, busy ``seconds``, ``bandwidth`` in bytes per second. ``read_ahead``: chunks that were there when
-        wanted (``hits``) and dropped for want of room (``drops``).
+        wanted (``hits``) and dropped for want of room (``drops``). ``waited``: how often the host waited for a copy
+        from or to a GPU.
         """
         raw = self._live().stats()
         rates = {
@@ -347,8 +369,15 @@ class Store:
             "read_ahead": {"hits": raw["read_ahead_hits"], "drops": raw["read_ahead_drops"]},
             "handed": {"lent": raw["committed"], "leased": raw["viewed"]},
             "pinned": self._copies.report(),
+            "waited": self._copies.waited,
             **rates,
         }
+
+    def _settled(self, key: Key | None = None) -> Any:
+        """The core, when it has the entry, or all entries, that a GPU was asked for."""
+        core = self._live()
+        self._copies.settle(None if key is None else encode_key(key))
+        return core
 
     def _live(self) -> Any:
         if self._closed:
@@ -358,19 +387,9 @@ class Store:
         return self._core
 
 
-def _directory_name(directory: str | os.PathLike[str]) -> bytes:
-    try:
-        name = os.fsencode(directory)
-    except (TypeError, UnicodeEncodeError):
-        name = b""
-    if not name or b"\0" in name:
-        raise BadArgument(f"expected the path of a directory; got {directory!r}")
-    return name
-
-
-def _close_quietly(core: Any) -> None:
-    """Closes a store that its user did not close."""
-    try:
-        core.close()
-    except Exception:
-        pass  # there is no caller to report it to; failed entries are not in the directory
+def _close_quietly(core: Any, copies: DeviceCopies, owner: int) -> None:
+    """Closes a store that its user did not close. There is no caller to report errors to; failed entries are not in
+    the directory."""
+    for part in (copies.settle, copies.give_up, core.close) if os.getpid() == owner else (core.close,):
+        with contextlib.suppress(Exception):
+            part()

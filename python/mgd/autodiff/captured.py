@@ -108,7 +108,7 @@ class CapturedEvaluator:
         if kind is None:
             return self.fallback.gradient(microbatch, parameters, before)
         known = self.at_once or kind in self._served
-        if not known and not self.payoff.pays(kind):
+        if not known and not self.payoff.pays(kind, parameters[0].device):
             return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
         plain = None if known else self.fallback.gradient(microbatch, parameters, before)
         step = CapturedStep(microbatch, parameters, before)

@@ -3,24 +3,27 @@
 Until a step has a graph it is evaluated by autograd, and every reverse step adds what a graph would have saved to an
 account. The step is captured once the account, with what the rest of the current training promises, exceeds what a
 capture costs. So whatever number of calls follows, the total is never much more than the better of "never" and "at
-once" (ski rental; Karlin et al. 1988). Both ways give the same bits, so that clocks decide nothing but time.
+once" (ski rental; Karlin et al. 1988). Both ways give the same bits, so that clocks decide nothing but time. An
+accelerator tells its own seconds, some steps late: nobody waits for it.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mgd.autodiff.eager import Look
 from mgd.autodiff.second_order import graph_of
+from mgd.util.clock import Clock
 
 T = TypeVar("T")
+_HOST = torch.device("cpu")
 
 # Of the seconds of both evaluations of a step. Measured: 0.20 (convnets) to 0.35 (GPT-2) where residuals are kept, and
 # 0 (GPT-2) to 0.25 (ViT) where they are computed again.
@@ -57,6 +60,7 @@ class Payoff:
         self._kinds: dict[Hashable, Account] = {}
         self._ahead = self._seen = self._room = 0
         self._latest: Account | None = None
+        self._clock = Clock(_HOST)
 
     def begin(self, reversals: int, room: int) -> None:
         """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
@@ -64,8 +68,11 @@ class Payoff:
         for kind in self._kinds.values():
             kind.evaluations = 0
 
-    def pays(self, key: Hashable) -> bool:
-        """Whether to capture steps of this kind, which are evaluated once more now."""
+    def pays(self, key: Hashable, device: torch.device = _HOST) -> bool:
+        """Whether to capture steps of this kind, which are evaluated once more now, on this device."""
+        if device != self._clock.device:
+            self._clock = Clock(device)
+        self._clock.look()
         kind = self._latest = self._kinds.setdefault(key, Account())
         self._seen += 1
         kind.evaluations += 1
@@ -95,21 +102,23 @@ class Payoff:
             nodes = list(graph_of(loss))
             kind.nodes, kind.bytes = len(nodes), sum(map(_bytes, nodes))
 
-        start = time.perf_counter()
-        result = evaluate(None if kind.nodes else look)
-        kind.gradient = min(kind.gradient, time.perf_counter() - start)
-        kind.measured += 1
-        return result
+        def note(seconds: float) -> None:
+            kind.gradient = min(kind.gradient, seconds)
+            kind.measured += 1
+
+        with self._clock.timed(note):
+            return evaluate(None if kind.nodes else look)
 
     def second(self, key: Hashable, evaluate: Callable[[], T]) -> T:
         """Second derivatives by autograd: what a graph would have saved goes to the account."""
-        start = time.perf_counter()
-        result = evaluate()
-        if kind := self._kinds.get(key):
-            seconds = time.perf_counter() - start
-            kind.second = min(kind.second or seconds, seconds)
-            kind.account += self._saved(kind)
-        return result
+
+        def note(seconds: float) -> None:
+            if kind := self._kinds.get(key):
+                kind.second = min(kind.second or seconds, seconds)
+                kind.account += self._saved(kind)
+
+        with self._clock.timed(note):
+            return evaluate()
 
     def spent(self, key: Hashable, seconds: float) -> None:
         """A capture took so long."""

@@ -54,12 +54,12 @@ class Population:
         options: Mapping[str, Any],
     ):
         self.factory, self.loss, self.seed = model, loss, seed
-        self.batches = _Window(window, batch)
         self.members = [Member({}, {}, 0, 0) for _ in range(size)]
         self.held_out: Any = None
         shell = self._fresh(0, 0)
         if not isinstance(shell, nn.Module):
             raise BadArgument(f"expected model() to make a torch.nn.Module; got {type(shell).__name__}")
+        self.batches = _Window(window, batch, next(iter(_tensors(shell).values())).device)
         self.function = TrainingFunction(
             shell,
             self._weighted,
@@ -101,8 +101,8 @@ class Population:
         """Digests of what the first member's first window on these examples depends on."""
         self.batches.examples, self.held_out = examples, held_out
         self._load(Member(_tensors(self._fresh(0, 0)), {}, 0, 1))
-        self.function.optimizer_state = {}
-        return self.function.identity({"weights": torch.full((self.batches.size,), 1 / self.batches.size)})
+        self.function.optimizer_state, size = {}, self.batches.size
+        return self.function.identity({"weights": torch.full((size,), 1 / size, device=self.batches.indices[0].device)})
 
     def steps(self, i: int) -> int:
         """The number of steps for which a member has been trained."""
@@ -138,20 +138,19 @@ class Population:
 
 
 class _Window(Sequence):
-    """The batches of a window: slices of `examples`, each with the indices of its examples."""
+    """The batches of a window: slices of `examples`, each with the indices of its examples on the models' device."""
 
-    def __init__(self, window: int, batch: int):
+    def __init__(self, window: int, batch: int, device: torch.device):
         self.examples: Any = None
-        self.size = window * batch
-        self.indices = [torch.arange(t * batch, (t + 1) * batch) for t in range(window)]
+        self.size, self.batch = window * batch, batch
+        self.indices = list(torch.arange(self.size, device=device).split(batch))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, t: Any) -> Any:
-        index = self.indices[t]
-        start, stop = int(index[0]), int(index[-1]) + 1
-        return tree_map(lambda x: x[start:stop], self.examples), index
+        index, start = self.indices[t], range(len(self.indices))[t] * self.batch
+        return tree_map(lambda x: x[start : start + self.batch], self.examples), index
 
 
 def checked_losses(losses: Any, n: int | None = None) -> Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mgd_kernels.store import Store
     from mgd_kernels.store.zero_copy import Reservation
 
-VIEWED = 3  # gradients viewed at a time, to advance over them in one pass
+VIEWED = 3  # gradients viewed or read at a time, to advance over them in one pass
 
 
 class Listener(Protocol):
@@ -72,8 +72,9 @@ class History:
         self.constants, self.microbatches, self.store, self.durable = constants, microbatches, store, durable
         self.listener: Listener | None = None
         self._layout, self._in_memory = layout, frozenset(in_memory)
-        self._scratch: Tensor | None = None  # what was read into it is valid until the next such read
-        self._viewing = store is not None and layout is not None and layout.device.type == "cpu"
+        self._scratch: list[Tensor] = []  # what was read into these is valid until the next such read
+        self._on_device = layout is not None and layout.device.type != "cpu"
+        self._viewing = store is not None and layout is not None and not self._on_device
         self._spare = 2 * sum(_room(b) for b in constants.values()) + 8 * microbatches + 64
         self._pending: set[Key] = set()
         self._gradients: dict[int, StepResult] = {}  # in memory, as are these
@@ -104,10 +105,13 @@ class History:
     def run(self, start: int, stop: int) -> list[StepResult]:
         """Logged steps from `start` on, at least one: as many as lie in memory, or a few from the store."""
         run: list[StepResult] = []
+        copied = 0  # into places of their own
         for t in range(start, stop):
             step = self._gradients.get(t)
             if step is None and ("gradient", t) in self._names and len(run) < VIEWED:
                 step = self._view(t)
+                if step is None and self._on_device:
+                    step, copied = self._copied(t, copied), copied + 1
             if step is None:
                 break
             run.append(step)
@@ -115,14 +119,19 @@ class History:
 
     def read(self, t: int) -> StepResult:
         """The log entry of step `t`."""
-        step = self._gradients.get(t) or self._view(t)
-        if step is not None:
-            return step
-        if self._scratch is None:
-            assert self._layout is not None
-            self._scratch = self._layout.zeros(self._layout.gradient_dtype)
-        losses = torch.empty(self.microbatches, dtype=torch.float64, device=self._scratch.device)
-        return StepResult(self._scratch, losses, self._get(("gradient", t), [self._scratch, losses]))
+        return self._gradients.get(t) or self._view(t) or self._copied(t, 0)
+
+    def _copied(self, t: int, place: int) -> StepResult:
+        """The log entry of step `t`, copied to one of the places for that."""
+        if not self._scratch:
+            layout = self._layout
+            assert layout is not None
+            count = VIEWED if self._on_device else 1
+            block = torch.zeros(count, layout.numel, dtype=layout.gradient_dtype, device=layout.device)
+            self._scratch = list(block.unbind())  # at even distances, as kernels like it
+        gradient = self._scratch[place]
+        losses = torch.empty(self.microbatches, dtype=torch.float64, device=gradient.device)
+        return StepResult(gradient, losses, self._get(("gradient", t), [gradient, losses]))
 
     def _view(self, t: int) -> StepResult | None:
         """The log entry of step `t` in the store's buffer, until the gradient is let go of; None where it must copy."""
@@ -179,7 +188,7 @@ class History:
     def _put(
         self, key: Key, tensors: list[Tensor], histories: list[Buffers], tier: str, reserved: Reservation | None = None
     ) -> None:
-        whole = self.durable
+        whole, evaluated = self.durable, key[0] == "gradient"  # nobody writes to what an evaluation has left
         names = [tuple(n for n, b in buffers.items() if whole or b is not self.constants[n]) for buffers in histories]
         extra = [buffers[n] for buffers, changed in zip(histories, names, strict=True) for n in changed]
         with naming_the_step(key):
@@ -187,7 +196,7 @@ class History:
             if reserved is not None and tensors[0] is reserved.tensor:
                 self._entries.commit(key, reserved, tensors[1:] + extra)
             else:
-                self._entries.put(key, tensors + extra, tier)
+                self._entries.put(key, tensors + extra, tier, unchanging=evaluated)
         self._names[key] = names
         self._pending.discard(key)
         if self.listener is not None:

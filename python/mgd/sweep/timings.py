@@ -63,8 +63,10 @@ class Timings:
         return self._timer(self.phases, name)
 
     def move(self, seconds: float, work: str, other: str) -> None:
-        """Of what was last added to a kind of work, so many seconds belong to another one."""
+        """Of what was last added to a kind of work, so many seconds belong to another one; of a device at most all of
+        them: it may have been busy with earlier work while the host was not."""
         self.settle()
+        seconds = min(seconds, self._timers[work].last) if work in self._timers else seconds
         self.seconds[work] -= seconds
         self.seconds[other] += seconds
         first, times = self.firsts[work]
@@ -114,7 +116,7 @@ class Timer:
     """Adds the seconds of blocks to a total, and marks them in a profile; the blocks of one timer do not nest."""
 
     def __init__(self, seconds: dict[str, float], name: str, firsts: dict[str, tuple[float, int]] | None = None):
-        self.seconds, self.name, self.firsts = seconds, name, firsts
+        self.seconds, self.name, self.firsts, self.last = seconds, name, firsts, 0.0
 
     def __enter__(self) -> None:
         self.mark = phase(self.name)
@@ -128,6 +130,7 @@ class Timer:
             self.mark.__exit__(*error)
 
     def add(self, seconds: float) -> None:
+        self.last = seconds
         self.seconds[self.name] += seconds
         if self.firsts is not None:
             known = self.firsts.get(self.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Clock:
     def __init__(self, monkeypatch, nodes: int, per_node: float):
         self.now = 0.0
         self.known: set[int] = set()  # kinds that were captured
-        monkeypatch.setattr(payoff.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
         monkeypatch.setattr(payoff, "graph_of", lambda loss: range(nodes))
         monkeypatch.setattr(payoff, "_bytes", lambda node: 0)

@@ -14,6 +14,8 @@ import mgd
 from mgd.errors import NonFiniteState, ReplayDivergence
 from mgd.step import reads
 from mgd.step.reads import Reads
+from mgd.sweep.history import VIEWED
+from mgd_kernels import AdamW
 
 STEPS = 32
 
@@ -41,6 +43,26 @@ def test_now_and_then_the_numbers_are_read(monkeypatch):
     monkeypatch.setattr(reads, "EVERY", 16)
     few, many = (waits(on(device_cases.mlp(steps=steps), PRETENDED), trace=False)[0] for steps in (14, 46))
     assert many - few == 2 * 2 * 2  # two times in each of the two sweeps: for numbers, and for the device's clock
+
+
+def test_the_log_on_the_host_is_written_behind_and_replayed_several_steps_at_once(monkeypatch):
+    """Copies that take as long as 20 launches make nobody wait. Those that take for ever give the same bits."""
+    runs: list[int] = []
+    replay = AdamW.replay_
+    counted = lambda self, state, grads, *rest: (runs.append(len(grads)), replay(self, state, grads, *rest))[1]
+    monkeypatch.setattr(AdamW, "replay_", counted)
+    counts, found = {}, []
+    for steps, lag in ((STEPS // 2, 20), (STEPS, 20), (STEPS, 1 << 60)):
+        case = on(device_cases.mlp(steps=steps, max_grad_norm=0.5), PRETENDED)
+        with pretended.lagging(lag):
+            counts[steps, lag], result = waits(case, trace=False, budget=mgd.Budget(device="3KB", host="1MB"))
+        found.append(result)
+        assert result.report.counts["rebuilt steps"] == sum(runs) > 1.5 * len(runs) and max(runs) == VIEWED, runs
+        assert result.report.store["put"] is not None and result.report.counts["model steps"] == steps
+        runs.clear()
+    assert counts[STEPS, 20] == counts[STEPS // 2, 20] and found[1].report.store["waited"] == 0
+    assert found[2].report.store["waited"] > STEPS // 2, "the test can fail"
+    same(found[1], found[2], tolerance=0)
 
 
 def test_a_step_of_forward_mode_waits_for_nothing():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import device_cases  # noqa: F401  # makes the device known
 import pytest
 import torch
 
 from mgd.errors import BadArgument
+from mgd.rater.data_rater import DataRater
 from mgd.recipes import data
 from mgd.recipes.attribute import recipe as attribute
 from mgd.recipes.attribute.images import images_task
@@ -17,6 +19,9 @@ from mgd.recipes.demo import recipe as demo
 from mgd.recipes.demo import report as demo_report
 from mgd.recipes.lr_schedule import recipe as lr_schedule
 from mgd.recipes.poison import recipe as poison
+from mgd.recipes.rate import recipe as rate
+from mgd.recipes.select import images as select_images
+from mgd.recipes.select import run as select
 from mgd.recipes.small_images import Task
 from mgd.recipes.smoothness import recipe as smoothness
 from mgd.ui.console import Reporter
@@ -79,6 +84,37 @@ def test_examples_are_attributed_there():
     for method, by_share in expected.predicted.items():
         for share, predicted in by_share.items():
             torch.testing.assert_close(found.predicted[method][share], predicted, rtol=1e-3, atol=1e-5)
+
+
+def test_examples_are_selected_there():
+    small = {"pool": 200, "held_out": 200, "steps": 6, "batch_size": 20, "meta_steps": 2, "width": 16, "repeats": 1}
+    settings = select_images.Settings(**small)
+    found, expected = (
+        select.run(select_images.ImageSetting(*DIGITS, settings, device=device)) for device in ("pretend", "cpu")
+    )
+    assert next(found.setting.problem.model.parameters()).device.type == "pretend"
+    assert found.selection.counts.device.type == "cpu" and found.to_dict()["choices"].keys() == expected.choices.keys()
+    for ours, theirs in zip(found.trace, expected.trace, strict=True):
+        assert abs(ours["held_out_loss"] - theirs["held_out_loss"]) < 1e-3
+    assert float((found.selection.counts == expected.selection.counts).float().mean()) > 0.98
+
+
+def test_passages_are_rated_there(tmp_path, monkeypatch):
+    """By autograd, to spare captures. Adam's first steps are signs of gradients, which rounding may change."""
+    monkeypatch.setattr(rate, "DataRater", partial(DataRater, options={"trace": False}))
+    small = {"each": 60, "judged": 20, "meta_steps": 2, "lifetime": 3, "transfer_steps": 2, "steps": 2, "every": 1}
+    settings = replace(rate.Settings().quick(), **small, domains=("pydoc", "c++"), context=16, width=16, batch=8)
+    found, expected = (rate.run(settings, device=device) for device in ("pretend", "cpu"))
+    assert found.ratings.device.type == "cpu" and bool(found.ratings.any())
+    torch.testing.assert_close(found.ratings, expected.ratings, rtol=0.1, atol=2e-3)
+    assert all(abs(loss - expected.transfer[name]) < 1e-3 for name, loss in found.transfer.items())
+    pool, held_out = torch.randint(128, (2, 40, 17)).unbind()
+    ratings = []
+    for directory, goals in ((None, (2,)), (tmp_path / "run", (1, 2))):  # continued, and at once
+        for goal in goals:
+            rater = rate.make_rater(settings, pool, held_out, "pretend").fit(goal, directory=directory)
+        ratings.append(rater.rate(pool.to("pretend")))
+    assert torch.equal(*ratings)
 
 
 def test_devices_that_are_not_there_are_refused():

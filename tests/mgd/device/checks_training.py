@@ -14,9 +14,10 @@ from device_cases import PRETENDED, moved, on, pretended_only, same
 from torch import nn
 
 import mgd
+from mgd.autodiff import payoff
 from mgd.errors import NotDeterministic
 from mgd.step import class_weights
-from mgd_kernels import Muon
+from mgd_kernels import Arena, Muon
 
 CASES = {
     "mlp": device_cases.mlp,
@@ -196,3 +197,49 @@ def test_the_default_budget_leaves_room_for_second_derivatives():
     assert f.plan().limits["device"] <= pretended.MEMORY // 2
     f._residuals = pretended.MEMORY // 5
     assert f.plan().limits["device"] < 0.2 * pretended.MEMORY
+
+
+# --- when a capture pays -----------------------------------------------------------------------------------------
+
+
+@pretended_only
+@pytest.mark.parametrize("per_node", [1e-12, 1e3])
+def test_a_capture_is_decided_by_the_time_of_the_device(per_node, monkeypatch):
+    """It takes 10 µs for a launch, whatever the host does; nobody waits for it."""
+    monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
+    monkeypatch.setattr(payoff, "IMPORT", 0.0)
+    f = on(device_cases.mlp(steps=6), PRETENDED).function()
+    result = f.metagradient(on(device_cases.mlp(steps=6), PRETENDED).z)
+    assert (result.report.execution == "captured") == (per_node < 1)
+    (kind,) = f._evaluator.payoff._kinds.values()
+    launches = kind.gradient / 1e-5
+    assert 20 < launches < 1000 and abs(launches - round(launches)) < 1e-3
+    assert kind.measured == (2 if per_node < 1 else 5)
+
+
+# --- copies and casts --------------------------------------------------------------------------------------------
+
+
+@pretended_only
+def test_a_16_bit_model_is_cast_at_once():
+    """One launch for all of its parameters, and none where nothing was written since."""
+    model = cases.mlp().to(PRETENDED, torch.bfloat16)
+    arena = Arena.of(model)
+    flat = arena.flatten(model)
+    for written, launches in ((True, 1), (False, 0), (True, 1)):
+        flat.add_(1.0) if written else None
+        with pretended.counted() as found:
+            tensors = arena.tensors(flat)
+        assert found.launches == launches
+        assert all(torch.equal(x, y.bfloat16()) for x, y in zip(tensors, arena.slices(flat), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the model computes in")
+@pytest.mark.parametrize("device", [PRETENDED, "cpu"])
+def test_the_copy_of_a_16_bit_model_is_never_an_old_one(device, monkeypatch, tmp_path):
+    """Whoever wrote the parameters: a step, several at once, a snapshot that was loaded."""
+    case = on(device_cases.mlp(dropout=0.0).to(torch.bfloat16), device)
+    budget = mgd.Budget(device="1KB", host="4KB", disk=(tmp_path, "1MB"))
+    found = case.metagradient(trace=False, budget=budget)
+    monkeypatch.setattr(Arena, "rounded", lambda arena, flat: flat.to(arena.dtypes[0]))
+    same(found, case.metagradient(trace=False), tolerance=0)

@@ -2,7 +2,8 @@
 //
 // - Its addresses carry a bit that no memory has, so that host code which follows one crashes, as it would on a GPU.
 // - Every operator runs as on the CPU, on the same memory; tensors of two devices do not mix, except scalars and indices.
-// - A copy with non_blocking on a stream other than the default one is made as late as may be: when somebody waits.
+// - A copy with non_blocking on a stream other than the default one is made as late as may be: when somebody waits, or
+//   after so many launches as `lag` says.
 //   What is freed meanwhile, and was not recorded on a stream, is overwritten with 0xff, which are NaNs.
 // - What costs time on a GPU is counted: launches, copies, allocations, and where the host waits.
 #include <ATen/Context.h>
@@ -57,10 +58,11 @@ void wait_for(const std::string& what) {
 
 struct Work {
     c10::StreamId stream;
+    int64_t tick;  // launches before it
     std::function<void()> run;
 };
 std::deque<Work> queue;  // of all streams, in order
-int64_t queued = 0, done = 0;
+int64_t queued = 0, done = 0, ticks = 0, lag = INT64_MAX;
 c10::StreamId last_stream = 0;
 
 struct Block {
@@ -86,6 +88,15 @@ void run_until(int64_t end) {  // everything that was queued up to then: later t
         for (Block* block : freed) release(block);
         freed.clear();
     }
+}
+
+void launch() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    ++counters[launches];
+    ++ticks;
+    int64_t old = 0;
+    for (const Work& work : queue) old += ticks - work.tick >= lag;
+    if (old) run_until(done + old);
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 struct Event {
-    int64_t upto;
+    int64_t upto, tick;
 };
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -169,6 +180,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     void record(void** event, const c10::Stream&, const DeviceIndex, const c10::EventFlag) const override {
         if (*event == nullptr) *event = new Event;
         static_cast<Event*>(*event)->upto = queued;
+        static_cast<Event*>(*event)->tick = ticks;
     }
     void destroyEvent(void* event, const DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
     void block(void* event, const c10::Stream& s) const override {
@@ -191,7 +203,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream&) const override {
         if (data.get_deleter() == &free_block) static_cast<Block*>(data.get_context())->recorded = true;
     }
-    double elapsedTime(void*, void*, const DeviceIndex) const override { return 1.0; }
+    double elapsedTime(void* first, void* last, const DeviceIndex) const override {  // 10 µs for each launch
+        return 1e-2 * double(static_cast<Event*>(last)->tick - static_cast<Event*>(first)->tick);
+    }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
@@ -350,10 +364,7 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
             value = list;
         }
     }
-    if (fresh_results) {
-        std::lock_guard<std::recursive_mutex> lock(mutex);
-        ++counters[launches];
-    }
+    if (fresh_results) launch();
 }
 
 c10::DeviceGuard on(std::optional<Device> d) { return c10::DeviceGuard(d.value_or(Device(kPretend, current_device))); }
@@ -377,7 +388,8 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
     const bool up = !is_ours(from), down = !is_ours(to);
     {
         std::lock_guard<std::recursive_mutex> lock(mutex);
-        ++counters[up ? uploads : down ? downloads : launches];
+        if (up || down) ++counters[up ? uploads : downloads];
+        else launch();
         if (up) counters[uploaded] += int64_t(from.nbytes());
         if (down) counters[downloaded] += int64_t(to.nbytes());
     }
@@ -399,7 +411,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
         };
         Tensor a = bare(x), b = bare(y);
         std::lock_guard<std::recursive_mutex> lock(mutex);
-        queue.push_back({stream, [a, b]() mutable {
+        queue.push_back({stream, ticks, [a, b]() mutable {
                              c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset);
                              b.copy_(a);
                          }});
@@ -437,7 +449,7 @@ Tensor convolution(const Tensor& x, const Tensor& w, const std::optional<Tensor>
     std::optional<Tensor> bias;
     if (b && b->defined()) bias = call.to_cpu(*b);
     c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset);
-    ++counters[launches];
+    launch();
     return call.to_ours(at::convolution(call.to_cpu(x), call.to_cpu(w), bias, stride, padding, dilation, transposed,
                                         output_padding, groups));
 }
@@ -450,7 +462,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const T
     Call call{"aten::convolution_backward"};
     const int64_t channels = transposed ? w.size(1) * groups : w.size(0);
     c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset);
-    ++counters[launches];
+    launch();
     auto [a, b, c] = at::convolution_backward(call.to_cpu(g), call.to_cpu(x), call.to_cpu(w),
                                               at::OptionalIntArrayRef(channels), stride, padding, dilation, transposed,
                                               output_padding, groups, mask);
@@ -490,5 +502,6 @@ void pretend_reset() {
     waited.clear();
 }
 int64_t pretend_pending() { return queued - done; }
+int64_t pretend_exchange_lag(int64_t launches) { return std::exchange(lag, launches); }
 int64_t pretend_exchange_device(int64_t device) { return std::exchange(current_device, DeviceIndex(device)); }
 }

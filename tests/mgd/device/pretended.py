@@ -57,6 +57,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.pretend_counters.restype = ctypes.POINTER(ctypes.c_int64)
     library.pretend_waited.restype = ctypes.c_char_p
+    library.pretend_exchange_lag.argtypes, library.pretend_exchange_lag.restype = [ctypes.c_int64], ctypes.c_int64
     library.pretend_register()
     torch.utils.rename_privateuse1_backend("pretend")
     torch._register_device_module("pretend", _module(library))
@@ -107,6 +108,17 @@ class Counted:
             return self.__dict__["numbers"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+@contextlib.contextmanager
+def lagging(launches: int) -> Iterator[None]:
+    """In the block copies on side streams are made after so many launches, if nobody waits for them earlier."""
+    library = load()
+    before = library.pretend_exchange_lag(launches)
+    try:
+        yield
+    finally:
+        library.pretend_exchange_lag(before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def test_without_a_gpu_it_says_why(monkeypatch):
     assert "TRITON_INTERPRET=1" in triton.unavailable()
     x = torch.zeros(4)
     assert "expected tensors on a GPU; got cpu" in triton.unsupported(aot.ADAM, x, x)
+
+
+def test_the_driver_is_asked_once_for_the_options_of_a_launch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from triton.runtime import driver
+
+    asked: list[int] = []
+
+    class Driver:
+        def get_current_target(self):
+            asked.append(1)
+            return types.SimpleNamespace(backend="hip")
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    found = [triton._options(512, "nesterov") for _ in range(3)]
+    assert found[0] == found[2] and found[0]["num_warps"] == 2 and len(asked) == 1
 
 
 # --- Generated code ----------------------------------------------------------------------------------------------

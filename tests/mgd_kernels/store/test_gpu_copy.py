@@ -20,12 +20,21 @@ class Pretended:
         self.registered: dict[int, int] = {}
         self.most_registered = 0
         self.random = random.Random(0)
+        self.quick = 0.5  # how likely an event has come to pass when it is asked for
+        self.putting = False
 
     def run(self, until: int) -> None:
         for work in self.pending[:until]:
             if work is not None:
-                work()
+                work[0]()
         self.pending[:until] = [None] * min(until, len(self.pending))
+
+    def used(self, start: int, size: int) -> None:
+        """A buffer is to be used: no copy that is still to be made may write to it, nor read what a put overwrites."""
+        for work in self.pending:
+            if work is not None:
+                _, first, last, writes = work
+                assert not (start < last and first < start + size and (writes or self.putting)), "used too early"
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address not in self.registered and address % 4096 == 0 and flags == 1
@@ -47,20 +56,21 @@ def pretended(monkeypatch):
             self.device = device
 
         def wait_stream(self, other):
-            pass
+            if self is main:  # what it does next may read or write everything
+                other.synchronize()
 
         def synchronize(self):
             gpu.run(len(gpu.pending))
 
     class Event:
         def __init__(self, blocking):
-            pass
+            self.upto = 0
 
         def record(self, stream):
             self.upto = len(gpu.pending)
 
         def query(self):
-            if gpu.random.random() < 0.5:
+            if gpu.random.random() >= gpu.quick and any(gpu.pending[: self.upto]):
                 return False
             self.synchronize()
             return True
@@ -68,9 +78,14 @@ def pretended(monkeypatch):
         def synchronize(self):
             gpu.run(self.upto)
 
+    main = Stream(torch.device("cuda"))
+
     def delayed_copy(target, source, non_blocking):
         assert non_blocking
-        gpu.pending.append(lambda: torch.Tensor.copy_(target, source))
+        host = target if gpu.putting else source
+        first = host.data_ptr()
+        copy = lambda: torch.Tensor.copy_(target, source)
+        gpu.pending.append((copy, first, first + host.nbytes, gpu.putting))
 
     class View:
         """A tensor whose slices copy when the pretended stream gets to it."""
@@ -85,7 +100,21 @@ def pretended(monkeypatch):
             delayed_copy(self.t, getattr(source, "t", source), non_blocking)
 
     real_frombuffer = torch.frombuffer
-    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: View(real_frombuffer(*a, **k)))
+
+    def frombuffer(*arguments, **options):
+        found = real_frombuffer(*arguments, **options)
+        gpu.used(found.data_ptr(), found.nbytes)
+        return View(found)
+
+    for name, putting in (("put", True), ("get", False)):
+        real = getattr(gpu_copy.DeviceCopies, name)
+
+        def told(self, *arguments, real=real, putting=putting):
+            gpu.putting = putting
+            return real(self, *arguments)
+
+        monkeypatch.setattr(gpu_copy.DeviceCopies, name, told)
+    monkeypatch.setattr(torch, "frombuffer", frombuffer)
     monkeypatch.setattr(gpu_copy, "_as_bytes", lambda t: View(t.reshape(-1).view(torch.uint8)))
     monkeypatch.setattr(gpu_copy, "_one_gpu", lambda tensors: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -93,15 +122,16 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: gpu)
     return gpu
 
 
-def put(store: Store, key: str, tensors: list[torch.Tensor], tier: str) -> None:
+def put(store: Store, key: str, tensors: list[torch.Tensor], tier: str, unchanging: bool = False) -> None:
     from mgd_kernels.store.format import DTYPES, encode_key
 
-    store._copies.put(encode_key(key), True, tensors, [(DTYPES[t.dtype], tuple(t.shape)) for t in tensors], tier)
+    layout = [(DTYPES[t.dtype], tuple(t.shape)) for t in tensors]
+    store._copies.put(encode_key(key), True, tensors, layout, tier, unchanging)
 
 
 def get(store: Store, key: str, like: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -120,8 +150,9 @@ def test_chunks_through_a_side_stream(tmp_path, pretended, tier, staging):
         store.put("before", torch.ones(30_000), tier="disk")  # its buffers are mapped before anything is pinned
         store.flush()
         for i in range(5):
-            put(store, f"x{i}", [v + i for v in values], tier)
-            assert all(work is None for work in pretended.pending), "put returned before its copies were made"
+            put(store, f"x{i}", moving := [v + i for v in values], tier)
+            for v in moving:
+                v.zero_()  # by the current stream, which waits
             for a, b in zip(get(store, f"x{i}", values), values, strict=True):
                 assert torch.equal(a, b + i)
         store.prefetch([f"x{i}" for i in range(5)])
@@ -132,6 +163,63 @@ def test_chunks_through_a_side_stream(tmp_path, pretended, tier, staging):
         pool = store.stats()["pool"]
         assert sum(pretended.registered.values()) == pool["mapped"] and pretended.most_registered <= pool["limit"]
     assert pretended.registered == {}, "memory is unmapped only after it is unpinned"
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("quick", [0.0, 0.5])
+def test_what_is_put_is_on_its_way_when_put_returns(tmp_path, pretended, tier, quick):
+    """Nobody waits before somebody asks: the tensors are held, and no buffer is used before its copy is made."""
+    pretended.quick = quick
+    values = [torch.randn(30_001), torch.tensor(3)]
+    with Store(host=8 << 20, staging=256 << 10, disk=(tmp_path, 1 << 30)) as store:
+        for i in range(12):
+            put(store, f"x{i}", [v + i for v in values], tier, unchanging=True)
+            assert i % 2 or quick or any(pretended.pending), "put waited"
+        store.prefetch([f"x{i}" for i in range(12)])
+        assert store.stats()["waited"] <= 12 * 2 + 2
+        assert "x11" in store and not any(pretended.pending), "asked for, it is there"
+        for i in reversed(range(12)):
+            found = get(store, f"x{i}", values)
+            assert torch.equal(found[0], values[0] + i)
+            store.delete(f"x{i}")  # its buffers may be used again only when they have been read
+            put(store, f"y{i}", [v - i for v in values], tier, unchanging=True)
+        put(store, "y3", [v + 5 for v in values], tier, unchanging=True)
+        store.flush()
+        assert torch.equal(store.get("y3")[0], values[0] + 5) and torch.equal(store.get("y4")[0], values[0] - 4)
+        put(store, "last", values, tier, unchanging=True)
+    assert not any(pretended.pending)
+
+
+def test_events_that_come_to_pass_in_time_make_nobody_wait(tmp_path, pretended):
+    pretended.quick = 1.0
+    with Store(host=8 << 20, staging=256 << 10, disk=(tmp_path, 1 << 30)) as store:
+        for i in range(9):
+            put(store, f"x{i}", [torch.full((70_000,), float(i))], "disk" if i % 2 else "host", unchanging=True)
+        assert store.stats()["waited"] == 0
+        assert all(bool((store.get(f"x{i}")[0] == i).all()) for i in range(9))
+
+
+def test_the_host_tier_has_no_checksum_and_the_disk_has(tmp_path, pretended, monkeypatch):
+    from mgd_kernels import _core
+
+    values = [torch.randn(1000)]
+    with Store(host=8 << 20, staging=256 << 10, disk=(tmp_path, 1 << 30)) as store:
+        for tier in ("host", "disk"):
+            put(store, tier, values, tier)
+        store.flush()
+        data = next(tmp_path.glob("*/text-disk.mgd")).read_bytes()
+        payload = data[-(-(4 * 1000) // 4096) * 4096 * -1 :]
+        assert _core.checksum(payload).to_bytes(8, "little") in data[: -len(payload)]
+        assert torch.equal(get(store, "host", values)[0], values[0])
+        assert torch.equal(store.get("host")[0], values[0]), "read by the host, too"
+
+
+def test_a_store_that_nobody_closes_makes_its_copies(tmp_path, pretended):
+    store = Store(host=1 << 20)
+    put(store, "x", [torch.ones(9)], "host", unchanging=True)
+    assert any(pretended.pending)
+    del store
+    assert not any(pretended.pending) and not pretended.registered
 
 
 def test_an_error_leaves_no_copy_under_way(tmp_path, pretended, monkeypatch):

@@ -44,8 +44,9 @@ def losses(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, tokens: Tensor, chunk: int = 64) -> Tensor:
-    """The loss of every passage in bits per byte."""
-    return torch.cat([losses(model, part) for part in tokens.split(chunk)]) / LN2
+    """The loss of every passage in bits per byte, on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([losses(model, part.to(device)).cpu() for part in tokens.split(chunk)]) / LN2
 
 
 @dataclass
@@ -58,16 +59,17 @@ class Curve:
 
 @dataclass
 class InnerTraining:
-    """How the recipe's language models are made and trained: GPT of `context`, `layers` and `width`."""
+    """How the recipe's language models are made and trained: GPT of `context`, `layers` and `width`, on a device."""
 
     context: int
     layers: int
     width: int
     lr: float
     batch: int
+    device: str = "cpu"
 
     def model(self) -> nn.Module:
-        return GPT(VOCABULARY, self.context, self.layers, self.width, heads=4)
+        return GPT(VOCABULARY, self.context, self.layers, self.width, heads=4).to(self.device)
 
     def train(
         self,
@@ -80,14 +82,14 @@ class InnerTraining:
     ) -> tuple[nn.Module, Curve]:
         """A fresh model trained on random batches of passages, at a learning rate that is constant after a warm-up; its
         curve on `judge`, at every `every` steps and at the end."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, tokens = torch.Generator().manual_seed(seed), tokens.to(self.device)
         with seeded(seed):
             model = self.model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
         curve = Curve([], [])
         for t in range(steps):
             optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (t + 1) / WARM_UP)
-            batch = tokens[torch.randint(len(tokens), (self.batch,), generator=generator)]
+            batch = tokens[torch.randint(len(tokens), (self.batch,), generator=generator).to(self.device)]
             optimizer.zero_grad()
             losses(model, batch).mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -77,9 +77,8 @@ class Settings:
             judged=64,
         )
 
-    @property
-    def inner(self) -> InnerTraining:
-        return InnerTraining(self.context, self.layers, self.width, self.lr, self.batch)
+    def inner(self, device: str = "cpu") -> InnerTraining:
+        return InnerTraining(self.context, self.layers, self.width, self.lr, self.batch, device)
 
 
 @dataclass
@@ -144,28 +143,31 @@ class Found:
         }
 
 
-def run(settings: Settings, reporter: Reporter | None = None, directory: Path | None = None) -> Found:
-    """Learn to rate, and judge the ratings. directory: keeps the learning, to continue one that was interrupted."""
+def run(
+    settings: Settings, reporter: Reporter | None = None, directory: Path | None = None, device: str = "cpu"
+) -> Found:
+    """Learn to rate, and judge the ratings. directory: keeps the learning, to continue one that was interrupted.
+    device: where models are trained; what is found lies on the CPU."""
     reporter, s = reporter or Reporter(), settings
     spearmanr, _ = _statistics()
     domains = available(s.domains)
-    length, inner = s.context + 1, s.inner
+    length, inner = s.context + 1, s.inner(device)
     pool = Pool.make(domains, "pool", s.each, length, s.corruption, s.seed)
     evaluated = Pool.make(domains, "evaluation", s.judged, length, 0.5, s.seed + 1)
     generator = torch.Generator().manual_seed(s.seed + 2)
     held_out = passages(domains[0], "held out", s.each, length, generator)
     test = passages(domains[0], "test", s.judged, length, generator)
 
-    rater = make_rater(s, pool.tokens, held_out)
+    rater = make_rater(s, pool.tokens, held_out, device)
     words = f"learning to rate: {s.meta_steps} meta-steps, {s.population} inner models, windows of {s.window} steps"
     with reporter.phase("rating", words):
         course = learn(rater, evaluated, s, directory, reporter.progress)
-    ratings = rater.rate(evaluated.tokens)
+    ratings = rate(rater, evaluated)
     with reporter.phase("transfer", "training on each domain alone"):
-        transfer = transfer_losses(s, domains, test)
+        transfer = transfer_losses(s, domains, test, inner)
     with reporter.phase("selection", "training on what is kept"):
         selection = select(
-            inner, pool, rater.rate(pool.tokens), held_out, test, s.keep, s.steps, s.every, s.repeats, s.seed, reporter
+            inner, pool, rate(rater, pool), held_out, test, s.keep, s.steps, s.every, s.repeats, s.seed, reporter
         )
     means = mean_ratings(evaluated, ratings)
     correlation = float(spearmanr([means[d] for d in domains], [-transfer[d] for d in domains]).statistic)
@@ -202,7 +204,7 @@ def learn(
 
         def observe(step: RaterStep) -> None:
             if (step.step + 1) % max(1, s.meta_steps // SNAPSHOTS) == 0:
-                course[step.step + 1] = mean_ratings(evaluated, rater.rate(evaluated.tokens))
+                course[step.step + 1] = mean_ratings(evaluated, rate(rater, evaluated))
                 if kept is not None:
                     kept.write("course", course)
 
@@ -210,16 +212,16 @@ def learn(
     return course
 
 
-def make_rater(s: Settings, pool: Tensor, held_out: Tensor) -> DataRater:
+def make_rater(s: Settings, pool: Tensor, held_out: Tensor, device: str = "cpu") -> DataRater:
     """The DataRater of these settings."""
     with seeded(s.seed):
-        network = TextRater()
+        network = TextRater().to(device)
     return DataRater(
         network,
-        s.inner.model,
+        s.inner(device).model,
         losses,
-        pool,
-        held_out,
+        pool.to(device),
+        held_out.to(device),
         optimizer=AdamW(lr=s.lr, eps_root=1e-8),
         batch=s.batch,
         held_out_batch=s.batch,
@@ -231,17 +233,22 @@ def make_rater(s: Settings, pool: Tensor, held_out: Tensor) -> DataRater:
     )
 
 
+def rate(rater: DataRater, pool: Pool) -> Tensor:
+    """Ratings `[n]` of the passages, on the CPU."""
+    return rater.rate(pool.tokens.to(rater.parameters[0].device)).cpu()
+
+
 def mean_ratings(pool: Pool, ratings: Tensor) -> dict[str, float]:
     return {domain: float(ratings[pool.where(domain, clean=True)].mean()) for domain in pool.domains}
 
 
-def transfer_losses(s: Settings, domains: list[str], test: Tensor) -> dict[str, float]:
+def transfer_losses(s: Settings, domains: list[str], test: Tensor, inner: InnerTraining) -> dict[str, float]:
     """Bits per byte on `test` after training on clean passages of each domain alone."""
     found = {}
     for i, domain in enumerate(domains):
         generator = torch.Generator().manual_seed(s.seed + 100 + i)
         tokens = passages(domain, "pool", s.each, s.context + 1, generator)
-        _, curve = s.inner.train(tokens, s.transfer_steps, s.seed, test)
+        _, curve = inner.train(tokens, s.transfer_steps, s.seed, test)
         found[domain] = curve.losses[-1]
     return found
 

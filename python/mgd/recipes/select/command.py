@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgd.recipes.options import make_settings, train_and_test
-from mgd.ui.options import Data, Json, Out, Quick, Seed, Threads
+from mgd.ui.options import Data, Device, Json, Out, Quick, Seed, Threads
 
 if TYPE_CHECKING:
     from mgd.recipes.select.setting import Setting
@@ -41,6 +41,7 @@ def command(
     budget: Budget = None,
     shard: Shard = None,
     uniform: Uniform = False,
+    device: Device = "cpu",
 ) -> None:
     """Select training data by metagradients: drop wrong labels, copies and noise."""
     if setting is not Name.images and (data is not None or uniform):
@@ -48,26 +49,35 @@ def command(
     from mgd.recipes.select import report
     from mgd.recipes.select.run import run
     from mgd.ui.console import Session
+    from mgd.util.devices import checked_device
 
+    checked_device(device)
     session = Session("recipe select", out, json, threads)
     options = {"seed": seed, "budget": budget, "shard": shard, "meta_steps": meta_steps}
     options["highest"] = None if budget is None else 1
-    result = run(make(setting, quick, options, data, uniform), session.reporter)
+    result = run(make(setting, quick, options, data, uniform, device), session.reporter)
     session.finish(report.page(result), result.to_dict())
 
 
-def make(name: Name, quick: bool, options: dict[str, Any], data: Path | None = None, uniform: bool = False) -> Setting:
+def make(
+    name: Name,
+    quick: bool,
+    options: dict[str, Any],
+    data: Path | None = None,
+    uniform: bool = False,
+    device: str = "cpu",
+) -> Setting:
     """The setting of this name, in its quick form or not, with those of its `Settings` changed that are not None."""
     if name is Name.emoji:
         from mgd.recipes.data.emoji import load as load_emoji
         from mgd.recipes.select import emoji
 
-        return emoji.EmojiSetting(load_emoji(), make_settings(emoji.Settings, quick, **options))
+        return emoji.EmojiSetting(load_emoji(), make_settings(emoji.Settings, quick, **options), device)
     if name is Name.lora:
         from mgd.recipes.select import lora
 
-        return lora.LoraSetting(make_settings(lora.Settings, quick, **options))
+        return lora.LoraSetting(make_settings(lora.Settings, quick, **options), device)
     from mgd.recipes.select import images
 
     settings = make_settings(images.Settings, quick, uniform=uniform, **options)
-    return images.ImageSetting(*train_and_test(data), settings)
+    return images.ImageSetting(*train_and_test(data), settings, device)

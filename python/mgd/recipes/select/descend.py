@@ -90,7 +90,7 @@ def select(
             candidates = order[:shard].sort().values
         problem.prepare(c.detach(), stream, candidates)
         # Zero, and as far as derivatives go the counts of the candidates.
-        return problem.function, {WEIGHTS: (c - c.detach())[candidates]}
+        return problem.function, {WEIGHTS: (c - c.detach())[candidates].to(problem.device)}
 
     def outer(x: list[Tensor]) -> torch.optim.Optimizer:
         if budget is None:

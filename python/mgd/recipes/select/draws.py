@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mgd.errors import BadArgument
 from mgd.recipes.trainings import epochs
@@ -36,9 +36,11 @@ class Draws(Sequence[Any]):
         self.candidates: Tensor | None = None
 
     def set(self, counts: Tensor, seed: int, candidates: Tensor | None = None) -> None:
-        """Draw the order of the examples by `counts` `[n]` and `seed`. candidates: indices `[m]`."""
-        self.order = draw(counts, self.steps, self.batch_size, torch.Generator().manual_seed(seed))
-        self.candidates = candidates
+        """Draw the order of the examples by `counts` `[n]` and `seed`. candidates: indices `[m]`. Both go where the
+        pool is, once."""
+        device = tree_leaves(self.pool)[0].device
+        self.order = draw(counts.cpu(), self.steps, self.batch_size, torch.Generator().manual_seed(seed)).to(device)
+        self.candidates = None if candidates is None else candidates.to(device)
 
     def __len__(self) -> int:
         return self.steps

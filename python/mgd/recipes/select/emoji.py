@@ -96,7 +96,8 @@ class EmojiSetting(setting.Setting):
     filtered, truths = "highest CLIP score", "true pairs"
     settings: Settings
 
-    def __init__(self, emoji: Captioned, settings: Settings):
+    def __init__(self, emoji: Captioned, settings: Settings, device: str = "cpu"):
+        self.device = device
         n, held, test = settings.pool, settings.held_out, len(emoji) - settings.pool - settings.held_out
         if min(n, held) < settings.batch_size or test < GALLERY:
             raise BadArgument(
@@ -126,7 +127,7 @@ class EmojiSetting(setting.Setting):
         y = features(self.given)
         end = n + held + test // GALLERY * GALLERY
         parts = (slice(0, n), slice(n, n + held), slice(n + held, end))
-        self._pool, self._held, self._test = ((x[part], y[part]) for part in parts)
+        self._pool, self._held, self._test = ((x[part].to(device), y[part].to(device)) for part in parts)
 
     @property
     def pool(self) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ class EmojiSetting(setting.Setting):
 
     def scores(self, state: State) -> Tensor:
         parts = zip(*(part.split(256) for part in self._pool), strict=True)
-        return -torch.cat([self.call(state, x, y).diagonal() for x, y in parts])
+        return -torch.cat([self.call(state, x, y).diagonal() for x, y in parts]).cpu()
 
     def lead(self) -> str:
         numbers = self.numbers()

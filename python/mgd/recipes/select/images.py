@@ -108,26 +108,27 @@ class ImageSetting(setting.Setting):
     name, title, examples, kinds = "images", "Which images to train on?", "images", KINDS
     settings: Settings
 
-    def __init__(self, train: Images, test: Images, settings: Settings):
-        self.data_pool, self.settings = make_pool(train, test, settings), settings
+    def __init__(self, train: Images, test: Images, settings: Settings, device: str = "cpu"):
+        self.data_pool, self.settings, self.device = make_pool(train, test, settings), settings, device
         self.kind, self.good = self.data_pool.kind, self.data_pool.good
         pixels = self.data_pool.held_out.images.float()
         self.mean, self.std = pixels.mean(), pixels.std()
         self.x, self.held_x, self.test_x = (
             self.inputs(i) for i in (self.data_pool.images, self.data_pool.held_out, self.data_pool.test)
         )
+        self.labels, self.held_labels = (i.labels.to(device) for i in (self.data_pool.images, self.data_pool.held_out))
 
     @property
     def pool(self) -> tuple[Tensor, Tensor]:
-        return self.x, self.data_pool.images.labels
+        return self.x, self.labels
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
-        return self.held_x, self.data_pool.held_out.labels
+        return self.held_x, self.held_labels
 
     def inputs(self, images: Images) -> Tensor:
-        """float32 `[n, pixels]`, shifted and scaled by the held-out images."""
-        return ((images.images.float() - self.mean) / self.std).flatten(1)
+        """float32 `[n, pixels]`, shifted and scaled by the held-out images, on the device."""
+        return ((images.images.float() - self.mean) / self.std).flatten(1).to(self.device)
 
     def over(self, pool: Any) -> SelectionProblem:
         s, held = self.settings, self.held
@@ -141,12 +142,12 @@ class ImageSetting(setting.Setting):
         )
 
     def test(self, state: State) -> tuple[float, ...]:
-        right = self.call(state, self.test_x).argmax(1) == self.data_pool.test.labels
+        right = self.call(state, self.test_x).argmax(1).cpu() == self.data_pool.test.labels
         return (float(right.double().mean()),)
 
     def scores(self, state: State) -> Tensor:
         x, y = self.pool
-        return F.cross_entropy(self.call(state, x), y, reduction="none")
+        return F.cross_entropy(self.call(state, x), y, reduction="none").cpu()
 
     def lead(self) -> str:
         s, numbers = self.settings, self.numbers()

@@ -76,8 +76,9 @@ class LoraSetting(setting.Setting):
     sizes = (0.4, 0.6)
     settings: Settings
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, device: str = "cpu"):
         s = self.settings = settings
+        self.device = device
         if not 1 <= s.layers <= encoder.LAYERS:
             raise BadArgument(f"expected 1..{encoder.LAYERS} layers; got {s.layers}")
         if min(s.pool, s.held_out) < s.batch_size or s.test < len(CLASSES):
@@ -100,10 +101,11 @@ class LoraSetting(setting.Setting):
         self.texts = passages(self.source, generator)
         with seeded(s.seed):
             self.whole, tokenize = encoder.pretrained(len(CLASSES))
-        tokens = torch.tensor([tokenize(text, s.tokens) for text in self.texts])
+        self.whole = self.whole.to(device)
+        tokens = torch.tensor([tokenize(text, s.tokens) for text in self.texts]).to(device)
         hidden = torch.cat([self._below(part) for part in tokens.split(CHUNK)])
         parts = (slice(0, s.pool), slice(s.pool, s.pool + s.held_out), slice(s.pool + s.held_out, total))
-        self._pool, self._held, self._test = ((hidden[p], tokens[p] != 0, self.labels[p]) for p in parts)
+        self._pool, self._held, self._test = ((hidden[p], tokens[p] != 0, self.labels[p].to(device)) for p in parts)
 
     def _below(self, tokens: Tensor) -> Tensor:
         """What the layers that stay as they are make of tokens `[B, T]`."""
@@ -140,7 +142,7 @@ class LoraSetting(setting.Setting):
         return (float((self._logits(state, self._test).argmax(1) == self._test[2]).double().mean()),)
 
     def scores(self, state: State) -> Tensor:
-        return F.cross_entropy(self._logits(state, self._pool), self._pool[2], reduction="none")
+        return F.cross_entropy(self._logits(state, self._pool), self._pool[2], reduction="none").cpu()
 
     def lead(self) -> str:
         s, numbers = self.settings, self.numbers()

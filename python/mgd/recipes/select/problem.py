@@ -77,6 +77,10 @@ class SelectionProblem:
     def __len__(self) -> int:
         return len(tree_flatten(self.pool)[0][0])
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @cached_property
     def draws(self) -> Draws:
         assert self.at is not None
@@ -104,7 +108,7 @@ class SelectionProblem:
         """The same training, with the metagradient of the candidates (indices `[m]`) under the key
         `candidate_weights`, `[m]`: positive where more of the example would raise the objective."""
         self.prepare(counts, seed, candidates)
-        return self.function.metagradient({WEIGHTS: torch.zeros(len(candidates))})
+        return self.function.metagradient({WEIGHTS: torch.zeros(len(candidates), device=self.device)})
 
     def prepare(self, counts: Tensor, seed: int, candidates: Tensor | None = None) -> None:
         """Make `function` the training that these three say."""

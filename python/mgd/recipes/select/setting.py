@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Settings:
 
 class Setting(ABC):
     """Once made, it holds `settings`, and of the n examples of the pool `kind`, int64 `[n]`, an index into `kinds`, and
-    `good`, bool `[n]`: which of them are as they should be. No method but `test` looks at test data."""
+    `good`, bool `[n]`: which of them are as they should be. No method but `test` looks at test data. device: where
+    models are trained; what says something of the examples stays on the CPU."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -61,6 +63,7 @@ class Setting(ABC):
     settings: Settings
     kind: Tensor
     good: Tensor
+    device: str = "cpu"
 
     @abstractmethod
     def over(self, pool: Any) -> SelectionProblem:
@@ -82,7 +85,7 @@ class Setting(ABC):
 
     @abstractmethod
     def scores(self, state: State) -> Tensor:
-        """`[n]`: of the pool's examples under a trained model, low where a filter should keep them."""
+        """`[n]`, on the CPU: of the pool's examples under a trained model, low where a filter should keep them."""
 
     @abstractmethod
     def lead(self) -> str:
@@ -112,7 +115,7 @@ class Setting(ABC):
         """A training as the settings say, for `over`. reset: draws the initial parameters anew (`reset_layers`)."""
         s = self.settings
         return SelectionProblem(
-            model,
+            model.to(self.device),
             pool,
             losses,
             objective,
@@ -143,11 +146,15 @@ class Setting(ABC):
 
 
 def initialiser(reset: Callable[[nn.Module], None]) -> Callable[[nn.Module, int], None]:
-    """`initialise` of a `SelectionProblem`: `reset` with the random numbers of a seed."""
+    """`initialise` of a `SelectionProblem`: `reset` with the CPU's random numbers of a seed, wherever the model is."""
 
     def initialise(model: nn.Module, seed: int) -> None:
+        here = next(model.parameters()).device.type == "cpu"
+        drawn = model if here else copy.deepcopy(model).cpu()
         with seeded(seed):
-            reset(model)
+            reset(drawn)
+        if not here:
+            model.load_state_dict(drawn.state_dict())
 
     return initialise
 
