@@ -42,7 +42,7 @@ QUICK_LORA = Training(examples=30, batch=10, epochs=2, rate=1e-3, eps_root=1e-4)
 # 16 steps of 4 passages, each read once. A training takes minutes: it is not repeated for every subset.
 SMOLLM2 = Training(examples=64, batch=4, epochs=1, rate=1e-4, eps_root=1e-8)
 QUICK_SMOLLM2 = Training(examples=8, batch=4, epochs=1, rate=1e-4, eps_root=1e-8)
-ONE_TRAINING = Evaluation(fractions=(), baselines=(), removed=0.0)
+ONE_TRAINING = Evaluation(fractions=(), baselines=(), removed=0.0, singles=0)
 
 
 # Each from a folder of data, a seed, whether to be quick, and a number of queries in place of its own.

@@ -178,6 +178,12 @@ def _differentiated(judged: Judged) -> Section:
         f"difference {abs(ours - difference) / max(abs(ours), 1e-300):.1e}, empirical metasmoothness "
         f"{judged.smoothness:.3f}."
     )
+    if judged.singles is not None:
+        count, k = judged.singles[0].shape
+        text += (
+            f" The same for {count} examples whose weights were moved one by one, and {k} test examples each: a "
+            f"relative difference of {judged.singles_error:.1e}."
+        )
     return Section("Is the derivative right?", text, table=rows)
 
 
