@@ -211,3 +211,7 @@ class UnstableTraining(RuntimeWarning):
     Such a training overshoots: at some steps its learning rate times the curvature of its loss is above 2. See
     docs/how-to/debugging.md.
     """
+
+
+class RoughEstimate(UserWarning):
+    """Scores that were estimated from combinations of the queries (`mgd.attribute(combine=)`) have a large error."""

@@ -99,7 +99,7 @@ class Report:
 
     def __str__(self) -> str:
         facts = {
-            "training": f"{self.steps:,} step{'s' * (self.steps != 1)}, {self.objectives} objective{'s' * (self.objectives != 1)}",
+            "training": f"{_counted(self.steps, 'step')}, {_counted(self.objectives, 'objective')}",
             "second derivatives": self.execution,
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
@@ -204,6 +204,10 @@ def load(path: str | os.PathLike[str]) -> Metagradient | Trained | Jvp:
     except (KeyError, TypeError) as error:
         raise BadData(f"expected a result of this version of mgd in {os.fspath(path)}: {error}") from None
     raise BadData(f"expected a file that a result's save() wrote; got {os.fspath(path)}, which holds no result")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _numbers(tensor: Tensor) -> str:

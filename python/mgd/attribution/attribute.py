@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from mgd.attribution import combined
 from mgd.attribution import scores as files
+from mgd.attribution.repeating import Objectives, objective_of, repeated
 from mgd.attribution.result import Attribution, AttributionReport
 from mgd.attribution.shared import SharedScores
-from mgd.errors import BadArgument, BadBatch, BadMetaparameter, BadObjective, ReplayDivergence
+from mgd.errors import BadArgument, BadBatch, BadMetaparameter
 from mgd.function import TrainingFunction
 from mgd.identity import code_of
 from mgd.ranks.ranks import Ranks
-from mgd.results import Metagradient, Trained
 from mgd.step.batches import loaded
 from mgd.util.files import path_of
 from mgd.util.fingerprint import digest
@@ -41,8 +42,6 @@ from mgd_kernels import Arena
 
 SHARE = 0.25  # of the free memory for a chunk, if no size is given: the log of the training needs memory too
 MOST = 128  # queries per chunk, if no number is given: the training is then below 1% of a query's cost
-
-Objectives = Callable[[nn.Module, Tensor], Tensor]
 
 
 def attribute(
@@ -58,6 +57,8 @@ def attribute(
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     query_groups: int = 1,
+    combine: int | None = None,
+    probes: int = 4,
     progress: bool = False,
 ) -> Attribution:
     """The exact influence of every training example on the loss of every query.
@@ -80,6 +81,10 @@ def attribute(
     query_groups: where f has several processes, so many groups of them take turns at the chunks, each with trainings of
         its own. It divides their number. Scores are whole on every process, and have the bits of one group with the
         same `chunk`, which by default is at most the number of queries per group. The report is that of the own group.
+    combine: c: for queries by the hundred. Estimate the scores of all queries from c reverse sweeps, one for each
+        principal direction of the queries' gradients (`mgd.attribution.combined`). `.estimate` has their error, as so
+        many forward passes (`probes`) measure it, and RoughEstimate warns of queries whose error is large. The scores
+        are in memory as a whole, and so is one evaluation of all queries.
 
     On several processes, rank 0 fills the directory of scores, which all of them must see, as on a shared file system.
     Any number of processes and of groups continues it.
@@ -104,13 +109,17 @@ def attribute(
         for path in (out, resume):
             if path is not None:
                 path_of(path)
-        call = {"queries": numbers, "names": names and list(names), "weights": weights, "query_groups": query_groups}
+        if combine is not None:
+            others = {"out": out is not None, "resume": resume is not None, "query_groups": query_groups != 1}
+            combined.check(f, len(numbers), combine, probes, others)
+        call: dict[str, Any] = {"queries": numbers, "names": names and list(names), "weights": weights}
+        call |= {"query_groups": query_groups, "combine": combine, "probes": probes}
         call |= {"out": out and os.fspath(out), "resume": resume and os.fspath(resume)}
         f.ranks.check_same(
             lambda: code_of(f.model, f.loss, objectives) | {name: digest(value) for name, value in call.items()}
         )
         f.ranks.split(query_groups)  # or it is refused
-        given, each = chunk, -(-len(numbers) // query_groups)
+        given, each = chunk, combine or -(-len(numbers) // query_groups)
         chunk = f.ranks.first(lambda: _chunk(f, z, len(numbers), each, given, memory, directory))
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
@@ -124,7 +133,7 @@ def attribute(
             rows = np.zeros((len(numbers), len(weight)), dtype)
         else:
             index = files.Index([len(numbers), len(weight)], dtype, weights, numbers, titles, chunk, unvisited)
-            identity = f.identity(z, (_objective(objectives, part) for part in parts))
+            identity = f.identity(z, (objective_of(objectives, part) for part in parts))
             file = stack.enter_context(SharedScores(f.ranks, directory, index, identity))
 
         begin = time.perf_counter()
@@ -132,6 +141,15 @@ def attribute(
         report.training_seconds = report.seconds["rehearsal"] = time.perf_counter() - begin
         if file is not None:
             file.begin(rehearsal.losses, digest(rehearsal.losses, rehearsal.model_state), weight, visits)
+
+        if combine is not None:
+            tick = stack.enter_context(tracked("combinations", combine, enabled=progress))
+            told = functools.partial(_each, tick)
+            how = combine, probes, report, rehearsal, told
+            table, values, estimate = combined.estimated(f, z, numbers, objectives, weights, *how)
+            report.total_seconds = time.perf_counter() - start
+            known = numbers, weight.detach().cpu(), visits, report, titles
+            return Attribution(table.numpy(), values, *known, estimate=estimate)
 
         group = stack.enter_context(_Group.of(f, query_groups))
         shared = group.function
@@ -144,9 +162,9 @@ def attribute(
         for turn in (todo[i : i + query_groups] for i in range(0, len(todo), query_groups)):
             found: list[tuple[int, Any, Tensor]] = []
             for first, part in turn[group.index : group.index + 1]:
-                shared.objective = _objective(objectives, part)
+                shared.objective = objective_of(objectives, part)
                 place = None if resume is None else path_of(resume) / f"queries-{first}"
-                result = _repeated(shared, z, place, rehearsal, progress and not bar)
+                result = repeated(shared, z, place, rehearsal, progress and not bar)
                 report.add(result)
                 found.append((first, result.grads[weights].cpu().numpy(), result.value.double().cpu()))
                 del result
@@ -162,13 +180,17 @@ def attribute(
             for first, part in turn:
                 if resume is not None:  # what its sweeps kept there is not needed any more
                     shutil.rmtree(path_of(resume) / f"queries-{first}", ignore_errors=True)
-                for _ in part:
-                    tick("")
+                _each(tick, len(part))
         report.total_seconds = time.perf_counter() - start
         if file is not None:
             return file.finish(report.to_dict())
     assert rows is not None
     return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
+
+
+def _each(tick: Callable[[str], None], count: int) -> None:
+    for _ in range(count):
+        tick("")
 
 
 @dataclass
@@ -199,53 +221,6 @@ class _Group:
         own = found if self.function.ranks.rank == 0 else []
         for index in range(self.count):
             yield from (one for each in self.all_ranks.objects(own if index == self.index else []) for one in each)
-
-
-def _objective(objectives: Objectives, part: list[int]) -> Callable[[nn.Module], Tensor]:
-    """The objective of a chunk: the losses of its queries, `[len(part)]`."""
-
-    def objective(model: nn.Module) -> Tensor:
-        losses = objectives(model, torch.tensor(part))
-        if not isinstance(losses, Tensor) or losses.shape != (len(part),):
-            raise BadObjective(
-                f"expected objectives(model, index) to return one loss for each of {len(part)} queries, of shape "
-                f"[{len(part)}]; got {describe(losses)}. Use reduction='none' and index the queries with `index`."
-            )
-        return losses
-
-    return objective
-
-
-def _repeated(
-    f: TrainingFunction, z: Mapping[str, Any], place: Path | None, rehearsal: Trained, progress: bool
-) -> Metagradient:
-    """A chunk's metagradient. Raises ReplayDivergence unless its training repeated the rehearsal bit by bit."""
-    try:
-        result = f.metagradient(z, resume=place, progress=progress)
-    except ReplayDivergence:
-        # The reverse sweep meets the last differing step first; training once more finds the first one.
-        _check_same_training(rehearsal, f.train(z))
-        raise
-    _check_same_training(rehearsal, result)
-    return result
-
-
-def _check_same_training(first: Trained, second: Trained | Metagradient) -> None:
-    """Raise ReplayDivergence unless both trainings have the same losses and the same trained state, bit by bit."""
-    advice = (
-        "An attribution needs a training that repeats itself: the same batches each time (a fixed order and fixed "
-        "augmentation), random numbers from torch's generators only, no state outside the model's buffers, and "
-        "deterministic kernels (torch.use_deterministic_algorithms)."
-    )
-    step = files.first_difference(first.losses.numpy(), second.losses.numpy())
-    if step is not None:
-        a, b = float(first.losses[step]), float(second.losses[step])
-        raise ReplayDivergence(step, f"its loss was {a!r} in one training and {b!r} in the next. {advice}")
-    for name, tensor in first.model_state.items():
-        if not torch.equal(tensor, second.model_state[name]):
-            last = len(first.losses) - 1
-            cause = f"two trainings with equal losses end with different values of {name}. {advice}"
-            raise ReplayDivergence(last, cause)
 
 
 def _numbers(queries: int | Sequence[int] | Tensor) -> list[int]:

@@ -66,6 +66,31 @@ class AttributionReport:
 
 
 @dataclass
+class Estimate:
+    """How far estimated scores are off, as forward passes along random signs of the weights measured it.
+
+    combinations: the reverse sweeps. probes: the forward passes. errors: float64 `[k]`, for each query the root mean
+    square error of its scores in units of their own; from m probes it is uncertain by a factor of about
+    `1 ± 1/sqrt(2 m)`; 0 where no weight changes a query. error: the same of all scores together, which is more certain.
+    """
+
+    combinations: int
+    probes: int
+    errors: Tensor
+    error: float
+
+    @classmethod
+    def of(cls, true: Tensor, guess: Tensor, combinations: int) -> Estimate:
+        """From changes of the queries' losses along probes, float64 `[m, k]`."""
+        off, size = (guess - true).square().sum(0), true.square().sum(0)
+        errors = torch.where(size > 0, off / size.clamp_min(torch.finfo(size.dtype).tiny), off).sqrt()
+        return cls(combinations, len(true), errors, float((off.sum() / size.sum()).sqrt()) if size.any() else 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"errors": self.errors.tolist()}
+
+
+@dataclass
 class Attribution:
     """Scores `[k, n]`: the derivative of each query's loss with respect to each training example's weight.
 
@@ -73,7 +98,8 @@ class Attribution:
     loss (helpful). scores: an array, or a read-only memory map of `scores.npy`. values: float64 `[k]`, the losses of
     the queries. queries: their numbers. names: their titles, if they were given any. weights: `[n]`, at which the
     derivatives were taken. visits: int64 `[n]`, how often the training read each example; None if `per_example` does
-    not tell. directory: where the scores are stored; None if they are only in memory.
+    not tell. directory: where the scores are stored; None if they are only in memory. estimate: None where the
+    scores are exact; else what is known of their error (`attribute(combine=)`).
     """
 
     scores: np.ndarray
@@ -84,6 +110,7 @@ class Attribution:
     report: AttributionReport
     names: list[str] | None = None
     directory: str | None = None
+    estimate: Estimate | None = None
 
     @property
     def unvisited(self) -> Tensor:

@@ -59,16 +59,7 @@ class TrainedObjective:
     def adjoints(self, shards: Shards, like: OptimizerState) -> tuple[Tensor, list[Adjoint]]:
         """The value and, for each component, the adjoint of the final state. like: a state of the shapes of its
         adjoint, this process's part."""
-        with self._evaluated() as (value, parameters, floats):
-            with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
-                components = value.reshape(-1).unbind()
-            inputs, last = [*parameters, *floats.values()], len(components) - 1
-            gradients = [  # the last one lets go of the graph on its way
-                list(torch.autograd.grad(component, inputs, retain_graph=i < last, allow_unused=True))
-                for i, component in enumerate(components)
-            ]
-            value = value.detach()
-            del components
+        value, gradients, floats = self._gradients()
         adjoints, arena, buffers = [], shards.arena, self.trained.buffers
         for grads in gradients:
             if all(g is None for g in grads):
@@ -77,16 +68,35 @@ class TrainedObjective:
             pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
             if pairs:
                 torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-            grads[: len(parameters)] = pairs = [None] * len(parameters)
+            del pairs, grads[: len(self.trained.parameters)]  # or they would be held beside the adjoint
             slots = tuple([torch.zeros_like(slot) for slot in like.slots])
             adjoint = replace(like, params=shards.part(flat), slots=slots)
             # Memory of its own: a gradient may be a view with stride 0.
             own = {name: torch.zeros_like(buffers[name]) for name in differentiable(buffers)}
-            for name, g in zip(floats, grads[len(parameters) :], strict=True):
+            for name, g in zip(floats, grads, strict=True):
                 if g is not None:
                     own[name].copy_(g)
             adjoints.append(Adjoint(adjoint, list(own.values())))
         return value, adjoints
+
+    def gradients(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The value and, for each component, its gradient with respect to the trained parameters and the buffers that
+        the training moved, by name; without those on which it does not depend."""
+        value, gradients, floats = self._gradients()
+        names = [*self.trained.parameters, *floats]
+        return value, [{n: g for n, g in zip(names, grads, strict=True) if g is not None} for grads in gradients]
+
+    def _gradients(self) -> tuple[Tensor, list[list[Tensor | None]], list[str]]:
+        """The value, each component's gradients, and the names of the buffers that are among what they refer to."""
+        with self._evaluated() as (value, parameters, floats):
+            with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
+                components = value.reshape(-1).unbind()
+            inputs, last = [*parameters, *floats.values()], len(components) - 1
+            gradients: list[list[Tensor | None]] = [  # the last one lets go of the graph on its way
+                list(torch.autograd.grad(component, inputs, retain_graph=i < last, allow_unused=True))
+                for i, component in enumerate(components)
+            ]
+        return value.detach(), gradients, list(floats)
 
     def tangents(self, shards: Shards, tangents: Sequence[Adjoint]) -> tuple[Tensor, list[Tensor]]:
         """The value, and its derivative along each tangent of the final state. Outputs may be many: they share one

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from mgd.errors import BadArgument, MissingPackage
+from mgd.errors import BadArgument, BadData, MissingPackage
 from mgd.recipes import data
 from mgd.recipes.attribute import Evaluation, Training, linear_datamodeling_score, predictions, run, subsets
 from mgd.recipes.attribute import baselines as others
@@ -124,6 +124,40 @@ def test_bm25_is_that_of_its_formula():
     assert not scores[1].any()
 
 
+def test_embeddings_find_the_text_itself_and_what_means_the_same():
+    task = gpt_task(QUICK_TEXT, 2, seed=0, domain="pydoc")
+    if encoder.installed() is None:
+        with pytest.raises(BadData, match="make data"):
+            others.embeddings(task, {})
+        pytest.skip("the pretrained encoder comes with make data")
+    task.texts = ["The cat sleeps on the sofa.", "Interest rates rose again.", "A kitten naps on the couch."]
+    task.query_texts = ["The cat sleeps on the sofa.", "The central bank raised its rate."]
+    before = torch.get_rng_state()
+    scores = others.embeddings(task, {})
+    assert float(scores[0, 0]) == pytest.approx(-1, abs=1e-5)
+    assert scores[0].argsort().tolist() == [0, 2, 1] and int(scores[1].argmin()) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_score_is_that_of_dattri():
+    """Of its `dattri.metric.lds` (0.3): scores `[n, k]` of a higher target, and for every subset what was kept. Where
+    the package is missing, its definition is written out: Spearman over subsets of the sums of kept scores."""
+    generator = np.random.default_rng(3)
+    scores, n = generator.normal(size=(4, 30)), 30
+    dropped = subsets(n, 0.2, 15, seed=0)
+    kept = torch.stack([torch.tensor([i for i in range(n) if i not in index.tolist()]) for index in dropped])
+    guess = predictions(scores, dropped)
+    true = guess + torch.from_numpy(generator.normal(size=guess.shape))
+    try:
+        from dattri.metric import lds
+    except ImportError:
+        sums = np.stack([scores[:, index].sum(1) for index in kept.numpy()])
+        expected = [spearmanr(sums[:, q], true[:, q]).statistic for q in range(4)]
+    else:
+        expected = lds(torch.from_numpy(scores.T), (true, kept))[0].tolist()
+    assert linear_datamodeling_score(guess, true, resamples=20).per_query == pytest.approx(expected, abs=1e-12)
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +209,7 @@ def test_a_missing_package_is_named_and_the_rest_is_compared(small, monkeypatch)
         raise MissingPackage("TRAK scores", "traker", "attribution")
 
     monkeypatch.setitem(others.BASELINES, "TRAK", missing)
-    found = run(small, None, Evaluation(fractions=(0.1,), subsets=3, baselines=("TRAK",), resamples=20))
+    found = run(small, None, Evaluation(fractions=(0.1,), subsets=3, baselines=("TRAK",), singles=0, resamples=20))
     assert "mgd-kernels[attribution]" in found.smooth.missing["TRAK"] and list(found.smooth.scores) == [OURS]
     assert ["TRAK", "not installed"] in recipe_report.lds(found)
 
@@ -198,7 +232,8 @@ def test_the_metagradient_predicts_what_leaving_images_out_does(found):
     rises = found.smooth.removal
     assert rises[OURS][0] == max(mean for mean, *_ in rises.values()) and rises[OURS][1] > 0
     assert rises[OURS][0] > 3 * float(found.smooth.true[0.05].mean())
-    assert "BM25" not in rises  # pictures have no words
+    assert not {"BM25", "embeddings"} & rises.keys()  # pictures have no words
+    assert found.smooth.singles_error < 0.1  # of two weights, moved by a tenth each: what is left is their curvature
     # Not only the order: the changes themselves.
     predicted, true = found.smooth.predicted[OURS][0.05], found.smooth.true[0.05]
     assert float((predicted - true).norm() / true.norm()) < 0.5
@@ -231,7 +266,7 @@ def test_the_page_and_its_pictures(found, tmp_path):
 
 def test_a_rough_training_is_reported_beside(small):
     rough = images_task(data.digits(), data.digits(train=False), SMALL, 3, seed=0, rough=True)
-    evaluation = Evaluation(fractions=(0.1,), subsets=3, rough_subsets=3, baselines=(), resamples=20)
+    evaluation = Evaluation(fractions=(0.1,), subsets=3, rough_subsets=3, baselines=(), singles=0, resamples=20)
     found = run(small, rough, evaluation)
     assert found.rough is not None and len(recipe_report.roughness(found)) == 3
     assert any(row[0] == "metagradient, rough training" for row in recipe_report.lds(found))
@@ -245,7 +280,9 @@ def test_a_gpt_is_attributed_to_stretches_of_text():
     found = run(
         task,
         None,
-        Evaluation(fractions=(0.1,), subsets=5, baselines=("gradient products", "BM25"), removed=0, resamples=20),
+        Evaluation(
+            fractions=(0.1,), subsets=5, baselines=("gradient products", "BM25"), removed=0, singles=0, resamples=20
+        ),
     )
     assert found.smooth.scores[OURS][0.1].mean > 0.8
     sections = recipe_report.sections(found)

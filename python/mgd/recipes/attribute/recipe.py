@@ -13,7 +13,7 @@ from torch import Tensor
 from mgd.attribution.attribute import attribute
 from mgd.attribution.result import Attribution
 from mgd.check import metasmoothness
-from mgd.errors import BadArgument, MetagradientError, MissingPackage
+from mgd.errors import BadArgument, BadData, MetagradientError, MissingPackage
 from mgd.recipes.attribute.baselines import BASELINES, OF_TEXTS
 from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
 from mgd.recipes.attribute.removal import most_helpful, rises
@@ -31,18 +31,20 @@ class Evaluation:
     """How scores are judged. fractions: of the training examples that are dropped; none: where a training takes too
     long to be repeated so often. subsets: retrainings per fraction. rough_subsets: the same for the roughly trained
     network; 0 leaves it out. baselines: names of those to compare. removed: the share of the examples, those that a
-    method calls most helpful to a query, without which that query is judged; 0 leaves it out."""
+    method calls most helpful to a query, without which that query is judged; 0 leaves it out. singles: the
+    number of examples, those with the largest scores, whose weights are moved one by one; 0 leaves it out."""
 
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     subsets: int = 40
     rough_subsets: int = 20
     baselines: tuple[str, ...] = tuple(BASELINES)
     removed: float = 0.05
+    singles: int = 4
     resamples: int = 1000
     chunk: int | None = None
 
     def quick(self) -> Evaluation:
-        return replace(self, fractions=(0.05, 0.2), subsets=8, rough_subsets=0, resamples=200)
+        return replace(self, fractions=(0.05, 0.2), subsets=8, rough_subsets=0, singles=2, resamples=200)
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Judged:
     removal: method -> how much a query's loss rises without its most helpful examples, and the interval.
     missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. difference: the
     derivative of the mean query loss along its own gradient, by the scores and by a central difference of two
-    trainings. smoothness: the training's empirical metasmoothness along the weights of a tenth of the examples.
+    trainings. singles: of examples whose weight was moved alone, the derivatives of all query losses by the scores and
+    by central differences, each `[m, k]`. smoothness: the training's empirical metasmoothness along the weights of a
+    tenth of the examples.
     """
 
     task: Task
@@ -64,12 +68,18 @@ class Judged:
     attribution_seconds: float
     difference: tuple[float, float]
     smoothness: float
+    singles: tuple[Tensor, Tensor] | None = None
     true: dict[float, Tensor] = field(default_factory=dict)
     predicted: dict[str, dict[float, Tensor]] = field(default_factory=dict)
     scores: dict[str, dict[float, LDS]] = field(default_factory=dict)
     removal: dict[str, Interval] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     baseline_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def singles_error(self) -> float | None:
+        """Of all those derivatives by the scores, relative to the differences."""
+        return self.singles and float((self.singles[0] - self.singles[1]).norm() / self.singles[1].norm())
 
     @property
     def trainings_per_query(self) -> float:
@@ -87,6 +97,8 @@ class Judged:
             "test_loss": self.loss,
             "test_accuracy": self.accuracy,
             "derivative_by_scores_and_by_difference": list(self.difference),
+            "single_weights_by_scores_and_by_difference": self.singles and [x.tolist() for x in self.singles],
+            "single_weights_relative_error": self.singles_error,
             "metasmoothness": self.smoothness,
             "plain_training_seconds": self.plain_seconds,
             "attribution_seconds": self.attribution_seconds,
@@ -155,9 +167,13 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
     loss, accuracy = task.test(trained.model_state)
     with reporter.phase("difference"):
         difference = _difference(task, torch.as_tensor(a.scores).double().mean(0))
+    singles = None
+    if evaluation.singles:
+        with reporter.phase("single weights", f"moving {evaluation.singles} weights one by one"):
+            singles = _singles(task, torch.as_tensor(a.scores).double(), evaluation.singles)
     with reporter.phase("metasmoothness"):
         smoothness = metasmoothness(f, z, _direction(task), SMOOTHNESS_STEP)
-    judged = Judged(task, a, loss, accuracy, plain, seconds, difference, smoothness)
+    judged = Judged(task, a, loss, accuracy, plain, seconds, difference, smoothness, singles)
 
     scores: dict[str, Any] = {OURS: a.scores}
     here = replace(task, device="cpu") if task.device != "cpu" else task  # where the other packages work
@@ -170,7 +186,7 @@ def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, 
                 scores[name], judged.baseline_seconds[name] = _timed(
                     lambda name=name: BASELINES[name](here, state)  # type: ignore[misc]
                 )
-            except MissingPackage as error:
+            except (BadData, MissingPackage) as error:
                 judged.missing[name] = str(error)
                 reporter.say(f"without {name}: {error}")
 
@@ -217,6 +233,18 @@ def _difference(task: Task, gradient: Tensor) -> tuple[float, float]:
     step = DIFFERENCE_STEP * direction.to(task.z["data_weights"])
     ahead, behind = (task.with_weights(task.z["data_weights"] + sign * step).mean() for sign in (1, -1))
     return float(gradient @ direction), float(ahead - behind) / (2 * DIFFERENCE_STEP)
+
+
+def _singles(task: Task, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The scores of the examples with the largest ones, float64 `[m, k]`, and central differences of two trainings
+    each, in which the weight of one example alone moves."""
+    largest = scores.square().sum(0).topk(count).indices
+    weights = task.z["data_weights"]
+    found = []
+    for i in largest.tolist():
+        moved = DIFFERENCE_STEP * torch.zeros_like(weights).index_fill(0, torch.tensor(i, device=weights.device), 1.0)
+        found.append((task.with_weights(weights + moved) - task.with_weights(weights - moved)) / (2 * DIFFERENCE_STEP))
+    return scores[:, largest].T.clone(), torch.stack(found)
 
 
 def _direction(task: Task) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mgd.recipes.attribute import pictures
+from mgd.recipes.attribute.many import Many
 from mgd.recipes.attribute.recipe import DIFFERENCE_STEP, OURS, Found, Judged
 from mgd.ui.page import Page, Section, Table
 
@@ -177,6 +178,12 @@ def _differentiated(judged: Judged) -> Section:
         f"difference {abs(ours - difference) / max(abs(ours), 1e-300):.1e}, empirical metasmoothness "
         f"{judged.smoothness:.3f}."
     )
+    if judged.singles is not None:
+        count, k = judged.singles[0].shape
+        text += (
+            f" The same for {count} examples whose weights were moved one by one, and {k} test examples each: a "
+            f"relative difference of {judged.singles_error:.1e}."
+        )
     return Section("Is the derivative right?", text, table=rows)
 
 
@@ -204,3 +211,40 @@ def _examples(judged: Judged) -> list[Section]:
         parts.append(Section(f"Test text {q + 1}, loss {float(a.values[q]):.2f}", text, table=table))
     parts[0].text = f"{words}\n\n{parts[0].text}"
     return parts
+
+
+def page_of_many(many: Many) -> Page:
+    """Scores of many queries by a few combined sweeps, beside exact ones."""
+    task, shares = many.task, list(many.ways[0].lds)
+    rows: Table = [["sweeps", "queries", "trainings", "error", "told", *(f"score,\n{p:.0%} dropped" for p in shares)]]
+    for way in many.ways:
+        errors = [f"{x:.3f}" if x is not None else "" for x in (way.error, way.measured)]
+        scores = [f"{way.lds[p].mean:.3f}\n[{way.lds[p].low:.2f}, {way.lds[p].high:.2f}]" for p in shares]
+        rows.append(
+            [
+                f"{way.sweeps:,} {way.name.lstrip('0123456789 ')}",
+                f"{way.queries:,}",
+                f"{way.trainings:.0f}",
+                *errors,
+                *scores,
+            ]
+        )
+    first, exact = many.ways[0], many.ways[-1]
+    text = (
+        f"{task.data}: {len(task):,} training examples, {task.queries:,} queries, {len(task.function):,} steps. A "
+        "combined sweep stands for a principal direction of the queries' gradients. Error: of all estimated scores, "
+        "relative to the exact ones; told: what the estimate said itself, from forward passes. Cost in plain trainings "
+        "of processor time, and the linear datamodeling score."
+    )
+    share = shares[0]
+    verdict = (
+        f"{first.sweeps} combined sweeps give all {first.queries:,} queries a score of {first.lds[share].mean:.3f} for "
+        f"{first.trainings:.0f} trainings; all exact: {exact.lds[share].mean:.3f} for {exact.trainings:.0f}."
+    )
+    return Page(
+        "Many queries from few sweeps",
+        text,
+        [("What sweeps buy", rows)],
+        lambda: [Section("What sweeps buy", text, table=rows)],
+        verdict,
+    )

@@ -64,12 +64,16 @@ class Encoder(nn.Module):
         self.head = nn.Linear(WIDTH, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.sentence(tokens))
+
+    def sentence(self, tokens: Tensor) -> Tensor:
+        """The mean of the last hidden states, `[B, WIDTH]`."""
         there = tokens != 0
         mask = there[:, None, None, :]
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, mask)
-        return self.head(mean_of(x, there))
+        return mean_of(x, there)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first layer gets, `[B, T, WIDTH]`."""

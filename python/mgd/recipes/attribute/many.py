@@ -1,0 +1,122 @@
+"""Queries by the hundred: scores of all of them from a few combined sweeps (`mgd.attribute(combine=)`), beside the
+exact scores of all of them, and of as many as the same number of sweeps gives."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgd.attribution.attribute import attribute
+from mgd.attribution.result import Attribution
+from mgd.errors import RoughEstimate
+from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
+from mgd.recipes.attribute.recipe import Evaluation
+from mgd.recipes.attribute.task import Task
+from mgd.ui.console import Reporter
+
+SWEEPS = (16, 100)
+EXACT, SOME = "exact", "exact, of some queries"
+
+
+@dataclass
+class Way:
+    """One way to spend sweeps. sweeps: reverse ones. queries: how many have scores. seconds: of processor time, with
+    the rehearsal. lds: by share of examples dropped. error: of all scores, relative; measured: what the estimate said
+    itself; rough: how many queries it warned of. None where the scores are exact."""
+
+    name: str
+    sweeps: int
+    queries: int
+    seconds: float
+    trainings: float
+    lds: dict[float, LDS] = field(default_factory=dict)
+    error: float | None = None
+    measured: float | None = None
+    rough: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"lds": {str(p): {**s.to_dict(), "per_query": None} for p, s in self.lds.items()}}
+
+
+@dataclass
+class Many:
+    """The ways, in the order of their sweeps. plain_seconds: processor time of a training without a gradient."""
+
+    task: Task
+    plain_seconds: float
+    subsets: int
+    ways: list[Way]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        task = self.task
+        return {
+            "setting": task.name,
+            "data": task.data,
+            "seed": task.seed,
+            "training": asdict(task.training) | {"steps": task.training.steps},
+            "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+            "queries": task.queries,
+            "plain_training_seconds": self.plain_seconds,
+            "subsets": self.subsets,
+            "ways": [way.to_dict() for way in self.ways],
+            "seconds": self.seconds,
+        }
+
+
+def by_combinations(
+    task: Task, evaluation: Evaluation, sweeps: Sequence[int] = SWEEPS, reporter: Reporter | None = None
+) -> Many:
+    """The scores of all queries of the task by each number of sweeps, and exactly, judged by the same retrainings."""
+    reporter = reporter or Reporter()
+    f, z, k = task.function, task.z, task.queries
+    f.replaced(batches=f.batches[:2]).train({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
+    with reporter.phase("training", f"{task.name}: {len(task):,} training examples of {task.data}, {k:,} queries"):
+        trained, plain = min((_timed(lambda: f.train(z)) for _ in range(2)), key=lambda pair: pair[1])
+    found: list[tuple[Way, np.ndarray]] = []
+
+    def add(name: str, count: int, work: Callable[[], Attribution]) -> Attribution:
+        with reporter.phase(name, f"{name}: {count} sweeps"):
+            a, seconds = _timed(work)
+        found.append((Way(name, count, len(a.queries), seconds, seconds / plain), a.scores))
+        return a
+
+    for count in sorted(count for count in sweeps if count < k):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RoughEstimate)  # the table says it
+            a = add(f"{count} combined", count, lambda count=count: attribute(f, z, k, task.objectives, combine=count))  # type: ignore[misc]
+        assert a.estimate is not None
+        found[-1][0].measured, found[-1][0].rough = a.estimate.error, int((a.estimate.errors > 0.5).sum())
+    few = min([*sweeps, k])
+    add(SOME, few, lambda: attribute(f, z, few, task.objectives, chunk=evaluation.chunk))
+    exact = add(EXACT, k, lambda: attribute(f, z, k, task.objectives, chunk=evaluation.chunk)).scores
+    for way, table in found:
+        if way.measured is not None:
+            way.error = float(np.linalg.norm(table - exact) / np.linalg.norm(exact))
+
+    dropped = {p: subsets(len(task), p, evaluation.subsets, task.seed + i) for i, p in enumerate(evaluation.fractions)}
+    base = task.query_losses(trained.model_state)
+    total = evaluation.subsets * len(dropped)
+    with reporter.phase("retraining", f"training {total} times without some of the examples"):
+        true = {p: torch.stack([task.without(index) - base for index in sets]) for p, sets in dropped.items()}
+    with reporter.phase("judging", "ranking the predictions"):
+        for way, table in found:
+            way.lds = {p: _lds(table, dropped[p], true[p], evaluation, task.seed) for p in dropped}
+    return Many(task, plain, evaluation.subsets, [way for way, _ in found], dict(reporter.seconds))
+
+
+def _lds(table: np.ndarray, dropped: list[Tensor], true: Tensor, evaluation: Evaluation, seed: int) -> LDS:
+    guess = predictions(table, dropped)
+    return linear_datamodeling_score(guess, true[:, : len(table)], resamples=evaluation.resamples, seed=seed)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
