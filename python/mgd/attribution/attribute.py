@@ -104,7 +104,12 @@ def attribute(
         for path in (out, resume):
             if path is not None:
                 path_of(path)
-        call = {"queries": numbers, "names": names and list(names), "weights": weights, "query_groups": query_groups}
+        call: dict[str, Any] = {
+            "queries": numbers,
+            "names": names and list(names),
+            "weights": weights,
+            "query_groups": query_groups,
+        }
         call |= {"out": out and os.fspath(out), "resume": resume and os.fspath(resume)}
         f.ranks.check_same(
             lambda: code_of(f.model, f.loss, objectives) | {name: digest(value) for name, value in call.items()}

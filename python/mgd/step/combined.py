@@ -57,12 +57,12 @@ def after_step(
     rows = shards.of_all([[each[name] for name in names] for each in left])
     floats, combined = set(differentiable(before)), dict(before)
     for i, name in enumerate(names):
-        each = [row[i] for row in rows]
-        combined[name] = _mean(each, shares) if name in floats else each[0]
+        found = [row[i] for row in rows]
+        combined[name] = _mean(found, shares) if name in floats else found[0]
         if name not in floats:
-            reads.later(_differ(each), functools.partial(_refuse, name))
+            reads.later(_differ(found), functools.partial(_refuse, name))
         elif first and name.rpartition(".")[2] not in AVERAGED:
-            reads.later(_differ(each), functools.partial(_warn, name))
+            reads.later(_differ(found), functools.partial(_warn, name))
     return combined
 
 
