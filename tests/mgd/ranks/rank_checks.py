@@ -90,8 +90,8 @@ def attributions(group: Any, folder: Path) -> dict[str, Any]:
         again = attributed(case, out=folder / name, **options)
         found[name] = {"scores": torch.tensor(made.scores), "losses": made.values, "kept": again.report.chunks_kept}
         assert made.directory == str(folder / name) and same_scores(made, again)
-    # In the third chunk's training, after the visits, the rehearsal, two chunks and the digests of each of them.
-    stop = 11 * len(case) + 2
+    # In the third chunk's reverse sweep, after the visits, the rehearsal, two chunks and the digests of each of them.
+    stop = 12 * len(case) + 2
     batches = Interrupted(case.batches, stop if rank == 1 else -1, interrupt)
     ends = told(lambda: attributed(case.but(batches=batches), resume=folder / "run")) if rank == 0 else None
     if rank:
