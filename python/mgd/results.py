@@ -98,7 +98,7 @@ class Report:
 
     def __str__(self) -> str:
         facts = {
-            "training": f"{self.steps:,} step{'s' * (self.steps != 1)}, {self.objectives} objective{'s' * (self.objectives != 1)}",
+            "training": f"{self.steps:,} steps, {self.objectives} objective{'s' * (self.objectives != 1)}",
             "second derivatives": self.execution,
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),

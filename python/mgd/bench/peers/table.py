@@ -30,10 +30,16 @@ def title(found: dict[str, Any]) -> str:
     return f"{found['workload']}, T = {found['steps']}, {trained:,} trained parameters"
 
 
+def _worst(one: dict[str, Any]) -> float:
+    """The largest difference; NaN if one is not a number, which JSON has as null."""
+    values = list(one["difference"].values())
+    return max(values) if values and all(value is not None and value == value for value in values) else float("nan")
+
+
 def rows(found: dict[str, Any]) -> Table:
     lines = [["peer", "trainings", "first call", "memory", "per step", "difference"]]
-    if "error" in found:
-        return [*lines, [found["error"], *5 * [""]]]
+    if "training" not in found:
+        return [*lines, [found.get("error", "not measured"), *5 * [""]]]
     alone = found["training"]["seconds"]["median"]
     lines.append(["plain training", "1", f"{alone:.2f} s each", "", "", ""])
     for name, one in found["peers"].items():
@@ -41,7 +47,7 @@ def rows(found: dict[str, Any]) -> Table:
             lines.append([name, one["error"], *4 * [""]])
             continue
         (half, low), (whole, high) = sorted((int(steps), count) for steps, count in one["bytes"].items())
-        worst = max(one["difference"].values(), default=float("nan"))
+        worst = _worst(one)
         without = f" (no {', '.join(one['missing'])})" if one["missing"] else ""
         lines.append(
             [
@@ -62,7 +68,7 @@ def disagreeing(results: Sequence[dict[str, Any]]) -> list[str]:
         f"{name} on {found['workload']}"
         for found in results
         for name, one in found["peers"].items()
-        if "error" not in one and not all(value <= AGREE for value in one["difference"].values())
+        if "error" not in one and not _worst(one) <= AGREE
     ]
 
 
@@ -73,7 +79,7 @@ def markdown(whole: dict[str, Any]) -> str:
     for found in whole["results"]:
         head, body = f"**{found['workload']}**, T = {found['steps']}", rows(found)[1:]
         for i, (name, *cells) in enumerate(body):
-            if not any(cells[1:]):  # an error, where the difference stands
+            if not any(cells[1:]) and cells:  # an error, where the difference stands
                 cells = [*4 * [""], cells[0].replace("|", "\\|").replace("<", "&lt;")]
             lines.append(
                 " | ".join(["|", head if i == 0 else "", f"**{name}**" if name == "mgd" else name, *cells]) + " |"
