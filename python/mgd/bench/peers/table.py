@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 AGREE = 1e-2  # of float32 from float64, relative to the norm: see `mgd.bench.throughput`
 BEGIN, END = "<!-- peers: only `make bench-peers` writes below -->", "<!-- peers: end -->"
 CAPTION = (
-    "trainings: processor time of a later call over that of plain eager training. first call: its processor time, "
-    "compilers included. memory: growth of a fresh process at T steps. per step: what one more step adds, from T/2 to "
-    "T. difference: from float64, the largest of all metaparameters, relative to its norm; in brackets those that have "
-    "no gradient."
+    "trainings: processor time of a later call over that of plain eager training. first call: its processor time at "
+    "T/2 steps, compilers and captures included. memory: growth of a fresh process at T steps. per step: what one more "
+    "step adds, from T/2 to T. difference: from float64, the largest of all metaparameters, relative to its norm; in "
+    "brackets those that have no gradient."
 )
 
 
@@ -74,17 +74,16 @@ def disagreeing(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def markdown(whole: dict[str, Any]) -> str:
     """One table: a row for a peer on a workload."""
-    lines = ["| workload | peer | trainings | first call | memory | per step | difference |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    lines = [["workload", "peer", "trainings", "first call", "memory", "per step", "difference"]]
+    lines.append(["---", "---", *4 * ["---:"], "---"])
     for found in whole["results"]:
-        head, body = f"**{found['workload']}**, T = {found['steps']}", rows(found)[1:]
-        for i, (name, *cells) in enumerate(body):
-            if not any(cells[1:]) and cells:  # an error, where the difference stands
+        head = f"**{found['workload']}**, T = {found['steps']}"
+        for name, *cells in rows(found)[1:]:
+            if len(cells) == 5 and not any(cells[1:]) and name in PEERS:  # an error: where the difference stands
                 cells = [*4 * [""], cells[0].replace("|", "\\|").replace("<", "&lt;")]
-            lines.append(
-                " | ".join(["|", head if i == 0 else "", f"**{name}**" if name == "mgd" else name, *cells]) + " |"
-            )
-    return "\n".join(line.replace("|  |", "| |") for line in lines)
+            lines.append([head, f"**{name}**" if name == "mgd" else name, *cells])
+            head = ""
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines)
 
 
 def plot(results: Sequence[dict[str, Any]]) -> Figure:
