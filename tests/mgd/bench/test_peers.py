@@ -89,7 +89,7 @@ def test_the_command_keeps_what_failed_and_exits_for_what_is_wrong(capsys, monke
     assert found["peers"]["mgd"]["difference"]["lr"] == 1e-6 and "error" in found["peers"]["higher"]
     text = page.read_text()
     assert "old" not in text and text.endswith("Words.\n") and (tmp_path / "peers.png").stat().st_size > 1000
-    assert "| | **mgd** | 2.00 | 9.0 s | 4.00 MB | 2.00 MB | 1e-06 |" in text
+    assert "| | **mgd** | 2.00 | 9.0 s | 4 MB | 2 MB | 1e-06 |" in text
     assert "WRONG" in text and "no \\| such thing" in text
 
     again = tmp_path / "again.md"  # the page from what was recorded, without measuring
