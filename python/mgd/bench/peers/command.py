@@ -108,12 +108,18 @@ def command(
 
 
 def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one machine with the same versions, as one."""
+    """Runs of one machine with the same versions, as one: of a workload that is in several, the peers are joined."""
     first = runs[0]
     for one in runs:
         if one["versions"] != first["versions"] or one["rounds"] != first["rounds"]:
             raise BadArgument("expected recorded runs with the same versions and rounds")
-    return first | {"results": [found for one in runs for found in one["results"]]}
+    joined: dict[tuple[str, int], dict[str, Any]] = {}
+    for found in (found for one in runs for found in one["results"]):
+        before = joined.setdefault((found["workload"], found["steps"]), found)
+        before["peers"] = found["peers"] | before["peers"]
+    for found in joined.values():
+        found["peers"] = {name: found["peers"][name] for name in PEERS if name in found["peers"]}
+    return first | {"results": list(joined.values())}
 
 
 def _run(session: Session, whole: dict[str, Any], names: list[str]) -> None:

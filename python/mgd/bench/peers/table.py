@@ -15,6 +15,7 @@ from mgd.util.text import format_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+UNSUPPORTED = "mgd.bench.baselines.Unsupported: "  # of a peer that was left out, for the reason that follows
 AGREE = 1e-2  # of float32 from float64, relative to the norm: see `mgd.bench.throughput`
 BEGIN, END = "<!-- peers: only `make bench-peers` writes below -->", "<!-- peers: end -->"
 CAPTION = (
@@ -44,7 +45,7 @@ def rows(found: dict[str, Any]) -> Table:
     lines.append(["plain training", "1", f"{alone:.2f} s each", "", "", ""])
     for name, one in found["peers"].items():
         if "error" in one:
-            lines.append([name, one["error"], *4 * [""]])
+            lines.append([name, one["error"].removeprefix(UNSUPPORTED), *4 * [""]])
             continue
         (half, low), (whole, high) = sorted((int(steps), count) for steps, count in one["bytes"].items())
         worst = _worst(one)
