@@ -64,7 +64,7 @@ package: $(VENV)/.installed
 	$(BIN)/pip install --quiet build
 	rm -rf build/package && $(BIN)/python -m build --outdir build/package
 	$(PYTHON) -m venv build/package/venv
-	build/package/venv/bin/pip install --quiet --constraint constraints.txt build/package/*.whl
+	build/package/venv/bin/pip install --quiet --constraint constraints.txt build/package/*.whl scikit-learn
 	cd build/package && venv/bin/mgd --version && venv/bin/python -m mgd_kernels && \
 	    venv/bin/python $(abspath examples)/noisy_labels.py
 

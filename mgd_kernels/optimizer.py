@@ -196,12 +196,9 @@ class Optimizer(ABC):
                 )
             if isinstance(value, Tensor) and (value.ndim > 1 or not value.numel() or value.is_meta):
                 raise BadArgument(f"expected {called} of shape [] or [T], one per step; got {list(value.shape)}")
-            given = value.detach() if isinstance(value, Tensor) else float(value)
-            self.check_range(name, given, called)
-            if name == "lr" and float(torch.as_tensor(given).min()) < 0:
-                raise BadArgument(
-                    f"expected {called} >= 0, as a training descends; got {float(torch.as_tensor(given).min())}"
-                )
+            self.check_range(name, value.detach() if isinstance(value, Tensor) else float(value), called)
+            if name == "lr" and (least := float(torch.as_tensor(value).min())) < 0:  # a metaparameter may go there
+                raise BadArgument(f"expected a rate of at least 0 for {called}; got {least}")
 
     def check_range(self, name: str, values: float | Tensor, called: str = "") -> None:
         """BadArgument unless the hyperparameter may have these values. called: its name in the error."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import mgd
 from mgd.errors import BadArgument, BadData
+from mgd.results import MEANING
 from mgd.util.tensor_file import write
 from mgd_kernels import SGD, AdamW, Arena
 
@@ -109,5 +110,10 @@ def test_everything_public_prints_in_a_line_or_a_table(result, function):
     state = AdamW().init(torch.ones(3))
     for thing in (result, function, function.optimizer, function.train(CASE.z), Arena.of(function.model), state):
         assert len(repr(thing)) < 250 and "tensor(" not in repr(thing) and "object at" not in repr(thing)
+    plan = function.plan()
+    assert len(repr(plan)) < 250 and str(plan) == plan.explain()
+    for kind in result.report.seconds:  # every kind of work is explained beside its time
+        (line,) = [line for line in str(result.report).splitlines() if line.startswith(f"{kind} ") and " s   " in line]
+        assert line.endswith(MEANING[kind])
     assert repr(SGD(lr=0.1)) == "SGD(lr=0.1, weight_decay=0)"
     assert repr(SGD(lr=torch.ones(4))) == "SGD(lr=<4 values>, weight_decay=0)"

@@ -21,6 +21,8 @@ from mgd_kernels.errors import BadArgument
         (lambda: AdamW(eps=-1.0), "eps"),
         (lambda: AdamW(eps_root=-1e-9), "eps_root"),
         (lambda: AdamW(lr=math.nan), "lr"),
+        (lambda: AdamW(lr=-1), "lr"),
+        (lambda: SGD(lr=torch.tensor([0.1, -0.1])), "lr"),
         (lambda: SGD(lr=math.inf), "lr"),
         (lambda: SGD(lr=0.1, weight_decay=math.nan), "weight_decay"),
         (lambda: SGD(lr=0.1, momentum=-math.inf), "momentum"),
@@ -40,7 +42,7 @@ def test_nonsense_is_refused_at_construction(make, name):
 
 
 def test_what_has_a_meaning_is_taken():
-    for lr in (0.0, -0.1, 1e30):
+    for lr in (0.0, 1e30):
         SGD(lr=lr, momentum=-2.0, dampening=3.0, weight_decay=-1.0)
     AdamW(betas=(0.0, 0.0), eps=0.0, weight_decay=-0.1)
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from mgd.bench.peers import alone, table
 from mgd.bench.peers.methods import PEERS, QUICK, WORKLOADS
 from mgd.bench.workloads import WORKLOADS as KNOWN
 from mgd.errors import BadArgument
+from mgd.ui.console import Session
 from mgd.ui.options import Json, parse_names
 from mgd.ui.result import write_json
 
@@ -75,6 +77,9 @@ def command(
     page: Annotated[
         Path | None, typer.Option("--page", metavar="FILE", help="Enter table and plot in this Markdown page.")
     ] = None,
+    recorded: Annotated[
+        str, typer.Option("--recorded", metavar="A,B,...", help="JSON files of earlier runs to show, nothing is run.")
+    ] = "",
     json: Json = None,
 ) -> None:
     """The same metagradients by what people would use instead: time, memory, growth and difference from float64."""
@@ -84,15 +89,47 @@ def command(
     if page is not None and table.BEGIN not in page.read_text("utf-8"):
         raise BadArgument(f"expected {page} to have the line {table.BEGIN}")
     session, where = shared.begin("bench peers", None, json)
-    there = versions()
-    session.print(", ".join(f"{package} {version}" for package, version in there.items()))
-    cores = sorted(os.sched_getaffinity(0))[::-1]
-    results: list[dict[str, Any]] = [{"workload": source, "steps": steps, "peers": {}} for source in sources]
-    whole = {"machine": where, "versions": there, "limit": limit, "jobs": jobs, "rounds": rounds, "results": results}
+    if recorded:
+        whole = _merged([loads(Path(name).read_text("utf-8")) for name in recorded.split(",")])
+    else:
+        results = [{"workload": source, "steps": steps, "peers": {}} for source in sources]
+        about = {"versions": versions(), "limit": limit, "jobs": jobs, "rounds": rounds}
+        whole = {"machine": where, **about, "results": results}
+        _run(session, whole, names)
+    for found in whole["results"]:
+        session.table(table.title(found), table.rows(found))
+    session.print(f"\n{table.CAPTION}", style="dim")
+    session.write(None, whole)
+    if page is not None:
+        table.enter(page, whole)
+    if wrong := table.disagreeing(whole["results"]):
+        session.print(f"More than {table.AGREE:g} from float64: {', '.join(wrong)}.", style="bold red")
+        raise typer.Exit(1)
+
+
+def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one machine with the same versions, as one: of a workload that is in several, the peers are joined."""
+    first = runs[0]
+    for one in runs:
+        if one["versions"] != first["versions"] or one["rounds"] != first["rounds"]:
+            raise BadArgument("expected recorded runs with the same versions and rounds")
+    joined: dict[tuple[str, int], dict[str, Any]] = {}
+    for found in (found for one in runs for found in one["results"]):
+        before = joined.setdefault((found["workload"], found["steps"]), found)
+        before["peers"] = found["peers"] | before["peers"]
+    for found in joined.values():
+        found["peers"] = {name: found["peers"][name] for name in PEERS if name in found["peers"]}
+    return first | {"results": list(joined.values())}
+
+
+def _run(session: Session, whole: dict[str, Any], names: list[str]) -> None:
+    """Measure, and write the JSON after every measurement, so that it is kept if the rest is interrupted."""
+    session.print(", ".join(f"{package} {version}" for package, version in whole["versions"].items()))
+    cores, jobs = sorted(os.sched_getaffinity(0))[::-1], whole["jobs"]
     writing = threading.Lock()
 
     def kept(found: dict[str, Any], what: str, one: dict[str, Any]) -> None:
-        with writing:  # after every measurement, so that it is kept if the rest is interrupted
+        with writing:
             if what in PEERS:
                 found["peers"][what] = one
             elif "error" in one:
@@ -100,31 +137,13 @@ def command(
             else:
                 found[what] = one
             session.print(f"{found['workload']}: {what}" + (f": {one['error']}" if "error" in one else ""))
-            if json is not None:
-                write_json(json, session.command, whole)
+            if session.json is not None:
+                write_json(session.json, session.command, whole)
+
+    def workload(i: int) -> None:
+        found = whole["results"][i]
+        core = cores[i % jobs % len(cores)]
+        measure(found["workload"], found["steps"], names, whole["rounds"], whole["limit"], core, partial(kept, found))
 
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [
-            pool.submit(
-                measure,
-                found["workload"],
-                steps,
-                names,
-                rounds,
-                limit,
-                cores[i % jobs % len(cores)],
-                partial(kept, found),
-            )
-            for i, found in enumerate(results)
-        ]
-        for one in waiting:
-            one.result()
-    for found in results:
-        session.table(table.title(found), table.rows(found))
-    session.print(f"\n{table.CAPTION}", style="dim")
-    session.write(None, whole)
-    if page is not None:
-        table.enter(page, whole)
-    if wrong := table.disagreeing(results):
-        session.print(f"More than {table.AGREE:g} from float64: {', '.join(wrong)}.", style="bold red")
-        raise typer.Exit(1)
+        list(pool.map(workload, range(len(whole["results"]))))

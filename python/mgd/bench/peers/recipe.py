@@ -21,7 +21,7 @@ from mgd.bench.peers.segments import segment_length, without_statistics
 from mgd_kernels import SGD
 
 
-def prepare(case: Case) -> Callable[[], Outcome]:
+def prepare(case: Case, backend: str = "inductor") -> Callable[[], Outcome]:
     """The metagradient of a case; its first call compiles."""
     plain = PlainTorch(case.function, case.z)
     if case.function.microbatches > 1 or case.function.max_grad_norm is not None:
@@ -44,7 +44,7 @@ def prepare(case: Case) -> Callable[[], Outcome]:
         grads = torch.func.grad(loss)(params)
         return [plain.update(p, list(s), g, hyper, k) for p, s, g in zip(params, kept, grads, strict=True)]
 
-    compiled = torch.compile(one, fullgraph=True, dynamic=False)
+    compiled = torch.compile(one, backend=backend, fullgraph=True, dynamic=False)
 
     def segment(start: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         params, flat, given = tensors[:count], tensors[count : -len(leaves)], tensors[-len(leaves) :]

@@ -15,13 +15,14 @@ from mgd.util.text import format_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+UNSUPPORTED = "mgd.bench.baselines.Unsupported: "  # of a peer that was left out, for the reason that follows
 AGREE = 1e-2  # of float32 from float64, relative to the norm: see `mgd.bench.throughput`
 BEGIN, END = "<!-- peers: only `make bench-peers` writes below -->", "<!-- peers: end -->"
 CAPTION = (
-    "trainings: processor time of a later call over that of plain eager training. first call: its processor time, "
-    "compilers included. memory: growth of a fresh process at T steps. per step: what one more step adds, from T/2 to "
-    "T. difference: from float64, the largest of all metaparameters, relative to its norm; in brackets those that have "
-    "no gradient."
+    "trainings: processor time of a later call over that of plain eager training. first call: its processor time at "
+    "T/2 steps, compilers and captures included. memory: growth of a fresh process at T steps. per step: what one more "
+    "step adds, from T/2 to T. difference: from float64, the largest of all metaparameters, relative to its norm; in "
+    "brackets those that have no gradient."
 )
 
 
@@ -30,18 +31,24 @@ def title(found: dict[str, Any]) -> str:
     return f"{found['workload']}, T = {found['steps']}, {trained:,} trained parameters"
 
 
+def _worst(one: dict[str, Any]) -> float:
+    """The largest difference; NaN if one is not a number, which JSON has as null."""
+    values = list(one["difference"].values())
+    return max(values) if values and all(value is not None and value == value for value in values) else float("nan")
+
+
 def rows(found: dict[str, Any]) -> Table:
     lines = [["peer", "trainings", "first call", "memory", "per step", "difference"]]
-    if "error" in found:
-        return [*lines, [found["error"], *5 * [""]]]
+    if "training" not in found:
+        return [*lines, [found.get("error", "not measured"), *5 * [""]]]
     alone = found["training"]["seconds"]["median"]
     lines.append(["plain training", "1", f"{alone:.2f} s each", "", "", ""])
     for name, one in found["peers"].items():
         if "error" in one:
-            lines.append([name, one["error"], *4 * [""]])
+            lines.append([name, one["error"].removeprefix(UNSUPPORTED), *4 * [""]])
             continue
         (half, low), (whole, high) = sorted((int(steps), count) for steps, count in one["bytes"].items())
-        worst = max(one["difference"].values(), default=float("nan"))
+        worst = _worst(one)
         without = f" (no {', '.join(one['missing'])})" if one["missing"] else ""
         lines.append(
             [
@@ -62,23 +69,22 @@ def disagreeing(results: Sequence[dict[str, Any]]) -> list[str]:
         f"{name} on {found['workload']}"
         for found in results
         for name, one in found["peers"].items()
-        if "error" not in one and not all(value <= AGREE for value in one["difference"].values())
+        if "error" not in one and not _worst(one) <= AGREE
     ]
 
 
 def markdown(whole: dict[str, Any]) -> str:
     """One table: a row for a peer on a workload."""
-    lines = ["| workload | peer | trainings | first call | memory | per step | difference |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    lines = [["workload", "peer", "trainings", "first call", "memory", "per step", "difference"]]
+    lines.append(["---", "---", *4 * ["---:"], "---"])
     for found in whole["results"]:
-        head, body = f"**{found['workload']}**, T = {found['steps']}", rows(found)[1:]
-        for i, (name, *cells) in enumerate(body):
-            if not any(cells[1:]):  # an error, where the difference stands
+        head = f"**{found['workload']}**, T = {found['steps']}"
+        for name, *cells in rows(found)[1:]:
+            if len(cells) == 5 and not any(cells[1:]) and name in PEERS:  # an error: where the difference stands
                 cells = [*4 * [""], cells[0].replace("|", "\\|").replace("<", "&lt;")]
-            lines.append(
-                " | ".join(["|", head if i == 0 else "", f"**{name}**" if name == "mgd" else name, *cells]) + " |"
-            )
-    return "\n".join(line.replace("|  |", "| |") for line in lines)
+            lines.append([head, f"**{name}**" if name == "mgd" else name, *cells])
+            head = ""
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines)
 
 
 def plot(results: Sequence[dict[str, Any]]) -> Figure:
