@@ -119,7 +119,7 @@ class Shards:
         total = blocks.total()
         return total if into is None or total is into else into.copy_(total)
 
-    def add_(self, part: Tensor, blocks: Blocks[list["Tensor | None"]]) -> None:
+    def add_(self, part: Tensor, blocks: Blocks[list[Tensor | None]]) -> None:
         """Add the sum of terms, one tensor per parameter, to this process's part of a flat buffer."""
         terms = blocks.total()
         pairs = [
@@ -236,7 +236,7 @@ class RankShards(Shards):
         found = total.total()
         return found if into is None else into.copy_(found)
 
-    def add_(self, part: Tensor, blocks: Blocks[list["Tensor | None"]]) -> None:
+    def add_(self, part: Tensor, blocks: Blocks[list[Tensor | None]]) -> None:
         flats: Blocks[Tensor] = Blocks(Tensor.add_)
         for (level, index), terms in blocks.items():
             # Minus zero changes nothing that it is added to, as a term that is not there.
