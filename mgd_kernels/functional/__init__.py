@@ -35,10 +35,12 @@ from mgd_kernels.functional.grouped import grouped_mm
 from mgd_kernels.functional.linear_loss import linear_cross_entropy
 from mgd_kernels.functional.loss import cross_entropy
 from mgd_kernels.functional.norm import group_norm, layer_norm, rms_norm
+from mgd_kernels.functional.pooling import avg_pool2d
 from mgd_kernels.functional.rotary import rotary, rotary_fits
 
 __all__ = [
     "REPLACEMENTS",
+    "avg_pool2d",
     "batch_norm",
     "batch_norm_with_statistics",
     "conv1d",
@@ -78,6 +80,7 @@ REPLACEMENTS: dict[Callable, Callable] = {
     F.softmax: softmax,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.cross_entropy: cross_entropy,
+    F.avg_pool2d: avg_pool2d,
     F.conv1d: conv1d,
     F.conv2d: conv2d,
     F.conv3d: conv3d,

@@ -16,7 +16,8 @@ from mgd.autodiff.graphs import draws, is_symbolic, is_view
 
 
 def compute_late(module: fx.GraphModule) -> fx.GraphModule:
-    """Move each operator to its first reader, where the result takes more bytes than what has to be held for it.
+    """Move each operator to its first reader, where the result takes more bytes than what has to be held for it; views,
+    which take none, always.
 
     Changes the order of `module`, a graph without mutation, in place and returns it. No result changes a bit.
     """
@@ -24,9 +25,7 @@ def compute_late(module: fx.GraphModule) -> fx.GraphModule:
         if not _can_wait(node):
             continue
         first = min(node.users)  # nodes compare by where they stand
-        sources = {source for source in map(_memory, node.all_input_nodes) if source.op == "call_function"}
-        longer = [source for source in sources if max(x for x in _readers(source) if x is not node) < first]
-        if first.op != "output" and _bytes(node) > sum(map(_bytes, longer)):
+        if first.op != "output" and (is_view(node) or _bytes(node) > _held_for(node, first)):
             first.prepend(node)
     module.recompile()
     return module
@@ -35,7 +34,13 @@ def compute_late(module: fx.GraphModule) -> fx.GraphModule:
 def _can_wait(node: fx.Node) -> bool:
     """Whether nothing but its readers depends on where the operator stands."""
     plain = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
-    return plain and bool(node.users) and not is_view(node) and not draws(node) and _bytes(node) > 0
+    return plain and bool(node.users) and not draws(node)
+
+
+def _held_for(node: fx.Node, place: fx.Node) -> int:
+    """Bytes of what the node reads and nothing else from `place` on."""
+    sources = {source for source in map(_memory, node.all_input_nodes) if source.op == "call_function"}
+    return sum(_bytes(x) for x in sources if max(reader for reader in _readers(x) if reader is not node) < place)
 
 
 def _bytes(node: fx.Node) -> int:

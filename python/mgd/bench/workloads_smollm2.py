@@ -32,7 +32,7 @@ def smollm2(steps: int = 16, seed: int = 0, size: int = BATCH, length: int = LEN
     # A rate for fine-tuning, and an eps_root at the size of a typical squared gradient: smooth from the first step on.
     optimizer = AdamW(lr=1e-4, eps_root=1e-8, weight_decay=0.01)
     workload = build("smollm2", model, tokens[:, :-1], tokens[:, 1:].contiguous(), size, steps, optimizer, g)
-    workload.note, workload.options = note, model_of.within_memory()
+    workload.note, workload.options = note, model_of.within_memory(size)
     return workload
 
 

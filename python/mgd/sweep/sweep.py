@@ -35,6 +35,7 @@ from mgd.sweep.storage import Storage
 from mgd.sweep.timings import Timings
 from mgd.sweep.updates import Updates
 from mgd.util.finite import all_finite
+from mgd.util.system import MUCH, return_freed_memory
 from mgd_kernels import Optimizer, OptimizerState
 
 LOST = "a parameter, at this step or before it,"  # where only its effect was seen; `WatchedSweep` says more
@@ -260,7 +261,10 @@ class Sweep:
 
     def derivatives_of(self, objective: TrainedObjective) -> tuple[Tensor, list[Adjoint]]:
         """The value of the objective at the end of the training, and its adjoints there."""
-        return objective.adjoints(self.shards, self.state)
+        return_freed_memory(MUCH)  # an objective's pieces are not those of steps
+        found = objective.adjoints(self.shards, self.state)
+        return_freed_memory(MUCH)
+        return found
 
     # --- backward ----------------------------------------------------------------------------------------------
 

@@ -72,9 +72,14 @@ def _available(root: Path) -> int | None:
     return int(rest.split(maxsplit=1)[0]) * 1024 if found else None
 
 
-def return_freed_memory() -> None:
+MUCH = 512 << 20  # bytes of a heap that are worth the time to fault them in again
+
+
+def return_freed_memory(least: int = 0) -> None:
     """Give what malloc holds and nothing uses back to the system, where glibc can: after work of another kind than what
-    follows, whose pieces would not fit into the gaps."""
+    follows, whose pieces would not fit into the gaps. least: not if it is fewer bytes, as far as glibc tells."""
+    if least and (mallinfo := _mallinfo()) is not None and mallinfo().fordblks < least:
+        return
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

@@ -14,7 +14,9 @@ def traced(function, *inputs) -> fx.GraphModule:
 
 
 def names(module: fx.GraphModule) -> list[str]:
-    return [node.target._schema.name.removeprefix("aten::") for node in module.graph.nodes if node.op == "call_function"]
+    return [
+        node.target._schema.name.removeprefix("aten::") for node in module.graph.nodes if node.op == "call_function"
+    ]
 
 
 def test_a_product_larger_than_its_factors_is_computed_where_it_is_read():

@@ -44,8 +44,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2, "installed", lambda: True)
     monkeypatch.setattr(smollm2, "pretrained", lambda: (smollm2.untrained(**TINY), Bytes()))
     kept = {"budget": Budget(host="200KB", disk=(tmp_path, "1GB"))}
-    within = smollm2.within_memory()
-    monkeypatch.setattr(smollm2, "within_memory", lambda: within | kept)
+    within = smollm2.within_memory
+    monkeypatch.setattr(smollm2, "within_memory", lambda batch: within(batch) | kept)
     torch.manual_seed(0)
     return tmp_path
 

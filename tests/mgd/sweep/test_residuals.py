@@ -5,9 +5,10 @@ import weakref
 
 import pytest
 import torch
-from same_bits import cases
+from same_bits import cases, same
 
 import mgd
+from mgd.autodiff.joint import JointGraph
 from mgd.sweep.residuals import ResidualCache
 from mgd.sweep.slabs import Layout, Slab, Slabs
 
@@ -115,6 +116,25 @@ def test_inputs_count_once():
 @pytest.fixture
 def little_room(monkeypatch):
     monkeypatch.setattr(mgd.sweep.residuals, "FRAGMENTED", 1e9)
+
+
+def test_a_step_without_room_holds_no_residuals_and_has_the_same_bits(monkeypatch):
+    case, held = cases()["mlp"], []
+    whole = case.metagradient(trace=True)
+    forward = JointGraph.forward
+
+    def noting(self, parameters, inputs, room=None):
+        found = forward(self, parameters, inputs, room)
+        held.append((room, self.residual_bytes, found[3] is not None))
+        return found
+
+    monkeypatch.setattr(JointGraph, "forward", noting)
+    monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda plan: ResidualCache(1000, plan.T))
+    function = case.function(trace=True)
+    assert same(function.metagradient(case.z), whole)
+    steps = [(size, kept) for room, size, kept in held if room is not None]
+    assert len(steps) == 2 * len(function) and all(size > 1000 // 2 and not kept for size, kept in steps)
+    assert function._residuals == sum(size for size, _ in steps[:2])  # for the next plan
 
 
 def test_slabs_go_with_the_call(slabs, little_room):

@@ -115,6 +115,9 @@ def cases() -> dict[str, Case]:
         inputs = [random(batch, heads, length, width), *angles]
         name = "x".join(map(str, inputs[0].shape))
         found[f"rotary-{name}"] = Case(functional.rotary, written_out_rotary, inputs, "rotary")
+    for shape in ((2, 3, 6, 8), (5, 2, 34), (1, 1, 2, 2)):
+        pair = [lambda x, f=f: f(x, 2) for f in (functional.avg_pool2d, F.avg_pool2d)]
+        found["avg_pool-" + "x".join(map(str, shape))] = Case(*pair, [random(*shape)], "avg_pool2x2")
     for reduction, classes in (("none", 37), ("mean", 16), ("sum", 5)):
         target = torch.randint(classes, (50,), generator=g)
         target[7] = -100

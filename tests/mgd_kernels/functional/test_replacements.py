@@ -47,6 +47,11 @@ def test_other_modes_are_torchs_own():
         ("cross_entropy", logits, target, None, None, -100, None, "mean", 0.1),
         ("batch_norm", image, torch.zeros(4), torch.ones(4)),
         ("gelu", torch.empty(0, 3)),
+        ("avg_pool2d", image, 2),
+        ("avg_pool2d", image.contiguous(), 2),
+        ("avg_pool2d", image.contiguous(), 3, 1, 1),
+        ("avg_pool2d", torch.ones(2, 4, 4), (2, 2), None, 0, False, True, 3),
+        ("avg_pool2d", torch.ones(2, 4, 4), (2, 1)),
     ):
         mine, torchs = getattr(functional, name), getattr(F, name)
         assert torch.equal(mine(*args), torchs(*args))

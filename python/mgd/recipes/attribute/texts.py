@@ -55,7 +55,8 @@ def smollm2_task(training: Training, length: int, queries: int, seed: int, domai
     tokens = smollm2.passages(tokenizer, domain, total, length + 1, seed)
     words = [tokenizer.decode(passage).encode() for passage in tokens]
     x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
-    return _task("SmolLM2-135M", domain, model, training, queries, x, y, words, seed, options=smollm2.within_memory())
+    options = smollm2.within_memory(training.batch)
+    return _task("SmolLM2-135M", domain, model, training, queries, x, y, words, seed, options=options)
 
 
 def _english() -> str:
