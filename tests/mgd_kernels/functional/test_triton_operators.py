@@ -41,8 +41,8 @@ print(json.dumps(aot_operators.rows(sys.argv[1])))
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_nothing_spills_and_accesses_are_wide(target):
-    """As `python -m mgd_kernels.aot_operators` prints. Rows of 64 elements leave two to a thread."""
+    """As `python -m mgd_kernels.aot_operators` prints. Rows of 64 elements leave one or two to a thread."""
     rows = json.loads(run("-c", CODE, target))
     assert len({row["kernel"] for row in rows}) == 8
     for row in rows:
-        assert row["spills"] == 0 and row["registers"] <= 128 and row["vector_bytes"] >= 8, row
+        assert row["spills"] == 0 and row["registers"] <= 128 and row["vector_bytes"] >= 4, row
