@@ -111,7 +111,8 @@ bench-peers:
 DEVICE ?= cuda
 bench-gpu: $(VENV)/.installed
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q tests/mgd_kernels/backends tests/mgd_kernels/store/test_gpu_copy.py
+	$(BIN)/python -m pytest -q tests/mgd_kernels/backends tests/mgd_kernels/store/test_gpu_copy.py \
+		tests/mgd_kernels/functional/test_triton_operators.py
 	cd tests/mgd/device && MGD_DEVICE=$(DEVICE) ../../../$(BIN)/python -m pytest -q checks_training.py
 	$(BIN)/mgd bench gpu --device $(DEVICE) --json $(RESULTS)/$(TODAY)-gpu.json --list docs/install.md
 

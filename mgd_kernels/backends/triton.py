@@ -32,7 +32,8 @@ GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WRITES_COPY = True
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -55,13 +56,13 @@ def unavailable() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install 'mgd-kernels[triton]'"
-    if torch.cuda.is_available() or _interpreted():
+    if torch.cuda.is_available() or interpreted():
         return None
     return "no GPU found; TRITON_INTERPRET=1 in the environment runs the kernels in Triton's (slow) interpreter"
 
 
 def unsupported(rule: Rule, params: Tensor, grad: Tensor) -> str | None:
-    if params.device.type != "cuda" and not _interpreted():
+    if params.device.type != "cuda" and not interpreted():
         return f"expected tensors on a GPU; got {params.device}"
     if params.dtype != torch.float32:
         return f"expected float32 parameters (16-bit ones get a float32 master copy); got {params.dtype}"
@@ -84,7 +85,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _options(block: int, rule: str | None = None) -> dict[str, object]:
-    if _interpreted():
+    if interpreted():
         return {}
     from triton.runtime import driver
 

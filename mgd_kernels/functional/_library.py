@@ -12,11 +12,15 @@ from torch import Tensor
 
 from mgd_kernels import memory
 from mgd_kernels.backends import cpu
+from mgd_kernels.backends.triton_nn import serves
 from mgd_kernels.errors import BadArgument
 
 _library = torch.library.Library("mgd_kernels", "FRAGMENT")
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+
+GPUS = {"cuda": "CUDA"}  # device type, which AMD's share -> torch's key for it
+GPU_KERNELS: dict[str, Callable[..., Any]] = {}  # operators that take a GPU's tensors -> what they call
 
 # The codes of mgd::Pass (csrc/nn/kernels.h).
 FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
@@ -31,6 +35,7 @@ def operator(
     non_differentiable: slice = slice(0, 0),
     plain: Callable[..., Sequence[Tensor]] | None = None,
     differentiable: Callable[..., Any] | None = None,
+    gpu: bool = False,
 ):
     """Defines `mgd_kernels::<schema>` and returns a function that calls it.
 
@@ -38,7 +43,7 @@ def operator(
     from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
     no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated,
     any number of times, where there is no `backward`. differentiable: what is called instead where a derivative may be
-    needed.
+    needed. gpu: `kernel` takes a GPU's tensors, too.
     """
     name = schema[: schema.index("(")]
     qualified = f"mgd_kernels::{name}"
@@ -106,6 +111,10 @@ def operator(
         return torch.stack(results), 0
 
     _library.impl(name, kernel, "CPU")
+    if gpu:
+        GPU_KERNELS[name] = kernel
+        for key in GPUS.values():
+            _library.impl(name, kernel, key)
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_vmap(qualified, over_batch, lib=_library)
@@ -178,13 +187,20 @@ def twice(
     return grad(first, [*cotangents, *inputs], second_cotangents)
 
 
-def served(*tensors: Tensor | None) -> bool:
+def served(*tensors: Tensor | None, gpu: bool = False, width: int | None = None) -> bool:
     """Whether the kernels can take these tensors here: float32, on the CPU, with elements, no subclass that has its own
-    say in functions of torch, no autocast, and no torch.func transform other than vmap."""
-    for tensor in tensors:
-        if tensor is not None and (tensor.dtype is not torch.float32 or not _dense(tensor)):
+    say in functions of torch, no autocast, and no torch.func transform other than vmap. gpu: or all on one GPU, where
+    rows of this width, if it matters, are within what Triton's kernels take."""
+    kind = "cpu"
+    first = tensors[0]
+    if gpu and first is not None and not first.is_cpu:
+        kind = first.device.type
+        if kind not in GPUS or any(x is not None and x.device != first.device for x in tensors):
             return False
-    if torch.is_autocast_enabled("cpu") or cpu.unavailable() is not None:
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype is not torch.float32 or not _dense(tensor, kind)):
+            return False
+    if torch.is_autocast_enabled(kind) or (cpu.unavailable() is not None if kind == "cpu" else not serves(width)):
         return False
     if torch._C._are_functorch_transforms_active():
         vmap = torch._C._functorch.TransformType.Vmap
@@ -192,12 +208,18 @@ def served(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _dense(x: Tensor) -> bool:
-    """Whether x is an ordinary CPU tensor with elements. A subclass may compute functions in its own way."""
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels take x, which some kernels do."""
+    return not x.is_cpu
+
+
+def _dense(x: Tensor, device: str = "cpu") -> bool:
+    """Whether x is an ordinary tensor with elements on such a device. A subclass may compute functions in its own
+    way."""
     kind = type(x)
     return (
         (kind in _ORDINARY or kind.__torch_function__ is torch._C._disabled_torch_function_impl)
-        and x.device.type == "cpu"
+        and x.device.type == device
         and x.layout is torch.strided
         and not x.is_nested
         and x.numel() != 0

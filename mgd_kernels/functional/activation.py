@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgd_kernels.backends import triton_nn
 from mgd_kernels.backends.cpu import _core
+from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
     DOUBLE_BACKWARD,
     FORWARD,
@@ -28,6 +30,8 @@ _FUNCTIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "tanh": 3, "sigmoid": 4}
 
 def _call(pass_, function, x, gy=None, c=None, y=None, slope=None, gx=None, ggy=None) -> None:
     tensors = (x, gy, c, y, slope, gx, ggy)
+    if _library.on_gpu(x):
+        return triton_nn.activation(pass_, function, *tensors)
     _core().nn_activation(pass_, _FUNCTIONS[function], x.numel(), *map(address, tensors), torch.get_num_threads())
 
 
@@ -91,6 +95,7 @@ activation_with_slope = operator(
     lambda args, out: (args[0], out[1]),
     _differentiate,
     non_differentiable=slice(1, 2),
+    gpu=True,
 )
 activation_backward = operator(
     "activation_backward(Tensor gy, Tensor slope, Tensor x, str function) -> Tensor",
@@ -98,12 +103,14 @@ activation_backward = operator(
     lambda gy, slope, x, function: like(x),
     lambda args, gx: args[:3],
     _differentiate_twice,
+    gpu=True,
 )
 activation_double_backward = operator(
     "activation_double_backward(Tensor c, Tensor gy, Tensor slope, Tensor x, str function) -> (Tensor, Tensor)",
     _double_backward,
     lambda c, gy, slope, x, function: (like(x), like(x)),
     plain=_plain_double_backward,
+    gpu=True,
 )
 
 
@@ -113,11 +120,12 @@ activation = operator(
     _value,
     lambda x, function: like(x),
     differentiable=lambda x, function: activation_with_slope(x, function)[0],
+    gpu=True,
 )
 
 
 def _fits(input: Tensor) -> bool:
-    return served(input) and not channels_last(input)
+    return served(input, gpu=True) and not channels_last(input)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:

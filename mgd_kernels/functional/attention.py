@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from mgd_kernels.backends import triton_nn
 from mgd_kernels.backends.cpu import _core
+from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
     BACKWARD,
     DOUBLE_BACKWARD,
@@ -29,6 +31,8 @@ from mgd_kernels.functional.attention_strips import attention
 
 
 def _call(pass_, scale, causal, mask=None, x=None, gp=None, c=None, p=None, gx=None, ggp=None, gp_again=None) -> None:
+    if _library.on_gpu(p):
+        return triton_nn.softmax(pass_, scale, causal, mask, x, gp, c, p, gx, ggp, gp_again)
     steps = (1, 1, 0, 0, 0) if mask is None else (*p.shape[1:3], *mask.expand(p.shape).stride()[:3])
     tensors = (x, gp, c, p, gx, ggp, gp_again)
     width = p.shape[-1]
@@ -98,6 +102,7 @@ softmax_forward = operator(
     lambda x, mask, scale, causal: like(x),
     lambda args, p: (p, args[1]),
     _differentiate,
+    gpu=True,
 )
 softmax_backward = operator(
     "softmax_backward(Tensor gp, Tensor p, float scale, bool causal) -> Tensor",
@@ -105,12 +110,14 @@ softmax_backward = operator(
     lambda gp, p, scale, causal: like(p),
     lambda args, gx: args[:2],
     _differentiate_twice,
+    gpu=True,
 )
 softmax_double_backward = operator(
     "softmax_double_backward(Tensor c, Tensor gp, Tensor p, float scale, bool causal) -> (Tensor, Tensor)",
     _softmax_double_backward,
     lambda c, gp, p, scale, causal: (like(p), like(p)),
     plain=_plain_double_backward,
+    gpu=True,
 )
 
 
@@ -118,9 +125,13 @@ def softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:  # fmt: skip
     """As `torch.nn.functional.softmax`; the last dimension is the one that is fused."""
-    if dim is not None and dtype in (None, torch.float32) and served(input) and dim in (-1, input.ndim - 1):
+    if dim is not None and dtype in (None, torch.float32) and dim in (-1, input.ndim - 1) and _rows_served(input):
         return softmax_forward(input, None, 1.0, False)
     return F.softmax(input, dim, _stacklevel, dtype)
+
+
+def _rows_served(x: Tensor) -> bool:
+    return x.ndim > 0 and served(x, gpu=True, width=x.shape[-1])
 
 
 LARGE = 1 << 20
@@ -179,13 +190,16 @@ def scaled_dot_product_attention(
         return attention(*by_strips).view(*query.shape[:-1], value.shape[-1])
     leading = query.shape[:-2]
     fits = (
-        served(query, key, value)
+        served(query, key, value, gpu=True, width=key.shape[-2] if key.ndim > 1 else 0)
         and not enable_gqa
         and query.ndim >= 3
         and leading == key.shape[:-2] == value.shape[:-2]
         and key.shape[-2] == value.shape[-2]
         and query.shape[-1] == key.shape[-1]
-        and (attn_mask is None or (not is_causal and _fits(attn_mask, (*leading, query.shape[-2], key.shape[-2]))))
+        and (
+            attn_mask is None
+            or (not is_causal and _fits(attn_mask, query.device, (*leading, query.shape[-2], key.shape[-2])))
+        )
     )
     if not fits:
         return F.scaled_dot_product_attention(
@@ -200,11 +214,11 @@ def scaled_dot_product_attention(
     return torch.bmm(p.view(-1, *p.shape[-2:]), v).view(*query.shape[:-1], value.shape[-1])
 
 
-def _fits(mask: Tensor, shape: tuple[int, ...]) -> bool:
+def _fits(mask: Tensor, device: torch.device, shape: tuple[int, ...]) -> bool:
     """Whether the mask can be taken to logits of this shape."""
     return (
-        (mask.dtype is torch.bool or served(mask))
-        and mask.device.type == "cpu"
+        (mask.dtype is torch.bool or served(mask, gpu=True))
+        and mask.device == device
         and len(shape) == 4 >= mask.ndim > 0
         and mask.shape[-1] == shape[-1]
         and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape), strict=False))

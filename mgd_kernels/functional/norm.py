@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgd_kernels.backends import triton_nn
 from mgd_kernels.backends.cpu import _core
+from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
     BACKWARD,
     DOUBLE_BACKWARD,
@@ -37,6 +39,7 @@ def define(
     kernel: Callable[..., None],
     sizes: Callable[[Tensor, int], tuple[int, int]],
     layout: Callable[[Tensor, int], Layout],
+    gpu: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The operators of a norm whose weight and bias are applied after it. Returns the first, which maps
     `(x, weight, bias, extent, eps)` to the output and the mean and rstd of each set of normalised elements.
@@ -102,6 +105,7 @@ def define(
         double_backward,
         lambda c, cw, cb, gy, x, mean, rstd, weight, extent, eps: (like(x), *empty_gradients(x, extent)[:2]),
         plain=plain_double_backward,
+        gpu=gpu,
     )
     backward_operator = operator(
         f"{name}_backward(Tensor gy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, {extent}, float eps)"
@@ -110,6 +114,7 @@ def define(
         lambda gy, x, mean, rstd, weight, extent, eps: empty_gradients(x, extent),
         lambda args, out: args[:5],
         differentiate_twice,
+        gpu=gpu,
     )
     return operator(
         f"{name}(Tensor x, Tensor? weight, Tensor? bias, {extent}, float eps) -> (Tensor, Tensor, Tensor)",
@@ -118,6 +123,7 @@ def define(
         lambda args, out: (args[0], out[1], out[2], args[1], args[2]),
         differentiate,
         non_differentiable=slice(1, 3),
+        gpu=gpu,
     )
 
 
@@ -128,6 +134,11 @@ def _row_kernel(
     centred, pass_, x, width, eps, *, weight=None, bias=None, gy=None, c=None, cw=None, cb=None, mean=None, rstd=None,
     y=None, gx=None, ggy=None, gw=None, gb=None,
 ) -> None:  # fmt: skip
+    if _library.on_gpu(x):
+        return triton_nn.row_norm(
+            centred, pass_, x, width, eps, weight=weight, bias=bias, gy=gy, c=c, cw=cw, cb=cb, mean=mean, rstd=rstd,
+            y=y, gx=gx, ggy=ggy, gw=gw, gb=gb,
+        )  # fmt: skip
     tensors = (x, weight, bias, gy, c, cw, cb, mean, rstd, y, gx, ggy, gw, gb)
     rows = x.numel() // width
     _core().nn_layer_norm(pass_, rows, width, eps, centred, *map(address, tensors), torch.get_num_threads())
@@ -142,7 +153,7 @@ def _row_layout(centred, x, width):
 
 
 _layer_norm, _rms_norm = (
-    define(name, "SymInt width", partial(_row_kernel, centred), _rows, partial(_row_layout, centred))
+    define(name, "SymInt width", partial(_row_kernel, centred), _rows, partial(_row_layout, centred), True)
     for name, centred in (("layer_norm", True), ("rms_norm", False))
 )
 
@@ -150,7 +161,7 @@ _layer_norm, _rms_norm = (
 def _by_row(input: Tensor, shape: tuple[int, ...], *parameters: Tensor | None) -> list[Tensor | None] | None:
     """The parameters of a norm over the last dimensions, of this shape, as vectors; None where it is not served."""
     fits = (
-        served(input, *parameters)
+        served(input, *parameters, gpu=True, width=math.prod(shape))
         and len(shape) > 0
         and input.shape[-len(shape) :] == shape
         and all(p is None or p.shape == shape for p in parameters)

@@ -18,7 +18,7 @@ from mgd_kernels import aot
 from mgd_kernels.backends import triton
 from mgd_kernels.errors import BackendUnavailable, BadArgument
 
-NUMERICS = Path(__file__).with_name("triton_numerics.py")
+NUMERICS = [str(Path(__file__).with_name(name)) for name in ("triton_numerics.py", "triton_copies.py")]
 TARGETS = list(aot.TARGETS)
 
 
@@ -38,7 +38,7 @@ def run(*arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("part", ["test_step", "test_vjp", "test_replay", "not (test_step or test_vjp or test_replay)"])
 def test_numerics(part):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(NUMERICS), "-k", part, **environment)
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *NUMERICS, "-k", part, **environment)
     assert " passed" in output and "failed" not in output and "skipped" not in output, output
 
 
