@@ -20,6 +20,7 @@ from mgd.recipes.attribute import baselines as others
 from mgd.recipes.attribute import report as recipe_report
 from mgd.recipes.attribute.command import QUICK, QUICK_LORA, QUICK_TEXT
 from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.many import by_combinations
 from mgd.recipes.attribute.recipe import OURS
 from mgd.recipes.attribute.removal import most_helpful
 from mgd.recipes.attribute.task import example_losses
@@ -270,6 +271,21 @@ def test_a_rough_training_is_reported_beside(small):
     found = run(small, rough, evaluation)
     assert found.rough is not None and len(recipe_report.roughness(found)) == 3
     assert any(row[0] == "metagradient, rough training" for row in recipe_report.lds(found))
+
+
+def test_combined_sweeps_are_reported_beside_exact_ones():
+    task = images_task(data.digits(), data.digits(train=False), SMALL, 6, seed=0, dense=True)
+    evaluation = Evaluation(fractions=(0.1,), subsets=4, resamples=20)
+    many = by_combinations(task, evaluation, sweeps=(2, 5, 6))  # six are as many as there are queries
+    assert [(way.name, way.sweeps, way.queries) for way in many.ways] == [
+        ("2 combined", 2, 6), ("5 combined", 5, 6), ("exact, of some queries", 2, 2), ("exact", 6, 6)
+    ]  # fmt: skip
+    two, five = many.ways[:2]
+    assert two.error > five.error and two.measured > five.measured and len(five.lds[0.1].per_query) == 6
+    assert five.measured == pytest.approx(five.error, rel=1) and many.ways[-1].error is None
+    json.dumps(many.to_dict(), allow_nan=False)
+    page = recipe_report.page_of_many(many)
+    assert len(page.tables[0][1]) == 5 and "2 combined" in page.verdict
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 
@@ -154,6 +155,26 @@ def test_the_descent_takes_a_smaller_step_where_a_training_diverges_and_says_so(
 def test_every_step_may_be_a_knot():
     found = descend_on_schedule(steep(), torch.full((T,), math.log(1e-5)), 8)
     assert found.best["log_lr"].shape == (T,) and min(found.values) < 0.9 * found.values[0]
+
+
+def test_several_trainings_take_turns_and_the_best_is_that_of_a_round():
+    f = steep()
+    x, y = f.batches[0]
+    other = f.replaced(batches=[(x, -y)] * T, objective=lambda model: 1e4 + F.mse_loss(model(x), -y))
+    seen = []
+    found = descend_on_schedule(
+        [f, other], torch.full((3,), math.log(1e-5)), 9, observe=lambda step, result, variables: seen.append(step.value)
+    )
+    assert found.values == seen and all((value > 1e4) == (i % 2 == 1) for i, value in enumerate(seen))
+    means = [math.inf, *((a + b) / 2 for a, b in itertools.pairwise(seen))]
+    assert [step.score for step in found.history] == pytest.approx(means)
+    assert found.best_step == int(np.argmin(means)) and min(means) < means[1]
+    with pytest.raises(BadArgument, match="of one length"):
+        descend_on_schedule([f, f.replaced(batches=f.batches[:3])], torch.zeros(2), 1)
+    with pytest.raises(BadArgument, match="of one length"):
+        descend_on_schedule([], torch.zeros(2), 1)
+    with pytest.raises(BadArgument, match="one training with directory"):
+        descend_on_schedule([f, other], torch.zeros(2), 1, directory="somewhere")
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------
