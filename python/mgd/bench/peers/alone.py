@@ -95,7 +95,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         seconds = [timing.seconds_of(run, clock=time.process_time) for _ in range(rounds + 1)]
         trained = sum(p.numel() for p in case.function.model.parameters() if p.requires_grad)
         return {"seconds": timing.quantiles(seconds), "by": by, "parameters": trained}
-    peer, found = PEERS[request["peer"]], {}
+    peer = PEERS[request["peer"]]
+    found: dict[str, Any] = {}
     for length in (steps // 2, steps):
         part = case.shortened(length)
         run = peer.prepare(part)
