@@ -117,7 +117,6 @@ def plot(results: Sequence[dict[str, Any]]) -> Figure:
     left.axvline(1, color=INK, linestyle=":", linewidth=1)
     left.set_yticks(places, names, fontsize=8)
     left.set_ylim(y - 0.3, -0.2)
-    right.set_xscale("log")
     label(left, "Time of one metagradient", "times plain training (dotted)")
     label(right, "Memory", "MB that a process grows by")
     for place, text in heads:
