@@ -92,10 +92,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if request["peer"] == TRAINING:
         run, by = training(case)
         run()
-        seconds = [timing.seconds_of(run, clock=time.process_time) for _ in range(rounds + 1)]
+        every = [timing.seconds_of(run, clock=time.process_time) for _ in range(rounds + 1)]
         trained = sum(p.numel() for p in case.function.model.parameters() if p.requires_grad)
-        return {"seconds": timing.quantiles(seconds), "by": by, "parameters": trained}
-    peer, found = PEERS[request["peer"]], {}
+        return {"seconds": timing.quantiles(every), "by": by, "parameters": trained}
+    peer = PEERS[request["peer"]]
+    found: dict[str, Any] = {}
     for length in (steps // 2, steps):
         part = case.shortened(length)
         run = peer.prepare(part)
@@ -103,10 +104,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         outcome = run()
         found.setdefault("first_seconds", _computed() - computed)
         if request["peer"] == "mgd":
+            told = lambda outcome: outcome.report.execution
             calls = 1
-            while length == steps and calls < WARM and "captured" not in outcome.report.execution:
+            while length == steps and calls < WARM and "captured" not in told(outcome):
                 outcome, calls = run(), calls + 1
-            found["calls_before"], found["execution"] = calls, outcome.report.execution
+            found["calls_before"], found["execution"] = calls, told(outcome)
         del outcome
         kept = []
         with peak._Rise("cpu") as rise:

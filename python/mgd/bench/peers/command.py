@@ -111,8 +111,12 @@ def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one machine with the same versions, as one: of a workload that is in several, the peers are joined."""
     first = runs[0]
     for one in runs:
-        if one["versions"] != first["versions"] or one["rounds"] != first["rounds"]:
+        both = [(one["versions"][name], version) for name, version in first["versions"].items()]
+        if any(a != b for a, b in both if "not installed" not in (a, b)) or one["rounds"] != first["rounds"]:
             raise BadArgument("expected recorded runs with the same versions and rounds")
+        for found in one["results"]:  # a ratio is to the training of its own run
+            for peer in found["peers"].values():
+                peer.setdefault("alone", found["training"]["seconds"]["median"])
     joined: dict[tuple[str, int], dict[str, Any]] = {}
     for found in (found for one in runs for found in one["results"]):
         before = joined.setdefault((found["workload"], found["steps"]), found)
