@@ -84,7 +84,7 @@ class TrainedObjective:
         names = [*self.trained.parameters, *floats]
         return value, [{n: g for n, g in zip(names, grads, strict=True) if g is not None} for grads in gradients]
 
-    def _gradients(self) -> tuple[Tensor, list[tuple[Tensor | None, ...]], list[str]]:
+    def _gradients(self) -> tuple[Tensor, list[tuple[Any, ...]], list[str]]:
         """The value, each component's gradients, and the names of the buffers that are among what they refer to."""
         with self._evaluated() as (value, parameters, floats):
             with torch._C.DisableTorchFunction():  # past the overrides, which would look at each of these questions
