@@ -77,12 +77,14 @@ class TrainedObjective:
             pairs = [(x, g) for x, g in zip(arena.slices(flat), grads, strict=False) if g is not None]
             if pairs:
                 torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
-            grads[: len(parameters)] = pairs = [None] * len(parameters)
+            with_buffers = grads[len(parameters) :]
+            grads.clear()
+            pairs.clear()
             slots = tuple([torch.zeros_like(slot) for slot in like.slots])
             adjoint = replace(like, params=shards.part(flat), slots=slots)
             # Memory of its own: a gradient may be a view with stride 0.
             own = {name: torch.zeros_like(buffers[name]) for name in differentiable(buffers)}
-            for name, g in zip(floats, grads[len(parameters) :], strict=True):
+            for name, g in zip(floats, with_buffers, strict=True):
                 if g is not None:
                     own[name].copy_(g)
             adjoints.append(Adjoint(adjoint, list(own.values())))
