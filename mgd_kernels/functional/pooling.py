@@ -34,19 +34,27 @@ def _save(args: tuple, _: Tensor) -> tuple:
     return ()
 
 
+def _differentiate_pool(ctx, gy):
+    return None if gy is None else avg_spread(gy)
+
+
+def _differentiate_spread(ctx, cx):
+    return None if cx is None else avg_pool(cx)
+
+
 avg_pool = operator(
     "avg_pool2x2(Tensor x) -> Tensor",
     _pool,
     lambda x: x.new_empty(*x.shape[:-2], x.shape[-2] // 2, x.shape[-1] // 2),
     _save,
-    lambda ctx, gy: None if gy is None else avg_spread(gy),
+    _differentiate_pool,
 )
 avg_spread = operator(
     "avg_spread2x2(Tensor y) -> Tensor",
     _spread,
     lambda y: y.new_empty(*y.shape[:-2], 2 * y.shape[-2], 2 * y.shape[-1]),
     _save,
-    lambda ctx, cx: None if cx is None else avg_pool(cx),
+    _differentiate_spread,
 )
 
 
