@@ -246,13 +246,14 @@ def test_no_pickle_is_made(base):
 
 
 def test_no_pickle_is_read():
-    """But by the reader of CIFAR-10, whose unpickler makes arrays alone (`test_data.py`), and between the processes of
-    one training, as `torch.distributed` does it."""
+    """But by the reader of CIFAR-10, whose unpickler makes arrays alone (`test_data.py`), between the processes of one
+    training, as `torch.distributed` does it, and between those of a benchmark, as tensors alone."""
     root = Path(__file__).parents[2]
     unpickles = re.compile(r"import pickle|torch\.load\(|np\.load\(|import (marshal|shelve|joblib|dill)")
     sources = [*(root / "python").rglob("*.py"), *(root / "mgd_kernels").rglob("*.py")]
     found = [path.relative_to(root).as_posix() for path in sources if unpickles.search(path.read_text("utf-8"))]
     assert len(sources) > 100 and sorted(found) == [
+        "python/mgd/bench/peers/alone.py",
         "python/mgd/ranks/processes.py",
         "python/mgd/recipes/data/images.py",
     ]

@@ -256,7 +256,6 @@ class _Spare(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.filterwarnings("ignore:.* had no gradient at some steps")
 def test_parameters_that_the_loss_does_not_use():
     """They decay all the same, and the objective here reads them."""
     case = supervised(seeded(_Spare)(), (5,))

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
@@ -110,7 +110,12 @@ class CapturedEvaluator:
         known = self.at_once or kind in self._served
         if not known and not self.payoff.pays(kind, parameters[0].device):
             return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
-        plain = None if known else self.fallback.gradient(microbatch, parameters, before)
+        plain = None
+        if not known:
+            before_it = _numbers_of(microbatch.loss.binding.model)
+            plain = self.fallback.gradient(microbatch, parameters, before)
+            for attributes, values in before_it:  # a model that counts its calls counts one
+                attributes.update(values)
         step = CapturedStep(microbatch, parameters, before)
         if not self._call(kind, step, forward):
             return plain or self.fallback.gradient(microbatch, parameters, before)
@@ -348,6 +353,13 @@ class CapturedEvaluator:
 
 class _LooksInside(Exception):
     """The loss asks for gradients inside of what was replaced."""
+
+
+def _numbers_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each module its attributes, and those of them that are numbers, text or None."""
+    plain = (int, float, str, type(None))  # bool is an int
+    modules = [vars(module) for module in model.modules()]
+    return [(each, {name: x for name, x in each.items() if isinstance(x, plain)}) for each in modules]
 
 
 def _same(x: Evaluation, y: Evaluation) -> bool:

@@ -108,7 +108,8 @@ def _projected(x: Any, probes: Any) -> Any:
         folded = x[:whole].reshape(-1, _PERIOD).sum(0)
         folded[: n - whole] += x[whole:]
         x = folded
-    return probes[:, : len(x)] @ x
+    with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
+        return probes[:, : len(x)] @ x
 
 
 @functools.cache
