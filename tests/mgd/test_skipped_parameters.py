@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import adamw, assert_exact, cross_entropy
@@ -9,7 +11,8 @@ from refusals import base
 from torch import nn
 
 import mgd
-from mgd_kernels import SGD, Adam, AdamW, UpdateRule
+from mgd.sweep.updates import Updates
+from mgd_kernels import SGD, Adam, AdamW, Arena, UpdateRule
 from mgd_kernels.errors import BadArgument
 
 NEITHER, FIRST, SECOND = 1, 2, 3  # as the width of a batch's last entry
@@ -131,3 +134,32 @@ def test_counts_that_cannot_be_are_refused():
     state = {"step": 2, "skipped": {"unused": 3}, **slots}
     with pytest.raises(BadArgument, match="to count up to 2 steps for trained parameters; got 3 for 'unused'"):
         case.but(optimizer_state=state).function().train({})
+
+
+def test_a_process_whose_whole_part_is_skipped_replays_what_it_stepped():
+    """The second of two processes, with an expert each."""
+    arena = Arena({name: torch.ones(64, dtype=torch.float64) for name in "ab"})
+    optimizer, ones = SGD(0.1, 0.9, weight_decay=0.1), torch.ones(64, dtype=torch.float64)
+    shards = SimpleNamespace(arena=arena, ranks=SimpleNamespace(rank=1), ranges=[(0, 64), (64, 128)])
+    updates, tables = Updates(optimizer, shards, {}), optimizer.tables(3)
+    updates.skip(1, [1])
+    gradients = [ones, torch.zeros_like(ones), ones]
+    stepped, replayed = optimizer.init(ones.clone()), optimizer.init(ones.clone())
+    for t in range(3):
+        updates.step_(stepped, gradients[t], tables[t], 1.0)
+    updates.replay_(replayed, gradients, tables, [1.0] * 3)
+    assert stepped.step == replayed.step == 3
+    assert all(map(torch.equal, stepped.tensors(), replayed.tensors()))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_step_that_uses_no_parameter_is_refused(trace):
+    case = base(trace=trace)
+
+    def loss(model, batch, z):
+        return cross_entropy(model, batch, z) if batch[3].shape[1] == FIRST else z["strength"] ** 2
+
+    batches = [(*batch, torch.ones(6, NEITHER if t == 2 else FIRST)) for t, batch in enumerate(case.batches)]
+    z = {"strength": torch.tensor(1.5, dtype=torch.float64)}
+    with pytest.raises(mgd.errors.BadLoss, match="step 2 does not depend on the parameters"):
+        case.but(z=z, loss=loss, batches=batches).metagradient()

@@ -248,6 +248,10 @@ def _weights(z: Mapping[str, Any], key: str) -> Tensor:
         raise BadMetaparameter(
             f"expected z[{key!r}] to be floating-point of shape [n], one weight per example; got {describe(weight)}"
         )
+    if weight.dtype == torch.bfloat16:
+        raise BadMetaparameter(
+            f"expected z[{key!r}] in float32 or float64; got {weight.dtype}: scores would be rounded"
+        )
     return weight
 
 

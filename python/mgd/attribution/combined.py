@@ -119,8 +119,9 @@ def directions(sketches: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Unit, because a query's scores are compared with each other: one with a large gradient counts no more.
     """
-    norms = sketches.double().norm(dim=1)
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
+    largest = sketches.double().abs().amax(1, keepdim=True)  # squares of what is very large or small are no numbers
+    norms = (sketches.double() / torch.where(largest > 0, largest, torch.ones_like(largest))).norm(dim=1, keepdim=True)
+    scale = torch.where(norms > 0, norms * largest, torch.ones_like(norms))
     unit = sketches.double() / scale
     values, vectors = torch.linalg.eigh(unit @ unit.T)
     noise = len(values) * torch.finfo(sketches.dtype).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
@@ -147,7 +148,7 @@ def estimated(
     report.seconds["directions"] = time.perf_counter() - start
 
     rows = []
-    for part in mix.split(report.chunk):
+    for part in mix.split(report.chunk) if len(mix) else ():  # no query has a gradient
         start = time.perf_counter()
         own = f.replaced(objective=gradients.combined(part))
         report.seconds["directions"] += time.perf_counter() - start

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
-from mgd.autodiff.eager import EagerEvaluator
+from mgd.autodiff.eager import DETACHED, EagerEvaluator
 from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
@@ -32,7 +32,7 @@ from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
-from mgd.errors import MetagradientError
+from mgd.errors import BadLoss, MetagradientError
 from mgd.step.agreement import agree
 from mgd.step.batches import described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
@@ -93,6 +93,8 @@ class CapturedEvaluator:
             assert step is not None
             joint = graph.joint
             loss, grads, influence, left, residuals = joint.forward(parameters, given, room)
+            if all(g is None for g in grads):
+                raise BadLoss(DETACHED.format(microbatch.step))
             count = len(left) - graph.extras
             after = dict(zip(step.names, left[:count], strict=True))
             buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}

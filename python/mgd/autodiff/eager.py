@@ -25,6 +25,8 @@ from mgd.step.loss import Evaluate, Microbatch, TensorLoss
 from mgd.step.model import Buffers
 from mgd.step.reads import Reads
 
+DETACHED = "the loss of step {} does not depend on the parameters; was it detached?"
+
 Found = TypeVar("Found")
 Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
 
@@ -102,14 +104,14 @@ class EagerEvaluator:
                 loss, left = microbatch(inputs, copies, metaparameters, stack)
                 if not loss.requires_grad:
                     check_unmodified()
-                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+                    raise BadLoss(DETACHED.format(t))
                 if look is not None:
                     look(loss)
                 found = torch.autograd.grad(loss, [*inputs, *metaparameters], allow_unused=True)
                 grads, influence = found[: len(inputs)], found[len(inputs) :]
                 if all(g is None for g in grads):
                     check_unmodified()
-                    raise BadLoss(f"the loss of step {t} does not depend on the parameters; was it detached?")
+                    raise BadLoss(DETACHED.format(t))
             except RuntimeError as error:
                 check_unmodified()
                 if isinstance(error, MetagradientError):

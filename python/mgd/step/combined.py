@@ -75,11 +75,11 @@ def after_tangents(shards: Shards, left: Sequence[Sequence[Tensor]], shares: Seq
 
 
 def _mean(each: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """The weighted mean. What all have is that very number, infinite ones included."""
-    total = each[0].clone()
+    """The weighted mean. What all have is that very number."""
+    total, alike = each[0] * shares[0], torch.ones_like(each[0], dtype=torch.bool)
     for x, share in zip(each[1:], shares[1:], strict=True):
-        total += torch.where(x == each[0], torch.zeros_like(x), (x - each[0]) * share)
-    return total
+        total, alike = total + x * share, alike & (x == each[0])
+    return torch.where(alike, each[0], total)
 
 
 def _differ(each: Sequence[Tensor]) -> Tensor:

@@ -22,12 +22,12 @@ from mgd.step.metaparameters import Metaparameters
 PROBES = 4  # projections of each derivative: that a difference escapes all of them is out of the question
 _PERIOD = 1021  # of the vectors projected on
 _MOST = 8  # leaves with numbers of their own; more of them share
-_STORED = 1e-6  # relative error, well above that of float32
-_RELATIVE_TO_LARGEST = 1e-2  # a derivative that is 0 in exact arithmetic is the rounding of larger ones
+_RELATIVE_TO_TYPICAL = 1e-2  # a derivative that is 0 in exact arithmetic is the rounding of larger ones
+_SMALLEST = 1e-35  # below, float32 has fewer digits
 
 
 class Influence:
-    """Projections of dL/dz of every microbatch's first evaluation, `values`: float32 `[T, V, rows, PROBES]`.
+    """Projections of dL/dz of every microbatch's first evaluation, `values`: float64 `[T, V, rows, PROBES]`.
 
     NaN where there was none yet.
     """
@@ -35,8 +35,8 @@ class Influence:
     def __init__(self, steps: int, microbatches: int):
         self._shape = steps, microbatches
         self._keys: list[str] = []
-        self._scale: np.ndarray | None = None  # of each row, at its largest step
-        self.values = torch.empty(0, device="cpu")
+        self._scale: np.ndarray | None = None  # of each row, at a typical step that reads it
+        self.values = torch.empty(0, dtype=torch.float64, device="cpu")
         self._first = self.values.numpy()
 
     def prepare(self, meta: Metaparameters) -> None:
@@ -44,7 +44,8 @@ class Influence:
         if self._keys or not meta.owner:
             return
         self._keys = meta.owner
-        self.values = torch.full((*self._shape, min(len(self._keys), _MOST), PROBES), math.nan, device="cpu")
+        shape = *self._shape, min(len(self._keys), _MOST), PROBES
+        self.values = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
         self._first = self.values.numpy()  # of the same memory; to write a few numbers through torch takes 5 µs
 
     def compared(self, t: int, values: list[float], epsilon: float) -> None:
@@ -59,11 +60,14 @@ class Influence:
     def differing(self, t: int, microbatches: Sequence[int], values: list[float], epsilon: float) -> str | None:
         """The key of a metaparameter on which the loss of one of these microbatches does not depend as it did at
         first. values: `[len(microbatches), rows, PROBES]` as a flat list. epsilon: of the arithmetic."""
-        first = self._first[t, list(microbatches)].astype(np.float64)
+        first = self._first[t, list(microbatches)]
         if self._scale is None:
-            self._scale = _norms(np.nan_to_num(self._first)).max((0, 1))
-        limit = max(math.sqrt(epsilon), _STORED) * (_norms(first) + _RELATIVE_TO_LARGEST * self._scale)
-        wrong = ~(_norms(np.array(values).reshape(first.shape) - first) <= limit)
+            norms = _norms(self._first).reshape(-1, first.shape[-2])
+            self._scale = np.array([np.median(row[row > 0]) if (row > 0).any() else 0.0 for row in norms.T])
+        limit = math.sqrt(epsilon) * (_norms(first) + _RELATIVE_TO_TYPICAL * self._scale) + _SMALLEST
+        now = np.array(values).reshape(first.shape)
+        with np.errstate(all="ignore"):
+            wrong = ~((now == first).all(-1) | (_norms(now - first) <= limit))
         return self._keys[int(wrong.any(0).argmax())] if wrong.any() else None
 
     @staticmethod
@@ -78,7 +82,8 @@ class Influence:
 
 
 def _norms(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.square(x).sum(-1))
+    with np.errstate(all="ignore"):
+        return np.sqrt(np.square(x).sum(-1))
 
 
 def projections(derivatives: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -103,12 +108,12 @@ def _plain(x: Tensor) -> Tensor:
 
 def _projected(x: Any, probes: Any) -> Any:
     """On fixed vectors `[PROBES, _PERIOD]`, which repeat themselves. Of tensors as of arrays."""
-    if (n := len(x)) > _PERIOD:
-        whole = n - n % _PERIOD
-        folded = x[:whole].reshape(-1, _PERIOD).sum(0)
-        folded[: n - whole] += x[whole:]
-        x = folded
     with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
+        if (n := len(x)) > _PERIOD:
+            whole = n - n % _PERIOD
+            folded = x[:whole].reshape(-1, _PERIOD).sum(0)
+            folded[: n - whole] += x[whole:]
+            x = folded
         return probes[:, : len(x)] @ x
 
 

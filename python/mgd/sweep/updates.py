@@ -116,7 +116,8 @@ class Updates:
         for _, run in groupby(range(len(steps)), key=lambda i: self._skipped.get(steps[i], ())):
             numbers = list(run)
             a, b = numbers[0], numbers[-1] + 1
-            for start, stop, lag in self._stretches(steps[a]) or [(0, len(state.params), 0)]:
+            stretches = self._stretches(steps[a])
+            for start, stop, lag in [(0, len(state.params), 0)] if stretches is None else stretches:
                 part = self._part(state, start, stop, lag)
                 cut = [gradient[start:stop] for gradient in gradients[a:b]]
                 self.optimizer.replay_(part, cut, tables[a:b], scales[a:b])
