@@ -37,7 +37,7 @@ class JointGraph:
         placeholders = [node for node in nodes if node.op == "placeholder"]
         outputs = list(next(node for node in nodes if node.op == "output").args[0])
         own = [node for node in nodes if node.op not in ("placeholder", "output")]
-        ends = [1, *accumulate(counts, initial=1)][1:]
+        ends = list(accumulate(counts, initial=1))
         grads, influence, buffers = (outputs[a:b] for a, b in pairwise(ends))
         results, seen, left = outputs[ends[-1] :], [outputs[0], *influence], [*influence, *buffers]
         varying = dependents(graph.graph, placeholders[fixed:])
