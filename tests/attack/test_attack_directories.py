@@ -211,7 +211,7 @@ def processes():
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_kill_at_every_operation(base, tmp_path, processes, kind):
     """The same call then comes to the same bits, and leaves a directory that can be used again."""
-    number, step = 1, 1 if FULL else 15
+    number, step = 1, 1 if FULL else 61
     while True:
         directory = tmp_path / str(number)
         code = processes(killed_at, kind, str(directory), number)
@@ -227,7 +227,7 @@ def test_a_kill_at_every_operation(base, tmp_path, processes, kind):
 @pytest.mark.parametrize("kind", RUNS)
 def test_kills_at_random_moments_of_one_run(base, tmp_path, processes, kind):
     rng = random.Random(kind)
-    for _ in range(60 if FULL else 3):
+    for _ in range(60 if FULL else 1):
         assert processes(killed_after, kind, str(tmp_path), rng.uniform(0.001, 0.25)) in (0, -14)
     assert outcome(RUNS[kind], tmp_path, right(base, kind)) == "right"
 

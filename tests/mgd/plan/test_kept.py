@@ -41,12 +41,12 @@ def test_no_layout_of_a_small_problem_is_faster_by_one_percent():
 
 
 def test_a_plan_is_never_slower_than_one_that_keeps_what_is_left():
-    for seed in range(24):
+    for seed in range(9):
         _, *what = kept_problem(seed, 60, 1 + seed % 3)
         as_good_as_any = THRIFT * Ideal(*what).seconds
         assert planned(*what).predicted_seconds <= max(as_good_as_any, from_what_is_left(*what) * (1 + 1e-9)), seed
     gained = 0
-    for seed in range(6):
+    for seed in range(3):
         _, *what = kept_problem(seed, 1500, 1 + seed % 2)
         before, after = from_what_is_left(*what), planned(*what).predicted_seconds
         assert after <= 1.006 * before, seed

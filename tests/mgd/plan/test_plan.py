@@ -136,7 +136,7 @@ def test_every_schedule_and_budget_of_one_tier(schedule):
 def test_several_tiers(schedule, sizes):
     parts = (0, 5, 13, 40, 101, 400)
     for T in (1, 2, 3, 5, 9, 17, 30, 63, 120):
-        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 43, None, 43):
+        for rooms in itertools.islice(itertools.product(parts, repeat=3), T % 127, None, 127):
             budget = Budget(rooms[0], rooms[1], ("scratch", rooms[2]))
             made = try_plan(T, sizes, budget, schedule=schedule)
             if made is not None:
@@ -210,8 +210,8 @@ def best_of_family(T: int, room: int, costs: Costs) -> float:
 def test_auto_finds_the_best_layout(update, overlap):
     """Within the 1% that it may give away for memory, and 1% more for what its search leaves out."""
     costs = Costs(update=update, write={"host": 100}, read={"host": 400}, overlap=overlap)
-    for T in (9, 24, 41, 60):
-        for room in (30, 60, 100, 160, 230, 300):
+    for T in (9, 24, 60):
+        for room in (30, 100, 230):
             made = plan(T, SIZES, Budget(host=room), costs)
             assert made.predicted_seconds <= 1.02 * best_of_family(T, room, costs), (T, room)
 

@@ -20,24 +20,32 @@ from mgd.ui.page import write
 
 
 @pytest.fixture(scope="module")
-def found():
+def whole():
     return recipe.run(recipe.Settings().quick())
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Too short for an effect: what is found is there, and is shown."""
+    few = {"each": 400, "meta_steps": 8, "lifetime": 30, "transfer_steps": 20, "steps": 40, "judged": 32}
+    return recipe.run(replace(recipe.Settings().quick(), **few))
 
 
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
 
-def test_ratings_rank_the_domains_as_transfer_does(found):
-    means = found.mean_ratings()
-    assert max(means, key=means.get) == "pydoc" == found.target
-    assert min(means, key=means.get) == NOISE == max(found.transfer, key=found.transfer.get)
-    assert found.rank_correlation >= 0.8  # of four domains: at most one pair of neighbours stands the other way round
+def test_ratings_rank_the_domains_as_transfer_does(whole):
+    means = whole.mean_ratings()
+    assert max(means, key=means.get) == "pydoc" == whole.target
+    assert min(means, key=means.get) == NOISE == max(whole.transfer, key=whole.transfer.get)
+    assert whole.rank_correlation >= 0.8  # of four domains: at most one pair of neighbours stands the other way round
+    assert whole.agreeing_pairs[0] >= 5
 
 
-def test_what_is_kept_teaches_faster_than_everything(found):
-    needed = found.selection.needed(RATER)
+def test_what_is_kept_teaches_faster_than_everything(whole):
+    needed = whole.selection.needed(RATER)
     assert all(share is not None and share <= 0.7 for share in needed), needed
-    ways = found.selection.ways
+    ways = whole.selection.ways
     assert ways[RATER].composition["pydoc"] > 0.5 > ways["random"].composition["pydoc"]
     assert ways[RATER].final < ways[EVERYTHING].final
     course = {name: sum(kept.mean_curve().losses) / len(kept.mean_curve().losses) for name, kept in ways.items()}
@@ -45,8 +53,8 @@ def test_what_is_kept_teaches_faster_than_everything(found):
     assert ways[RATER].composition[NOISE] == 0
 
 
-def test_corrupted_passages_are_rated_lower(found):
-    assert found.auc["pydoc"]["replaced"] > 0.65 and found.auc["pydoc"]["all"] > 0.55
+def test_corrupted_passages_are_rated_lower(whole):
+    assert whole.auc["pydoc"]["replaced"] > 0.65 and whole.auc["pydoc"]["all"] > 0.55
 
 
 def test_the_json_is_complete(found):
@@ -67,7 +75,7 @@ def test_the_page_shows_what_was_found(found, tmp_path):
         assert matplotlib.image.imread(path)[..., :3].std() > 0.02, path
     written = (tmp_path / "index.html").read_text()
     agree, pairs = found.agreeing_pairs
-    assert pairs == 6 and agree >= 5 and f"Of 6 pairs of domains, {agree} " in written
+    assert pairs == 6 and f"Of 6 pairs of domains, {agree} " in written
     means = found.mean_ratings()
     assert [row[0] for row in page.tables[0][1][1:]] == sorted(means, key=lambda domain: -means[domain])
     best = int(found.ratings.argmax())

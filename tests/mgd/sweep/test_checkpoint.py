@@ -12,8 +12,7 @@ from mgd.errors import BadArgument, CorruptState, StaleRun, StoreBusy
 from mgd_kernels import Store
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("schedule", ["auto", "revolve"])
+@pytest.mark.parametrize(("schedule", "microbatches"), [("auto", 1), ("revolve", 2)])
 def test_interrupted_at_every_kind_of_moment(tmp_path, often, interrupt, schedule, microbatches):
     budget = Budget(disk=(tmp_path, "1MB")) if schedule == "revolve" else None
     f, z = training(schedule=schedule, microbatches=microbatches, budget=budget)

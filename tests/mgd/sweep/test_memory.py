@@ -30,7 +30,7 @@ def probe(what: str, *arguments: object) -> dict:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's VmHWM")
-@pytest.mark.parametrize("trace", [False, None])
+@pytest.mark.parametrize("trace", [pytest.param(False, marks=pytest.mark.slow), None])
 def test_a_declared_budget_is_kept(tmp_path, trace):
     hosts = [13_000_000, 60_000_000, 150_000_000]
     given = [{"host": host} for host in hosts] + [{"disk": [str(tmp_path), "1GB"]}]

@@ -121,10 +121,12 @@ def assert_as_good_as_torch(found: list[Tensor], plain: list[Tensor], exact: lis
 
 
 cases = (
-    [(rule, "single", n, torch.float32, k) for rule in RULES for n in LENGTHS for k in (1 + n % 2,)]
-    + [(rule, "single", 1025, dtype, 3) for rule in RULES for dtype in (torch.bfloat16, torch.float16)]
-    + [(rule, name, 2100, torch.float32, k) for rule in RULES for name in ("ragged", "aligned") for k in (1, 3)]
-    + [(rule, "single", 100, torch.float32, 1000) for rule in RULES]
+    [("adam", "single", n, torch.float32, 1 + n % 2) for n in LENGTHS]
+    + [(rule, "single", n, torch.float32, k) for rule in RULES for n, k in ((17, 1), (1025, 2))]
+    + [("adam", "single", 1025, dtype, 3) for dtype in (torch.bfloat16, torch.float16)]
+    + [(rule, "ragged", 2100, torch.float32, 3) for rule in RULES]
+    + [("nesterov", "aligned", 2100, torch.float32, k) for k in (1, 3)]
+    + [("adam", "aligned", 2100, torch.float32, 1), ("adam", "single", 100, torch.float32, 1000)]
 )
 
 
@@ -154,14 +156,13 @@ def test_vjp(rule, name, n, grad_dtype, k, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name, n, k, steps", [("single", 1030, 1, 1), ("ragged", 1100, 1, 10)])
+@pytest.mark.parametrize("name, n, k, steps", [("single", 1030, 1, 1), ("ragged", 1100, 1, 4)])
 def test_replay(rule, name, n, k, steps):
     problem = Problem(RULES[rule], n, k, layout(name, n), steps=steps)
     found = problem.replay(triton)
     assert_as_good_as_torch(found, problem.replay(reference), problem.replay(reference, torch.float64))
-    if steps <= 10:
-        for x, y in zip(found, problem.single_steps(), strict=True):
-            assert torch.equal(x, y), "a replay is bit-identical to its single steps"
+    for x, y in zip(found, problem.single_steps(), strict=True):
+        assert torch.equal(x, y), "a replay is bit-identical to its single steps"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -184,8 +185,8 @@ def test_jvp(rule, name, n, k, grad_dtype):
     assert all(torch.equal(x, y.cpu()) for x, y in zip(state, (p, *slots), strict=True)), "not the bits of the step"
 
 
-def test_replay_of_a_thousand_steps():
-    problem = Problem(ADAM, 16, 5, layout("single", 16), steps=1000)
+def test_replay_of_hundreds_of_steps():
+    problem = Problem(ADAM, 16, 5, layout("single", 16), steps=300)
     found, plain, exact = (
         problem.replay(backend, dtype)
         for backend, dtype in ((triton, torch.float32), (reference, torch.float32), (reference, torch.float64))
