@@ -21,7 +21,7 @@ from mgd_kernels.errors import BadArgument
 from mgd_kernels.fused import SGD, Adam, AdamW
 from mgd_kernels.optimizer import Optimizer, OptimizerState
 
-__all__ = ["export_state", "import_state", "matching_optimizer"]
+__all__ = ["export_state", "import_state", "matching_optimizer", "skipped_steps"]
 
 _UNSUPPORTED = {
     "amsgrad": "its maximum of second moments is no part of the rule",
@@ -64,29 +64,40 @@ def import_state(
     """A copy of the model's trainable parameters and of the optimizer's slots, as a state of `matching_optimizer`.
 
     arena: the layout, `Arena.of(model)` by default. step: the number of steps made, where it is to differ from what
-        the optimizer says. SGD says nothing of it: 1 stands for "some" where there is momentum, which is all that its
-        rule asks (its first step is special).
+        the optimizer says, or where parameters differ in it (`skipped_steps`). SGD says nothing of it: 1 stands for
+        "some" where there is momentum, which is all that its rule asks (its first step is special).
 
-    Raises BadArgument where parameters have made different numbers of steps, or lack slots that others have.
+    Raises BadArgument where parameters have made different numbers of steps and `step` is not given.
     """
     arena = arena or Arena.of(model)
     optimizer = matching_optimizer(torch_optimizer, model, arena)
     state = optimizer.init(arena.flatten(model), arena)
     entries = [_slots(torch_optimizer, parameter) for parameter in _parameters(model, arena)]
-    buffered = _buffered(torch_optimizer, model, arena)
-    steps = {entry.get("step") for entry, needed in zip(entries, buffered, strict=True) if needed}
-    if len(steps) > 1:
-        raise BadArgument(
-            f"expected all parameters to have made the same number of steps; got {sorted(map(str, steps))}: one that "
-            "never had a gradient has none; freeze it (requires_grad=False), or train it from the first step on"
-        )
-    made = steps.pop() if steps else None
+    if step is None:
+        steps = set(_steps(torch_optimizer, model, arena).values())
+        if len(steps) > 1:
+            raise BadArgument(
+                f"expected all parameters to have made the same number of steps; got {sorted(steps)}: one that never "
+                "had a gradient has made none; hand the optimizer to mgd.TrainingFunction, which counts for each, or "
+                "freeze that parameter (requires_grad=False)"
+            )
+        step = max(steps, default=0)
     for name, slot in zip(optimizer.slots, state.slots, strict=True):
         for view, entry in zip(arena.slices(slot), entries, strict=True):
             if entry.get(name) is not None:
                 view.copy_(entry[name].detach())
-    state.step = int(step if step is not None else made or 0)
+    state.step = int(step)
     return state
+
+
+def skipped_steps(
+    torch_optimizer: torch.optim.Optimizer, model: nn.Module, arena: Arena | None = None
+) -> tuple[int, dict[str, int]]:
+    """The most steps that a parameter has made, and for those that made fewer (`grad` was None) how many fewer, by
+    name: what `mgd.TrainingFunction` takes as `optimizer_state["step"]` and `["skipped"]`."""
+    steps = _steps(torch_optimizer, model, arena or Arena.of(model))
+    most = max(steps.values(), default=0)
+    return most, {name: most - made for name, made in steps.items() if made != most}
 
 
 def export_state(state: OptimizerState, torch_optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -179,6 +190,12 @@ def _buffered(torch_optimizer: torch.optim.Optimizer, model: nn.Module, arena: A
     for group, names in zip(torch_optimizer.param_groups, _names(torch_optimizer, model, arena), strict=True):
         has.update(dict.fromkeys(names, "momentum" not in group or group["momentum"] != 0))
     return [has[name] for name in arena.names]
+
+
+def _steps(torch_optimizer: torch.optim.Optimizer, model: nn.Module, arena: Arena) -> dict[str, int]:
+    """How many steps each parameter has made, by name, without those of which torch keeps no state."""
+    counted = zip(arena.names, _parameters(model, arena), _buffered(torch_optimizer, model, arena), strict=True)
+    return {name: _slots(torch_optimizer, p).get("step", 0) for name, p, kept in counted if kept}
 
 
 def _slots(torch_optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:

@@ -52,15 +52,18 @@ def objective(model):
 
 
 def by_torch(case, make):
-    optimizer = make(case.model.parameters())
-    for batch in case.batches:
+    return goes_on_by_torch(case, make(case.model.parameters()), case.batches)
+
+
+def goes_on_by_torch(case, optimizer, batches):
+    for batch in batches:
         optimizer.zero_grad()
         case.loss(case.model, batch, case.z).backward()
         optimizer.step()
     return {name: p.detach() for name, p in case.model.named_parameters()}
 
 
-@pytest.mark.parametrize(
+of_torch = pytest.mark.parametrize(
     "optimizer, make",
     [
         (Adam(lr=0.05), lambda x: torch.optim.Adam(x, lr=0.05)),
@@ -68,6 +71,9 @@ def by_torch(case, make):
         (SGD(lr=0.1, momentum=0.9), lambda x: torch.optim.SGD(x, lr=0.1, momentum=0.9)),
     ],
 )
+
+
+@of_torch
 @pytest.mark.parametrize("trace", [False, True])
 def test_parameters_are_those_of_torch(optimizer, make, trace):
     case = training(optimizer)
@@ -75,6 +81,18 @@ def test_parameters_are_those_of_torch(optimizer, make, trace):
     expected = by_torch(case, make)
     assert all(torch.allclose(trained.parameters[n], expected[n], rtol=1e-12, atol=0) for n in expected)
     assert torch.equal(trained.parameters["unused"], torch.ones(5, dtype=torch.float64))
+
+
+@of_torch
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_an_optimizer_of_torch_goes_on_whose_parameters_have_made_different_numbers_of_steps(optimizer, make, first):
+    case = training(optimizer)
+    expected = by_torch(training(optimizer), make)
+    there = make(case.model.parameters())
+    goes_on_by_torch(case, there, case.batches[:first])
+    f = case.but(batches=case.batches[first:], optimizer=there).function()
+    trained = f.train({"strength": case.z["strength"]})
+    assert all(torch.allclose(trained.parameters[n], expected[n], rtol=1e-12, atol=0) for n in expected)
 
 
 def moving(params, slots, grad, hyper, step):

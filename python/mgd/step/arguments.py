@@ -68,15 +68,16 @@ def checked_optimizer(optimizer: Any, model: nn.Module) -> tuple[Optimizer, dict
         raise BadArgument(
             f"expected an optimizer of mgd_kernels (SGD, AdamW, UpdateRule, ...) or torch.optim; got {got}"
         )
-    from mgd_kernels.integrations.torch_optim import import_state, matching_optimizer
+    from mgd_kernels.integrations.torch_optim import import_state, matching_optimizer, skipped_steps
 
     matching = matching_optimizer(optimizer, model)
-    state = import_state(optimizer, model)
-    if not state.step:
+    step, skipped = skipped_steps(optimizer, model)
+    if not step:
         return matching, None
+    state = import_state(optimizer, model, step=step)
     assert state.arena is not None
     slots = {name: dict(state.arena.views(slot)) for name, slot in zip(matching.slots, state.slots, strict=True)}
-    return matching, {"step": state.step, **slots}
+    return matching, {"step": step, **slots} | ({"skipped": skipped} if skipped else {})
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
