@@ -93,3 +93,10 @@ def check_apart(written: Sequence[Span] | np.ndarray, read: Sequence[Span] | np.
 def wrote(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel has written these: a graph that has saved one of them then refuses to use it."""
     torch.autograd.graph.increment_version(tensors)
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, uint8 `[bytes]`, in its own memory."""
+    return t.as_strided((t.numel(),), (1,)).view(
+        torch.uint8
+    )  # `view` alone refuses the stride that one element may have

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import as_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 AHEAD = 2  # entries on their way to the host, at most: their tensors take memory of the device until they are there
@@ -75,9 +76,9 @@ class DeviceCopies:
             self.settle(name)
             while len(self._arriving) >= AHEAD:
                 self._finish_oldest()
+            sources = [as_bytes(t) for t in tensors]
             entry = _Arriving(name, self._core.begin_put(name, sequence, layout, tier), tensors)
             self._arriving.append(entry)
-            sources = [_as_bytes(t) for t in tensors]
 
             def copy(chunk: int, host: Any) -> None:
                 for i, start, at, n in entry.put.pieces(chunk):
@@ -108,7 +109,7 @@ class DeviceCopies:
         with self._lock:
             side, current = self._stream(device), torch.get_device_module(device).current_stream(device)
             self.settle(name)
-            sinks, get = [_as_bytes(t) for t in targets], self._core.begin_get(name)
+            sinks, get = [as_bytes(t) for t in targets], self._core.begin_get(name)
 
             def copy(chunk: int, host: Any) -> None:
                 for i, start, at, n in get.pieces(chunk):
@@ -263,7 +264,3 @@ def _one_gpu(tensors: Sequence[torch.Tensor]) -> torch.device:
     if len(devices) != 1:
         raise BadArgument(f"expected the tensors of one entry on the CPU and one GPU; got {sorted(map(str, devices))}")
     return devices.pop()
-
-
-def _as_bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.reshape(-1).view(torch.uint8)

@@ -25,6 +25,7 @@ from torch import Tensor
 from mgd.errors import BadArgument, RankFailed
 from mgd.ranks.ranks import Made, Ranks, check_facts
 from mgd.util.system import free_memory
+from mgd_kernels.memory import as_bytes
 
 GRACE = 5.0  # seconds in which the others say what they know of a failure
 _connections: Counter[str] = Counter()  # made so far, by the name of the process group
@@ -148,8 +149,8 @@ class ProcessRanks(Ranks):
         assert self._own is not None, "collectives belong into a call"
         with self._failing():
             self._own.alltoall_base(
-                received.view(torch.uint8),
-                send.contiguous().view(torch.uint8),
+                as_bytes(received),
+                as_bytes(send.contiguous()),
                 [size * width for size in sizes],
                 [length * width for length in lengths],
             ).wait()

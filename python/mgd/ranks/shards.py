@@ -20,6 +20,7 @@ from mgd.ranks.ranks import Ranks
 from mgd_kernels import Arena, Optimizer, OptimizerState
 from mgd_kernels.arena import ALIGNMENT, Stretch
 from mgd_kernels.dispatch import dot
+from mgd_kernels.memory import as_bytes
 
 Tensors = Sequence["Tensor | None"]
 
@@ -263,7 +264,7 @@ class RankShards(Shards):
         return found[:, : len(own)].reshape(self.microbatches, -1), notes
 
     def of_all(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-        rows = [torch.cat([x.contiguous().reshape(-1).view(torch.uint8) for x in tensors]) for tensors in own]
+        rows = [torch.cat([as_bytes(x.contiguous()) for x in tensors]) for tensors in own]
         sizes = [x.nbytes for x in own[0]]
         return [
             [

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from mgd_kernels.memory import as_bytes
+
 Identity = Mapping[str, str]  # what a run depends on: name -> digest
 
 # Their `repr` is the same in every process.
@@ -89,8 +91,8 @@ def _add(state: Any, value: Any) -> None:
     # Every value says first what it is and how long, so that no two sequences of values have the same bytes.
     if isinstance(value, Tensor):
         state.update(repr((value.dtype, tuple(value.shape))).encode())
-        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        state.update(memoryview(flat.view(torch.uint8).numpy().data))
+        whole = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        state.update(memoryview(as_bytes(whole).numpy().data))
     elif isinstance(value, np.ndarray | np.generic):
         state.update(repr((value.dtype.str, value.shape)).encode())
         state.update(value.tobytes())

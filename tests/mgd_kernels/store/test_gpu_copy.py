@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mgd_kernels.errors import BadArgument, CorruptState, StoreFull
+from mgd_kernels.memory import as_bytes
 from mgd_kernels.store import Store, gpu_copy
 
 
@@ -115,7 +116,7 @@ def pretended(monkeypatch):
 
         monkeypatch.setattr(gpu_copy.DeviceCopies, name, told)
     monkeypatch.setattr(torch, "frombuffer", frombuffer)
-    monkeypatch.setattr(gpu_copy, "_as_bytes", lambda t: View(t.reshape(-1).view(torch.uint8)))
+    monkeypatch.setattr(gpu_copy, "as_bytes", lambda t: View(as_bytes(t)))
     monkeypatch.setattr(gpu_copy, "_one_gpu", lambda tensors: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -145,7 +146,8 @@ def get(store: Store, key: str, like: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize("staging", [64 << 10, 300 << 10])
 def test_chunks_through_a_side_stream(tmp_path, pretended, tier, staging):
-    values = [torch.randn(50_001), torch.tensor(3), torch.randn(7, 1001).bfloat16()]
+    one = torch.randn(4, 5)[1:2, 2]  # contiguous, with a stride of 5
+    values = [torch.randn(50_001), torch.tensor(3), one, torch.randn(7, 1001).bfloat16()]
     with Store(host=staging + (2 << 20), staging=staging, disk=(tmp_path, 1 << 30)) as store:
         store.put("before", torch.ones(30_000), tier="disk")  # its buffers are mapped before anything is pinned
         store.flush()
@@ -158,7 +160,7 @@ def test_chunks_through_a_side_stream(tmp_path, pretended, tier, staging):
         store.prefetch([f"x{i}" for i in range(5)])
         for i in range(5):
             assert torch.equal(get(store, f"x{i}", values)[0], values[0] + i)
-            assert torch.equal(store.get(f"x{i}")[2], values[2] + i)  # the host's way reads the same
+            assert torch.equal(store.get(f"x{i}")[3], values[3] + i)  # the host's way reads the same
         assert store.stats()["pinned"] == "yes"
         pool = store.stats()["pool"]
         assert sum(pretended.registered.values()) == pool["mapped"] and pretended.most_registered <= pool["limit"]
@@ -220,6 +222,14 @@ def test_a_store_that_nobody_closes_makes_its_copies(tmp_path, pretended):
     assert any(pretended.pending)
     del store
     assert not any(pretended.pending) and not pretended.registered
+
+
+def test_what_cannot_be_put_does_not_hold_the_store_up(tmp_path, pretended, monkeypatch):
+    with Store(host=8 << 20, staging=256 << 10) as store:
+        monkeypatch.setattr(gpu_copy, "as_bytes", lambda t: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            put(store, "x", [torch.randn(100)], "host")
+    assert not any(pretended.pending)
 
 
 def test_an_error_leaves_no_copy_under_way(tmp_path, pretended, monkeypatch):
