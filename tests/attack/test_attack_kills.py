@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-QUICK = 16  # moments
+QUICK = 8  # moments
 
 
 def right(answer: dict) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from mgd_kernels import _core
 
-KILLS = {False: 2, True: 20}  # by whether the attack is in full size
+KILLS = {False: 1, True: 20}  # by whether the attack is in full size
 CHANGES = 60  # calls that change a rank's disk, about, in a run of which nothing is left
 
 

@@ -56,7 +56,7 @@ def reference(*what) -> mgd.Metagradient:
     return f.metagradient(z)
 
 
-@settings(max_examples=settings.default.max_examples // 2, deadline=None)
+@settings(max_examples=settings.default.max_examples // 4, deadline=None)
 @given(data=st.data())
 def test_any_budget_gives_the_same_bits_or_names_the_least_that_works(tmp_path_factory, data):
     model, optimizer = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(OPTIMIZERS)))

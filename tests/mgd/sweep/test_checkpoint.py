@@ -57,7 +57,7 @@ def test_interrupted_again_and_again(tmp_path, often, interrupt):
         assert store.keys() == [], "what is finished leaves nothing behind"
 
 
-@pytest.mark.parametrize("n", [T - 2, T + 9])
+@pytest.mark.parametrize("n", [pytest.param(T - 2, marks=pytest.mark.slow), T + 9])
 def test_killed(tmp_path, often, n):
     killed(tmp_path, n)
     f, z = training()

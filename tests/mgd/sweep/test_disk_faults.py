@@ -157,7 +157,7 @@ def begun(directory, interrupt, n: int):
     return f, z
 
 
-@pytest.mark.parametrize("n", [T - 2, T + 9])
+@pytest.mark.parametrize("n", [pytest.param(T - 2, marks=pytest.mark.slow), T + 9])
 def test_any_file_cut_short_or_gone(tmp_path, often, interrupt, n):
     """A clear error or the right number, for every kind of file: at a random length, empty, and removed."""
     f, z = begun(tmp_path / "run", interrupt, n)
