@@ -377,3 +377,9 @@ def test_a_search_is_not_continued_as_another(tmp_path):
     with pytest.raises(StaleRun, match="the objective"):
         value(plain(objective=lambda m: 2 * objective(m)))
     assert value(plain()) == first
+
+
+def test_one_element_of_any_stride_has_the_digest_of_its_copy():
+    one = torch.arange(20.0).view(4, 5)[1:2, 2]
+    assert one.is_contiguous() and one.stride() == (5,)
+    assert digest(one) == digest(one.clone().contiguous().view(1)) != digest(one + 1)
