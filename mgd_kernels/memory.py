@@ -33,6 +33,12 @@ def address(tensor: Tensor) -> int:
     return found
 
 
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """As `address` of each; 0 for None."""
+    at = iter(_addresses([tensor for tensor in tensors if tensor is not None]))
+    return [0 if tensor is None else next(at) for tensor in tensors]
+
+
 def gate(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """The addresses of what a kernel writes and reads: contiguous tensors, of which the first or the last is the
     largest. BadArgument as of `address` and `check_apart`."""

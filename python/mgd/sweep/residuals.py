@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,7 +43,7 @@ class ResidualCache:
         self._steps: dict[int, _Kept] = {}
         self._slabs = Slabs()
         self._beside = 0  # bytes that stay where they are
-        self._references: Counter[_Reference] = Counter()
+        self._references: dict[_Reference, int] = {}  # how many steps hold it
 
     def missed(self, needed: int) -> None:
         """A step did not keep this many bytes, for which there is no room."""
@@ -79,7 +78,8 @@ class ResidualCache:
             copies = iter(layout.copied(places))
             for part in residuals:
                 part.tensors = list(itertools.islice(copies, len(part.tensors)))
-        self._references.update(references)
+        for reference in references:
+            self._references[reference] = self._references.get(reference, 0) + 1
         self._beside += beside
         self._steps[t] = _Kept(residuals, places, references, copied)
         self.kept += copied
@@ -95,9 +95,10 @@ class ResidualCache:
         self._slabs.release(kept.places)
         self.kept -= kept.bytes
         for reference in kept.references:
-            self._references[reference] -= 1
-            if not self._references[reference]:
-                del self._references[reference]
+            holders = self._references.pop(reference) - 1
+            if holders:
+                self._references[reference] = holders
+            else:
                 self._beside -= reference[1]
         return kept.residuals
 
