@@ -90,11 +90,11 @@ class FusedOptimizer(Optimizer):
 
     def _replay_(self, state, grads, tables, grad_scales):
         backend = self.backend(state.params, grads[0])
-        with _copied(state) if getattr(backend, "WRITES_COPY", False) else contextlib.nullcontext({}) as copy:
-            backend.replay_(
-                self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales,
-                **copy,
-            )  # fmt: skip
+        given = self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales
+        if not getattr(backend, "WRITES_COPY", False):
+            return backend.replay_(*given)
+        with _copied(state) as copy:
+            backend.replay_(*given, **copy)
 
 
 @contextlib.contextmanager

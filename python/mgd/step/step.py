@@ -312,7 +312,8 @@ class StepFunction:
         tangents = [self.arena.tensors(self.shards.whole(direction)) for direction in directions]
         evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
         terms, before = Terms(len(directions)), result.buffers[0]
-        moved = [name in self.loss.moved(t + 1, before) for name in differentiable(before)]
+        written = set(self.loss.moved(t + 1, before))
+        moved = [name in written for name in differentiable(before)]
         own: Sequence[Microbatch | Residuals] = evaluations or result.residuals or ()
         for k, i in reversed(list(enumerate(self.shards.own))):
             one, cotangents = own[k], buffer_adjoints

@@ -53,10 +53,11 @@ class ResidualCache:
         """Keep the residuals of step `t`, if there is room."""
         if not self.room and self.step_bytes:
             return
-        tensors = [x for part in residuals for x in part.tensors if isinstance(x, Tensor)]
         given = [x for part in residuals for x in part.given]
-        whole = [x.untyped_storage() for x in tensors] if self._ample is not False else []
-        storages = {x.data_ptr(): x.nbytes() for x in whole}
+        storages: dict[int, int] = {}
+        if self._ample is not False:
+            whole = [x.untyped_storage() for part in residuals for x in part.tensors if isinstance(x, Tensor)]
+            storages = {x.data_ptr(): x.nbytes() for x in whole}
         if self._ample is None:
             self._ample = 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
         layout = None if self._ample else Layout(x for part in residuals for x in part.tensors)
