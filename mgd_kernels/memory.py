@@ -4,8 +4,10 @@ overlap with what is written. Dtypes, shapes and contiguity are the callers' to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from operator import sub
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,3 +101,18 @@ def check_apart(written: Sequence[Span] | np.ndarray, read: Sequence[Span] | np.
 def wrote(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel has written these: a graph that has saved one of them then refuses to use it."""
     torch.autograd.graph.increment_version(tensors)
+
+
+def without_grad(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As `torch.no_grad()`, which takes longer than the checks of a kernel."""
+
+    @functools.wraps(method)
+    def run(*arguments: Any, **options: Any) -> Any:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return method(*arguments, **options)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return run

@@ -7,7 +7,6 @@ that a user writes in torch. All four methods of `Optimizer` work in place on th
 from __future__ import annotations
 
 import fnmatch
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,25 +18,11 @@ from torch import Tensor
 
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import without_grad
 
 Hyper = Mapping[str, Any] | Tensor | None
 # Of a hyperparameter: fixed, one per step `[T]`, or a function of the step.
 Value = float | Tensor | Callable[[int], float]
-
-
-def _without_grad(method: Callable[..., Any]) -> Callable[..., Any]:
-    """As `torch.no_grad()`, which takes longer than the checks of a kernel."""
-
-    @functools.wraps(method)
-    def run(*arguments: Any, **options: Any) -> Any:
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            return method(*arguments, **options)
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    return run
 
 
 @dataclass(repr=False)
@@ -85,7 +70,6 @@ class OptimizerState:
         return self._like([torch.zeros_like(tensor) for tensor in self.tensors()])
 
     def _like(self, tensors: Sequence[Tensor]) -> OptimizerState:
-        # As `replace` does it, in a third of the time.
         return OptimizerState(tensors[0], tuple(tensors[1:]), self.step, self.segments, self.arena, self.before)
 
 
@@ -261,14 +245,14 @@ class Optimizer(ABC):
             segments = arena.segments(self.group_of(arena.names), self.groups)
         return OptimizerState(params, tuple(torch.zeros_like(params) for _ in self.slots), 0, segments, arena)
 
-    @_without_grad
+    @without_grad
     def step_(self, state: OptimizerState, grad: Tensor, hyper: Hyper = None, grad_scale: float | Tensor = 1.0) -> None:
         """Advance `state` by one step with the gradient `grad_scale * grad`, in place."""
         self._check(state, grad)
         self._step_(state, grad, self.table(hyper, state.step), grad_scale)
         state.step += 1
 
-    @_without_grad
+    @without_grad
     def step_vjp_(
         self,
         state: OptimizerState,
@@ -290,7 +274,7 @@ class Optimizer(ABC):
         grads = {name: out[:, self.column(name)] for name in self.hyper_names}
         return u, {**grads, "grad_scale": out[:, -1]}
 
-    @_without_grad
+    @without_grad
     def replay_(
         self,
         state: OptimizerState,
@@ -313,7 +297,7 @@ class Optimizer(ABC):
         self._replay_(state, grads, tables, [1.0] * len(grads) if grad_scales is None else grad_scales)
         state.step += len(grads)
 
-    @_without_grad
+    @without_grad
     def step_jvp_(
         self,
         state: OptimizerState,
@@ -361,7 +345,7 @@ class Optimizer(ABC):
     @abstractmethod
     def _step_(self, state: OptimizerState, grad: Tensor, table: Tensor, grad_scale: float | Tensor) -> None: ...
 
-    @_without_grad
+    @without_grad
     def vjp_table_(
         self,
         state: OptimizerState,
