@@ -128,7 +128,7 @@ class StepFunction:
             if result.residuals is not None:
                 residuals.append(result.residuals)
             not_kept += result.not_kept
-        alone = self.shards.ranks.size == 1 and not self.loss.reads.late
+        alone = self.shards.ranks.size == 1 and self.arena.device.type == "cpu" and not self.loss.reads.late
         if influence and not alone:
             rows = [torch.cat([row, torch.as_tensor(x).reshape(-1)]) for row, x in zip(rows, influence, strict=True)]
         ended = self._ended(t, batch, buffers, rows, left, unmoved)
