@@ -57,11 +57,9 @@ def main(other: str, rounds: int) -> None:
                 process.stdin.flush()
                 found[name].append(float(process.stdout.readline()))
         ratio = statistics.median(b / a for a, b in zip(found["other"], found["this"], strict=True))
-        least = {name: min(each) for name, each in found.items()}
-        print(
-            f"{call}: {ratio:.3f} (median ratio of {rounds}); least {least['other']:.0f} and {least['this']:.0f} µs a "
-            f"step: {least['this'] / least['other']:.3f}"
-        )
+        other_least, least = min(found["other"]), min(found["this"])
+        print(f"{call}: median ratio {ratio:.3f}", end="; ")
+        print(f"least {other_least:.0f} and {least:.0f} µs a step: {least / other_least:.3f}", flush=True)
     for process in processes.values():
         process.stdin.close()
         process.wait()
