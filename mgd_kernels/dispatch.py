@@ -110,3 +110,12 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype.itemsize < 4:
         return reference.dot(x, y)
     return choose(SGD_PLAIN, x, y).dot(x, y)
+
+
+def dot_number(x: Tensor, y: Tensor) -> float:
+    """As `dot`, as a number of Python. From the CPU's kernel it need not become a tensor in between."""
+    if x.dtype.itemsize < 4:
+        return float(reference.dot(x, y))
+    backend = choose(SGD_PLAIN, x, y)
+    number = getattr(backend, "dot_number", None)
+    return float(backend.dot(x, y)) if number is None else number(x, y)

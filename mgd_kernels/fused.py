@@ -51,10 +51,11 @@ class FusedOptimizer(Optimizer):
 
     def _step_(self, state, grad, table, grad_scale):
         backend = self.backend(state.params, grad)
-        with _copied(backend, state) as copy:
-            backend.step_(
-                self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale, **copy
-            )
+        given = self.rule, state.params, state.slots, grad, table, state.next_count, state.segments, grad_scale
+        if not getattr(backend, "WRITES_COPY", False):
+            return backend.step_(*given)
+        with _copied(state) as copy:
+            backend.step_(*given, **copy)
 
     def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
         return self.backend(state.params, grad).vjp_(
@@ -89,17 +90,17 @@ class FusedOptimizer(Optimizer):
 
     def _replay_(self, state, grads, tables, grad_scales):
         backend = self.backend(state.params, grads[0])
-        with _copied(backend, state) as copy:
-            backend.replay_(
-                self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales,
-                **copy,
-            )  # fmt: skip
+        given = self.rule, state.params, state.slots, grads, tables, state.next_count, state.segments, grad_scales
+        if not getattr(backend, "WRITES_COPY", False):
+            return backend.replay_(*given)
+        with _copied(state) as copy:
+            backend.replay_(*given, **copy)
 
 
 @contextlib.contextmanager
-def _copied(backend: Any, state: OptimizerState) -> Iterator[dict[str, Tensor]]:
+def _copied(state: OptimizerState) -> Iterator[dict[str, Tensor]]:
     """In the block, arguments by which a backend writes the copy of the parameters, too, that the arena keeps."""
-    kept = state.arena.kept(state.params) if state.arena and getattr(backend, "WRITES_COPY", False) else None
+    kept = state.arena.kept(state.params) if state.arena else None
     if kept is None or kept.copy.dtype.itemsize != 2:
         yield {}
         return

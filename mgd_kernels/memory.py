@@ -4,8 +4,10 @@ overlap with what is written. Dtypes, shapes and contiguity are the callers' to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from operator import sub
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,12 @@ def address(tensor: Tensor) -> int:
     if tensor.is_neg():
         raise BadArgument("expected a tensor whose memory holds its values; got a negated view: call .resolve_neg()")
     return found
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """As `address` of each; 0 for None."""
+    at = iter(_addresses([tensor for tensor in tensors if tensor is not None]))
+    return [0 if tensor is None else next(at) for tensor in tensors]
 
 
 def gate(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[list[int], list[int]]:
@@ -100,3 +108,18 @@ def as_bytes(t: torch.Tensor) -> torch.Tensor:
     return t.as_strided((t.numel(),), (1,)).view(
         torch.uint8
     )  # `view` alone refuses the stride that one element may have
+
+
+def without_grad(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As `torch.no_grad()`, which takes longer than the checks of a kernel."""
+
+    @functools.wraps(method)
+    def run(*arguments: Any, **options: Any) -> Any:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return method(*arguments, **options)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return run

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mgd_kernels.arena import Arena, Segments
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.memory import without_grad
 
 Hyper = Mapping[str, Any] | Tensor | None
 # Of a hyperparameter: fixed, one per step `[T]`, or a function of the step.
@@ -69,7 +70,7 @@ class OptimizerState:
         return self._like([torch.zeros_like(tensor) for tensor in self.tensors()])
 
     def _like(self, tensors: Sequence[Tensor]) -> OptimizerState:
-        return replace(self, params=tensors[0], slots=tuple(tensors[1:]))
+        return OptimizerState(tensors[0], tuple(tensors[1:]), self.step, self.segments, self.arena, self.before)
 
 
 class Optimizer(ABC):
@@ -244,14 +245,14 @@ class Optimizer(ABC):
             segments = arena.segments(self.group_of(arena.names), self.groups)
         return OptimizerState(params, tuple(torch.zeros_like(params) for _ in self.slots), 0, segments, arena)
 
-    @torch.no_grad()
+    @without_grad
     def step_(self, state: OptimizerState, grad: Tensor, hyper: Hyper = None, grad_scale: float | Tensor = 1.0) -> None:
         """Advance `state` by one step with the gradient `grad_scale * grad`, in place."""
         self._check(state, grad)
         self._step_(state, grad, self.table(hyper, state.step), grad_scale)
         state.step += 1
 
-    @torch.no_grad()
+    @without_grad
     def step_vjp_(
         self,
         state: OptimizerState,
@@ -273,7 +274,7 @@ class Optimizer(ABC):
         grads = {name: out[:, self.column(name)] for name in self.hyper_names}
         return u, {**grads, "grad_scale": out[:, -1]}
 
-    @torch.no_grad()
+    @without_grad
     def replay_(
         self,
         state: OptimizerState,
@@ -296,7 +297,7 @@ class Optimizer(ABC):
         self._replay_(state, grads, tables, [1.0] * len(grads) if grad_scales is None else grad_scales)
         state.step += len(grads)
 
-    @torch.no_grad()
+    @without_grad
     def step_jvp_(
         self,
         state: OptimizerState,
@@ -344,7 +345,7 @@ class Optimizer(ABC):
     @abstractmethod
     def _step_(self, state: OptimizerState, grad: Tensor, table: Tensor, grad_scale: float | Tensor) -> None: ...
 
-    @torch.no_grad()
+    @without_grad
     def vjp_table_(
         self,
         state: OptimizerState,

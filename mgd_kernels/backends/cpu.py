@@ -340,6 +340,10 @@ def update_vjp(
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Serves any two of float32, float64, bfloat16 and float16."""
+    return torch.tensor(dot_number(x, y), dtype=torch.float64, device="cpu")
+
+
+def dot_number(x: Tensor, y: Tensor) -> float:
+    """As `dot`."""
     x, y = check_dot(x, y, "cpu")
-    value = _core().dot(DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), address(x), address(y), torch.get_num_threads())
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
+    return _core().dot(DTYPES[x.dtype], DTYPES[y.dtype], x.numel(), address(x), address(y), torch.get_num_threads())

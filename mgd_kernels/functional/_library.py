@@ -272,6 +272,9 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else memory.address(tensor)
 
 
+addresses = memory.addresses
+
+
 def like(x: Tensor, *shape: int) -> Tensor:
     """An empty contiguous tensor: of x's shape, or of `shape`."""
     return x.new_empty(shape or x.shape)

@@ -15,7 +15,7 @@ from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
     DOUBLE_BACKWARD,
     FORWARD,
-    address,
+    addresses,
     channels_last,
     contiguous,
     like,
@@ -32,7 +32,7 @@ def _call(pass_, function, x, gy=None, c=None, y=None, slope=None, gx=None, ggy=
     tensors = (x, gy, c, y, slope, gx, ggy)
     if _library.on_gpu(x):
         return triton_nn.activation(pass_, function, *tensors)
-    _core().nn_activation(pass_, _FUNCTIONS[function], x.numel(), *map(address, tensors), torch.get_num_threads())
+    _core().nn_activation(pass_, _FUNCTIONS[function], x.numel(), *addresses(tensors), torch.get_num_threads())
 
 
 def _value(x, function):

@@ -17,6 +17,7 @@ from mgd_kernels.functional._library import (
     DOUBLE_BACKWARD,
     FORWARD,
     address,
+    addresses,
     contiguous,
     like,
     operator,
@@ -44,7 +45,7 @@ def _call(pass_, scale, causal, mask=None, x=None, gp=None, c=None, p=None, gx=N
         scale,
         address(mask),
         steps,
-        *map(address, tensors),
+        *addresses(tensors),
         torch.get_num_threads(),
     )
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.backends.cpu import _core
-from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, address
+from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, addresses
 
 
 def _kernel(pass_, p, x=None, gp=None, c=None, gx=None, ggp=None, gp_again=None) -> None:
     tensors = x, gp, c, p, gx, ggp, gp_again
-    _core().nn_softmax(pass_, *p.shape, 0, 1.0, 0, (1, 1, 0, 0, 0), *map(address, tensors), 1)
+    _core().nn_softmax(pass_, *p.shape, 0, 1.0, 0, (1, 1, 0, 0, 0), *addresses(tensors), 1)
 
 
 def _mean(p: Tensor, x: Tensor) -> Tensor:

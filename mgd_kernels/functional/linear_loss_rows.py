@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgd_kernels.backends.cpu import _core
-from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, address
+from mgd_kernels.functional._library import BACKWARD, DOUBLE_BACKWARD, FORWARD, addresses
 from mgd_kernels.functional._team import Team, spans
 
 _BLOCK = 16  # rows that a thread takes: what it computes from them stays in its cache
@@ -43,7 +43,7 @@ class Rows:
     def _kernel(self, pass_, at, x, gl=None, c=None, losses=None, statistics=None, gx=None, ggl=None) -> None:
         """The fused pass, for smoothing 0."""
         tensors = x, gl, c, self.raw[at], losses, statistics, gx, ggl
-        _core().nn_cross_entropy(pass_, *x.shape, self.ignored, *map(address, tensors), self.crew.threads)
+        _core().nn_cross_entropy(pass_, *x.shape, self.ignored, *addresses(tensors), self.crew.threads)
 
     def _each_block(self, at: slice, work: Callable[[slice, slice], None]) -> None:
         """work(which rows of the strip, which tokens they are)"""

@@ -12,7 +12,7 @@ from mgd_kernels.functional._library import (
     BACKWARD,
     DOUBLE_BACKWARD,
     FORWARD,
-    address,
+    addresses,
     contiguous,
     like,
     operator,
@@ -29,7 +29,7 @@ def _call(pass_, x, target, ignore_index, gl=None, c=None, losses=None, statisti
         raise BadArgument(f"expected target int64 {list(x.shape[:1])}; got {target.dtype} {list(target.shape)}")
     target = target.resolve_neg().contiguous()
     tensors = (x, gl, c, target, losses, statistics, gx, ggl)
-    _core().nn_cross_entropy(pass_, *x.shape, ignore_index, *map(address, tensors), torch.get_num_threads())
+    _core().nn_cross_entropy(pass_, *x.shape, ignore_index, *addresses(tensors), torch.get_num_threads())
 
 
 def _cross_entropy(x, target, ignore_index):

@@ -21,7 +21,7 @@ from mgd_kernels.functional._library import (
     BACKWARD,
     DOUBLE_BACKWARD,
     FORWARD,
-    address,
+    addresses,
     channels_last,
     contiguous,
     like,
@@ -141,7 +141,7 @@ def _row_kernel(
         )  # fmt: skip
     tensors = (x, weight, bias, gy, c, cw, cb, mean, rstd, y, gx, ggy, gw, gb)
     rows = x.numel() // width
-    _core().nn_layer_norm(pass_, rows, width, eps, centred, *map(address, tensors), torch.get_num_threads())
+    _core().nn_layer_norm(pass_, rows, width, eps, centred, *addresses(tensors), torch.get_num_threads())
 
 
 def _rows(x, width):
@@ -216,7 +216,7 @@ def channel_kernel(
         x.numel() // (batch * channels),
         groups,
         eps,
-        *map(address, tensors),
+        *addresses(tensors),
         torch.get_num_threads(),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgd_kernels.backends.cpu import _core
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.functional._library import address, contiguous, like, operator, served
+from mgd_kernels.functional._library import addresses, contiguous, like, operator, served
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def _rotate(x, cos, sin, transposed):
     x, y = _rows(x), like(x)
     shared = cos.shape[0] == 1
     cos, sin = contiguous(_angles(1 if shared else x.shape[0], x), cos, sin)
-    _core().nn_rotary(x.shape, shared, transposed, x.stride(), *map(address, (x, cos, sin, y)), torch.get_num_threads())
+    _core().nn_rotary(x.shape, shared, transposed, x.stride(), *addresses((x, cos, sin, y)), torch.get_num_threads())
     return y
 
 
@@ -41,7 +41,7 @@ def _add_up(gy, x, batch):
     gy, x = _rows(gy), _rows(x)
     gcos, gsin = (x.new_empty(_angles(batch, x)) for _ in range(2))
     _core().nn_rotary_sums(
-        x.shape, batch == 1, gy.stride(), x.stride(), *map(address, (gy, x, gcos, gsin)), torch.get_num_threads()
+        x.shape, batch == 1, gy.stride(), x.stride(), *addresses((gy, x, gcos, gsin)), torch.get_num_threads()
     )
     return gcos, gsin
 

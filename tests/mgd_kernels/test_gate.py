@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mgd_kernels.functional as F
 from mgd_kernels import SGD, AdamW, Arena, RMSprop, Store, dispatch, use_backend
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.memory import check_apart
+from mgd_kernels.memory import address, addresses, check_apart
 
 N = 64
 
@@ -160,6 +160,15 @@ def test_two_targets_of_one_read_are_apart():
         store.put("x", [normal(0), normal(1)])
         with pytest.raises(BadArgument, match="apart"):
             store.get("x", out=[out, out])
+
+
+def test_addresses_at_once_are_those_of_each():
+    x, empty = torch.ones(3), torch.ones(0)
+    assert addresses([x, None, empty, x[1:], None]) == [address(x), 0, 0, address(x[1:]), 0]
+    negated = torch._neg_view(x)
+    for bad in (torch.ones(3, device="meta"), negated):
+        with pytest.raises(BadArgument, match="expected a tensor"):
+            addresses([x, None, bad])
 
 
 # --- Shapes in an arena ---------------------------------------------------------------------------------------------

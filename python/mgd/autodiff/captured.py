@@ -92,7 +92,8 @@ class CapturedEvaluator:
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
             joint = graph.joint
-            loss, grads, influence, left, residuals = joint.forward(parameters, given, room)
+            compared = microbatch.loss.compared or plain is not None
+            loss, grads, influence, left, residuals = joint.forward(parameters, given, room, compared)
             if all(g is None for g in grads):
                 raise BadLoss(DETACHED.format(microbatch.step))
             count = len(left) - graph.extras

@@ -68,9 +68,11 @@ class CapturedStep:
     def arrange(self, written: frozenset[str]) -> None:
         """Differentiate the floating-point buffers that an earlier evaluation or this one writes to."""
         before, wanted = self._before, {*self.microbatch.moved(self._before), *written}
-        self.moving = moving = tuple([name in wanted for name in differentiable(before)])
-        floats = [name for name, moves in zip(differentiable(before), moving, strict=True) if moves]
-        self.names = [*floats, *(name for name in before if name not in floats)]
+        names = differentiable(before)
+        self.moving = tuple([name in wanted for name in names])
+        floats = [name for name in names if name in wanted]
+        first = set(floats)
+        self.names = [*floats, *[name for name in before if name not in first]]
         self.floats = [before[name] for name in floats]
         self.others = [before[name] for name in self.names[len(floats) :]]
         known = [*self._leaves, *(self._buffers[name] for name in self.names), *self._slices]
@@ -78,16 +80,14 @@ class CapturedStep:
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
         """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
-        others: list[Tensor] = []
-        places = []
-        for argument in arguments:
-            place = self._places.get(id(argument))
-            if place is None:
+        known, others = self._places, list[Tensor]()
+        places = [known.get(id(argument)) for argument in arguments]
+        for i, argument in enumerate(arguments):
+            if places[i] is None:
                 tensor = isinstance(argument, Tensor)
-                place = OTHER if tensor else NUMBER
+                places[i] = OTHER if tensor else NUMBER
                 others.append(argument.detach() if tensor else _number(argument))
-            places.append(place)
-        return others, tuple(places)
+        return others, tuple(places)  # type: ignore[arg-type]  # none is left
 
     def note(self, places: tuple[int, ...]) -> None:
         """Which metaparameters the loss reads: those that its graph does."""

@@ -120,6 +120,7 @@ def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
         "allow_rnn": True,
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
+        "record_runtime_overhead": False,  # two calls around every run of a graph, for torch's profiler
     }
     known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
 

@@ -60,9 +60,15 @@ class JointGraph:
         own_outputs = [outputs[0], *grads, *left]
         self._forward = executable(part(graph, fixed_placeholders, first, [*own_outputs, *sources]))
         # Without residuals; to compile this one, too, takes as long again.
-        alone = ancestors([*own_outputs, *random])
-        bare = part(graph, fixed_placeholders, [node for node in own if node in alone], own_outputs)
+        needed = ancestors([*own_outputs, *random])
+        bare = part(graph, fixed_placeholders, [node for node in own if node in needed], own_outputs)
         self._bare = None if compile else executable(bare)
+        self._alone = self._bare
+        if influence and not compile:
+            outputs_alone = [outputs[0], *grads, *buffers]
+            kept = ancestors([*outputs_alone, *random])
+            alone_nodes = [node for node in own if node in kept]
+            self._alone = executable(part(graph, fixed_placeholders, alone_nodes, outputs_alone))
         self.residual_bytes = _bytes(sources)
         # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
@@ -73,14 +79,19 @@ class JointGraph:
         self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], second_reads, each))
 
     def forward(
-        self, parameters: list[Tensor], inputs: list[Tensor], room: int | None = None
+        self, parameters: list[Tensor], inputs: list[Tensor], room: int | None = None, compared: bool = True
     ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], list[Tensor] | None]:
         """The loss, its derivatives with respect to parameters and to metaparameters, the buffers as the step leaves
         them, and the residuals to keep; None in their place where they need not be held, since they would take more
         bytes than `room`.
 
-        inputs: buffers, metaparameters and constants.
+        inputs: buffers, metaparameters and constants. compared: whether the derivatives with respect to metaparameters
+        are wanted; where they are not, and there is no room, they are not computed, unless compiled.
         """
+        if room == 0 and not compared and self._alone is not None:
+            with below_autograd():
+                loss, *rest = self._alone(*parameters, *inputs)
+            return loss, rest[: self.counts[0]], (), rest[self.counts[0] :], None
         bare = self._bare if room is not None and self.residual_bytes > room else None
         with below_autograd(not self.compile):
             loss, *rest = (bare or self._forward)(*parameters, *inputs)

@@ -19,7 +19,7 @@ from mgd.ranks.blocks import Blocks, places
 from mgd.ranks.ranks import Ranks
 from mgd_kernels import Arena, Optimizer, OptimizerState
 from mgd_kernels.arena import ALIGNMENT, Stretch
-from mgd_kernels.dispatch import dot
+from mgd_kernels.dispatch import dot, dot_number
 from mgd_kernels.memory import as_bytes
 
 Tensors = Sequence["Tensor | None"]
@@ -155,10 +155,10 @@ class Shards:
     def dots(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Sequence[Sequence[float]] = ()) -> list[float]:
         """The inner products of flat buffers. beside: for each own microbatch further numbers, whose sums come last."""
         if self.microbatches == 1:
-            return [float(_dot(x, y)) for x, y in pairs] + list(beside[0] if beside else ())
+            return [_number(x, y) for x, y in pairs] + list(beside[0] if beside else ())
         rows = []
         for i, (start, stop, _) in enumerate(self.pieces):
-            row = [float(_dot(x[start:stop], y[start:stop])) if stop > start else 0.0 for x, y in pairs]
+            row = [_number(x[start:stop], y[start:stop]) if stop > start else 0.0 for x, y in pairs]
             rows.append([*row, *(beside[i] if beside else ())])
         return self.totals(torch.tensor(rows, dtype=torch.float64, device="cpu")).tolist()
 
@@ -277,6 +277,10 @@ class RankShards(Shards):
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return dot(x if x.dtype == y.dtype else x.to(y.dtype), y)
+
+
+def _number(x: Tensor, y: Tensor) -> float:
+    return dot_number(x if x.dtype == y.dtype else x.to(y.dtype), y)
 
 
 def _ranges(bounds: Sequence[int], size: int) -> list[tuple[int, int]]:

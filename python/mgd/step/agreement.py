@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Terms:
         self.with_parameters: list[Blocks[Summands]] = [Blocks(_sum) for _ in range(directions)]
         self.with_metaparameters: list[tuple[BatchMetaparameters, list[list[Tensor | None]]]] = []
         self.products: list[list[Tensor]] = []
-        self.influence: dict[int, Tensor] = {}
+        self.influence: dict[int, np.ndarray | Tensor] = {}
         self.gradient: Blocks[Summands] | None = Blocks(_sum)
         self.precision = 0.0
 

@@ -48,24 +48,26 @@ class Influence:
         self.values = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
         self._first = self.values.numpy()  # of the same memory; to write a few numbers through torch takes 5 µs
 
-    def compared(self, t: int, values: list[float], epsilon: float) -> None:
-        """Take note of what step `t` has at first, `[V, rows, PROBES]` as a flat list. Later, raise ReplayDivergence if
-        it has something else."""
+    def compared(self, t: int, values: Any, epsilon: float) -> None:
+        """Take note of what step `t` has at first, `[V, rows, PROBES]` as an array or a flat list. Later, raise
+        ReplayDivergence if it has something else."""
         first = self._first[t]
         if math.isnan(first.item(0)):
-            first[:], self._scale = np.array(values).reshape(first.shape), None
+            first[:], self._scale = np.asarray(values).reshape(first.shape), None
         elif key := self.differing(t, range(self._shape[1]), values, epsilon):
             raise self.diverged(t, key)
 
-    def differing(self, t: int, microbatches: Sequence[int], values: list[float], epsilon: float) -> str | None:
+    def differing(self, t: int, microbatches: Sequence[int], values: Any, epsilon: float) -> str | None:
         """The key of a metaparameter on which the loss of one of these microbatches does not depend as it did at
-        first. values: `[len(microbatches), rows, PROBES]` as a flat list. epsilon: of the arithmetic."""
+        first. values: `[len(microbatches), rows, PROBES]` as an array or a flat list. epsilon: of the arithmetic."""
         first = self._first[t, list(microbatches)]
+        now = np.asarray(values).reshape(first.shape)
+        if (now == first).all():  # as of every graph that repeats itself
+            return None
         if self._scale is None:
             norms = _norms(self._first).reshape(-1, first.shape[-2])
             self._scale = np.array([np.median(row[row > 0]) if (row > 0).any() else 0.0 for row in norms.T])
         limit = math.sqrt(epsilon) * (_norms(first) + _RELATIVE_TO_TYPICAL * self._scale) + _SMALLEST
-        now = np.array(values).reshape(first.shape)
         with np.errstate(all="ignore"):
             wrong = ~((now == first).all(-1) | (_norms(now - first) <= limit))
         return self._keys[int(wrong.any(0).argmax())] if wrong.any() else None
@@ -86,19 +88,22 @@ def _norms(x: np.ndarray) -> np.ndarray:
         return np.sqrt(np.square(x).sum(-1))
 
 
-def projections(derivatives: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Of dL/dz, float64 `[rows, PROBES]`; None stands for zeros."""
+def projections(derivatives: Sequence[Tensor | None], device: torch.device) -> np.ndarray | Tensor:
+    """Of dL/dz, float64 `[rows, PROBES]`: an array on the CPU, else a tensor. None stands for zeros."""
     count = min(len(derivatives), _MOST)
-    present = [(i, x.detach().reshape(-1)) for i, x in enumerate(derivatives) if x is not None]
     if device.type == "cpu":  # by NumPy, whose calls take a third of the time
         total = np.zeros((count, PROBES))
-        for i, x in present:
-            total[i % _MOST] += (1 + i // _MOST) * _projected(_plain(x).numpy(), _probes(device, as_numpy=True))
-        return torch.from_numpy(total)
+        with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
+            for i, x in enumerate(derivatives):
+                if x is not None:
+                    own = _projected(_plain(x.detach()).reshape(-1).numpy(), _probes(device, as_numpy=True))
+                    total[i % _MOST] += own if i < _MOST else (1 + i // _MOST) * own
+        return total
     rows: list[Tensor] = [torch.zeros(PROBES, dtype=torch.float64, device=device)] * count
-    for i, x in present:
-        own = _projected(_plain(x).double(), _probes(device))
-        rows[i % _MOST] = rows[i % _MOST] + (1 + i // _MOST) * own
+    for i, x in enumerate(derivatives):
+        if x is not None:
+            own = _projected(_plain(x.detach()).reshape(-1).double(), _probes(device))
+            rows[i % _MOST] = rows[i % _MOST] + (1 + i // _MOST) * own
     return torch.stack(rows)
 
 
@@ -108,13 +113,12 @@ def _plain(x: Tensor) -> Tensor:
 
 def _projected(x: Any, probes: Any) -> Any:
     """On fixed vectors `[PROBES, _PERIOD]`, which repeat themselves. Of tensors as of arrays."""
-    with np.errstate(all="ignore"):  # what is not finite is told of elsewhere
-        if (n := len(x)) > _PERIOD:
-            whole = n - n % _PERIOD
-            folded = x[:whole].reshape(-1, _PERIOD).sum(0)
-            folded[: n - whole] += x[whole:]
-            x = folded
-        return probes[:, : len(x)] @ x
+    if (n := len(x)) > _PERIOD:
+        whole = n - n % _PERIOD
+        folded = x[:whole].reshape(-1, _PERIOD).sum(0)
+        folded[: n - whole] += x[whole:]
+        x = folded
+    return probes[:, : len(x)] @ x
 
 
 @functools.cache

@@ -31,7 +31,8 @@ class BoundLoss:
     training whose random streams are used up. plain_since: the first step whose loss differentiated the model itself;
     norms are plain arithmetic, and formulas as written, from there on (see `FunctionOverrides`). precision: the machine
     epsilon of the coarsest dtype of the loss's autograd graph, once that was inspected. written: for every buffer that
-    was written to, the step that did so first. reads: what is still to be looked at of its evaluations.
+    was written to, the step that did so first. reads: what is still to be looked at of its evaluations. compared:
+    whether a step may be evaluated again, so that its derivatives with respect to z are taken note of.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class BoundLoss:
         self.binding, self.function, self.device = binding, function, device
         self.autocast, self.seed, self.steps_before = autocast, seed, steps_before
         self.reads = Reads(device)
+        self.compared = True
         self.written: dict[str, int] = {}
         self.plain_since: int | None = None
         self.precision: float | None = None

@@ -281,6 +281,7 @@ class Gradients:
         # The same memory through numpy, on the CPU: writing a few numbers through torch takes 5 µs.
         self._hyper = self.hyper.numpy() if self.hyper.device.type == "cpu" else None
         self.leaves = [leaf.new_zeros(objectives, *leaf.shape) for leaf in meta.leaves]
+        self._rows = [list(leaf.unbind()) for leaf in self.leaves]
 
     def add_hyper(self, objective: int, step: int, cotangents: Tensor, reads: Reads) -> None:
         """Store the cotangents `[G, H + 1]` of a step's hyperparameters, as a kernel returns them.
@@ -329,10 +330,10 @@ class Gradients:
         self._waiting, self._steps = [], 0
 
     def _add(self, objective: int, indices: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> None:
-        for total, index, tangent in zip(self.leaves, indices, tangents, strict=True):
+        for rows, index, tangent in zip(self._rows, indices, tangents, strict=True):
             if tangent is None:
                 continue
-            one = total[objective]
+            one = rows[objective]
             if index is None:
                 one += tangent
             else:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from mgd.ranks.shards import Shards
 from mgd.step.agreement import CONFIRMED, Agreement, Terms
 from mgd.step.batches import fingerprints, microbatches, shares, split_tensors
 from mgd.step.combined import after_step, after_tangents, changed
-from mgd.step.evaluator import Direction, Evaluation, Evaluator, Residuals
+from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.influence import Influence, projections
 from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
@@ -60,7 +61,7 @@ class _Ended:
 
     @property
     def losses(self) -> Tensor:
-        return self.numbers[:, 0].contiguous()
+        return self.numbers[:, 0].contiguous() if self.numbers.shape[1] > 1 else self.numbers.reshape(-1)
 
 
 @dataclass
@@ -91,6 +92,8 @@ class StepFunction:
         self.microbatches, self.evaluator = microbatches, evaluator
         self.influence = Influence(len(batches), microbatches)
         self._agreement = Agreement(shards)
+        dtypes = [self.arena.gradient_dtype, loss.autocast or self.arena.gradient_dtype]
+        self._machine_epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
 
     def gradient(
@@ -105,7 +108,7 @@ class StepFunction:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. room: bytes that residuals may take;
         None: as many as there are. Errors name the step."""
         blocks: Blocks[Tensor] = Blocks(Tensor.add_)
-        rows, left, residuals, not_kept = [], [], [], 0
+        rows, left, residuals, influence, not_kept = [], [], [], [], 0
         room = None if room is None else room // len(self.shards.own)
         self.influence.prepare(meta)
         parameters = self.arena.tensors(self.shards.whole(params))
@@ -117,14 +120,22 @@ class StepFunction:
             unmoved = absent if unmoved is None else unmoved & absent
             blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
             place, result.gradients = None, ()  # or they would be held while the next ones are computed
-            rows.append(_numbers(result))
+            rows.append(result.loss.double().reshape(1))
+            if self.loss.compared and result.influence:
+                influence.append(projections(result.influence, result.loss.device))
             result.influence = ()
             left.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
             not_kept += result.not_kept
+        alone = self.shards.ranks.size == 1 and self.arena.device.type == "cpu" and not self.loss.reads.late
+        if influence and not alone:
+            rows = [torch.cat([row, torch.as_tensor(x).reshape(-1)]) for row, x in zip(rows, influence, strict=True)]
         ended = self._ended(t, batch, buffers, rows, left, unmoved)
-        self._note_influence(t, ended.numbers[:, 1:])
+        if influence and alone:
+            self.influence.compared(t, influence[0] if len(influence) == 1 else np.stack(influence), self._epsilon)
+        else:
+            self._note_influence(t, ended.numbers[:, 1:])
         total = self.shards.gradient(blocks, into)
         self._agreement.note(total)
         kept = residuals if len(residuals) == len(rows) else None
@@ -272,20 +283,19 @@ class StepFunction:
                 raise LookCloser
 
         if own:
-            self.loss.reads.later(torch.stack(list(terms.influence.values())), look)
+            self.loss.reads.later(torch.stack([torch.as_tensor(x) for x in terms.influence.values()]), look)
 
     def _other_influence(self, t: int, terms: Terms) -> str | None:
         """The key of a metaparameter on which the loss of step `t` depends otherwise than at first."""
         if not terms.influence:
             return None
-        values = torch.stack(list(terms.influence.values())).reshape(-1).tolist()
+        values = np.stack([x if isinstance(x, np.ndarray) else x.cpu().numpy() for x in terms.influence.values()])
         return self.influence.differing(t, list(terms.influence), values, max(self._epsilon, terms.precision))
 
     @property
     def _epsilon(self) -> float:
         """Of the coarsest arithmetic that is known of."""
-        dtypes = [self.arena.gradient_dtype, self.loss.autocast or self.arena.gradient_dtype]
-        return max(self.loss.precision or 0.0, *(torch.finfo(dtype).eps for dtype in dtypes))
+        return max(self.loss.precision or 0.0, self._machine_epsilon)
 
     def _differentiate(
         self,
@@ -302,7 +312,8 @@ class StepFunction:
         tangents = [self.arena.tensors(self.shards.whole(direction)) for direction in directions]
         evaluations = list(self.evaluations(t, meta)) if result.residuals is None else None
         terms, before = Terms(len(directions)), result.buffers[0]
-        moved = [name in self.loss.moved(t + 1, before) for name in differentiable(before)]
+        written = set(self.loss.moved(t + 1, before))
+        moved = [name in written for name in differentiable(before)]
         own: Sequence[Microbatch | Residuals] = evaluations or result.residuals or ()
         for k, i in reversed(list(enumerate(self.shards.own))):
             one, cotangents = own[k], buffer_adjoints
@@ -351,14 +362,6 @@ class StepFunction:
                 f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
                 "(fix the order of the examples and their augmentation).",
             )
-
-
-def _numbers(result: Evaluation) -> Tensor:
-    """The loss of a microbatch and how it depends on metaparameters, float64 `[n]`."""
-    loss = result.loss.double().reshape(1)
-    if not result.influence:
-        return loss
-    return torch.cat([loss, projections(result.influence, loss.device).reshape(-1)])
 
 
 def _hash(tensors: list[Tensor]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,7 +43,7 @@ class ResidualCache:
         self._steps: dict[int, _Kept] = {}
         self._slabs = Slabs()
         self._beside = 0  # bytes that stay where they are
-        self._references: Counter[_Reference] = Counter()
+        self._references: dict[_Reference, int] = {}  # how many steps hold it
 
     def missed(self, needed: int) -> None:
         """A step did not keep this many bytes, for which there is no room."""
@@ -54,10 +53,11 @@ class ResidualCache:
         """Keep the residuals of step `t`, if there is room."""
         if not self.room and self.step_bytes:
             return
-        tensors = [x for part in residuals for x in part.tensors if isinstance(x, Tensor)]
         given = [x for part in residuals for x in part.given]
-        whole = [x.untyped_storage() for x in tensors] if self._ample is not False else []
-        storages = {x.data_ptr(): x.nbytes() for x in whole}
+        storages: dict[int, int] = {}
+        if self._ample is not False:
+            whole = [x.untyped_storage() for part in residuals for x in part.tensors if isinstance(x, Tensor)]
+            storages = {x.data_ptr(): x.nbytes() for x in whole}
         if self._ample is None:
             self._ample = 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
         layout = None if self._ample else Layout(x for part in residuals for x in part.tensors)
@@ -79,7 +79,8 @@ class ResidualCache:
             copies = iter(layout.copied(places))
             for part in residuals:
                 part.tensors = list(itertools.islice(copies, len(part.tensors)))
-        self._references.update(references)
+        for reference in references:
+            self._references[reference] = self._references.get(reference, 0) + 1
         self._beside += beside
         self._steps[t] = _Kept(residuals, places, references, copied)
         self.kept += copied
@@ -95,9 +96,10 @@ class ResidualCache:
         self._slabs.release(kept.places)
         self.kept -= kept.bytes
         for reference in kept.references:
-            self._references[reference] -= 1
-            if not self._references[reference]:
-                del self._references[reference]
+            holders = self._references.pop(reference) - 1
+            if holders:
+                self._references[reference] = holders
+            else:
                 self._beside -= reference[1]
         return kept.residuals
 

@@ -88,6 +88,7 @@ class Sweep:
         if storage.checkpoint is not None:
             record.restore(self, *storage.checkpoint.load())
         plan = storage.plan
+        step.loss.compared = plan is not None or storage.checkpoint is not None
         self._expect(0 if plan is None or meta.origin else self.length)
         self._actions = iter(()) if plan is None else itertools.islice(plan.actions(), self.index, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from mgd.plan.training import transfers
 from mgd.util.profiler import phase
 
 Events = tuple[Any, Any]  # of a device: at the beginning and the end of a block
+_profiled = torch.autograd._profiler_enabled
 ENOUGH = 1 << 20  # bytes, from which on a transfer's bandwidth is worth remembering
 
 
@@ -31,6 +33,7 @@ class Timings:
     firsts: dict[str, tuple[float, int]] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _timers: dict[str, Timer] = field(default_factory=dict)
+    _part_timers: dict[str, Timer] = field(default_factory=dict)
     _waiting: list[tuple[Timer, Events]] = field(default_factory=list)  # blocks that the device has not timed yet
     _spare: list[Events] = field(default_factory=list)
 
@@ -56,7 +59,9 @@ class Timings:
 
     def part(self, kind: str) -> Timer:
         """Adds the seconds of a block to those of a kind that is a part of some work."""
-        return self._timer(self.parts, kind, self.firsts)
+        if kind not in self._part_timers:
+            self._part_timers[kind] = self._timer(self.parts, kind, self.firsts)
+        return self._part_timers[kind]
 
     def phase(self, name: str) -> Timer:
         """Adds the seconds of a block to those of a phase of the plan."""
@@ -117,17 +122,24 @@ class Timer:
 
     def __init__(self, seconds: dict[str, float], name: str, firsts: dict[str, tuple[float, int]] | None = None):
         self.seconds, self.name, self.firsts, self.last = seconds, name, firsts, 0.0
+        self.mark: contextlib.AbstractContextManager | None = None
 
     def __enter__(self) -> None:
-        self.mark = phase(self.name)
-        if self.mark is not None:
-            self.mark.__enter__()
+        if _profiled():
+            self.mark = phase(self.name)
+            if self.mark is not None:
+                self.mark.__enter__()
         self.start = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
         self.add(time.perf_counter() - self.start)
         if self.mark is not None:
-            self.mark.__exit__(*error)
+            self._unmark(*error)
+
+    def _unmark(self, *error: Any) -> None:
+        mark, self.mark = self.mark, None
+        if mark is not None:
+            mark.__exit__(*error)
 
     def add(self, seconds: float) -> None:
         self.last = seconds
@@ -161,5 +173,4 @@ class EventTimer(Timer):
     def __exit__(self, *error: Any) -> None:
         self.events[1].record(self.module.current_stream(self.device))
         self.waiting.append((self, self.events))
-        if self.mark is not None:
-            self.mark.__exit__(*error)
+        self._unmark(*error)

@@ -21,6 +21,8 @@ Scale = float | Tensor
 # start and stop in this process's flat buffers, and by how many steps these parameters are behind
 Stretches = list[tuple[int, int, int]]
 
+MOST_KNOWN = 64
+
 
 class Updates:
     """behind: for parameters that earlier trainings skipped, how often, by name."""
@@ -32,6 +34,7 @@ class Updates:
         self._always = any(self._before)
         self._skipped: dict[int, tuple[int, ...]] = {}  # at each step, parameters by number
         self._steps: dict[int, list[int]] = {}  # the same by parameter, in order
+        self._known: dict[tuple[int | None, ...], Stretches | None] = {}  # by the lags of those that some step skips
         self._bounds = [*arena.offsets, arena.numel]
         self._range = shards.ranges[shards.ranks.rank]
         self._arenas: dict[tuple[int, int], Arena | None] = {}
@@ -42,7 +45,10 @@ class Updates:
         if skipped and t not in self._skipped:
             self._skipped[t] = skipped
             for i in skipped:
-                steps = self._steps.setdefault(i, [])
+                if i not in self._steps:
+                    self._steps[i] = []
+                    self._known.clear()
+                steps = self._steps[i]
                 steps.insert(bisect_left(steps, t), t)
 
     def record(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -64,7 +70,16 @@ class Updates:
         """Those that step `t` advances; None where it is the whole buffer, without any that is behind."""
         if not self._always and not self._skipped:
             return None
-        lags, skipped = self._lags(t), set(self._skipped.get(t, ()))
+        skipped = set(self._skipped.get(t, ()))
+        # All that distinguishes one step from another; to look at every parameter takes as long as a small update.
+        key = tuple([None if i in skipped else bisect_left(steps, t) for i, steps in self._steps.items()])
+        if key not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = self._found(self._lags(t), skipped)
+        return self._known[key]
+
+    def _found(self, lags: list[int], skipped: set[int]) -> Stretches | None:
         if not skipped and not any(lags):
             return None
         start, stop = self._range

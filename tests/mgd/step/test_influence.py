@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import mgd.step.step
+from mgd.autodiff.joint import JointGraph
+from mgd.bench.overhead import smallest
 from mgd.errors import ReplayDivergence
 from mgd.step.influence import PROBES, Influence, projections
 
@@ -55,3 +58,31 @@ def test_many_leaves_share_numbers_and_are_told_apart():
     for i in range(20):
         with pytest.raises(ReplayDivergence):
             compared(leaves, [x if j != i else None for j, x in enumerate(leaves)])
+
+
+def test_a_training_that_is_not_reversed_computes_none(monkeypatch, tmp_path):
+    counts = {"projected": 0, "computed": 0}
+    forward = JointGraph.forward
+
+    def projecting(*arguments):
+        counts["projected"] += 1
+        return projections(*arguments)
+
+    def computing(*arguments):
+        found = forward(*arguments)
+        counts["computed"] += len(found[2])
+        return found
+
+    function, z = smallest(3)
+    value, losses = function.value(z), function.train(z).losses
+    monkeypatch.setattr(mgd.step.step, "projections", projecting)
+    monkeypatch.setattr(JointGraph, "forward", computing)
+    assert torch.equal(function.value(z), value)
+    assert torch.equal(function.train(z).losses, losses)
+    assert counts == {"projected": 0, "computed": 0}
+    found = function.metagradient(z)
+    assert torch.equal(found.value, value)
+    assert torch.equal(found.losses, losses)
+    assert counts == {"projected": 3, "computed": 3}
+    function.train(z, resume=tmp_path / "run")  # another process may go on with it
+    assert counts == {"projected": 6, "computed": 6}
