@@ -105,9 +105,8 @@ def wrote(tensors: Sequence[Tensor]) -> None:
 
 def as_bytes(t: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, uint8 `[bytes]`, in its own memory."""
-    return t.as_strided((t.numel(),), (1,)).view(
-        torch.uint8
-    )  # `view` alone refuses the stride that one element may have
+    # `view` alone refuses the stride that a single element may have.
+    return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 
 def without_grad(method: Callable[..., Any]) -> Callable[..., Any]:
