@@ -104,8 +104,9 @@ def _sections(found: Found) -> list[Section]:
         Section(
             "On test images",
             f"{len(found.task.test):,} images that no method has seen, after {s.seeds} trainings that none has seen. "
-            "Cost is in trainings. ± is half of a 95% interval over trainings, of the difference to the descent's schedule after the same "
-            "trainings. The grid takes each value from the same one training, TPE from the mean of the same "
+            "Cost is in trainings. ± is half of a 95% interval over trainings, of the difference to the descent's "
+            "schedule after the same trainings. The grid takes each value from the same one training, TPE from the "
+            "mean of the same "
             f"{s.trainings}; CMA-ES, which moves the same numbers as the descent from the same start, from a new "
             "training in each generation. Grid and TPE choose among one-cycle, linear and cosine schedules by peak, "
             "start and end."
