@@ -115,7 +115,7 @@ def test_tpe_that_is_told_which_steps_finds_their_rates():
     far = lambda rates: float((rates.log() - aim.log()).square().mean())
     lowest = {}
     for told in (None, marked):
-        record = Record("tpe", far, 80)
+        record = Record("tpe", far, 50)
         search.tpe(record, T, 0, marked=told)
         lowest[told is None] = record.lowest
     assert lowest[False] < 0.5 * lowest[True]
@@ -157,7 +157,7 @@ def test_a_grid_of_part_of_a_peak_is_refused():
 # --- one objective, and what diverges ------------------------------------------------------------------------------
 
 
-def steep():
+def steep(steps=T):
     """A linear regression whose training by SGD overflows above a learning rate of about 0.02."""
     torch.manual_seed(0)
     x = 10 * torch.randn(64, 3)
@@ -167,7 +167,7 @@ def steep():
         return F.mse_loss(model(batch[0]), batch[1])
 
     return TrainingFunction(
-        nn.Linear(3, 1), loss, [(x, y)] * T, optimizer=SGD(lr=1e-3), objective=lambda model: F.mse_loss(model(x), y)
+        nn.Linear(3, 1), loss, [(x, y)] * steps, optimizer=SGD(lr=1e-3), objective=lambda model: F.mse_loss(model(x), y)
     )
 
 
@@ -187,9 +187,9 @@ def test_the_objective_is_that_of_the_training_and_infinite_where_it_diverges(tm
 
 
 def test_the_objective_of_several_trainings_is_their_mean():
-    f = steep()
+    f = steep(5)
     numbered = lambda number: (f.replaced(batches=[(x, (1 + number) * y) for x, y in f.batches]), {})
-    rates = torch.full((T,), 1e-4)
+    rates = torch.full((5,), 1e-4)
     expected = [float(numbered(number)[0].value({"lr": rates})) for number in range(3)]
     objective = Objective(numbered, numbers=(1, 2))
     assert expected[1] != expected[2] and objective(rates) == (expected[1] + expected[2]) / 2
@@ -205,8 +205,8 @@ def test_the_descent_takes_a_smaller_step_where_a_training_diverges_and_says_so(
 
 
 def test_every_step_may_be_a_knot():
-    found = descend_on_schedule(steep(), torch.full((T,), math.log(1e-5)), 8)
-    assert found.best["log_lr"].shape == (T,) and min(found.values) < 0.9 * found.values[0]
+    found = descend_on_schedule(steep(12), torch.full((12,), math.log(1e-4)), 5)
+    assert found.best["log_lr"].shape == (12,) and min(found.values) < 0.9 * found.values[0]
 
 
 def test_several_trainings_take_turns_and_the_best_is_that_of_a_round():
@@ -230,14 +230,14 @@ def test_several_trainings_take_turns_and_the_best_is_that_of_a_round():
 
 
 def test_trainings_by_number_are_followed_once_each_and_their_noise_is_averaged():
-    f = steep()
+    f = steep(12)
     numbers, path = [], KnotPath()
 
     def trainings(number):
         numbers.append(number)
         return f.replaced(batches=[(x, y + 0.1 * number) for x, y in f.batches]), {}
 
-    start = torch.full((T,), math.log(1e-5))
+    start = torch.full((12,), math.log(1e-4))
     found = descend_on_numbered(trainings, start, 9, observe=path.observe)
     assert numbers == list(range(9)) and f.value({"lr": path.answer(8).exp()}) < 0.9 * found.values[0]
     assert torch.equal(path.answer(0), start) and torch.equal(path.answer(2), path.knots[2])
