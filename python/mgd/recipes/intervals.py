@@ -27,13 +27,16 @@ def spearman(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Interval:
     if len(x) < 3 or len(x) != len(y):
         raise BadArgument(f"expected at least 3 pairs to correlate; got {len(x)} and {len(y)} values")
 
-    def rho(a: Any, b: Any) -> float:
+    def rho(a: Any, b: Any, axis: int = -1) -> Any:
+        a, b = (stats.rankdata(side, axis=axis) for side in (a, b))
+        a, b = (side - side.mean(axis=axis, keepdims=True) for side in (a, b))
+        scale = np.sqrt((a * a).sum(axis=axis) * (b * b).sum(axis=axis))
         # Where all values of one side are equal, there is no order to agree with.
-        return float(stats.spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
+        return np.where(scale > 0, (a * b).sum(axis=axis) / np.where(scale > 0, scale, 1.0), 0.0)
 
-    drawn = stats.bootstrap((x, y), rho, paired=True, vectorized=False, n_resamples=2000, method="percentile", rng=seed)
+    drawn = stats.bootstrap((x, y), rho, paired=True, n_resamples=2000, method="percentile", rng=seed)
     interval = drawn.confidence_interval
-    return rho(x, y), float(interval.low), float(interval.high)
+    return float(rho(x, y)), float(interval.low), float(interval.high)
 
 
 def _stats() -> Any:

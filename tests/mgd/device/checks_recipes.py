@@ -17,7 +17,7 @@ from mgd.recipes.attribute.images import images_task
 from mgd.recipes.attribute.task import Training
 from mgd.recipes.demo import recipe as demo
 from mgd.recipes.demo import report as demo_report
-from mgd.recipes.lr_schedule import recipe as lr_schedule
+from mgd.recipes.lr_schedule.trainings import Trainings
 from mgd.recipes.poison import recipe as poison
 from mgd.recipes.rate import recipe as rate
 from mgd.recipes.select import images as select_images
@@ -41,13 +41,13 @@ def test_the_demonstration():
 
 
 def test_a_search_for_a_schedule_trains_there():
-    settings = lr_schedule.Settings(steps=4, batch=20, held_out=50, tested=50)
     for device in ("pretend", "cpu"):
         task = Task.make(*DIGITS, 80, 50, 50, seed=0, device=device)
-        f = lr_schedule.training(task, settings, seed=0)
-        loss, right = task.judge(f, {"lr": torch.full((4,), 1e-3)})
+        f, z = Trainings(task, steps=4, batch=20, width=8, wrong=0.5, start=0.05, seed=0)(1)
+        z["lr"] = torch.full((4,), 0.05)
+        loss, right = task.judge(f, z)
         assert loss.device == right.device == torch.device("cpu")
-        gradient = f.metagradient({"lr": torch.full((4,), 1e-3)}).grads["lr"]
+        gradient = f.metagradient(z).grads["lr"]
         assert gradient.device.type == "cpu" and bool(gradient.all())
 
 

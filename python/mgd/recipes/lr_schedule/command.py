@@ -20,13 +20,16 @@ def command(
     quick: Quick = False,
     meta_steps: Annotated[int | None, typer.Option(min=1, help="Meta-steps of the metagradient descent.")] = None,
     knots: Annotated[
-        int | None, typer.Option(min=1, help="Knots of the schedule; with as many as steps, each step is free.")
+        int | None, typer.Option(min=1, help="Knots of the schedule; by default each step has its own rate.")
     ] = None,
-    outer: Annotated[float | None, typer.Option(help="Learning rate of Adam on the logarithms of the knots.")] = None,
+    outer: Annotated[float | None, typer.Option(help="Learning rate of Adam on the logarithms of the rates.")] = None,
+    wrong: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of wrong labels in a fixed half of the steps.")
+    ] = None,
     resume: Resume = None,
     device: Device = "cpu",
 ) -> None:
-    """Find a learning-rate schedule by metagradients, and compare with a grid, random search, TPE and CMA-ES."""
+    """Find a learning-rate schedule by metagradients, and compare with a grid, TPE and CMA-ES."""
     from mgd.recipes.lr_schedule import report
     from mgd.recipes.lr_schedule.recipe import Settings, run
     from mgd.util.devices import checked_device
@@ -35,6 +38,6 @@ def command(
     require("searches and intervals", "recipes", "cma", "optuna", "scipy")
     checked_device(device)
     session = Session("recipe lr-schedule", out, json, threads)
-    settings = make_settings(Settings, quick, meta_steps=meta_steps, knots=knots, outer=outer)
+    settings = make_settings(Settings, quick, meta_steps=meta_steps, knots=knots, outer=outer, wrong=wrong)
     result = run(*train_and_test(data), settings, seed, resume, session.reporter, device)
     session.finish(report.page(result), result.to_dict())

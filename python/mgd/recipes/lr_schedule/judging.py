@@ -1,59 +1,62 @@
-"""What schedules are worth on test images, after the training they were sought on and after others."""
+"""What schedules are worth on test images, after trainings on which none of them was sought."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from mgd.function import TrainingFunction
+from mgd.errors import NonFiniteState
 from mgd.recipes import intervals
 from mgd.recipes.intervals import Interval
+from mgd.recipes.lr_schedule.trainings import Numbered
 from mgd.recipes.small_images import Task
 from mgd.ui.console import Reporter
 
 
 @dataclass
 class Judged:
-    """A schedule on the test images. loss, accuracy: after each training, the one it was sought on first.
+    """A schedule on the test images. loss, accuracy: after each training; infinity and 0 where it diverges.
 
-    here, elsewhere: how much more the loss is than the reference schedule's; after the training it was sought on, with
-    an interval over test images, and after the others, with one over trainings.
+    more: how much more the loss is than the reference schedule's after the same trainings, with its interval over
+    them; None for the reference, and where a training diverged.
     """
 
     loss: list[float]
     accuracy: list[float]
-    here: Interval | None = None
-    elsewhere: Interval | None = None
+    more: Interval | None = None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.loss))
 
 
 def judge(
     task: Task,
-    functions: Callable[[int], TrainingFunction],
-    trainings: int,
+    trainings: Numbered,
+    numbers: Sequence[int],
     schedules: Mapping[str, Tensor],
     reference: str,
     reporter: Reporter,
 ) -> dict[str, Judged]:
-    """Test loss and accuracy of schedules `[T]`, after `functions(0)` that they were sought on, and `functions(1)` to
-    `functions(trainings - 1)`."""
-    losses: dict[str, np.ndarray] = {}  # of every test image after the first training
+    """Test loss and accuracy of schedules `[T]` after the trainings of these numbers."""
     judged = {name: Judged([], []) for name in schedules}
-    with reporter.bar("judging", trainings * len(schedules)) as tick:
-        for number in range(trainings):
-            function = functions(number)
+    with reporter.bar("judging", len(numbers) * len(schedules)) as tick:
+        for number in numbers:
+            function, z = trainings(number)
             for name, rates in schedules.items():
-                loss, right = task.judge(function, {"lr": rates})
-                losses.setdefault(name, loss.double().numpy())
-                judged[name].loss.append(float(loss.double().mean()))
-                judged[name].accuracy.append(float(right.double().mean()))
+                try:
+                    loss, right = task.judge(function, z | {"lr": rates})
+                    judged[name].loss.append(float(loss.double().mean()))
+                    judged[name].accuracy.append(float(right.double().mean()))
+                except NonFiniteState:
+                    judged[name].loss.append(np.inf)
+                    judged[name].accuracy.append(0.0)
                 tick(name)
     for name, entry in judged.items():
-        if name == reference:
-            continue
-        entry.here = intervals.mean(losses[name] - losses[reference])
-        if trainings > 2:
-            entry.elsewhere = intervals.mean(np.array(entry.loss[1:]) - np.array(judged[reference].loss[1:]))
+        pair = np.array([entry.loss, judged[reference].loss])
+        if name != reference and len(numbers) > 1 and np.isfinite(pair).all():
+            entry.more = intervals.mean(pair[0] - pair[1])
     return judged

@@ -1,9 +1,9 @@
-"""Metagradient descent on a learning-rate schedule, against a grid, random search, TPE and CMA-ES.
+"""Metagradient descent on a learning-rate schedule with one rate for each step, against a grid, TPE and CMA-ES.
 
-A ResNet-9-style network is trained for a few seconds on small real images. From a flat schedule,
-metagradients move knots of its logarithm; the searches without gradients get the same objective and, in trainings, the
-same budget. The objective is the loss on held-out images; test images, and trainings from other initial weights in
-other orders, judge what each of them found.
+A small network is trained for a moment on small real images. From a flat schedule, metagradients move the logarithm of
+the rate of every step; the searches without gradients get at least as many trainings. What is sought is a low loss on
+held-out images in the mean over trainings: other initial weights, another order. Test images after trainings that no
+method has seen judge what each of them found.
 """
 
 from __future__ import annotations
@@ -16,89 +16,101 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mgd import schedules
 from mgd.descent.descent import Descent
 from mgd.errors import BadArgument
-from mgd.function import TrainingFunction
 from mgd.recipes.data import Images
 from mgd.recipes.lr_schedule import search
-from mgd.recipes.lr_schedule.descent import RANGE, Knots, costs, descend_on_schedule
+from mgd.recipes.lr_schedule.descent import RANGE, KnotPath, costs, descend_on_numbered
 from mgd.recipes.lr_schedule.judging import Judged, judge
 from mgd.recipes.lr_schedule.search import Objective, Record
+from mgd.recipes.lr_schedule.trainings import Trainings
 from mgd.recipes.small_images import Task
 from mgd.ui.console import Reporter
 from mgd.util.fingerprint import digest
 from mgd.util.run_directory import RunDirectory
-from mgd_kernels import AdamW
 
-DESCENT, GRID = "metagradient descent", "grid"
-START = "flat, the start"
+DESCENT, GRID, TPE, TOLD, CMA = "metagradient descent", "grid", "TPE", "TPE, told which steps", "CMA-ES"
+START, HALF = "flat, the start", ", half way"
+
+# Numbers of trainings. No two methods share one but the grid and TPE, and none has those that judge.
+FIXED, OF_DESCENT, OF_CMA, JUDGING = 1, 1_000, 100_000, 200_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """meta_steps: of the descent. knots: of the schedule. start: the flat schedule's rate. outer: Adam's learning rate
-    on the logarithms of the knots. budget: trainings of each search. seeds: trainings with other initial weights and
-    orders that judge each schedule."""
+    """wrong: share of the labels that are drawn at random in half of the steps. meta_steps: of the descent. knots: of
+    the schedule; as many as steps give each step its own rate. start: the flat schedule's rate. outer: Adam's learning
+    rate on the logarithms of the rates. budget: trainings of each search. trainings: over how many TPE takes the mean.
+    seeds: trainings that judge each schedule."""
 
-    steps: int = 64
-    batch: int = 48
-    width: int = 8
+    steps: int = 48
+    batch: int = 32
+    width: int = 32
+    wrong: float = 0.0
     held_out: int = 1000
     tested: int = 5000
-    meta_steps: int = 50
-    knots: int = 16
-    start: float = 1e-3
-    outer: float = 0.1
+    meta_steps: int = 60
+    knots: int = 48
+    start: float = 0.05
+    outer: float = 0.15
     budget: int = 200
-    seeds: int = 8
+    trainings: int = 4
+    seeds: int = 32
 
     def quick(self) -> Settings:
         return replace(
-            self, steps=24, batch=32, held_out=300, tested=400, meta_steps=10, knots=6, outer=0.2, budget=40, seeds=2
-        )
+            self, steps=24, knots=24, held_out=300, tested=400, meta_steps=20, outer=0.2, budget=60, seeds=4
+        )  # fmt: skip
 
     def check(self) -> None:
-        for name in ("steps", "batch", "meta_steps", "knots", "seeds"):
+        for name in ("steps", "batch", "width", "meta_steps", "knots", "trainings", "seeds"):
             if getattr(self, name) < 1:
                 raise BadArgument(f"expected {name} >= 1; got {getattr(self, name)}")
         if not RANGE[0] <= self.start <= RANGE[1]:
             raise BadArgument(f"expected a start between {RANGE[0]:g} and {RANGE[1]:g}; got {self.start:g}")
         if not self.outer > 0:
             raise BadArgument(f"expected outer > 0; got {self.outer}")
-        if self.budget < 20 or self.budget % 20:
-            raise BadArgument(f"expected a budget that is a multiple of 20, as the grid needs it; got {self.budget}")
+        if not 0 <= self.wrong <= 1:
+            raise BadArgument(f"expected a share of wrong labels between 0 and 1; got {self.wrong}")
+        if self.budget < 20 or self.budget % 20 or self.budget < self.trainings:
+            raise BadArgument(
+                f"expected a budget that is a multiple of 20, as the grid needs it, and no less than the "
+                f"{self.trainings} trainings of one value; got {self.budget}"
+            )
         if self.knots > self.steps:
             raise BadArgument(f"expected at most one knot per step, {self.steps}; got {self.knots}")
 
 
 @dataclass
 class Found:
-    """searches: by name, the descent among them. judged: by name of the schedule. early: the meta-step at which the
-    descent first was as good as the grid's best. ratio: seconds of a metagradient in those of a training with its
-    objective; trace: what the first one cost beyond that, in the same unit."""
+    """records: by name of the method, the descent among them. schedules: what each hands in, and what it would have
+    handed in at half of the budget (`HALF`). judged: by name of the schedule. noisy: bool `[steps]`, the steps with
+    wrong labels. ratio: seconds of a metagradient in those of a training with its objective; trace: what the first one
+    cost beyond that, in the same unit."""
 
     settings: Settings
     task: Task
     seed: int
     parameters: int
-    searches: dict[str, Record]
+    records: dict[str, Record]
     descent: Descent
     schedules: dict[str, Tensor]
     judged: dict[str, Judged]
-    early: int | None
+    noisy: Tensor
     ratio: float
     trace: float
     training_seconds: float
     seconds: dict[str, float]
 
-    @property
-    def fraction(self) -> float | None:
-        """What the descent had spent when it was as good as the grid's best, in parts of the grid's trainings."""
-        return None if self.early is None else self.searches[DESCENT].spent[self.early] / self.settings.budget
+    def contrast(self, name: str) -> float | None:
+        """The rates of the steps with wrong labels in those of the others, by geometric means; None without such."""
+        if not bool(self.noisy.any()) or bool(self.noisy.all()):
+            return None
+        logs = self.schedules[name].double().log()
+        return float((logs[self.noisy].mean() - logs[~self.noisy].mean()).exp())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -110,21 +122,26 @@ class Found:
             "training_seconds": self.training_seconds,
             "metagradient_in_trainings": self.ratio,
             "trace_in_trainings": self.trace,
-            "grid_matched_at_meta_step": self.early,
-            "fraction_of_the_grids_trainings": self.fraction,
+            "steps_with_wrong_labels": self.noisy.nonzero().flatten().tolist(),
             "searches": {
                 name: {
-                    "best": record.lowest,
                     "what": record.words,
                     "training_equivalents": record.spent[-1],
                     "diverged": sum(not math.isfinite(value) for value in record.values),
                     "values": [_rounded(value) for value in record.values],
                 }
-                for name, record in self.searches.items()
+                for name, record in self.records.items()
             },
             "descent": self.descent.to_dict(),
             "schedules": {name: [_rounded(rate) for rate in rates.tolist()] for name, rates in self.schedules.items()},
-            "judged": {name: asdict(judged) for name, judged in self.judged.items()},
+            "judged": {
+                name: {
+                    "loss": [_rounded(value) for value in judged.loss],
+                    "accuracy": [_rounded(value) for value in judged.accuracy],
+                    "more_than_the_descent": judged.more,
+                }
+                for name, judged in self.judged.items()
+            },
             "seconds": self.seconds,
         }
 
@@ -141,99 +158,80 @@ def run(
     """Descend, search, and judge. resume: a directory that keeps every training, to continue an interrupted run."""
     settings, reporter = settings or Settings(), reporter or Reporter()
     settings.check()
-    task = Task.make(train, test, settings.steps * settings.batch, settings.held_out, settings.tested, seed, device)
-    function = training(task, settings, seed)
-    start = torch.full((settings.knots,), math.log(settings.start))
+    s = settings
+    task = Task.make(train, test, s.steps * s.batch, s.held_out, s.tested, seed, device)
+    trainings = Trainings(task, s.steps, s.batch, s.width, s.wrong, s.start, seed)
     if resume is None:
-        return _run(task, settings, seed, function, start, None, None, reporter)
-    with _opened(Path(resume) / "searches", task, settings, seed, function, start) as kept:
-        return _run(task, settings, seed, function, start, kept, Path(resume) / "descent", reporter)
+        return _run(trainings, settings, None, None, reporter)
+    with _opened(Path(resume) / "searches", trainings, settings) as kept:
+        return _run(trainings, settings, kept, Path(resume) / "descent", reporter)
 
 
 def _run(
-    task: Task,
-    settings: Settings,
-    seed: int,
-    function: TrainingFunction,
-    start: Tensor,
-    kept: RunDirectory | None,
-    directory: Path | None,
-    reporter: Reporter,
+    trainings: Trainings, settings: Settings, kept: RunDirectory | None, directory: Path | None, reporter: Reporter
 ) -> Found:
     """kept: where every training is kept. directory: that of the descent."""
-    objective = Objective(function, kept)
-
+    s, seed = settings, trainings.seed
+    start = torch.full((s.knots,), math.log(s.start))
+    flat = schedules.from_knots(start, s.steps)
     with reporter.phase("timing", "timing a training and its metagradient"):
-        training_seconds, ratio, trace = costs(function, {"lr": schedules.from_knots(start, settings.steps)})
-    records: dict[str, Record] = {}
-    with reporter.phase(DESCENT, f"{settings.meta_steps} meta-steps of descent, {ratio:.2f} trainings each"):
-        path = Knots(kept)
-        descent = descend_on_schedule(
-            function,
+        training_seconds, ratio, trace = costs(trainings, flat)
+    with reporter.phase(DESCENT, f"{s.meta_steps} meta-steps of descent, {ratio:.2f} trainings each"):
+        path = KnotPath(kept)
+        descent = descend_on_numbered(
+            lambda i: trainings(OF_DESCENT + i),
             start,
-            settings.meta_steps,
-            outer=settings.outer,
+            s.meta_steps,
+            outer=s.outer,
             directory=directory,
             progress=reporter.progress,
-            observe=lambda step, result, variables: path.reached(step.step, variables["log_lr"]),
+            observe=path.observe,
         )
-    records[DESCENT] = record = Record(DESCENT, objective, settings.meta_steps)
-    for step in descent.history:
-        rates = schedules.from_knots(path.knots[step.step], settings.steps)
-        record.add(step.value, rates, f"meta-step {step.step}", ratio * (1 + step.diverged) + trace * (step.step == 0))
+    records = {DESCENT: _counted(descent, path, s, ratio, trace)}
 
-    searches: dict[str, Callable[[Record], None]] = {
-        GRID: lambda record: search.grid(record, settings.steps),
-        "random search": lambda record: search.random(record, settings.steps, seed),
-        "TPE": lambda record: search.tpe(record, settings.steps, seed),
-        "CMA-ES": lambda record: search.cma_es(record, settings.steps, start, seed),
-    }
-    for name, go in searches.items():
-        with reporter.phase(name, f"{name}: {settings.budget} trainings"), reporter.bar(name, settings.budget) as tick:
-            records[name] = Record(name, objective, settings.budget, tick)
+    objective = Objective(trainings, kept, (FIXED,))
+    several = objective.of(range(FIXED, FIXED + s.trainings))
+    fresh = lambda generation: objective.of((OF_CMA + generation,))
+    searches: dict[str, tuple[int, Objective, Callable[[Record], None]]] = {}
+    searches[GRID] = 1, objective, lambda record: search.grid(record, s.steps)
+    searches[TPE] = s.trainings, several, lambda record: search.tpe(record, s.steps, seed)
+    if bool(trainings.noisy.any()):
+        marked = trainings.noisy
+        searches[TOLD] = s.trainings, several, lambda record: search.tpe(record, s.steps, seed, marked=marked)
+    searches[CMA] = 1, objective, lambda record: search.cma_es(record, s.steps, start, seed, fresh=fresh)
+    for name, (cost, values, go) in searches.items():
+        with reporter.phase(name, f"{name}: {s.budget} trainings"), reporter.bar(name, s.budget // cost) as tick:
+            records[name] = Record(name, values, s.budget, tick, cost)
             go(records[name])
 
-    early = record.first_at(records[GRID].lowest)
-    found = {START: schedules.from_knots(start, settings.steps)}
-    found |= {name: r.best for name, r in records.items() if r.best is not None}
-    if early is not None and early != descent.best_step:
-        found[f"{DESCENT}, meta-step {early}"] = schedules.from_knots(path.knots[early], settings.steps)
-    with reporter.phase("judging", f"{len(found)} schedules on test images, {settings.seeds + 1} trainings each"):
-        judged = judge(
-            task,
-            lambda number: training(task, settings, seed + 1000 * number) if number else function,
-            settings.seeds + 1,
-            found,
-            GRID,
-            reporter,
-        )
-    parameters = sum(p.numel() for p in function.model.parameters())
+    found = {START: flat} | {name: record.best for name, record in records.items()}
+    for name, record in records.items():
+        if name != GRID and (half := record.answer_within(s.budget / 2)) is not None:
+            found[name + HALF] = half
+    with reporter.phase("judging", f"{len(found)} schedules on test images, {s.seeds} trainings each"):
+        judged = judge(trainings.task, trainings, range(JUDGING, JUDGING + s.seeds), found, DESCENT, reporter)
     return Found(
-        settings, task, seed, parameters, records, descent, found, judged, early, ratio, trace, training_seconds,
-        reporter.seconds,
+        s, trainings.task, seed, trainings.parameters, records, descent, found, judged, trainings.noisy, ratio, trace,
+        training_seconds, reporter.seconds,
     )  # fmt: skip
 
 
-def training(task: Task, settings: Settings, seed: int) -> TrainingFunction:
-    """The training whose schedule is sought: network, batches in their order, objective."""
-    return TrainingFunction(
-        task.network(seed, width=settings.width),
-        lambda model, batch, z: F.cross_entropy(model(batch[0]), batch[1]),
-        task.batches(settings.batch, settings.steps, seed),
-        optimizer=AdamW(lr=settings.start, eps_root=1e-8),
-        objective=task.held_out.loss,
-        seed=seed,
-    )
+def _counted(descent: Descent, path: KnotPath, settings: Settings, ratio: float, trace: float) -> Record:
+    """The descent as a search: what each meta-step cost, and what it would have handed in after it."""
+    record = Record(DESCENT, lambda rates: math.nan, settings.budget)
+    for step in descent.history:
+        record.add(step.value, ratio * (1 + step.diverged) + trace * (step.step == 0))
+        record.answer(schedules.from_knots(path.answer(step.step), settings.steps), f"after meta-step {step.step}")
+    return record
 
 
-def _opened(
-    folder: Path, task: Task, settings: Settings, seed: int, function: TrainingFunction, start: Tensor
-) -> RunDirectory:
+def _opened(folder: Path, trainings: Trainings, settings: Settings) -> RunDirectory:
     """The directory of this run, refused where it holds another one. A run may be continued with more trainings."""
     prolonged = ("meta_steps", "budget", "seeds")
-    mine = {"data": task.name, "seed": seed}
+    mine: dict[str, Any] = {"data": trainings.task.name, "seed": trainings.seed}
     mine |= {name: value for name, value in asdict(settings).items() if name not in prolonged}
-    identity = function.identity({"lr": schedules.from_knots(start, settings.steps)})
+    function, z = trainings(FIXED)
+    identity = function.identity(z | {"lr": torch.full((settings.steps,), settings.start)})
     return RunDirectory(folder, "search", identity | {name: digest(value) for name, value in mine.items()})
 
 
