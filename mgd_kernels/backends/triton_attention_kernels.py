@@ -51,18 +51,15 @@ def _put(x, at, rows, width, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    q, k, mask, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """s of a tile, minus infinity where it is hidden."""
-    s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
-    inside = (i < length)[:, None] & (j < keys)[None, :]
+def _masked(s, mask, i, j, length, keys, step_i, step_j, offset, CAUSAL: tl.constexpr):
+    """s of a tile with the mask, minus infinity where it is hidden. i, j: rows and columns, `[., 1]` and `[1, .]` or the
+    other way round."""
+    inside = (i < length) & (j < keys)
     seen = inside
     if CAUSAL:
-        seen = seen & (j[None, :] <= i[:, None] + offset)
+        seen = seen & (j <= i + offset)
     if mask is not None:
-        at = mask + i[:, None] * step_i + j[None, :] * step_j
+        at = mask + i * step_i + j * step_j
         if mask.dtype.element_ty == tl.uint8:
             seen = seen & (tl.load(at, inside, 0) != 0)
         else:
@@ -71,19 +68,19 @@ def _scores(
 
 
 @triton.jit
+def _probabilities(s, most, share):
+    return tl.where(s == float("-inf"), 0.0, _exponential(s - most) * share)
+
+
+@triton.jit
 def _kept(x, seed, matrix, i, j, dropout):
     """Z x. Z is a function of seed, matrix, row and column: the same in tiles of any shape."""
     if seed is not None:
-        zero = i[:, None] * 0 + j[None, :] * 0
-        word, _, _, _ = tl.philox(
-            tl.load(seed),
-            (zero + j[None, :]).to(tl.uint32),
-            (zero + i[:, None]).to(tl.uint32),
-            (zero + matrix).to(tl.uint32),
-            zero.to(tl.uint32),
-        )
+        zero = (i * 0 + j * 0).to(tl.uint32)
+        place = (zero + j.to(tl.uint32), zero + i.to(tl.uint32), (zero + matrix).to(tl.uint32), zero)
+        word, _, _, _ = tl.philox(tl.load(seed), place[0], place[1], place[2], place[3])
         drawn = (word >> 8).to(tl.float32) * 5.9604644775390625e-08
-        x = tl.where(drawn < dropout, 0.0, x * (1.0 / (1.0 - dropout)))
+        x = tl.where(drawn < dropout, 0.0, x * tl.div_rn(1.0, 1.0 - dropout))
     return x
 
 
@@ -132,15 +129,14 @@ def forward_kernel(
     out = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, _last(i, keys, offset, CAUSAL), KEYS):
         j = start + tl.arange(0, KEYS).to(tl.int64)
-        s = _scores(
-            q, k, mask, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK, PRECISION
-        )  # fmt: skip
+        s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
+        s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
         now = tl.maximum(most, tl.max(s, axis=1))
         base = tl.where(now == float("-inf"), 0.0, now)
         before = tl.where(most == float("-inf"), 0.0, _exponential(most - base))
         p = tl.where(s == float("-inf"), 0.0, _exponential(s - base[:, None]))
         total = total * before + tl.sum(p, axis=1)
-        p = _kept(p, seed, matrix, i, j, dropout)
+        p = _kept(p, seed, matrix, i[:, None], j[None, :], dropout)
         out = tl.dot(p, _rows(v, j, keys, depth, BLOCK), out * before[:, None], input_precision=PRECISION)
         most = now
     share = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total)))
@@ -148,13 +144,6 @@ def forward_kernel(
     at = matrix * length + i
     tl.store(largest + at, tl.where(most == float("-inf"), float("inf"), most), i < length)
     tl.store(weight + at, share, i < length)
-
-
-@triton.jit
-def _probabilities(s, largest, weight, i, length):
-    most = tl.load(largest + i, i < length, float("inf"))
-    share = tl.load(weight + i, i < length, 0.0)
-    return tl.where(s == float("-inf"), 0.0, _exponential(s - most[:, None]) * share[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -172,18 +161,17 @@ def backward_rows_kernel(
     v += shared * keys * depth
     if mask is not None:
         mask += matrix // heads * step_b + matrix % heads * step_h
-    largest += matrix * length
-    weight += matrix * length
+    most = tl.load(largest + matrix * length + i, i < length, float("inf"))[:, None]
+    share = tl.load(weight + matrix * length + i, i < length, 0.0)[:, None]
     d = tl.sum(_rows(g, i, length, depth, BLOCK) * _rows(o + matrix * length * depth, i, length, depth, BLOCK), axis=1)
     tl.store(delta + matrix * length + i, d, i < length)
     out = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, _last(i, keys, offset, CAUSAL), KEYS):
         j = start + tl.arange(0, KEYS).to(tl.int64)
-        s = _scores(
-            q, k, mask, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK, PRECISION
-        )  # fmt: skip
-        p = _probabilities(s, largest, weight, i, length)
-        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i, j, dropout)
+        s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
+        s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
+        p = _probabilities(s, most, share)
+        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i[:, None], j[None, :], dropout)
         ds = tl.where(s == float("-inf"), 0.0, p * (m - d[:, None]))
         out = tl.dot(ds, _rows(k, j, keys, width, BLOCK), out, input_precision=PRECISION)
     _put(dq + matrix * length * width, i, length, width, out * scale, BLOCK)
@@ -208,33 +196,35 @@ def backward_columns_kernel(
             seen_by = mask + matrix // heads * step_b + matrix % heads * step_h
         for start in range(_first(j, offset, ROWS, CAUSAL), length, ROWS):
             i = start + tl.arange(0, ROWS).to(tl.int64)
-            d = tl.load(delta + matrix * length + i, i < length, 0.0)
-            s = _scores(
-                queries, k, seen_by, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK,
-                PRECISION,
-            )  # fmt: skip
-            p = _probabilities(s, largest, weight, matrix * length + i, (matrix + 1) * length)
-            m = _across(cotangent, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
-            m = _kept(m, seed, matrix, i, j, dropout)
-            ds = tl.where(s == float("-inf"), 0.0, p * (m - d[:, None]))
-            out_k = tl.dot(tl.trans(ds), _rows(queries, i, length, width, BLOCK), out_k, input_precision=PRECISION)
-            p = _kept(p, seed, matrix, i, j, dropout)
-            out_v = tl.dot(tl.trans(p), _rows(cotangent, i, length, depth, BLOCK), out_v, input_precision=PRECISION)
+            at = matrix * length + i
+            most = tl.load(largest + at, i < length, float("inf"))[None, :]
+            share = tl.load(weight + at, i < length, 0.0)[None, :]
+            d = tl.load(delta + at, i < length, 0.0)[None, :]
+            s = _across(k, queries, j, i, keys, length, width, BLOCK, CHUNK, PRECISION) * scale
+            s = _masked(s, seen_by, i[None, :], j[:, None], length, keys, step_i, step_j, offset, CAUSAL)
+            p = _probabilities(s, most, share)
+            m = _across(v, cotangent, j, i, keys, length, depth, BLOCK, CHUNK, PRECISION)
+            m = _kept(m, seed, matrix, i[None, :], j[:, None], dropout)
+            ds = tl.where(s == float("-inf"), 0.0, p * (m - d))
+            out_k = tl.dot(ds, _rows(queries, i, length, width, BLOCK), out_k, input_precision=PRECISION)
+            p = _kept(p, seed, matrix, i[None, :], j[:, None], dropout)
+            out_v = tl.dot(p, _rows(cotangent, i, length, depth, BLOCK), out_v, input_precision=PRECISION)
     _put(dk + shared * keys * width, j, keys, width, out_k * scale, BLOCK)
     _put(dv + shared * keys * depth, j, keys, depth, out_v, BLOCK)
 
 
 @triton.jit
 def _tangents(
-    q, k, cq, ck, i, j, length, keys, width, scale, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, cx, cy, at, to, rows, columns, width, scale, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X of a tile. Cotangents that are absent are None, here as below."""
-    x = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    if cq is not None:
-        x += _across(cq, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION)
-    if ck is not None:
-        x += _across(q, ck, i, j, length, keys, width, BLOCK, CHUNK, PRECISION)
-    return x * scale
+    """X of a tile, or its transpose: (cx yT + x cyT) scale. Cotangents that are absent are None, here as below."""
+    total = tl.zeros((at.shape[0], to.shape[0]), tl.float32)
+    if cx is not None:
+        total += _across(cx, y, at, to, rows, columns, width, BLOCK, CHUNK, PRECISION)
+    if cy is not None:
+        total += _across(x, cy, at, to, rows, columns, width, BLOCK, CHUNK, PRECISION)
+    return total * scale
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -258,24 +248,23 @@ def twice_rows_kernel(
         cv += shared * keys * depth
     if mask is not None:
         mask += matrix // heads * step_b + matrix % heads * step_h
-    largest += matrix * length
-    weight += matrix * length
+    most = tl.load(largest + matrix * length + i, i < length, float("inf"))[:, None]
+    share = tl.load(weight + matrix * length + i, i < length, 0.0)[:, None]
     last = _last(i, keys, offset, CAUSAL)
     a = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, last, KEYS):
         j = start + tl.arange(0, KEYS).to(tl.int64)
-        s = _scores(
-            q, k, mask, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK, PRECISION
-        )  # fmt: skip
-        p = _probabilities(s, largest, weight, i, length)
+        s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
+        s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
+        p = _probabilities(s, most, share)
         x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION)
         x = tl.where(s == float("-inf"), 0.0, p * x)
         a += tl.sum(x, axis=1)
-        x = _kept(x, seed, matrix, i, j, dropout)
+        x = _kept(x, seed, matrix, i[:, None], j[None, :], dropout)
         out = tl.dot(x, _rows(v, j, keys, depth, BLOCK), out, input_precision=PRECISION)
         if cv is not None:
-            p = _kept(p, seed, matrix, i, j, dropout)
+            p = _kept(p, seed, matrix, i[:, None], j[None, :], dropout)
             out = tl.dot(p, _rows(cv, j, keys, depth, BLOCK), out, input_precision=PRECISION)
     result = _rows(o + matrix * length * depth, i, length, depth, BLOCK)
     out -= a[:, None] * result
@@ -289,17 +278,16 @@ def twice_rows_kernel(
     out = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, last, KEYS):
         j = start + tl.arange(0, KEYS).to(tl.int64)
-        s = _scores(
-            q, k, mask, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK, PRECISION
-        )  # fmt: skip
-        p = _probabilities(s, largest, weight, i, length)
-        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i, j, dropout)
+        s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
+        s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
+        p = _probabilities(s, most, share)
+        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i[:, None], j[None, :], dropout)
         m -= d[:, None]
         x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION) - a[:, None]
         u = x * m - e[:, None]
         if cv is not None:
             n = _across(g, cv, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
-            u += _kept(n, seed, matrix, i, j, dropout)
+            u += _kept(n, seed, matrix, i[:, None], j[None, :], dropout)
         u = tl.where(s == float("-inf"), 0.0, p * u)
         out = tl.dot(u, _rows(k, j, keys, width, BLOCK), out, input_precision=PRECISION)
         if ck is not None:
@@ -336,30 +324,30 @@ def twice_columns_kernel(
         for start in range(_first(j, offset, ROWS, CAUSAL), length, ROWS):
             i = start + tl.arange(0, ROWS).to(tl.int64)
             at = matrix * length + i
-            d = tl.load(delta + at, i < length, 0.0)
-            a = tl.load(alpha + at, i < length, 0.0)
-            e = tl.load(epsilon + at, i < length, 0.0)
-            s = _scores(
-                queries, k, seen_by, i, j, length, keys, width, step_i, step_j, scale, offset, CAUSAL, BLOCK, CHUNK,
-                PRECISION,
-            )  # fmt: skip
-            p = _probabilities(s, largest, weight, matrix * length + i, (matrix + 1) * length)
-            x = _tangents(queries, k, tangent, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION)
-            x -= a[:, None]
-            r = _kept(tl.where(s == float("-inf"), 0.0, p * x), seed, matrix, i, j, dropout)
+            most = tl.load(largest + at, i < length, float("inf"))[None, :]
+            share = tl.load(weight + at, i < length, 0.0)[None, :]
+            d = tl.load(delta + at, i < length, 0.0)[None, :]
+            a = tl.load(alpha + at, i < length, 0.0)[None, :]
+            e = tl.load(epsilon + at, i < length, 0.0)[None, :]
+            s = _across(k, queries, j, i, keys, length, width, BLOCK, CHUNK, PRECISION) * scale
+            s = _masked(s, seen_by, i[None, :], j[:, None], length, keys, step_i, step_j, offset, CAUSAL)
+            p = _probabilities(s, most, share)
+            x = _tangents(k, queries, ck, tangent, j, i, keys, length, width, scale, BLOCK, CHUNK, PRECISION)
+            x -= a
+            r = _kept(tl.where(s == float("-inf"), 0.0, p * x), seed, matrix, i[None, :], j[:, None], dropout)
             right = _rows(cotangent, i, length, depth, BLOCK)
-            out_v = tl.dot(tl.trans(r), right, out_v, input_precision=PRECISION)
-            m = _across(cotangent, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
-            m = _kept(m, seed, matrix, i, j, dropout) - d[:, None]
-            u = x * m - e[:, None]
+            out_v = tl.dot(r, right, out_v, input_precision=PRECISION)
+            m = _across(v, cotangent, j, i, keys, length, depth, BLOCK, CHUNK, PRECISION)
+            m = _kept(m, seed, matrix, i[None, :], j[:, None], dropout) - d
+            u = x * m - e
             if cv is not None:
-                n = _across(cotangent, cv, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
-                u += _kept(n, seed, matrix, i, j, dropout)
+                n = _across(cv, cotangent, j, i, keys, length, depth, BLOCK, CHUNK, PRECISION)
+                u += _kept(n, seed, matrix, i[None, :], j[:, None], dropout)
             u = tl.where(s == float("-inf"), 0.0, p * u)
-            out_k = tl.dot(tl.trans(u), _rows(queries, i, length, width, BLOCK), out_k, input_precision=PRECISION)
+            out_k = tl.dot(u, _rows(queries, i, length, width, BLOCK), out_k, input_precision=PRECISION)
             if cq is not None:
                 ds = tl.where(s == float("-inf"), 0.0, p * m)
-                out_k = tl.dot(tl.trans(ds), _rows(tangent, i, length, width, BLOCK), out_k, input_precision=PRECISION)
+                out_k = tl.dot(ds, _rows(tangent, i, length, width, BLOCK), out_k, input_precision=PRECISION)
     _put(cotangent_k + shared * keys * width, j, keys, width, out_k * scale, BLOCK)
     _put(cotangent_v + shared * keys * depth, j, keys, depth, out_v, BLOCK)
 
@@ -370,6 +358,6 @@ def factors_kernel(seed, z, length, keys, dropout, ROWS: tl.constexpr, KEYS: tl.
     matrix = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1).to(tl.int64) * KEYS + tl.arange(0, KEYS)
-    kept = _kept(tl.full((ROWS, KEYS), 1.0, tl.float32), seed, matrix, i, j, dropout)
+    kept = _kept(tl.full((ROWS, KEYS), 1.0, tl.float32), seed, matrix, i[:, None], j[None, :], dropout)
     at = (matrix * length + i[:, None]) * keys + j[None, :]
     tl.store(z + at, kept, (i < length)[:, None] & (j < keys)[None, :])
