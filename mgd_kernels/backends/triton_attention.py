@@ -13,7 +13,9 @@ from torch import Tensor
 from mgd_kernels.backends import triton
 from mgd_kernels.backends.triton_nn import _on, serves
 
-WIDEST = 128  # elements of a head
+KERNELS = ("forward", "backward_rows", "backward_columns", "twice_rows", "twice_columns")
+BLOCKS = (32, 64, 128)  # powers of two that hold a head
+WIDEST = BLOCKS[-1]  # elements of a head
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """queries: of a row pass, whose programs have tiles of queries; else of keys."""
     (batch, heads, length, width), (_, shared, keys, depth) = q.shape, v.shape
-    tile, how = _how(kernel, q, max(32, 1 << (max(width, depth) - 1).bit_length()))
+    tile, how = _how(kernel, q, max(BLOCKS[0], 1 << (max(width, depth) - 1).bit_length()))
     steps = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, length, keys).stride()
     sizes = heads, heads // shared, length, keys, width, depth, *steps
     programs = batch * heads * -(-length // tile.rows) if queries else batch * shared * -(-keys // tile.keys)
