@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +17,44 @@ BLOCKS = (32, 64, 128)  # powers of two that hold a head
 WIDEST = BLOCKS[-1]  # elements of a head
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Of one kernel: its queries and keys, elements of a head that one product takes at a time, and how it is launched."""
+class Tile(NamedTuple):
+    """Of a kernel: queries, keys, elements of a head that one product takes at a time, warps of a program."""
 
     rows: int
     keys: int
     chunk: int
     warps: int
-    stages: int = 1
 
 
-# Architecture -> kernel -> the power of two that holds a head -> tile.
-TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    arch: {
-        "forward": {32: Tile(64, 32, 32, 4), 64: Tile(64, 32, 32, 4), 128: Tile(64, 32, 32, 4)},
-        "backward_rows": {32: Tile(64, 32, 32, 4), 64: Tile(64, 32, 32, 4), 128: Tile(64, 16, 32, 4)},
-        "backward_columns": {32: Tile(32, 64, 32, 4), 64: Tile(32, 64, 32, 4), 128: Tile(16, 64, 32, 4)},
-        "twice_rows": {32: Tile(64, 16, 32, 4), 64: Tile(64, 16, 32, 4), 128: Tile(64, 16, 32, 4)},
-        "twice_columns": {32: Tile(16, 64, 32, 4), 64: Tile(16, 64, 32, 4), 128: Tile(16, 64, 32, 4)},
-    }
-    for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-}  # fmt: skip
+def _table(*kernels: tuple[Tile, Tile, Tile]) -> dict[str, dict[int, Tile]]:
+    return {name: dict(zip(BLOCKS, tiles, strict=True)) for name, tiles in zip(KERNELS, kernels, strict=True)}
+
+
+# Architecture -> kernel -> what holds a head -> tile. Chosen by registers alone (`mgd_kernels.aot_operators`), not by
+# time: with a whole head in a product instead of a chunk, second derivatives spill hundreds of them.
+TILES = {
+    "sm_80": _table(
+        (Tile(64, 32, 32, 4), Tile(64, 32, 32, 4), Tile(64, 16, 16, 8)),
+        (Tile(32, 32, 32, 4), Tile(32, 32, 32, 4), Tile(64, 16, 16, 8)),
+        (Tile(16, 64, 32, 4), Tile(16, 64, 32, 4), Tile(16, 64, 16, 8)),
+        (Tile(32, 16, 16, 4), Tile(32, 16, 16, 4), Tile(64, 16, 16, 8)),
+        (Tile(16, 64, 16, 8), Tile(16, 64, 16, 8), Tile(16, 64, 16, 8)),
+    ),
+    "sm_90": _table(
+        (Tile(64, 32, 32, 4), Tile(64, 32, 32, 4), Tile(64, 16, 16, 4)),
+        (Tile(64, 32, 32, 4), Tile(64, 32, 32, 4), Tile(64, 16, 16, 4)),
+        (Tile(16, 64, 32, 4), Tile(16, 64, 32, 4), Tile(16, 64, 16, 8)),
+        (Tile(64, 16, 16, 4), Tile(64, 16, 16, 4), Tile(64, 16, 16, 8)),
+        (Tile(16, 64, 16, 4), Tile(16, 64, 16, 4), Tile(16, 32, 16, 8)),
+    ),
+    "gfx942": _table(
+        (Tile(64, 16, 16, 4),) * 3,
+        (Tile(64, 16, 16, 4),) * 3,
+        (Tile(16, 64, 16, 4),) * 3,
+        (Tile(64, 16, 16, 4),) * 3,
+        (Tile(16, 64, 16, 4),) * 3,
+    ),
+}
 
 
 @cache
@@ -78,10 +93,10 @@ def _how(kernel: str, x: Tensor, block: int) -> tuple[Tile, dict[str, Any]]:
     assert name is not None
     tile = TILES[name][kernel][block]
     how: dict[str, Any] = {"ROWS": tile.rows, "KEYS": tile.keys, "BLOCK": block, "CHUNK": min(tile.chunk, block)}
-    # Two of three products of TF32 parts that are left out below 2^-22; an AMD multiplies float32 itself.
+    # Three products of parts that TF32 holds, to about float32's own rounding; AMD's units multiply float32 itself.
     how["PRECISION"] = "ieee" if name.startswith("gfx") else "tf32x3"
     if not triton.interpreted():
-        how |= {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+        how |= {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": False}
     return tile, how
 
 
@@ -162,7 +177,7 @@ def double_backward(
     mask: Tensor | None, o: Tensor, statistics: Tensor, scale: float, offset: int | None, seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The cotangents of g, q, k and v, of those of the gradients of q, k and v. Products of absent ones are not made."""
+    """The cotangents of g, q, k and v. cq, ck, cv: those of the gradients; products of absent ones are not made."""
     cq, cv, g, q, v, o, statistics = _ready(cq, cv, g, q, v, o, statistics)
     seen, mask = _seen(q, k, mask), _byte(mask)
     gg, again_q, again_k, again_v = map(_empty, (g, q, k, v))

@@ -24,9 +24,10 @@ UNSPECIALIZED = ("heads", "group", "length", "keys", "step_b", "step_h", "step_i
 
 @triton.jit
 def _across(x, y, at, to, rows, columns, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """x yT of the rows `at` of x and `to` of y, CHUNK elements of them at a time: registers hold no more."""
+    """x yT of the rows `at` of x and `to` of y, CHUNK elements of them at a time. Not unrolled: Triton would keep what does not
+    depend on the loop outside in registers, and spill it."""
     total = tl.zeros((at.shape[0], to.shape[0]), tl.float32)
-    for start in tl.static_range(0, BLOCK, CHUNK):
+    for start in range(0, BLOCK, CHUNK):
         e = start + tl.arange(0, CHUNK)
         left = tl.load(x + at[:, None] * width + e[None, :], (at < rows)[:, None] & (e < width)[None, :], 0.0)
         right = tl.load(y + to[None, :] * width + e[:, None], (to < columns)[None, :] & (e < width)[:, None], 0.0)
@@ -52,8 +53,8 @@ def _put(x, at, rows, width, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def _masked(s, mask, i, j, length, keys, step_i, step_j, offset, CAUSAL: tl.constexpr):
-    """s of a tile with the mask, minus infinity where it is hidden. i, j: rows and columns, `[., 1]` and `[1, .]` or the
-    other way round."""
+    """s of a tile with the mask, minus infinity where it is hidden. i, j: rows and columns, in a column and a row of
+    numbers, or the other way round."""
     inside = (i < length) & (j < keys)
     seen = inside
     if CAUSAL:
@@ -102,7 +103,6 @@ def _first(j, offset, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
     return first
 
 
-
 @triton.jit
 def _place(count, SIZE: tl.constexpr):
     """This program's matrix, counted over the batch, and its rows of `count`. One axis: the others end at 65,535."""
@@ -148,9 +148,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_rows_kernel(
-    g, q, k, v, mask, seed, o, largest, weight, dq, delta, heads, group, length, keys, width, depth, step_b, step_h, step_i,
-    step_j, scale, offset, dropout, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    g, q, k, v, mask, seed, o, largest, weight, dq, delta, heads, group, length, keys, width, depth, step_b, step_h,
+    step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta [B, H, L] for the passes to come."""
     matrix, i = _place(length, ROWS)
@@ -171,7 +171,14 @@ def backward_rows_kernel(
         s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
         s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
         p = _probabilities(s, most, share)
-        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i[:, None], j[None, :], dropout)
+        m = _kept(
+            _across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION),
+            seed,
+            matrix,
+            i[:, None],
+            j[None, :],
+            dropout,
+        )
         ds = tl.where(s == float("-inf"), 0.0, p * (m - d[:, None]))
         out = tl.dot(ds, _rows(k, j, keys, width, BLOCK), out, input_precision=PRECISION)
     _put(dq + matrix * length * width, i, length, width, out * scale, BLOCK)
@@ -179,9 +186,9 @@ def backward_rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_columns_kernel(
-    g, q, k, v, mask, seed, largest, weight, delta, dk, dv, heads, group, length, keys, width, depth, step_b, step_h, step_i,
-    step_j, scale, offset, dropout, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    g, q, k, v, mask, seed, largest, weight, delta, dk, dv, heads, group, length, keys, width, depth, step_b, step_h,
+    step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     shared, j = _place(keys, KEYS)
     k += shared * keys * width
@@ -229,8 +236,8 @@ def _tangents(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def twice_rows_kernel(
-    cq, ck, cv, g, q, k, v, mask, seed, o, largest, weight, delta, gg, cotangent_q, alpha, epsilon, heads, group, length,
-    keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr,
+    cq, ck, cv, g, q, k, v, mask, seed, o, largest, weight, delta, gg, cotangent_q, alpha, epsilon, heads, group,
+    length, keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The cotangents of g and of q, in two sweeps over the keys, and delta, alpha and epsilon for the column pass."""
@@ -281,7 +288,14 @@ def twice_rows_kernel(
         s = _across(q, k, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
         s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
         p = _probabilities(s, most, share)
-        m = _kept(_across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION), seed, matrix, i[:, None], j[None, :], dropout)
+        m = _kept(
+            _across(g, v, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION),
+            seed,
+            matrix,
+            i[:, None],
+            j[None, :],
+            dropout,
+        )
         m -= d[:, None]
         x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION) - a[:, None]
         u = x * m - e[:, None]

@@ -14,7 +14,6 @@ from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import like, operator, served, twice
 from mgd_kernels.functional.attention_strips import plain_attention
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,7 +104,7 @@ def plain_tiled_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor
 
 
 def _plain_double_backward(cq, ck, cv, g, q, k, v, mask, o, statistics, *options):
-    return twice(lambda *x: plain_tiled_attention(*x, mask, *options), [q, k, v], [g], [cq, ck, cv])
+    return twice(lambda q, k, v: plain_tiled_attention(q, k, v, mask, *options), [q, k, v], [g], [cq, ck, cv])
 
 
 _OPTIONS = "float scale, SymInt? offset, Tensor? seed, float dropout"

@@ -23,7 +23,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SEED = torch.tensor(1 << 61 | 7, device=DEVICE)
 
-if not GPU:  # The interpreter patches Triton's language again for each call of our own functions: nine tenths of its time.
+if (
+    not GPU
+):  # The interpreter patches Triton's language again for each call of our own functions: nine tenths of its time.
     from triton.runtime.interpreter import InterpretedFunction
 
     _call = InterpretedFunction.__call__
@@ -104,35 +106,41 @@ def test_every_tile_that_is_shipped(tiles, monkeypatch):
     """Queries and keys that are no multiple of a tile, several tiles of both, an edge across them."""
     if not GPU:
         monkeypatch.setattr(triton_attention, "_family", lambda device: SHIPPED[tiles])
-    check(problem(70, 75, tiles[0] - 3, tiles[0] // 2 + 1), offset=5)
+    check(problem(66, 66, tiles[0] - 3, tiles[0] // 2 + 1), offset=0)
 
 
-@pytest.mark.parametrize("mask", [None, "boolean", "padding", "hidden", "added", "for each key"])
-@pytest.mark.parametrize("offset", [None, 0, -9])
-def test_every_option(mask, offset):
-    check(problem(21, 18, mask=mask, group=2), offset=offset)
-
-
-@pytest.mark.parametrize(("mask", "offset"), [(None, None), ("boolean", None), ("added", 0)])
-def test_dropout(mask, offset):
-    """The second function draws in tiles of another shape."""
-    check(problem(21, 18, mask=mask, group=2), offset=offset, dropout=0.3)
+@pytest.mark.parametrize(
+    ("mask", "offset", "dropout"),
+    [
+        (None, None, 0),
+        (None, -9, 0),
+        ("boolean", None, 0),
+        ("padding", 2, 0),
+        ("hidden", None, 0),
+        ("added", 0, 0),
+        ("for each key", None, 0),
+        (None, None, 0.3),  # the plain function draws in tiles of another shape
+        ("boolean", 0, 0.3),
+    ],
+)
+def test_every_option(mask, offset, dropout):
+    check(problem(21, 18, mask=mask, group=2), offset=offset, dropout=dropout)
 
 
 def test_dropout_drops_its_share_of_every_matrix_anew():
-    like = torch.empty(2, 2, 100, 90, device=DEVICE)
+    like = torch.empty(2, 1, 64, 60, device=DEVICE)
     kept, other = (triton_attention.factors(like, SEED + i, 0.2).flatten(0, 1).flatten(1) for i in range(2))
     torch.testing.assert_close(kept.unique().cpu(), torch.tensor([0.0, 1.25]))
-    matrices = torch.cat([kept, other, kept.view(4, 100, 90).mT.flatten(1)]) / 1.25 - 0.8
-    assert float(matrices.mean(1).abs().max()) < 6 * 0.4 / 9000**0.5
-    correlation = (matrices @ matrices.T / 9000 / 0.16).fill_diagonal_(0)
-    assert float(correlation.abs().max()) < 6 / 9000**0.5
-    rows = kept.view(4, 100, 90)[0] / 1.25 - 0.8
+    matrices = torch.cat([kept, other, kept.view(2, 64, 60).mT.flatten(1)]) / 1.25 - 0.8
+    assert float(matrices.mean(1).abs().max()) < 6 * 0.4 / 3840**0.5
+    correlation = (matrices @ matrices.T / 3840 / 0.16).fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 6 / 3840**0.5
+    rows = kept.view(2, 64, 60)[0] / 1.25 - 0.8
     for x in (rows, rows.T):  # of one matrix: no two rows and no two columns drop alike
         assert float((x @ x.T / x.shape[1] / 0.16).fill_diagonal_(0).abs().max()) < 6 / x.shape[1] ** 0.5
 
 
-@pytest.mark.parametrize("absent", ["q", "k", "v", "qk", "kv"])
+@pytest.mark.parametrize("absent", ["q", "k", "v"])
 def test_absent_cotangents(absent):
     check(problem(21, 18), absent)
 
@@ -169,7 +177,7 @@ def test_not_a_number_comes_through():
 
 
 def test_the_same_bits_twice():
-    inputs = problem(40, 40, mask="boolean", group=2)
+    inputs = problem(21, 18, group=2)
     found = [derivatives(pair(0, 0.3)[0], inputs) for _ in range(2)]
     assert all(map(torch.equal, *found))
 
@@ -186,10 +194,9 @@ def test_16_bits_are_rounded_once(dtype):
     assert error(found[:1], g[:1]) < 0.6 * eps and error(found[1:], g[1:]) < 4 * eps
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_third_derivatives(dropout):
-    found, inputs = [], problem(7, 6, group=2)
-    for function, dtype in zip(pair(0, dropout), (torch.float32, torch.float64), strict=True):
+def test_third_derivatives():
+    found, inputs = [], problem(7, 6)
+    for function, dtype in zip(pair(0, 0.3), (torch.float32, torch.float64), strict=True):
         x = [p.to(dtype).requires_grad_() for p in inputs]
         first = torch.autograd.grad(function(*x).square().sum(), x, create_graph=True)
         second = torch.autograd.grad(sum(p.square().sum() for p in first), x, create_graph=True)
@@ -215,7 +222,9 @@ def test_it_is_called_as_torchs(monkeypatch):
     ):
         pair = functional.scaled_dot_product_attention, F.scaled_dot_product_attention
         ours, torchs = (f(*arguments, **options) for f in pair)
-        torch.testing.assert_close(ours, torchs, **({} if ours.dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}))
+        torch.testing.assert_close(
+            ours, torchs, **({} if ours.dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6})
+        )
     torch.manual_seed(0)
     functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     assert len(called) == 7 and called[-1][6] is not None
