@@ -24,8 +24,8 @@ UNSPECIALIZED = ("heads", "group", "length", "keys", "step_b", "step_h", "step_i
 
 @triton.jit
 def _across(x, y, at, to, rows, columns, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """x yT of the rows `at` of x and `to` of y, CHUNK elements of them at a time. Not unrolled: Triton would keep what does not
-    depend on the loop outside in registers, and spill it."""
+    """x yT of the rows `at` of x and `to` of y, CHUNK elements of them at a time. In a loop that is not unrolled:
+    Triton would keep what does not change between tiles in registers, and spill it."""
     total = tl.zeros((at.shape[0], to.shape[0]), tl.float32)
     for start in range(0, BLOCK, CHUNK):
         e = start + tl.arange(0, CHUNK)
