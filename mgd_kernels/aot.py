@@ -215,12 +215,14 @@ def bytes_per_parameter(kernel, pass_: str) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Resources:
     """registers: of a thread. spills: instructions that spill one, or registers spilled on AMD. occupancy: resident
-    warps as a share of what a multiprocessor holds, as the registers allow. widest: access to global memory, bytes."""
+    warps as a share of what a multiprocessor holds, as the registers allow. widest: access to global memory, bytes.
+    scalar_spills: those of AMD's scalar registers, which go to vector registers and never to memory."""
 
     registers: int
     spills: int
     occupancy: float
     widest: int
+    scalar_spills: int = 0
 
 
 def resources(kernel) -> Resources:
@@ -232,8 +234,9 @@ def resources(kernel) -> Resources:
         def number(key: str) -> int:
             return int(re.search(rf"{key}:?\s*(\d+)", asm)[1])  # type: ignore[index]
 
-        spills = number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count")
-        return Resources(number(r"\.vgpr_count"), spills, number("; Occupancy") / 8, widest)
+        scalar = number(r"\.sgpr_spill_count")
+        spills = number(r"\.vgpr_spill_count") + scalar
+        return Resources(number(r"\.vgpr_count"), spills, number("; Occupancy") / 8, widest, scalar)
     usage, sass = _nvidia("cuobjdump", "-res-usage", kernel), _nvidia("nvdisasm", "-c", kernel)
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))

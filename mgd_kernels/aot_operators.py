@@ -1,14 +1,14 @@
 """What Triton's kernels of operators compile to, read off the generated code without a GPU.
 
-`python -m mgd_kernels.aot_operators [TARGET ...]` prints, as JSON, a row for each kernel, for rows of several widths,
-among them the widest. See `aot` for how it is done.
+`python -m mgd_kernels.aot_operators [TARGET ...]` prints, as JSON, a row for each kernel, for rows and
+heads of several widths, among them the widest. See `aot` for how it is done.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mgd_kernels import aot
 
 FUNCTIONS = ("gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 WIDTHS = (64, 768, 1024, 4096)
+HEADS = (32, 64, 128)
 
 
 def _empty(*shape: int) -> Tensor:
@@ -53,10 +54,36 @@ def launch(functions: Sequence[str] = FUNCTIONS, widths: Sequence[int] = WIDTHS)
         triton_nn.softmax(triton_nn.DOUBLE_BACKWARD, 0.5, True, gp=p[0], c=p[1], p=p[2], ggp=p[3], again=p[4])
 
 
+def launch_attention(
+    heads: Sequence[int] = HEADS, masks: Sequence[torch.dtype | None] = (None,), dropout: float = 0.0
+) -> None:
+    """Call attention's kernels, causal, with two query heads a head of keys, for heads of so many elements."""
+    from mgd_kernels.backends import triton_attention
+
+    for size in heads:
+        q, g, o = (_empty(2, 4, 1024, size) for _ in range(3))
+        k, v, statistics = _empty(2, 2, 1024, size), _empty(2, 2, 1024, size), _empty(2, 2, 4, 1024)
+        for dtype in masks:
+            mask = None if dtype is None else _empty(2, 1, 1024, 1024).to(dtype)
+            options = 0.125, 0, _empty(1).long()[0] if dropout else None, dropout
+            triton_attention.forward(q, k, v, mask, *options)
+            triton_attention.backward(g, q, k, v, mask, o, statistics, *options)
+            triton_attention.double_backward(q, k, v, g, q, k, v, mask, o, statistics, *options)
+
+
 def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
     """Of each kernel that `launch` launches: registers, spills, and bytes of the widest access to global memory."""
+    return _compiled(target, lambda: launch(functions, widths))
+
+
+def attention_rows(target: str, heads: Sequence[int] = HEADS, **options: Any) -> list[dict[str, Any]]:
+    """The same of `launch_attention`."""
+    return _compiled(target, lambda: launch_attention(heads, **options))
+
+
+def _compiled(target: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
     with aot.compile_only(target) as launched:
-        launch(functions, widths)
+        launch()
     found = []
     for kernel in launched:
         used = aot.resources(kernel)
@@ -67,6 +94,8 @@ def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int
                 "warps": kernel.metadata.num_warps,
                 "registers": used.registers,
                 "spills": used.spills,
+                "scalar_spills": used.scalar_spills,
+                "shared": kernel.metadata.shared,
                 "vector_bytes": used.widest,
             }
         )
@@ -74,4 +103,5 @@ def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int
 
 
 if __name__ == "__main__":
-    print(json.dumps([row for target in sys.argv[1:] or aot.TARGETS for row in rows(target)], indent=1))
+    targets = sys.argv[1:] or list(aot.TARGETS)
+    print(json.dumps([row for target in targets for row in (*rows(target), *attention_rows(target))], indent=1))

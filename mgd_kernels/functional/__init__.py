@@ -3,7 +3,8 @@
 A second derivative by reverse over reverse decomposes, in torch, into dozens of elementwise passes per operator. Here
 the function, its gradient and the gradient of that are one operator each (`torch.ops.mgd_kernels.*`), so each is one
 node in a graph that `make_fx` traces. They serve float32 on the CPU in reverse mode; pointwise functions, layer and RMS
-norm, softmax and the softmax of attention also on a GPU that Triton serves, with rows of at most 4,096 elements.
+norm and softmax also on a GPU that Triton serves, with rows of at most 4,096 elements, and attention there by tiles,
+with heads of at most 128. On a GPU attention also takes 16-bit tensors.
 Everything else goes to torch's own function, so a replacement is always safe. From the third derivative on, formulas in
 torch's operators take over. In forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are
 the same bits for any number of threads. Convolutions are made of torch's own kernels, and serve any device and
@@ -12,7 +13,7 @@ floating-point dtype on the CPU. `linear_cross_entropy`, which has no counterpar
 1024 on work by strips and hold no matrix; they serve float64 too.
 
 Import the functions, `REPLACEMENTS` (torch's function -> ours) and `served` from here. The rooms it looks into:
-`backends.cpu` (to load the extension), `backends.triton_nn` and `errors`.
+`backends.cpu` (to load the extension), `backends.triton_nn`, `backends.triton_attention` and `errors`.
 """
 
 from collections.abc import Callable

@@ -187,10 +187,15 @@ def twice(
     return grad(first, [*cotangents, *inputs], second_cotangents)
 
 
-def served(*tensors: Tensor | None, gpu: bool = False, width: int | None = None) -> bool:
-    """Whether the kernels can take these tensors here: float32, on the CPU, with elements, no subclass that has its own
-    say in functions of torch, no autocast, and no torch.func transform other than vmap. gpu: or all on one GPU, where
-    rows of this width, if it matters, are within what Triton's kernels take."""
+def served(
+    *tensors: Tensor | None,
+    gpu: bool = False,
+    width: int | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> bool:
+    """Whether the kernels can take these tensors here: of these dtypes, on the CPU, with elements, no subclass that has
+    its own say in functions of torch, no autocast, and no torch.func transform other than vmap. gpu: or all on one GPU,
+    where rows of this width, if it matters, are within what Triton's kernels take."""
     kind = "cpu"
     first = tensors[0]
     if gpu and first is not None and not first.is_cpu:
@@ -198,7 +203,7 @@ def served(*tensors: Tensor | None, gpu: bool = False, width: int | None = None)
         if kind not in GPUS or any(x is not None and x.device != first.device for x in tensors):
             return False
     for tensor in tensors:
-        if tensor is not None and (tensor.dtype is not torch.float32 or not _dense(tensor, kind)):
+        if tensor is not None and (tensor.dtype not in dtypes or not _dense(tensor, kind)):
             return False
     if torch.is_autocast_enabled(kind) or (cpu.unavailable() is not None if kind == "cpu" else not serves(width)):
         return False

@@ -25,6 +25,7 @@ from mgd_kernels.functional._library import (
     served_by_products,
 )
 from mgd_kernels.functional.attention_strips import attention
+from mgd_kernels.functional.attention_tiles import served_by_tiles, tiled_attention
 
 # p = softmax(scale x + mask) over the last dimension; gp, gx cotangents of p and x; c that of gx; ggp that of gp.
 # causal: row i of a matrix [..., rows, columns] sees the columns 0..i. mask: [B or 1, H or 1, L or 1, S] for x
@@ -140,11 +141,15 @@ LARGE = 1 << 20
 at 512 x 512 0.8 to 1.1."""
 
 
-def _strips(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa) -> tuple | None:
-    """The arguments of `attention`; None where it does not serve."""
+def _without_matrix(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor | None:
+    """By strips on a CPU, by tiles on a GPU; None where neither serves."""
     if not 3 <= query.ndim <= 4 or not query.ndim == key.ndim == value.ndim or not 0.0 <= dropout_p < 1.0:
         return None
-    if query.shape[-2] * key.shape[-2] < LARGE or not served_by_products(query, key, value):
+    tiles = _library.on_gpu(query)
+    if tiles:
+        if not served_by_tiles(query, key, value) or (mask is not None and mask.requires_grad):
+            return None
+    elif query.shape[-2] * key.shape[-2] < LARGE or not served_by_products(query, key, value):
         return None
     q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
     groups = q.shape[1] // k.shape[1]
@@ -168,8 +173,10 @@ def _strips(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa) ->
         )
     if not fits:
         return None
-    seed = torch.randint(1 << 62, ()) if dropout_p else None
-    return q, k, v, mask, 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale), offset, seed, float(dropout_p)
+    seed = torch.randint(1 << 62, (), device=q.device) if dropout_p else None
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    arguments = q, k, v, mask, scale, offset, seed, float(dropout_p)
+    return tiled_attention(*arguments)[0] if tiles else attention(*arguments)
 
 
 def scaled_dot_product_attention(
@@ -183,12 +190,13 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """As `torch.nn.functional.scaled_dot_product_attention`: query `[..., L, E]`, key `[..., S, E]`, value
-    `[..., S, D]`. From L S = 2^20 on by strips of queries, which never hold `[L, S]`, with dropout of other masks than
-    torch's, from a seed that torch's generator draws. Below, queries, keys and values of the same leading dimensions,
-    two where there is a mask; grouped queries are torch's own."""
-    by_strips = _strips(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if by_strips is not None:
-        return attention(*by_strips).view(*query.shape[:-1], value.shape[-1])
+    `[..., S, D]`. On a CPU from L S = 2^20 on by strips of queries, on a GPU that has kernels by tiles, of float32,
+    bfloat16 or float16 heads of at most 128 elements and masks without a gradient: neither ever holds `[L, S]`, and
+    dropout has other masks than torch's, from a seed that torch's generator draws. Else, queries, keys and values of
+    the same leading dimensions, two where there is a mask; grouped queries are torch's own."""
+    o = _without_matrix(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if o is not None:
+        return o.view(*query.shape[:-1], value.shape[-1])
     leading = query.shape[:-2]
     fits = (
         served(query, key, value, gpu=True, width=key.shape[-2] if key.ndim > 1 else 0)

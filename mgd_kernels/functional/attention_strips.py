@@ -260,8 +260,8 @@ def _differentiate_twice(ctx, cq, ck, cv, cm):
     return *found, dm if wanted else None, *[None] * 5
 
 
-def plain_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor:
-    """The same in torch's operators, with the matrix in memory."""
+def plain_attention(q, k, v, mask, scale, offset, seed, dropout, factors=None) -> Tensor:
+    """The same in torch's operators, with the matrix in memory. factors: Z, where it is not drawn from the seed."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = scale * (q @ k.transpose(2, 3))
     if mask is not None:
@@ -270,7 +270,9 @@ def plain_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor:
         s = s.masked_fill(torch.ones(s.shape[2:], dtype=torch.bool, device=s.device).triu(offset + 1), -torch.inf)
     blind = (s == -torch.inf).all(-1, keepdim=True)
     p = s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    return (p if seed is None else p * _all_factors(p, seed, offset, dropout)) @ v
+    if seed is not None:
+        factors = _all_factors(p, seed, offset, dropout)
+    return (p if factors is None else p * factors) @ v
 
 
 def _all_factors(p: Tensor, seed: Tensor, offset: int | None, dropout: float) -> Tensor:

@@ -141,7 +141,7 @@ _LIGHT = {
 }
 
 # Operators of this package that are made of matrix products.
-_PRODUCTS = ("mgd_kernels::linear_cross_entropy", "mgd_kernels::attention")
+_PRODUCTS = ("mgd_kernels::linear_cross_entropy", "mgd_kernels::attention", "mgd_kernels::tiled_attention")
 
 
 def _is_cheap(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-NUMERICS = Path(__file__).with_name("triton_operators.py")
+NUMERICS, TILES = (Path(__file__).with_name(name) for name in ("triton_operators.py", "triton_tiles.py"))
 
 
 def run(*arguments: str, **environment: str) -> str:
@@ -24,10 +24,22 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_numerics():
+def numerics(path: Path, *arguments: str) -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(NUMERICS), **environment)
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path), *arguments, **environment)
     assert " passed" in output and "failed" not in output, output
+
+
+def test_numerics():
+    numerics(NUMERICS)
+
+
+def test_numerics_of_attention():
+    numerics(TILES, "-k", "not shipped or sm_90-64")
+
+
+def test_numerics_of_every_tile():
+    numerics(TILES, "-k", "shipped")
 
 
 CODE = """
@@ -46,3 +58,22 @@ def test_nothing_spills_and_accesses_are_wide(target):
     assert len({row["kernel"] for row in rows}) == 8
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 128 and row["vector_bytes"] >= 4, row
+
+
+ATTENTION = """
+import json, sys
+from mgd_kernels import aot_operators
+
+print(json.dumps(aot_operators.attention_rows(sys.argv[1])))
+"""
+# What a program may have; sm_80's tiles fit the smaller GPUs of its kind, too.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_attention_spills_nothing_to_memory(target):
+    rows = json.loads(run("-c", ATTENTION, target))
+    assert len({row["kernel"] for row in rows}) == 5 and len(rows) == 15
+    for row in rows:
+        assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row

@@ -22,6 +22,7 @@ import mgd
 from mgd_kernels import SGD, functional
 from mgd_kernels.backends import triton_nn
 from mgd_kernels.functional import _library
+from mgd_kernels.functional import attention as whole
 
 GPU = torch.cuda.is_available()
 PRETENDS = not GPU and pretended.missing() is None
@@ -39,6 +40,7 @@ def launches(monkeypatch) -> list[str]:
     found: list[str] = []
     if not GPU:
         monkeypatch.setattr(_library, "on_gpu", lambda x: True)
+    monkeypatch.setattr(whole, "served_by_tiles", lambda *_: False)  # its tests are in triton_tiles.py
     for name in ("activation", "row_norm", "softmax"):
         real = getattr(triton_nn, name)
         monkeypatch.setattr(
