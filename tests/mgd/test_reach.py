@@ -50,3 +50,16 @@ def test_triton_tiles_are_powers_of_two():
 
     for block in (triton_kernels.BLOCK, triton_kernels.VJP_BLOCK):
         assert block & (block - 1) == 0 and triton_kernels.options(block)["num_warps"] >= 1
+
+
+def test_tiles_of_attention_are_powers_of_two():
+    """As `tl.dot` needs them, whose sides have 16 elements at least."""
+    pytest.importorskip("triton")
+    from mgd_kernels import aot_operators  # noqa: F401
+    from mgd_kernels.backends import triton_attention, triton_attention_kernels, triton_nn_kernels  # noqa: F401
+
+    tiles = [
+        tile for kernels in triton_attention.TILES.values() for blocks in kernels.values() for tile in blocks.values()
+    ]
+    for side in {*triton_attention.BLOCKS, triton_attention.CHUNK, *(n for tile in tiles for n in tile[:2])}:
+        assert side >= 16 and side & (side - 1) == 0
