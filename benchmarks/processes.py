@@ -111,13 +111,11 @@ def exchange_seconds(f: mgd.TrainingFunction) -> float:
 def work() -> None:
     """One of the processes; the first one prints what all have measured."""
     torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-        if dist.get_world_size() <= len(cores):
-            os.sched_setaffinity(0, cores[dist.get_rank() :][:1])
-    else:
-        os.sched_setaffinity(0, cores[:1])
+    cores, rank = sorted(os.sched_getaffinity(0)), int(os.environ.get("RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) <= len(cores):
+        os.sched_setaffinity(0, cores[rank : rank + 1])
     group = dist.group.WORLD if dist.is_initialized() else None
     found, ranks = measure(group), training(gpt(), group)[0].ranks
     with ranks.call():

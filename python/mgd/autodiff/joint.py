@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -59,16 +60,14 @@ class JointGraph:
         executable = compiled if compile else direct
         own_outputs = [outputs[0], *grads, *left]
         self._forward = executable(part(graph, fixed_placeholders, first, [*own_outputs, *sources]))
-        # Without residuals; to compile this one, too, takes as long again.
-        needed = ancestors([*own_outputs, *random])
-        bare = part(graph, fixed_placeholders, [node for node in own if node in needed], own_outputs)
-        self._bare = None if compile else executable(bare)
-        self._alone = self._bare
-        if influence and not compile:
-            outputs_alone = [outputs[0], *grads, *buffers]
-            kept = ancestors([*outputs_alone, *random])
-            alone_nodes = [node for node in own if node in kept]
-            self._alone = executable(part(graph, fixed_placeholders, alone_nodes, outputs_alone))
+
+        def without_residuals(wanted: list[fx.Node | None]) -> Any:
+            needed = ancestors([*wanted, *random])
+            return executable(part(graph, fixed_placeholders, [node for node in own if node in needed], wanted))
+
+        # To compile these, too, takes as long again.
+        self._bare = None if compile else without_residuals(own_outputs)
+        self._alone = without_residuals([outputs[0], *grads, *buffers]) if influence and not compile else self._bare
         self.residual_bytes = _bytes(sources)
         # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
