@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mgd_kernels.errors import BadArgument
@@ -23,11 +22,11 @@ RANGES = {"beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "eps": (0.0, math.inf), "eps
 def check_range(ranges: Mapping[str, tuple[float, float]], name: str, values: float | Tensor, called: str = "") -> None:
     """BadArgument unless the values are finite, and in [low, high) where `ranges` has the name."""
     low, high = ranges.get(name, (-math.inf, math.inf))
-    values = torch.as_tensor(values, dtype=torch.float64).flatten()
-    wrong = values[~((values >= low) & (values < high) & values.isfinite())]
-    if wrong.numel():
-        wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
-        raise BadArgument(f"expected {wanted} for {called or name}; got {float(wrong[0])}")
+    numbers = [float(values)] if not isinstance(values, Tensor) else values.detach().flatten().tolist()
+    for number in numbers:
+        if not (low <= number < high and math.isfinite(number)):
+            wanted = "a finite number" if low == -math.inf else f"a finite number in [{low:g}, {high:g})"
+            raise BadArgument(f"expected {wanted} for {called or name}; got {number}")
 
 
 @dataclass(frozen=True)

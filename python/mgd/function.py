@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mgd.autodiff.capture import evaluator_for
 from mgd.errors import BadMetaparameter, NonFiniteState, StaleRun
-from mgd.identity import Objective, Start, code_of, given, identity_of, settings_of
+from mgd.identity import Objective, code_of, given, identity_of, settings_of
 from mgd.plan.budget import Budget, Costs
 from mgd.plan.plan import Plan
 from mgd.plan.training import PlanRequest
@@ -23,18 +23,16 @@ from mgd.ranks.processes import ranks_of
 from mgd.ranks.shards import Shards, shards_of
 from mgd.results import Jvp, Metagradient, Trained
 from mgd.step import arguments
-from mgd.step.initial_state import starting_state
-from mgd.step.loss import BoundLoss
-from mgd.step.metaparameters import Metaparameters
-from mgd.step.model import Binding, Buffers
+from mgd.step.model import Buffers
 from mgd.step.reads import patiently
 from mgd.step.rng import seed_generators, seed_of
-from mgd.step.step import StepFunction
+from mgd.step.start import Start, start_of
 from mgd.step.turn import turn
 from mgd.sweep.adjoint import TrainedObjective, weighted_sum
 from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.node import DifferentiableTraining
 from mgd.sweep.report import report_of
+from mgd.sweep.resident import NotResident, ResidentSweep, fits
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
@@ -133,6 +131,7 @@ class TrainingFunction(Replaceable):
         self.optimizer_state = made if optimizer_state is None else optimizer_state
         self._costs: Costs | None = None  # measured by the last metagradient
         self._residuals = 0  # bytes that a captured step can keep, as measured
+        self._small = True  # as far as is known
         self._evaluator = evaluator_for(model, loss, trace, compile)
         self._anchor: Mapping[str, Any] | None = None
 
@@ -270,18 +269,7 @@ class TrainingFunction(Replaceable):
             yield bar.tick
 
     def _start(self, z: Mapping[str, Any]) -> Start:
-        binding = Binding(self.model)
-        arena = Arena(binding.parameters())
-        origin = arguments.origin(len(self), self.since)
-        meta = Metaparameters(z, len(self), self.optimizer, arena, self.per_example, self.fixed, origin)
-        meta.anchor(self._anchor)
-        initial = binding.parameters() | dict(meta.z.get("init", {}))
-        state = starting_state(self.optimizer, arena, initial, self.optimizer_state)
-        loss = BoundLoss(
-            binding, self.loss, arena.device, autocast=self.autocast, seed=self.seed, steps_before=state.before
-        )
-        step = StepFunction(self._shards(arena), loss, self.batches, self.microbatches, self._evaluator)
-        return Start(binding, arena, meta, state, binding.buffers(), step)
+        return start_of(self, z, self._anchor, self._evaluator, self._shards)
 
     def _sweep(
         self,
@@ -289,10 +277,11 @@ class TrainingFunction(Replaceable):
         tick: Callable[..., None] = no_tick,
         reversible: bool = False,
         resume: str | os.PathLike[str] | None = None,
-        kind: Callable[..., Sweep] = Sweep,
+        kind: Callable[..., Sweep] | None = None,
     ) -> Any:
-        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs."""
-        name = kind.__name__ if isinstance(kind, type) else "jvp"
+        """A training at step 0, or where an interrupted one in `resume` is. reversible: with what a way back needs.
+        kind: None: that of the sweeps back which is the fastest."""
+        name = getattr(kind or Sweep, "__name__", "jvp")
         call = name, reversible, resume and os.fspath(resume), self.gather
         start = self._start(z)
         code = functools.partial(code_of, self.model, self.loss, self.objective)
@@ -301,7 +290,10 @@ class TrainingFunction(Replaceable):
         )
         shards = start.step.shards
         request = self._plan_request(shards, start.buffers)
-        if not reversible and resume is None:
+        if kind is None:
+            small = self._small and reversible and resume is None and fits(start.step, start.meta, request)
+            kind = ResidentSweep if small else Sweep
+        if (not reversible and resume is None) or kind is ResidentSweep:
             storage = no_storage(request)
         else:
             objectives = (self.objective,) if reversible else ()
@@ -327,13 +319,17 @@ class TrainingFunction(Replaceable):
         z: Mapping[str, Any],
         tick: Callable[..., None] = no_tick,
         resume: str | os.PathLike[str] | None = None,
-        kind: type[Sweep] = Sweep,
+        kind: type[Sweep] | None = None,
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
         sweep = self._sweep(z, tick, reversible=True, resume=resume, kind=kind)
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
-                sweep.begin_reverse(*self._objective(sweep, z))
+                try:
+                    sweep.begin_reverse(*self._objective(sweep, z))
+                except NotResident:
+                    self._small = False
+                    return self._trained(z, tick, resume, Sweep)
             elif not torch.equal(sweep.value, self._at_end(sweep).value()):
                 assert resume is not None
                 raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])

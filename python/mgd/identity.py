@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -21,26 +20,14 @@ from torch.utils._pytree import tree_flatten
 from mgd.autodiff.eager import EagerEvaluator
 from mgd.step.batches import flatten, loaded
 from mgd.step.metaparameters import Metaparameters
-from mgd.step.model import Binding, Buffers, modes_kept
+from mgd.step.model import modes_kept
 from mgd.step.rng import seed_generators, seed_of
-from mgd.step.step import StepFunction
+from mgd.step.start import Start
 from mgd.util.fingerprint import code_digest, digest, leaf_digests, source_digest
-from mgd_kernels import Arena, Optimizer, OptimizerState
+from mgd_kernels import Optimizer
 
 Objective = Callable[[nn.Module], Tensor]
 UPDATES = 2  # an optimizer's first update does not show all of its momentum
-
-
-@dataclass
-class Start:
-    """A training before its first step."""
-
-    binding: Binding
-    arena: Arena
-    meta: Metaparameters
-    state: OptimizerState
-    buffers: Buffers
-    step: StepFunction
 
 
 def settings_of(f: Any, anchor: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -66,14 +66,15 @@ MEANING = {  # of the kinds of work in a report
 class Report:
     """What a metagradient did and what it cost. For a resumed run, only what this process did.
 
-    steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager or
-    captured), and why a faster way was not used. backend: that of the optimizer's kernels. plan: what was stored where
-    (see `Plan.to_dict`). measured_seconds: by phase of the plan. kept_bytes: the most memory that captured steps used
-    for residuals of second derivatives, if the plan left room for them. adjoint_norms: float64 `[T]`, or `[k, T]` for k
-    objectives: the norm of the objective's gradient with respect to the parameters after each step; NaN for steps that
-    were not differentiated, None where there was no reverse sweep. Where it grows on the way back, so does the effect
-    of any error or change (`mgd.errors.UnstableTraining`). store: bytes moved and bandwidths (see
-    `mgd_kernels.Store.stats`); None if everything stayed in memory.
+    steps: T. objectives: k. seconds, counts: by kind of work. execution: how steps were evaluated (eager or captured),
+    and why a faster way was not used. backend: that of the optimizer's kernels. plan: what was stored where (see
+    `Plan.to_dict`); empty where all of it was in memory, as of short trainings of small models. measured_seconds: by
+    phase of the plan. kept_bytes: the most memory that captured steps used for residuals of second derivatives, if the
+    plan left room for them. adjoint_norms: float64 `[T]`, or `[k, T]` for k objectives: the norm of the objective's
+    gradient with respect to the parameters after each step; NaN for steps that were not differentiated, None where
+    there was no reverse sweep. Where it grows on the way back, so does the effect of any error or change
+    (`mgd.errors.UnstableTraining`). store: bytes moved and bandwidths (see `mgd_kernels.Store.stats`); None if
+    everything stayed in memory.
     """
 
     steps: int
@@ -104,6 +105,7 @@ class Report:
             "kernels": self.backend,
             "work": ", ".join(f"{count:,} {what}" for what, count in self.counts.items()),
             **({"kept for them": format_bytes(self.kept_bytes)} if self.kept_bytes else {}),
+            **({} if self.plan or self.adjoint_norms is None else {"states": "all in memory, so there is no plan"}),
             **({} if self.adjoint_norms is None else {"adjoint": _range(self.adjoint_norms)}),
             **self._store_facts(),
         }

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
@@ -37,7 +37,7 @@ from mgd.step.agreement import agree
 from mgd.step.batches import described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
-from mgd.step.model import Buffers, differentiable
+from mgd.step.model import Buffers, differentiable, numbers_of, put_back
 from mgd.step.overrides import FunctionOverrides
 from mgd.util.system import return_freed_memory
 
@@ -69,6 +69,10 @@ class CapturedEvaluator:
     @property
     def capture_seconds(self) -> float:
         return self.payoff.captured
+
+    @property
+    def residual_bytes(self) -> int:
+        return 0 if self.refused else max([graph.joint.residual_bytes for graph in self.graphs.values()], default=0)
 
     def begin(self, reversals: int, room: int) -> None:
         self.payoff.begin(reversals, room)
@@ -115,10 +119,9 @@ class CapturedEvaluator:
             return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
         plain = None
         if not known:
-            before_it = _numbers_of(microbatch.loss.binding.model)
+            before_it = numbers_of(microbatch.loss.binding.model)
             plain = self.fallback.gradient(microbatch, parameters, before)
-            for attributes, values in before_it:  # a model that counts its calls counts one
-                attributes.update(values)
+            put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
         if not self._call(kind, step, forward):
             return plain or self.fallback.gradient(microbatch, parameters, before)
@@ -356,13 +359,6 @@ class CapturedEvaluator:
 
 class _LooksInside(Exception):
     """The loss asks for gradients inside of what was replaced."""
-
-
-def _numbers_of(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of each module its attributes, and those of them that are numbers, text or None."""
-    plain = (int, float, str, type(None))  # bool is an int
-    modules = [vars(module) for module in model.modules()]
-    return [(each, {name: x for name, x in each.items() if isinstance(x, plain)}) for each in modules]
 
 
 def _same(x: Evaluation, y: Evaluation) -> bool:

@@ -35,7 +35,7 @@ class CapturedStep:
         self.microbatch, self.parameters, slices = microbatch, parameters, microbatch.metaparameters
         self.metaparameters = list(slices.tensors)
         self._before = before
-        self._leaves = [x.detach().requires_grad_() for x in parameters]
+        self._leaves = microbatch.loss.leaves(parameters)
         self._buffers = {name: b.clone() for name, b in before.items()}
         self._slices = [x.detach().requires_grad_() for x in slices.tensors]
         self.z = slices.owner.rebuilt(self._slices)

@@ -9,6 +9,7 @@ around the graph.
 from __future__ import annotations
 
 import itertools
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from mgd.step.written_out import data_of
 
 # run(graph, its arguments) -> its outputs, real values: the first is the loss
 Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
+
+# Dynamo's entry for a function, which has its guards, and the code that it made
+Known = tuple[Any, Callable[..., Any]]
 
 MOST_GRAPHS = 16  # of one loss
 _GLOBAL_HOOKS = [
@@ -73,7 +77,8 @@ class Front:
             assert front is not None
             return front._backend(module, weak)
 
-        self._compiled = _compiled(entry, backend)
+        self._entry, self._compiled = entry, _compiled(entry, backend)
+        self._known: list[Known] = []  # what Dynamo has compiled: its guards, and code
         self.graphs = 0
         self._run: Run | None = None
         self._loss: Any = None
@@ -82,12 +87,23 @@ class Front:
         """Call the loss `function`, with `run` in place of its graph. Raises NotCaptured, and whatever `run` raises."""
         self._run, self._loss = run, None
         try:
-            value = self._compiled(function, model, batch, z)
+            value = self._value(function, model, batch, z)
         finally:
             self._run, loss = None, self._loss
             self._loss = None
         if loss is None or value is not loss:
             raise NotCaptured("what the loss returns is not what its graph computes first")
+
+    def _value(self, function: Callable[..., Tensor], model: Any, batch: Any, z: Any) -> Any:
+        """What the code returns whose guards hold. Dynamo's own way to it takes 15 of 22 µs, and five times that where
+        other code has run in between, as it has in every step."""
+        named = {"function": function, "model": model, "batch": batch, "z": z}
+        for known, code in self._known:
+            if known.guard_manager.check(named):
+                return code(function, model, batch, z)
+        value = self._compiled(function, model, batch, z)
+        self._known = _compiled_code(self._entry)
+        return value
 
     def _backend(self, module: fx.GraphModule, weak: weakref.ref[Front]) -> Callable[..., Sequence[Any]]:
         _refuse_unsound(module)
@@ -132,6 +148,16 @@ def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
     callback._torchdynamo_orig_backend = capture  # type: ignore[attr-defined]  # Dynamo looks through it
     context.callback = callback
     return context(entry)
+
+
+def _compiled_code(entry: Callable[..., Any]) -> list[Known]:
+    """Dynamo's entries for this function, and what each has made of it; none where this torch has other ones."""
+    try:
+        found = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(entry.__code__)  # type: ignore[attr-defined]
+        known: list[Known] = [(each, types.FunctionType(each.code, entry.__globals__)) for each in found]
+        return known if all(hasattr(each.guard_manager, "check") for each in found) else []
+    except AttributeError:
+        return []
 
 
 def _modules(module: fx.GraphModule) -> list[fx.GraphModule]:

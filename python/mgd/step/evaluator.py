@@ -101,6 +101,11 @@ class Evaluator(Protocol):
         """Spent on graphs of steps so far."""
         ...
 
+    @property
+    def residual_bytes(self) -> int:
+        """The most that a step so far could keep for its second derivatives; 0: nothing."""
+        ...
+
     def begin(self, reversals: int, room: int) -> None:
         """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
         ...

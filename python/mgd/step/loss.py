@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ class BoundLoss:
         self.written: dict[str, int] = {}
         self.plain_since: int | None = None
         self.precision: float | None = None
+        self._leaves: tuple[Sequence[Tensor], list[Tensor]] = (), []
+
+    def leaves(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """These tensors as leaves of a new graph, for what does not run it: the same ones, as long as they are views of
+        one buffer. What compares the tensors of a call with those of the last one finds nothing new."""
+        known = self._leaves[0]
+        if len(known) != len(parameters) or not all(map(operator.is_, known, parameters)):
+            self._leaves = parameters, [x.detach().requires_grad_() for x in parameters]
+        return self._leaves[1]
 
     def casting(self) -> contextlib.AbstractContextManager:
         """The autocast in which the loss runs, if any."""

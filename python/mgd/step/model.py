@@ -132,3 +132,19 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
     """The names of the buffers that can carry an adjoint."""
     return [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+
+
+Numbers = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def numbers_of(model: nn.Module) -> Numbers:
+    """Of each module its attributes, and those of them that are numbers, text or None."""
+    plain = (int, float, str, type(None))  # bool is an int
+    modules = [vars(module) for module in model.modules()]
+    return [(each, {name: x for name, x in each.items() if isinstance(x, plain)}) for each in modules]
+
+
+def put_back(numbers: Numbers) -> None:
+    """Give the modules the values that `numbers_of` found."""
+    for attributes, values in numbers:
+        attributes.update(values)

@@ -82,7 +82,8 @@ Add = Callable[[int, Blocks[list["Tensor | None"]], list[tuple[BatchMetaparamete
 class StepFunction:
     """Evaluates the steps of one training: the own microbatches of `shards`, and what all of them add up to.
 
-    influence: how the loss depends on metaparameters, as of each step's first evaluation.
+    influence: how the loss depends on metaparameters, as of each step's first evaluation. agreement: how much the
+    gradients of two evaluations may differ.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class StepFunction:
         self.shards, self.arena, self.loss, self.batches = shards, shards.arena, loss, batches
         self.microbatches, self.evaluator = microbatches, evaluator
         self.influence = Influence(len(batches), microbatches)
-        self._agreement = Agreement(shards)
+        self.agreement = Agreement(shards)
         dtypes = [self.arena.gradient_dtype, loss.autocast or self.arena.gradient_dtype]
         self._machine_epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
         self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
@@ -137,7 +138,7 @@ class StepFunction:
         else:
             self._note_influence(t, ended.numbers[:, 1:])
         total = self.shards.gradient(blocks, into)
-        self._agreement.note(total)
+        self.agreement.note(total)
         kept = residuals if len(residuals) == len(rows) else None
         return StepResult(total, ended.losses, [buffers, ended.buffers], kept, ended.skipped, not_kept)
 
@@ -212,7 +213,7 @@ class StepFunction:
         """
         step = t, params, result, meta, directions, buffer_adjoints
         terms = self._differentiate(self.evaluator, *step)
-        agreement, reads = self._agreement, self.loss.reads
+        agreement, reads = self.agreement, self.loss.reads
         if reads.late and agreement.seen >= CONFIRMED:
             agreement.later(result.gradient, directions, terms, reads)
             self._look_at_influence(t, terms)
@@ -258,16 +259,22 @@ class StepFunction:
         if fallback is not None:
             result.residuals = None
             plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
-        self._agreement.confirm(t, result.gradient, directions, plain)
+        self.agreement.confirm(t, result.gradient, directions, plain)
         if key := self._other_influence(t, plain):
             raise self.influence.diverged(t, key)
         if plain is not terms and not self.shards.ranks.every(plain.agree(terms)):
             self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
-        self._agreement.widen(discrepancy)
+        self.agreement.widen(discrepancy)
         return terms
 
     # --- how the loss depends on metaparameters ----------------------------------------------------------------
+
+    def note_influence(self, t: int, meta: Metaparameters, derivatives: Sequence[Tensor | None]) -> None:
+        """Take note of dL/dz at the first evaluation of step `t`, if it may be evaluated again after all."""
+        self.influence.prepare(meta)
+        if derivatives:
+            self.influence.compared(t, projections(derivatives, self.arena.device), self._epsilon)
 
     def _note_influence(self, t: int, numbers: Tensor) -> None:
         """Compare what step `t` has with what it had at first, once it is read. numbers: a row for each microbatch."""

@@ -284,6 +284,20 @@ class Sweep:
         start = time.perf_counter()
         gradients, growth = self.gradients, self.growth
         assert gradients is not None and growth is not None, "begin_reverse comes first"
+        self._go_back(gradients, growth)
+        self.reads.settle()
+        self.timings.settle()
+        self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
+        gradients.settle()
+        initial = [adjoint.state.params for adjoint in self.adjoints]
+        if not self.shards.ranks.every(gradients.finite(initial)):
+            raise NonFiniteState(self.meta.first_step, "the metagradient")
+        self.adjoint_norms = growth.norms()
+        growth.warn(self.adjoint_norms)
+        return gradients.collect([self._views(x) for x in initial] if self.meta.wants_initial else [])
+
+    def _go_back(self, gradients: Gradients, growth: AdjointGrowth) -> None:
+        """From the adjoint of s_T to that of the state before the first step that reads a metaparameter."""
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
         actions = self._actions
         if self.history.store is not None:
@@ -301,16 +315,6 @@ class Sweep:
             self.index += 1
             if isinstance(action, Reverse):
                 self._after_step()
-        self.reads.settle()
-        self.timings.settle()
-        self.timings.phases["reverse sweep"] = time.perf_counter() - start - self.timings.phases["replay"]
-        gradients.settle()
-        initial = [adjoint.state.params for adjoint in self.adjoints]
-        if not self.shards.ranks.every(gradients.finite(initial)):
-            raise NonFiniteState(self.meta.first_step, "the metagradient")
-        self.adjoint_norms = growth.norms()
-        growth.warn(self.adjoint_norms)
-        return gradients.collect([self._views(x) for x in initial] if self.meta.wants_initial else [])
 
     def _reverse_step(self, t: int, directions: list[Tensor], gradients: Gradients) -> None:
         """From the adjoint of s_{t+1} to that of s_t. directions: memory for the cotangents of the gradient."""

@@ -30,13 +30,21 @@ from mgd.ui.result import finite
 from mgd.util.system import keep_freed_memory
 
 REFERENCE, TRAINING = "float64", "training"  # what a process measures besides the peers
-WARM = 4  # calls at most before this package is timed: its default captures when that pays
+WARM = 12  # calls at most before this package is timed: its default captures when that pays, and that call is slow
+WARMING = 0.4  # of the limit, at most, for these calls
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def measure(source: str, peer: str, steps: int, rounds: int, reference: Path, limit: int, core: int) -> dict[str, Any]:
     """What `_answer` finds, or `{"error": why not}`. limit: of the process, in seconds that it computes."""
-    request = {"source": source, "peer": peer, "steps": steps, "rounds": rounds, "reference": str(reference)}
+    request = {
+        "source": source,
+        "peer": peer,
+        "steps": steps,
+        "rounds": rounds,
+        "reference": str(reference),
+        "limit": limit,
+    }
 
     def before() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
@@ -106,7 +114,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["peer"] == "mgd":
             told = lambda outcome: outcome.report.execution
             calls = 1
-            while length == steps and calls < WARM and "captured" not in told(outcome):
+            until = _computed() + WARMING * request["limit"]
+            while length == steps and calls < WARM and "captured" not in told(outcome) and _computed() < until:
                 outcome, calls = run(), calls + 1
             found["calls_before"], found["execution"] = calls, told(outcome)
         del outcome

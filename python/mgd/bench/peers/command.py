@@ -25,7 +25,7 @@ from mgd.ui.console import Session
 from mgd.ui.options import Json, parse_names
 from mgd.ui.result import write_json
 
-STEPS, QUICK_STEPS = 16, 4
+STEPS, QUICK_STEPS = 8, 4
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +69,7 @@ def command(
     rounds: shared.Rounds = 2,
     limit: Annotated[
         int, typer.Option("--limit", min=10, help="Seconds that one measurement may compute, compilation included.")
-    ] = 240,
+    ] = 150,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workloads that are measured at a time, a core each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Workloads {', '.join(QUICK)} with {QUICK_STEPS} steps.")

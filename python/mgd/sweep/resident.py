@@ -1,0 +1,170 @@
+"""A training of few small steps, all of which stays in memory: states, gradients, and what their graphs computed.
+
+Where a step takes a millisecond, the actions of a plan and the entries of a log take as long again. Here there are
+none: the way down keeps what every step leaves, and the way back reads it. Evaluations, updates and comparisons are
+those of any sweep, and so are the bits. A step without a graph, or one that changes the model's buffers, is not for
+this sweep, which then lets go of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.errors import NonFiniteState
+from mgd.plan.training import SHARE, PlanRequest
+from mgd.step.agreement import Terms
+from mgd.step.combined import changed
+from mgd.step.evaluator import Residuals
+from mgd.step.metaparameters import Gradients, Metaparameters
+from mgd.step.model import Buffers, numbers_of, put_back
+from mgd.step.step import StepFunction, StepResult
+from mgd.sweep.growth import AdjointGrowth
+from mgd.sweep.sweep import LOST, Sweep
+from mgd.util.finite import all_finite
+from mgd.util.system import free_memory
+from mgd_kernels import OptimizerState
+
+MOST = 256 << 20  # bytes that such a training may take, of which a default budget has
+KEPT = "hvp, residuals kept"
+UNSEEN = 16 << 20  # bytes for which nobody looks at the free memory, which takes as long as a step
+
+
+class NotResident(Exception):
+    """A step needs more than this sweep has. Numbers that the model counts are as they were."""
+
+
+def fits(step: StepFunction, meta: Metaparameters, request: PlanRequest) -> bool:
+    """Whether everything of a training fits into its memory, as far as the graphs of steps are known."""
+    residuals = step.evaluator.residual_bytes
+    if not residuals or step.microbatches > 1 or step.shards.ranks.size > 1 or step.arena.device.type != "cpu":
+        return False
+    if request.schedule != "auto":
+        return False
+    sizes = request.sizes()
+    read = sum([leaf.nbytes for leaf in meta.leaves])
+    total = request.steps * (sizes.snapshot + sizes.gradient + residuals + read)
+    limits = request.budget.limits(MOST)
+    if total > min(MOST, limits.get("host", 0) + limits.get("device", 0)):
+        return False
+    return total <= UNSEEN or total <= SHARE * free_memory()
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a step leaves. state: parameters and slots before it. influence: the loss's derivatives with respect to what
+    it read of z."""
+
+    state: list[Tensor]
+    gradient: Tensor
+    residuals: Residuals | None
+    influence: Sequence[Tensor | None]
+
+
+class ResidentSweep(Sweep):
+    """The training forward and backward. Raises NotResident from the way down alone."""
+
+    def _train_all(self) -> tuple[OptimizerState, Buffers]:
+        self._steps: list[_Step] = []
+        step, state, numbers = self.step, self.state, numbers_of(self.step.loss.binding.model)
+        parameters = self.arena.tensors(state.params)
+        training, update, captured = self.timings.timed("training"), self.timings.timed("update"), self._captured()
+        for t in range(self.length):
+            room = 0 if t < self.meta.origin else None
+            with training:
+                (microbatch,) = step.evaluations(t, self.meta)
+                found = step.evaluator.gradient(microbatch, parameters, self.buffers, room=room)
+                gradient = self.shards.flat(found.gradients)
+            if self._captured() != captured:
+                self.timings.move(self._captured() - captured, "training", "capture")
+                captured = self._captured()
+            if (found.residuals is None and room is None) or changed(self.buffers, [found.buffers]):
+                put_back(numbers)
+                raise NotResident
+            self._note_loss(t, found.loss.item())
+            self.updates.skip(t, [i for i, g in enumerate(found.gradients) if g is None])
+            step.agreement.note(gradient)
+            self._steps.append(_Step([x.clone() for x in state.tensors()], gradient, found.residuals, found.influence))
+            with update:
+                self.updates.step_(state, gradient, self.meta.tables[t], self.clipping.factor(t, gradient))
+        self.timings.counts["model steps"] += self.length
+        self.residuals.step_bytes = step.evaluator.residual_bytes
+        self.residuals.peak = self.residuals.step_bytes * (self.length - self.meta.origin)
+        end = state.clone()
+        self._go_to(self.length - 1, self._steps[-1])  # as any sweep does, to the state before the last step
+        return end, self.buffers
+
+    def _go_to(self, t: int, step: _Step) -> None:
+        for mine, kept in zip(self.state.tensors(), step.state, strict=True):
+            mine.copy_(kept)
+        self.state.step = t
+
+    def _captured(self) -> float:
+        return self.step.evaluator.capture_seconds
+
+    def _note_loss(self, t: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteState(t, "the loss" if all_finite(self.state.params) else LOST)
+        self._losses[t, 0] = loss
+        self.visited = t + 1
+        self.tick("train")
+
+    def _go_back(self, gradients: Gradients, growth: AdjointGrowth) -> None:
+        directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
+        parameters, tangents = self.arena.tensors(self.state.params), [self.arena.tensors(u) for u in directions]
+        vjp, hvp, kept = (self.timings.timed("optimizer vjp"), self.timings.timed("hvp"), self.timings.part(KEPT))
+        while len(self._steps) > self.meta.first_step:
+            t, last = len(self._steps) - 1, self._steps.pop()
+            growth.note(t, self.adjoints)
+            self._go_to(t, last)
+            with vjp:
+                self._through_update(t, last, directions, gradients)
+            if t > self.meta.first_step or self.meta.reads_at(t):
+                with hvp, kept:
+                    self._through_gradient(t, last, parameters, directions, tangents, gradients)
+                self.timings.counts["hvps"] += len(self.adjoints)
+            self.reversed += 1
+            self.tick("reverse")
+
+    def _through_update(self, t: int, last: _Step, directions: list[Tensor], gradients: Gradients) -> None:
+        """The adjoint through the optimizer's step. directions: take the cotangents of the gradient."""
+        scale = self.clipping.factor(t, last.gradient)
+        for j, (adjoint, u) in enumerate(zip(self.adjoints, directions, strict=True)):
+            out = self.updates.vjp_(self.state, last.gradient, self.meta.tables[t], adjoint.state, u, scale)
+            gradients.add_hyper(j, t, out, self.reads)
+            self.clipping.add_derivative_(t, last.gradient, u, out[:, -1])
+
+    def _through_gradient(
+        self,
+        t: int,
+        last: _Step,
+        parameters: list[Tensor],
+        directions: list[Tensor],
+        tangents: list[list[Tensor]],
+        gradients: Gradients,
+    ) -> None:
+        """The adjoint through the gradient of the step's loss. tangents: the directions, a tensor a parameter."""
+        assert last.residuals is not None
+        cotangents = [a.buffers for a in self.adjoints]
+        slices, agreement = last.residuals.metaparameters, self.step.agreement
+
+        def add(j: int, with_parameters: Any, with_metaparameters: Any) -> None:
+            self.shards.add_(self.adjoints[j].state.params, with_parameters)
+            gradients.add(j, t, with_metaparameters)
+
+        found = last.residuals.second_derivatives(t, parameters, tangents, cotangents)
+        terms = Terms(len(directions))
+        terms.append(0, found, len(parameters), self.buffers, slices)
+        if agreement.discrepancy(last.gradient, directions, terms) > agreement.tolerance:  # perhaps rounding
+            result = StepResult(last.gradient, self.losses[t], [self.buffers, self.buffers], [last.residuals])
+            self.step.note_influence(t, self.meta, last.influence)
+            whole = self.state.params, result, self.meta, directions, cotangents
+            self.step.second_derivatives(t, *whole, add)
+            return
+        for j, with_parameters in enumerate(terms.with_parameters):
+            add(j, with_parameters, [(slices, each[j]) for slices, each in terms.with_metaparameters])
