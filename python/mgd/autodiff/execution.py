@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,10 +18,26 @@ from mgd.step.evaluator import Derivatives
 COMPILED_TOLERANCE = 1e-4
 
 
-def compiled(module: Callable[..., tuple]) -> Callable[..., tuple]:
-    """By torch.compile; torch keeps what it has compiled on disk (TORCHINDUCTOR_CACHE_DIR) for later processes."""
+def compiled(module: fx.GraphModule) -> Callable[..., tuple]:
+    """By Inductor, at the first call; torch keeps what it has compiled on disk (TORCHINDUCTOR_CACHE_DIR) for later
+    processes. Shapes and dtypes of a graph never change, so that tensors need none of Dynamo's guards, which take as
+    long as a small graph."""
     # Random operators keep torch's eager streams, so that a compiled step draws the masks of the first sweep.
-    return torch.compile(module, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    options: dict[str, Any] = {"fallback_random": True}
+    found: Callable[..., tuple] | None = None
+
+    def run(*inputs: Any) -> tuple:
+        nonlocal found
+        if found is None:
+            if all(isinstance(x, Tensor) for x in inputs):
+                from torch._inductor import compile  # which takes a second to import
+
+                found = compile(copy.deepcopy(module), list(inputs), options=options)
+            else:  # a number may be another one at the next call
+                found = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+        return tuple(found(*inputs))
+
+    return run
 
 
 def direct(module: fx.GraphModule) -> Callable[..., tuple]:

@@ -5,6 +5,7 @@ import itertools
 import cases
 import pytest
 import torch
+from cases import TOLERANCE, errors, mlp, supervised, weighted, weights
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -62,3 +63,14 @@ def test_compiled_parts_of_a_graph_may_round_differently(size, monkeypatch):
     else:
         with pytest.raises(ReplayDivergence, match="the loss of microbatch 0"):
             run()
+
+
+def test_steps_compiled_by_inductor_have_the_metagradient():
+    """With dropout, whose masks are those of the eager steps; and again, from graphs that are there."""
+    case = supervised(mlp(0.3), (5,)).but(loss=weighted, z={"data_weights": weights()})
+    expected, case = case.unrolled(), case.to(torch.float32)
+    f = case.function(compile=True)
+    for _ in range(2):
+        result = f.metagradient(case.z)
+        assert result.report.execution == "captured, compiled"
+        assert max(errors(result, expected).values()) < TOLERANCE[torch.float32]
