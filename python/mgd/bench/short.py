@@ -46,11 +46,9 @@ class Tasks:
     def objective(self, task: int) -> Callable[[nn.Module], Tensor]:
         return lambda model: self.criterion(model(self.query[task][0]), self.query[task][1])
 
-    def function(self, task: int, trace: bool | None) -> TrainingFunction:
-        batches = [self.support[task]] * self.steps
-        return TrainingFunction(
-            self.model, self.loss, batches, optimizer=SGD(lr=RATE), objective=self.objective(task), trace=trace
-        )
+    def function(self, task: int, **how: bool) -> TrainingFunction:
+        batches, objective = [self.support[task]] * self.steps, self.objective(task)
+        return TrainingFunction(self.model, self.loss, batches, optimizer=SGD(lr=RATE), objective=objective, **how)
 
     def z(self) -> dict[str, Any]:
         init = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -138,21 +136,21 @@ def _higher(tasks: Tasks) -> Callable[[], Found]:
     return run
 
 
-def _per_task(trace: bool | None) -> Callable[[Tasks], Callable[[], Found]]:
+def _per_task(**how: bool) -> Callable[[Tasks], Callable[[], Found]]:
     """A training function for every task."""
 
     def method(tasks: Tasks) -> Callable[[], Found]:
-        functions = [tasks.function(task, trace) for task in range(len(tasks.support))]
+        functions = [tasks.function(task, **how) for task in range(len(tasks.support))]
         return lambda: [_found(function, tasks) for function in functions]
 
     return method
 
 
-def _one(trace: bool | None) -> Callable[[Tasks], Callable[[], Found]]:
+def _one(**how: bool) -> Callable[[Tasks], Callable[[], Found]]:
     """One training function, which is given the batches and the objective of each task."""
 
     def method(tasks: Tasks) -> Callable[[], Found]:
-        function = tasks.function(0, trace)
+        function = tasks.function(0, **how)
 
         def run() -> Found:
             found = []
@@ -173,10 +171,11 @@ def _found(function: TrainingFunction, tasks: Tasks) -> tuple[Tensor, dict[str, 
 
 METHODS: dict[str, Callable[[Tasks], Callable[[], Found]]] = {
     "higher": _higher,
-    "autograd": _per_task(False),
-    "autograd, batches set anew": _one(False),
-    "captured": _per_task(True),
-    "captured, batches set anew": _one(True),
+    "autograd": _per_task(trace=False),
+    "autograd, batches set anew": _one(trace=False),
+    "captured": _per_task(trace=True),
+    "captured, batches set anew": _one(trace=True),
+    "compiled": _per_task(compile=True),
 }
 
 
