@@ -84,9 +84,10 @@ def trainings():
     }
 
 
-KINDS = [*((name, torch.float32) for name in trainings()), ("weights", torch.float64)]
+KINDS = [*((name, torch.float32) for name in trainings()), ("weights", torch.float64), ("rates", torch.bfloat16)]
 
 
+@pytest.mark.filterwarnings("ignore:the model computes in torch.bfloat16")
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_its_bits_are_those_of_any_sweep(name, dtype, went_back):
     case = trainings()[name].to(dtype)
