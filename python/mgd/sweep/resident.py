@@ -72,12 +72,12 @@ class ResidentSweep(Sweep):
     def _train_all(self) -> tuple[OptimizerState, Buffers]:
         self._steps: list[_Step] = []
         step, state, numbers = self.step, self.state, numbers_of(self.step.loss.binding.model)
-        parameters = self.arena.tensors(state.params)
         training, update, captured = self.timings.timed("training"), self.timings.timed("update"), self._captured()
         for t in range(self.length):
             room = 0 if t < self.meta.origin else None
             with training:
                 (microbatch,) = step.evaluations(t, self.meta)
+                parameters = self.arena.tensors(state.params)  # a copy where their dtype is not that of the buffer
                 found = step.evaluator.gradient(microbatch, parameters, self.buffers, room=room)
                 gradient = self.shards.flat(found.gradients)
             if self._captured() != captured:
@@ -116,7 +116,6 @@ class ResidentSweep(Sweep):
 
     def _go_back(self, gradients: Gradients, growth: AdjointGrowth) -> None:
         directions = [torch.zeros_like(self.state.params) for _ in self.adjoints]
-        parameters, tangents = self.arena.tensors(self.state.params), [self.arena.tensors(u) for u in directions]
         vjp, hvp, kept = (self.timings.timed("optimizer vjp"), self.timings.timed("hvp"), self.timings.part(KEPT))
         while len(self._steps) > self.meta.first_step:
             t, last = len(self._steps) - 1, self._steps.pop()
@@ -126,7 +125,7 @@ class ResidentSweep(Sweep):
                 self._through_update(t, last, directions, gradients)
             if t > self.meta.first_step or self.meta.reads_at(t):
                 with hvp, kept:
-                    self._through_gradient(t, last, parameters, directions, tangents, gradients)
+                    self._through_gradient(t, last, directions, gradients)
                 self.timings.counts["hvps"] += len(self.adjoints)
             self.reversed += 1
             self.tick("reverse")
@@ -139,17 +138,10 @@ class ResidentSweep(Sweep):
             gradients.add_hyper(j, t, out, self.reads)
             self.clipping.add_derivative_(t, last.gradient, u, out[:, -1])
 
-    def _through_gradient(
-        self,
-        t: int,
-        last: _Step,
-        parameters: list[Tensor],
-        directions: list[Tensor],
-        tangents: list[list[Tensor]],
-        gradients: Gradients,
-    ) -> None:
-        """The adjoint through the gradient of the step's loss. tangents: the directions, a tensor a parameter."""
+    def _through_gradient(self, t: int, last: _Step, directions: list[Tensor], gradients: Gradients) -> None:
+        """The adjoint through the gradient of the step's loss."""
         assert last.residuals is not None
+        parameters, tangents = self.arena.tensors(self.state.params), [self.arena.tensors(u) for u in directions]
         cotangents = [a.buffers for a in self.adjoints]
         slices, agreement = last.residuals.metaparameters, self.step.agreement
 
