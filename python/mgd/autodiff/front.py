@@ -25,7 +25,7 @@ from mgd.step.written_out import data_of
 # run(graph, its arguments) -> its outputs, real values: the first is the loss
 Run = Callable[["CapturedGraph", Sequence[Any]], Sequence[Any]]
 
-# Dynamo's entry for a function, which has its guards, and the code that it made
+# Dynamo's guards of a function, and the code that it made for where they hold
 Known = tuple[Any, Callable[..., Any]]
 
 MOST_GRAPHS = 16  # of one loss
@@ -98,8 +98,9 @@ class Front:
         """What the code returns whose guards hold. Dynamo's own way to it takes 15 of 22 µs, and five times that where
         other code has run in between, as it has in every step."""
         named = {"function": function, "model": model, "batch": batch, "z": z}
-        for known, code in self._known:
-            if known.guard_manager.check(named):
+        for guards, code in self._known:
+            # Without an entry, Dynamo has let go of them: they look at objects that are gone.
+            if guards.cache_entry is not None and guards.check(named):
                 return code(function, model, batch, z)
         value = self._compiled(function, model, batch, z)
         self._known = _compiled_code(self._entry)
@@ -151,11 +152,12 @@ def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callabl
 
 
 def _compiled_code(entry: Callable[..., Any]) -> list[Known]:
-    """Dynamo's entries for this function, and what each has made of it; none where this torch has other ones."""
+    """What Dynamo has of this function; nothing where this torch has it elsewhere. The entries themselves are not kept:
+    Dynamo frees them, whoever refers to them."""
     try:
         found = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(entry.__code__)  # type: ignore[attr-defined]
-        known: list[Known] = [(each, types.FunctionType(each.code, entry.__globals__)) for each in found]
-        return known if all(hasattr(each.guard_manager, "check") for each in found) else []
+        known = [(x.guard_manager, types.FunctionType(x.code, entry.__globals__)) for x in found if x.code is not None]
+        return known if all(hasattr(x, "check") and hasattr(x, "cache_entry") for x, _ in known) else []
     except AttributeError:
         return []
 

@@ -114,6 +114,7 @@ class Metaparameters:
                         f"expected per_example[{key!r}] to return an integer index tensor; got {describe(index)} "
                         f"at step {step}"
                     )
+                index = index.clone()  # it is kept with residuals, and the next batch may have its memory
             try:
                 slices.append(leaf if index is None else leaf[index])
             except IndexError:

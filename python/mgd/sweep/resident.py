@@ -77,7 +77,7 @@ class ResidentSweep(Sweep):
             room = 0 if t < self.meta.origin else None
             with training:
                 (microbatch,) = step.evaluations(t, self.meta)
-                parameters = self.arena.tensors(state.params)
+                parameters = self.arena.tensors(state.params)  # a copy where their dtype is not that of the buffer
                 found = step.evaluator.gradient(microbatch, parameters, self.buffers, room=room)
                 gradient = self.shards.flat(found.gradients)
             if self._captured() != captured:

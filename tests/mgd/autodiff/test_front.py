@@ -1,10 +1,12 @@
-"""The front of captured steps: what it keeps alive."""
+"""The front of captured steps: what it keeps alive, and what it no longer calls."""
 
 import gc
 import weakref
 
 import torch
 from cases import cross_entropy, mlp, supervised
+from same_bits import same
+from torch import nn
 
 
 def test_a_captured_training_is_let_go_of():
@@ -23,3 +25,46 @@ def test_a_captured_training_is_let_go_of():
     reference = captured()
     gc.collect()
     assert reference() is None
+
+
+def activation(scale: float):
+    class Scaled:
+        def __call__(self, x):
+            return scale * torch.tanh(x)
+
+    return Scaled()
+
+
+class Activated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.activation = mlp(), activation(1.0)
+
+    def forward(self, x):
+        return self.body[3](self.activation(self.body[0](x)))
+
+
+def test_code_for_a_class_that_is_gone_is_not_called():
+    """Dynamo replaces its guards of a class that was freed by ones that always hold."""
+    case = supervised(Activated(), (5,), 2)
+    f = case.function(trace=True)
+    before = f.metagradient(case.z)
+    known = weakref.ref(type(case.model.activation))
+    case.model.activation = activation(2.0)
+    gc.collect()
+    assert known() is None, "a vacuous case"
+    expected = case.metagradient(trace=False)
+    assert same(f.metagradient(case.z), expected) and not same(before, expected)
+
+
+def test_captured_code_outlives_a_reset_of_dynamo():
+    """Which frees its entries, whoever refers to them."""
+    case = supervised(mlp(), (5,), 2)
+    f = case.function(trace=True)
+    before = f.metagradient(case.z)
+    (front,) = f._evaluator._fronts.values()
+    assert front._known, "a vacuous case"
+    torch._dynamo.reset()
+    assert all(guards.cache_entry is None for guards, _ in front._known)
+    after = f.metagradient(case.z)
+    assert same(before, after) and after.report.execution == "captured"

@@ -84,10 +84,10 @@ def trainings():
     }
 
 
-KINDS = [*((name, torch.float32) for name in trainings()), ("weights", torch.float64), ("rates", torch.bfloat16)]
+KINDS = [*((name, torch.float32) for name in trainings()), ("weights", torch.float64), ("clipped", torch.bfloat16)]
 
 
-@pytest.mark.filterwarnings("ignore:the model computes in torch.bfloat16")
+@pytest.mark.filterwarnings("ignore:the model computes in")
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_its_bits_are_those_of_any_sweep(name, dtype, went_back):
     case = trainings()[name].to(dtype)
@@ -110,6 +110,25 @@ def test_its_bits_are_those_of_any_sweep(name, dtype, went_back):
             assert all(torch.equal(x, state[key]) for key, x in first.optimizer_state[slot].items())
     assert "all in memory" in str(second.report) and not second.report.plan
     assert "all in memory" not in str(first.report)
+
+
+class Mixed(nn.Module):
+    """Its parameters have two dtypes, of which the flat buffer has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp().float()
+        self.body[0].bfloat16()
+
+    def forward(self, x):
+        return self.body[3](torch.tanh(self.body[0](x.bfloat16()).float()))
+
+
+@pytest.mark.filterwarnings("ignore:the model computes in")
+def test_a_model_of_two_dtypes_has_the_bits_of_any_sweep(went_back):
+    case = plain().to(torch.float32).but(model=Mixed())
+    f = case.function(trace=True)
+    assert same(f.metagradient(case.z), f.metagradient(case.z)) and went_back[-1] is ResidentSweep
 
 
 def test_by_autograd_of_the_value(went_back):
@@ -214,6 +233,28 @@ def test_a_batch_that_changes_is_an_error():
     with pytest.raises(ReplayDivergence, match="changed in place"):
         f.metagradient(case.z)
         f.metagradient(case.z)
+
+
+class OneIndex:
+    """Batches whose index always has the same memory."""
+
+    def __init__(self, batches):
+        self.batches, self.index = batches, batches[0][2].clone()
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, t):
+        x, y, index = self.batches[t]
+        return x, y, self.index.copy_(index)
+
+
+def test_an_index_in_memory_that_is_used_again(went_back):
+    case = trainings()["weights, per example"].to(torch.float32)
+    expected = case.metagradient(trace=True)
+    f = case.but(batches=OneIndex(case.batches)).function(trace=True)
+    assert same(f.metagradient(case.z), expected) and same(f.metagradient(case.z), expected)
+    assert went_back[-1] is ResidentSweep
 
 
 def test_lost_numbers_are_named():
