@@ -90,21 +90,23 @@ class Enough(Exception):
     """The run is left where it is."""
 
 
-def attribution(directory: Path, end: int = QUERIES) -> list[Any]:
+def attribution(directory: Path, end: int = QUERIES, first: int = QUERIES, **options: Any) -> list[Any]:
+    """first: how many queries are asked for before those of the first chunk."""
     points = torch.randn(QUERIES, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     asked = 0
 
     def objectives(model, index):
         nonlocal asked
         asked += 1
-        if asked > end + QUERIES:  # each query is asked for once before the training
+        if asked > first + end:
             raise Enough
         return model(points[index])[:, 0].square()
 
     try:
         mgd.attribute(
-            training(), WEIGHTS, QUERIES, objectives, weights="weights", names=list("abcde"), chunk=1, out=directory
-        )
+            training(), WEIGHTS, QUERIES, objectives, weights="weights", names=list("abcde"), chunk=1, out=directory,
+            **options,
+        )  # fmt: skip
     except Enough:
         return []
     return loaded(directory)
@@ -115,7 +117,14 @@ def loaded(directory: Path) -> list[Any]:
     assert isinstance(found.scores, np.memmap)
     visits = None if found.visits is None else found.visits.tolist()
     facts = [found.scores.tolist(), found.values.tolist(), found.weights.tolist(), visits, found.queries, found.names]
-    return [*facts, found.report.steps, found.report.unvisited]
+    estimate = None if found.estimate is None else found.estimate.to_dict()
+    return [*facts, found.report.steps, found.report.unvisited, estimate]
+
+
+def estimate(directory: Path, end: int = 4) -> list[Any]:
+    """Of scores from as many combined sweeps as the gradients have rank. `end`: how many sweeps are made, of four."""
+    asked = end * QUERIES if end < 4 else 10**9  # each sweep asks for every query
+    return attribution(directory, asked, 2 * QUERIES, combine=4)
 
 
 def search(directory: Path, end: int = 6) -> list[Any]:
@@ -130,6 +139,7 @@ RUNS: dict[str, Callable[..., list[Any]]] = {
     "descent": descent,
     "rater": rater,
     "attribution": attribution,
+    "estimate": estimate,
     "search": search,
 }
 

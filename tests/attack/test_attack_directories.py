@@ -28,7 +28,7 @@ FULL = os.environ.get("MGD_ATTACK", "") == "full"
 pytestmark = pytest.mark.timeout(3600 if FULL else 600)
 MUTATIONS = 300 if FULL else 4  # of each kind of file
 ERRORS = {"CorruptState", "ForeignEntry", "CorruptScores", "UnknownFormat", "StaleRun", "StoreIOError", "BadData"}
-PARTS = {"descent": 2, "rater": 2, "attribution": 3, "search": 3}  # how far the interrupted runs go
+PARTS = {"descent": 2, "rater": 2, "attribution": 3, "estimate": 2, "search": 3}  # how far the interrupted runs go
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,9 @@ def test_damaged_files(base, tmp_path, kind):
     attacked(base, tmp_path, kind, "part")
 
 
-def test_damaged_files_of_a_whole_attribution_that_is_loaded(base, tmp_path):
-    attacked(base, tmp_path, "attribution", "whole", loaded)
+@pytest.mark.parametrize("kind", ["attribution", "estimate"])
+def test_damaged_files_of_a_whole_attribution_that_is_loaded(base, tmp_path, kind):
+    attacked(base, tmp_path, kind, "whole", loaded)
 
 
 def test_every_bit_of_the_scores_counts(base, tmp_path):

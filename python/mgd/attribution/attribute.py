@@ -8,34 +8,28 @@ its score times its weight. All queries of a chunk share one training and one re
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from mgd.attribution import combined
 from mgd.attribution import scores as files
-from mgd.attribution.repeating import Objectives, objective_of, repeated
 from mgd.attribution.result import Attribution, AttributionReport
-from mgd.attribution.shared import SharedScores
+from mgd.attribution.shared import HeldScores, SharedScores
+from mgd.attribution.sweeps import Objectives, Part, Sweeps, objective_of
 from mgd.errors import BadArgument, BadBatch, BadMetaparameter
 from mgd.function import TrainingFunction
 from mgd.identity import code_of
-from mgd.ranks.ranks import Ranks
 from mgd.step.batches import loaded
 from mgd.util.files import path_of
 from mgd.util.fingerprint import digest
-from mgd.util.progress import tracked
 from mgd.util.system import free_memory
 from mgd.util.text import describe, parse_bytes
 from mgd_kernels import Arena
@@ -83,8 +77,10 @@ def attribute(
         same `chunk`, which by default is at most the number of queries per group. The report is that of the own group.
     combine: c: for queries by the hundred. Estimate the scores of all queries from c reverse sweeps, one for each
         principal direction of the queries' gradients (`mgd.attribution.combined`). `.estimate` has their error, as so
-        many forward passes (`probes`) measure it, and RoughEstimate warns of queries whose error is large. The scores
-        are in memory as a whole, and so is one evaluation of all queries.
+        many forward passes (`probes`) measure it, and RoughEstimate warns of queries whose error is large. What the
+        sweeps give, `[c, n]`, is in memory as a whole, and so is one evaluation of all queries. A chunk is one of
+        combinations, and groups take turns at these. `out` keeps each chunk that is done until the scores are there,
+        and `resume` the log of a sweep; an interrupted forward pass begins anew.
 
     On several processes, rank 0 fills the directory of scores, which all of them must see, as on a shared file system.
     Any number of processes and of groups continues it.
@@ -110,8 +106,7 @@ def attribute(
             if path is not None:
                 path_of(path)
         if combine is not None:
-            others = {"out": out is not None, "resume": resume is not None, "query_groups": query_groups != 1}
-            combined.check(f, len(numbers), combine, probes, others)
+            combined.check(len(numbers), combine, probes)
         call: dict[str, Any] = {"queries": numbers, "names": names and list(names), "weights": weights}
         call |= {"query_groups": query_groups, "combine": combine, "probes": probes}
         call |= {"out": out and os.fspath(out), "resume": resume and os.fspath(resume)}
@@ -119,108 +114,42 @@ def attribute(
             lambda: code_of(f.model, f.loss, objectives) | {name: digest(value) for name, value in call.items()}
         )
         f.ranks.split(query_groups)  # or it is refused
-        given, each = chunk, combine or -(-len(numbers) // query_groups)
-        chunk = f.ranks.first(lambda: _chunk(f, z, len(numbers), each, given, memory, directory))
+        given, swept = chunk, combine or len(numbers)
+        chunk = f.ranks.first(lambda: _chunk(f, z, swept, query_groups, given, memory, directory))
     unvisited = 0 if visits is None else int((visits == 0).sum())
     report = AttributionReport(len(numbers), len(weight), len(f), chunk, unvisited)
 
+    parts = {first: numbers[first : first + chunk] for first in range(0, len(numbers), chunk)}
     dtype, titles = str(weight.dtype).removeprefix("torch."), None if names is None else list(names)
-    parts = [numbers[first : first + chunk] for first in range(0, len(numbers), chunk)]
-    chunks = list(zip(range(0, len(numbers), chunk), parts, strict=True))
-    file, rows, values = None, None, torch.zeros(len(numbers), dtype=torch.float64, device="cpu")
+    how = weights, numbers, titles, chunk, unvisited, combine, None if combine is None else probes
+    index = files.Index([len(numbers), len(weight)], dtype, *how)
     with contextlib.ExitStack() as stack:
+        scores: combined.Scores
         if directory is None:
-            rows = np.zeros((len(numbers), len(weight)), dtype)
+            scores = HeldScores(index)
         else:
-            index = files.Index([len(numbers), len(weight)], dtype, weights, numbers, titles, chunk, unvisited)
-            identity = f.identity(z, (objective_of(objectives, part) for part in parts))
-            file = stack.enter_context(SharedScores(f.ranks, directory, index, identity))
+            identity = f.identity(z, (objective_of(objectives, part) for part in parts.values()))
+            scores = stack.enter_context(SharedScores(f.ranks, directory, index, identity))
 
         begin = time.perf_counter()
         rehearsal = f.train(z, progress=progress)
         report.training_seconds = report.seconds["rehearsal"] = time.perf_counter() - begin
-        if file is not None:
-            file.begin(rehearsal.losses, digest(rehearsal.losses, rehearsal.model_state), weight, visits)
+        scores.begin(rehearsal, weight, visits)
 
-        if combine is not None:
-            tick = stack.enter_context(tracked("combinations", combine, enabled=progress))
-            told = functools.partial(_each, tick)
-            how = combine, probes, report, rehearsal, told
-            table, values, estimate = combined.estimated(f, z, numbers, objectives, weights, *how)
-            report.total_seconds = time.perf_counter() - start
-            known = numbers, weight.detach().cpu(), visits, report, titles
-            return Attribution(table.numpy(), values, *known, estimate=estimate)
-
-        group = stack.enter_context(_Group.of(f, query_groups))
-        shared = group.function
-        # If there is one chunk, the bars of its two sweeps are shown instead.
-        bar = progress and len(chunks) > 1
-        todo = [each for each in chunks if file is None or each[0] not in file.done]
-        report.chunks_kept = len(chunks) - len(todo)
-        kept = len(numbers) - sum(len(part) for _, part in todo)
-        tick = stack.enter_context(tracked("queries", len(numbers), kept, enabled=bar))
-        for turn in (todo[i : i + query_groups] for i in range(0, len(todo), query_groups)):
-            found: list[tuple[int, Any, Tensor]] = []
-            for first, part in turn[group.index : group.index + 1]:
-                shared.objective = objective_of(objectives, part)
-                place = None if resume is None else path_of(resume) / f"queries-{first}"
-                result = repeated(shared, z, place, rehearsal, progress and not bar)
-                report.add(result)
-                found.append((first, result.grads[weights].cpu().numpy(), result.value.double().cpu()))
-                del result
-            begin = time.perf_counter()
-            for each in group.exchanged(found):
-                if file is not None:
-                    file.write(*each)
-                else:
-                    assert rows is not None
-                    first, scores, losses = each
-                    rows[first : first + len(losses)], values[first : first + len(losses)] = scores, losses
-            report.seconds["scores"] = report.seconds.get("scores", 0.0) + time.perf_counter() - begin
-            for first, part in turn:
-                if resume is not None:  # what its sweeps kept there is not needed any more
-                    shutil.rmtree(path_of(resume) / f"queries-{first}", ignore_errors=True)
-                _each(tick, len(part))
+        place = None if resume is None else path_of(resume)
+        sweeps = Sweeps(f, z, weights, query_groups, place, rehearsal, report, progress)
+        estimate = None
+        if combine is None:
+            objective = functools.partial(objective_of, objectives)
+            rows = [Part(first, len(part), functools.partial(objective, part)) for first, part in parts.items()]
+            sweeps.run("queries", rows, scores.done, scores.write)
+        else:
+            estimate = combined.estimated(sweeps, scores, objectives)
         report.total_seconds = time.perf_counter() - start
-        if file is not None:
-            return file.finish(report.to_dict())
-    assert rows is not None
-    return Attribution(rows, values, numbers, weight.detach().cpu(), visits, report, titles)
-
-
-def _each(tick: Callable[[str], None], count: int) -> None:
-    for _ in range(count):
-        tick("")
-
-
-@dataclass
-class _Group:
-    """The group of ranks to which this one belongs. function: its own training, which has the traces of f. all_ranks:
-    those of all groups, if there are several."""
-
-    function: TrainingFunction
-    index: int = 0
-    count: int = 1
-    all_ranks: Ranks | None = None
-
-    @classmethod
-    @contextlib.contextmanager
-    def of(cls, f: TrainingFunction, count: int) -> Iterator[_Group]:
-        ranks, index = f.ranks.split(count)
-        if count == 1:
-            yield cls(copy.copy(f))
-            return
-        with f.ranks.call():  # an error of one group ends the others, too
-            yield cls(f.replaced(process_group=ranks), index, count, f.ranks)
-
-    def exchanged(self, found: list[Any]) -> Iterator[Any]:
-        """What all groups have found, that of one group at a time."""
-        if self.all_ranks is None:
-            yield from found
-            return
-        own = found if self.function.ranks.rank == 0 else []
-        for index in range(self.count):
-            yield from (one for each in self.all_ranks.objects(own if index == self.index else []) for one in each)
+        found = scores.finish(report, estimate)
+    if estimate is not None:
+        combined.warn_if_rough(estimate)
+    return found
 
 
 def _numbers(queries: int | Sequence[int] | Tensor) -> list[int]:
@@ -275,12 +204,12 @@ def _chunk(
     f: TrainingFunction,
     z: Mapping[str, Any],
     count: int,
-    k: int,
+    groups: int,
     chunk: int | None,
     memory: int | str | None,
     directory: str | os.PathLike[str] | None,
 ) -> int:
-    """How many queries share a sweep. count: of all queries. k: of those of a group. directory: where an attribution
+    """How many queries, or combinations of them, share a sweep. count: of all of them. directory: where an attribution
     may have begun, which then goes on with its own number."""
     if chunk is not None:
         if chunk < 1 or memory is not None:
@@ -292,6 +221,7 @@ def _chunk(
     each = query_bytes(f, z)
     if memory is not None and room < each:
         raise BadArgument(f"expected memory for one query at least, which takes {each:,} bytes; got {room:,} bytes")
+    k = -(-count // groups)
     most = max(1, min(k, MOST, room // each))
     return -(-k // -(-k // most))  # chunks of about the same size, rather than a small last one
 

@@ -13,16 +13,18 @@ query's row of scores (Hutchinson 1990). No direction was chosen by what these p
 
 from __future__ import annotations
 
-import time
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd.attribution.repeating import Objectives, objective_of, repeated
-from mgd.attribution.result import AttributionReport, Estimate
+from mgd.attribution.result import Estimate
+from mgd.attribution.shared import HeldScores, SharedScores
+from mgd.attribution.sweeps import Objective, Objectives, Part, Sweeps, objective_of
 from mgd.errors import BadArgument, NonFiniteState, RoughEstimate
 from mgd.function import TrainingFunction
 from mgd.results import Trained
@@ -30,13 +32,15 @@ from mgd.step.model import Binding, differentiable
 from mgd.step.rng import seed_generators, seed_of
 from mgd.step.turn import turn
 from mgd.sweep.adjoint import TrainedObjective
+from mgd_kernels.store import Key
 
+Scores = HeldScores | SharedScores
 SKETCH = 1 << 14  # coordinates to which a longer gradient is hashed, to find the directions; any others are exact
 ROUGH = 0.5  # the relative error of a query's scores from which on it is told: a correlation of 0.87
 
 
-def check(f: TrainingFunction, queries: int, combine: int, probes: int, others: Mapping[str, Any]) -> None:
-    """Raise BadArgument for arguments that do not fit. others: by name, those that have no meaning here, if given."""
+def check(queries: int, combine: int, probes: int) -> None:
+    """Raise BadArgument for arguments that do not fit."""
     if not isinstance(combine, int) or isinstance(combine, bool) or not 1 <= combine < queries:
         raise BadArgument(
             f"expected combine to be a number of sweeps from 1 to {queries - 1}, fewer than the {queries} queries; got "
@@ -44,17 +48,11 @@ def check(f: TrainingFunction, queries: int, combine: int, probes: int, others: 
         )
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 2:
         raise BadArgument(f"expected probes >= 2, the forward passes that measure the error; got {probes!r}")
-    if given := [name for name, value in others.items() if value]:
-        raise BadArgument(
-            f"expected combine= without {given[0]}=: estimated scores are computed in one go, and kept in memory"
-        )
-    if not f.gather:
-        raise BadArgument("expected gather=True with combine=: the queries' gradients are combined as a whole")
 
 
 class Gradients:
     """The gradients of the queries' losses at the trained parameters, one at a time: together they may not fit in
-    memory. sketches: `[k, d]`, each in at most SKETCH coordinates (the count sketch of Charikar et al. 2002)."""
+    memory. Sketches of them have at most SKETCH coordinates each (the count sketch of Charikar et al. 2002)."""
 
     def __init__(self, f: TrainingFunction, trained: Trained, objectives: Objectives, numbers: list[int]):
         self._f, self._trained, self._objectives, self._numbers = f, trained, objectives, numbers
@@ -70,7 +68,10 @@ class Gradients:
             device = next(iter(trained.parameters.values())).device
             self._bucket = torch.randint(SKETCH, (length,), generator=generator).to(device)
             self._sign = (torch.randint(2, (length,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
-        self.sketches = torch.stack([self._sketch(gradient).cpu() for gradient in self])
+
+    def sketches(self) -> Tensor:
+        """`[k, d]`."""
+        return torch.stack([self._sketch(gradient).cpu() for gradient in self])
 
     def __iter__(self) -> Iterator[Tensor]:
         """Each gradient, flat `[P]`, in float32 or the wider dtype of the parameters."""
@@ -96,7 +97,7 @@ class Gradients:
             return gradient
         return gradient.new_zeros(SKETCH).index_add_(0, self._bucket, gradient * self._sign)
 
-    def combined(self, mix: Tensor) -> Callable[[nn.Module], Tensor]:
+    def combined(self, mix: Tensor) -> Objective:
         """An objective with one linear function of the trained state for each row of `mix` `[c, k]`, whose gradient is
         that combination of the queries' gradients. A sweep backward needs no more of an objective."""
         total = None
@@ -126,55 +127,84 @@ def directions(sketches: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(unit @ unit.T)
     noise = len(values) * torch.finfo(sketches.dtype).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     chosen = vectors[:, values > noise].flip(1)[:, :count]
-    return (chosen / scale).T, chosen * scale
+    return (chosen / scale).T.contiguous(), (chosen * scale).contiguous()
 
 
-def estimated(
-    f: TrainingFunction,
-    z: Mapping[str, Any],
-    numbers: list[int],
-    objectives: Objectives,
-    weights: str,
-    combine: int,
-    probes: int,
-    report: AttributionReport,
-    rehearsal: Trained,
-    progress: Callable[[int], Any],
-) -> tuple[Tensor, Tensor, Estimate]:
-    """Scores `[k, n]` on the CPU, losses float64 `[k]`, and the estimate's own error. progress: is told of sweeps."""
-    start = time.perf_counter()
-    gradients = Gradients(f, rehearsal, objectives, numbers)
-    mix, share = directions(gradients.sketches, combine)
-    report.seconds["directions"] = time.perf_counter() - start
+def estimated(sweeps: Sweeps, scores: Scores, objectives: Objectives) -> Estimate:
+    """Fill the scores, and measure their error. What an interrupted call has kept there is not computed again; rows are
+    computed in parts of one size, so that their bits do not depend on where they go."""
+    index, report = scores.index, sweeps.report
+    combine, probes = index.combine, index.probes
+    assert combine is not None and probes is not None
+    if (kept := scores.kept("estimate")) is not None:  # then all rows are done, too
+        report.chunks_kept = -(-kept["combinations"] // index.chunk)
+        return Estimate(**kept)
+    f, weight = sweeps.f, sweeps.z[sweeps.weights]
+    gradients = Gradients(f, sweeps.rehearsal, objectives, index.queries)
 
-    rows = []
-    for part in mix.split(report.chunk) if len(mix) else ():  # no query has a gradient
-        start = time.perf_counter()
-        own = f.replaced(objective=gradients.combined(part))
-        report.seconds["directions"] += time.perf_counter() - start
-        result = repeated(own, z, None, rehearsal, False)
-        report.add(result)
-        rows.append(result.grads[weights].cpu())
-        progress(len(part))
-    weight = z[weights]
-    scores = (
-        share.to(weight.dtype) @ torch.cat(rows) if rows else torch.zeros(len(numbers), len(weight)).to(weight.cpu())
-    )
+    def once(key: Key, make: Callable[[], Any]) -> Any:
+        if (found := scores.kept(key)) is None:
+            found = make()
+            scores.keep(key, found)
+        return found
 
-    start = time.perf_counter()
-    generator = torch.Generator().manual_seed(f.seed)
-    signs = torch.randint(2, (probes, len(weight)), generator=generator).to(weight.dtype) * 2 - 1
-    own = f.replaced(objective=objective_of(objectives, numbers))
-    along = own.jvp(z, [{weights: row.to(weight.device)} for row in signs])
-    true, guess = along.tangent.double().cpu(), (scores @ signs.T).T.double()
-    report.seconds["probes"] = time.perf_counter() - start
-    estimate = Estimate.of(true, guess, len(mix))
+    with report.timed("directions"), f.ranks.call():
+        # Kept, since another machine could choose other directions, of which the rows that are kept are not.
+        mix, share = once("directions", lambda: f.ranks.first(lambda: directions(gradients.sketches(), combine)))
+
+    def objective(own: Tensor) -> Objective:
+        with report.timed("directions"):
+            return gradients.combined(own)
+
+    parts: list[Part] = []
+    done: dict[int, Tensor] = {}
+    for first in range(0, len(mix), index.chunk):
+        own = mix[first : first + index.chunk]
+        parts.append(Part(first, len(own), functools.partial(objective, own)))
+        if (kept := scores.kept(("sweep", first))) is not None:
+            done[first] = kept
+
+    def take(first: int, found: np.ndarray, values: Tensor) -> None:
+        done[first] = torch.from_numpy(found)
+        scores.keep(("sweep", first), done[first])
+
+    sweeps.run("combinations", parts, set(done), take)
+    none = torch.zeros(0, len(weight), dtype=weight.dtype, device="cpu")  # it may be that no query has a gradient
+    swept = torch.cat([none, *(done[part.first] for part in parts)])
+
+    signs = _signs(probes, len(weight), f.seed).to(weight.dtype)
+    with report.timed("probes"):
+        true, values = once("probes", lambda: _probed(sweeps, objective_of(objectives, index.queries), signs))
+    guess = torch.zeros_like(true)
+    with report.timed("scores"):
+        for first in range(0, len(index.queries), index.chunk):
+            place = slice(first, first + index.chunk)
+            part = share[place].to(weight.dtype, copy=True) @ swept
+            guess[:, place] = (part @ signs.T).T
+            if first not in scores.done:
+                scores.write(first, part.numpy(), values[place])
+    return Estimate.of(true, guess, len(mix))
+
+
+def _signs(count: int, n: int, seed: int) -> Tensor:
+    """Random signs of the examples' weights, `[count, n]`."""
+    return torch.randint(2, (count, n), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def _probed(sweeps: Sweeps, objective: Objective, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """How the queries' losses change along each of `signs`, float64 `[m, k]`, and what they are, float64 `[k]`."""
+    weight = sweeps.z[sweeps.weights]
+    along = [{sweeps.weights: row.to(weight.device)} for row in signs]
+    found = sweeps.f.replaced(objective=objective).jvp(sweeps.z, along)
+    return found.tangent.double().cpu(), found.value.double().cpu()
+
+
+def warn_if_rough(estimate: Estimate) -> None:
     if rough := int((estimate.errors > ROUGH).sum()):
         warnings.warn(
-            f"the scores of {rough} of {len(numbers)} queries are estimated with a relative error above {ROUGH:g} (of "
-            f"all: {estimate.error:.2g}). Raise combine={combine}, or attribute these alone, exactly: "
+            f"the scores of {rough} of {len(estimate.errors)} queries are estimated with a relative error above "
+            f"{ROUGH:g} (of all: {estimate.error:.2g}). Raise combine=, or attribute these alone, exactly: "
             "`found.estimate.errors` names them.",
             RoughEstimate,
             stacklevel=3,
         )
-    return scores, along.value.double().cpu(), estimate

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,8 +23,9 @@ from mgd.util.text import describe
 class AttributionReport:
     """What an attribution cost, in this process.
 
-    queries, examples, steps: k, n, T. chunk: the number of queries that shared a sweep. chunks_done, chunks_kept: the
-    number of chunks computed now, and of those that an earlier, interrupted call had finished. unvisited: the number of
+    queries, examples, steps: k, n, T. chunk: the number of queries, or of combinations of them, that shared a sweep.
+    chunks_done, chunks_kept: the number of chunks computed now, and of those that an earlier, interrupted call had
+    finished. unvisited: the number of
     examples that no step read. seconds: by kind of work; "rehearsal" is the training that every later one must repeat,
     "scores" the writing of the rows. training_seconds: of the rehearsal, a plain training. counts, execution: as in
     `mgd.Report`.
@@ -49,6 +52,13 @@ class AttributionReport:
             self.counts[name] = self.counts.get(name, 0) + count
         self.execution = result.report.execution
         self.chunks_done += 1
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Add the seconds of the block to those of a kind of work."""
+        start = time.perf_counter()
+        yield
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
     @property
     def trainings_per_query(self) -> float | None:
@@ -87,7 +97,7 @@ class Estimate:
         return cls(combinations, len(true), errors, float((off.sum() / size.sum()).sqrt()) if size.any() else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"errors": self.errors.tolist()}
+        return vars(self) | {"errors": self.errors.tolist()}
 
 
 @dataclass
@@ -167,6 +177,7 @@ class Attribution:
             report=AttributionReport.from_dict(stored.report),
             names=index.names,
             directory=os.fspath(directory),
+            estimate=None if stored.estimate is None else Estimate(**stored.estimate),
         )
 
 

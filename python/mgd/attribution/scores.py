@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgd.errors import CorruptScores, StaleRun, StoreIOError, UnknownFormat
+from mgd.errors import BadData, CorruptScores, StaleRun, StoreIOError, UnknownFormat
 from mgd.util.files import path_of
 from mgd.util.fingerprint import Identity, digest
 from mgd.util.run_directory import RunDirectory
+from mgd_kernels.store import Key
 
 KIND = "attribution"
 SCORES, INDEX = "scores.npy", "index.json"
+LASTING = ("index", "training", "estimate", "report")  # entries, beside those of chunks
 DIGEST_BYTES = 1 << 24  # read at a time for a digest
 
 
@@ -39,7 +41,8 @@ class Index:
 
     shape: [queries, training examples]. dtype: that of the scores, as numpy names it. weights: the metaparameter.
     queries: their numbers, as passed to the objectives. names: their titles, if they have any. chunk: the number of
-    queries that shared a sweep. unvisited: how many examples no step of the training read.
+    queries that shared a sweep. unvisited: how many examples no step of the training read. combine, probes: as of
+    `attribute`, where the scores are an estimate; a chunk is then one of combinations.
     """
 
     shape: list[int]
@@ -49,6 +52,8 @@ class Index:
     names: list[str] | None
     chunk: int
     unvisited: int = 0
+    combine: int | None = None
+    probes: int | None = None
 
 
 class ScoreFile:
@@ -109,10 +114,25 @@ class ScoreFile:
         self._run.write(("chunk", start), record)
         self._done[start] = record
 
-    def finish(self, report: Mapping[str, Any]) -> None:
-        """Store the report of the complete attribution, and an index for people."""
+    def keep(self, key: Key, value: Any) -> None:
+        """Store what rows will be made of, until all of them are done."""
+        self._run.write(key, value)
+
+    def kept(self, key: Key) -> Any:
+        """What an earlier call has stored under a key; None if nothing."""
+        return self._run.read(key)
+
+    def finish(self, report: Mapping[str, Any], estimate: Mapping[str, Any] | None = None) -> None:
+        """Store the report of the complete attribution, what is known of the error of scores that are an estimate, and
+        an index for people. What `keep` stored is removed."""
+        if estimate is not None:
+            self._run.write("estimate", dict(estimate))
         self._run.write("report", dict(report))
-        self._run.show(INDEX, asdict(self.index) | {"values": losses_of(self._done), "report": dict(report)})
+        facts = asdict(self.index) | {"values": losses_of(self._done), "report": dict(report)}
+        self._run.show(INDEX, facts | ({} if estimate is None else {"estimated error": estimate["error"]}))
+        for key in self._run.keys():
+            if key not in LASTING and not _of_chunk(key):
+                self._run.remove(key)
 
     def close(self) -> None:
         self._run.close()
@@ -211,8 +231,12 @@ class Matrix:
 
 def done(run: RunDirectory) -> dict[int, dict[str, Any]]:
     """The records of finished chunks, by their first row and in the order of rows."""
-    starts = sorted(key[1] for key in run.keys() if isinstance(key, tuple) and key[0] == "chunk")
+    starts = sorted(key[1] for key in run.keys() if isinstance(key, tuple) and _of_chunk(key))
     return {start: run.read(("chunk", start)) for start in starts}
+
+
+def _of_chunk(key: Key) -> bool:
+    return isinstance(key, tuple) and key[0] == "chunk"
 
 
 def mapped(directory: str | os.PathLike[str], index: Index) -> np.memmap:
@@ -238,7 +262,8 @@ def losses_of(records: Mapping[int, Mapping[str, Any]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A directory of scores as it was read. rows_done: how many rows are there. report: None until all of them are."""
+    """A directory of scores as it was read. rows_done: how many rows are there. report: None until all of them are.
+    estimate: of their error, where they are an estimate."""
 
     index: Index
     scores: np.memmap
@@ -247,13 +272,19 @@ class Stored:
     visits: Tensor | None
     rows_done: int
     report: dict[str, Any] | None
+    estimate: dict[str, Any] | None
 
 
 def read(directory: str | os.PathLike[str]) -> Stored:
-    """What a directory of scores holds, all of it checked. Raises as `ScoreFile` does."""
+    """What a directory of scores holds, all of it checked. Raises as `ScoreFile` does, and BadData where it has only
+    begun."""
     with RunDirectory.existing(directory, KIND) as run:
-        index, training, records = Index(**run.need("index")), run.need("training"), done(run)
+        records = done(run)
+        if not records and "training" not in run:
+            raise BadData(f"expected a complete attribution; that in {os.fspath(directory)} has only begun")
+        index, training = Index(**run.need("index")), run.need("training")
         report = run.read("report")
+        estimate = run.need("estimate") if report is not None and index.combine is not None else None
     matrix = Matrix(run.path / SCORES, index)
     with matrix.opened() as file:  # others may read the entries meanwhile: rows that are done do not change
         for record in records.values():
@@ -261,7 +292,7 @@ def read(directory: str | os.PathLike[str]) -> Stored:
         scores = matrix.mapped(file)
     rows = sum(record["stop"] - record["start"] for record in records.values())
     values = torch.tensor(losses_of(records), dtype=torch.float64, device="cpu")
-    return Stored(index, scores, values, training["weights"], training["visits"], rows, report)
+    return Stored(index, scores, values, training["weights"], training["visits"], rows, report, estimate)
 
 
 def first_difference(first: np.ndarray, second: np.ndarray) -> int | None:

@@ -1,23 +1,54 @@
-"""The directory of an attribution on several processes: rank 0 fills it, all of them read what is in it."""
+"""Where the scores of an attribution go: into memory, or into a directory that rank 0 fills and all processes read."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mgd.attribution import scores as files
-from mgd.attribution.result import Attribution
+from mgd.attribution.result import Attribution, AttributionReport, Estimate
 from mgd.errors import BadArgument
 from mgd.ranks.ranks import Ranks
+from mgd.results import Trained
 from mgd.util.files import path_of
 from mgd.util.fingerprint import Identity, digest
+from mgd_kernels.store import Key
+
+
+class HeldScores:
+    """Scores in memory, by the methods of `SharedScores`. Nothing outlives the call, so nothing is kept."""
+
+    done: frozenset[int] = frozenset()
+
+    def __init__(self, index: files.Index):
+        self.index = index
+        self._rows = np.zeros(index.shape, index.dtype)
+        self._values = torch.zeros(index.shape[0], dtype=torch.float64, device="cpu")
+
+    def begin(self, rehearsal: Trained, weights: Tensor, visits: Tensor | None) -> None:
+        self._weights, self._visits = weights.detach().cpu(), visits
+
+    def write(self, start: int, rows: np.ndarray, losses: Tensor) -> None:
+        place = slice(start, start + len(rows))
+        self._rows[place], self._values[place] = rows, losses
+
+    def keep(self, key: Key, value: Any) -> None:
+        pass
+
+    def kept(self, key: Key) -> Any:
+        return None
+
+    def finish(self, report: AttributionReport, estimate: Estimate | None) -> Attribution:
+        index, known = self.index, (self._weights, self._visits, report)
+        return Attribution(self._rows, self._values, index.queries, *known, index.names, estimate=estimate)
 
 
 class SharedScores:
@@ -71,11 +102,12 @@ class SharedScores:
         with self._ranks.call():
             yield self._file
 
-    def begin(self, losses: Tensor, state: str, weights: Tensor, visits: Tensor | None) -> None:
+    def begin(self, rehearsal: Trained, weights: Tensor, visits: Tensor | None) -> None:
         """As `ScoreFile.begin`."""
         with self._call() as file:
             if file is not None:
-                file.begin(losses, state, weights, visits)
+                state = digest(rehearsal.losses, rehearsal.model_state)
+                file.begin(rehearsal.losses, state, weights, visits)
 
     def write(self, start: int, rows: np.ndarray, losses: Tensor) -> None:
         """As `ScoreFile.write`. losses: float64 `[c]`."""
@@ -83,13 +115,24 @@ class SharedScores:
             if file is not None:
                 file.write(start, rows, losses.tolist())
 
-    def finish(self, report: Mapping[str, Any]) -> Attribution:
+    def keep(self, key: Key, value: Any) -> None:
+        """As `ScoreFile.keep`."""
+        with self._call() as file:
+            if file is not None:
+                file.keep(key, value)
+
+    def kept(self, key: Key) -> Any:
+        """As `ScoreFile.kept`, on every rank."""
+        with self._call():
+            return self._ranks.first(lambda: self._own.kept(key))
+
+    def finish(self, report: AttributionReport, estimate: Estimate | None) -> Attribution:
         """Store rank 0's report of the complete attribution, and let go of the directory. Returns what is in it, with
         scores that are memory-mapped, on every rank."""
         with self._call() as file:
             loaded = None
             if file is not None:
-                file.finish(report)
+                file.finish(report.to_dict(), None if estimate is None else vars(estimate))
                 file.close()
                 loaded = Attribution.load(self.directory)
             rest = self._ranks.first(lambda: loaded and replace(loaded, scores=np.empty(0)))

@@ -21,7 +21,7 @@ from mgd.function import TrainingFunction
 from mgd.ranks.directory import SharedDirectory
 from mgd.ranks.ranks import Ranks
 from mgd.results import Metagradient
-from mgd.util.fingerprint import digest
+from mgd.util.fingerprint import Identity, digest
 from mgd.util.progress import tracked
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
@@ -108,8 +108,9 @@ class MetaDescent:
         patience: end after this many meta-steps without a lower score.
         directory: save history and state there after every meta-step. The same call then continues an interrupted
             descent, to the same bits; a call with more steps continues a finished one. All that it depends on is
-            compared with the saved descent: the start, the constraints, the optimizer, `validate`, and the first
-            training, as `TrainingFunction.identity` tells it. For that a `problem` is called once more at the start.
+            compared with the saved descent: the start, the constraints, the optimizer, `validate`, and the training of
+            every meta-step that is done, as `TrainingFunction.identity` tells it. For that a `problem` is called once
+            more for each of them, with the variables of the start.
         observe: called after every training, with the variables that were used for it.
 
         Raises BadArgument for variables that do not fit, and NonFiniteState if the start itself, or every smaller step,
@@ -122,9 +123,13 @@ class MetaDescent:
         with contextlib.ExitStack() as stack:
             checkpoint = None
             if directory is not None:
-                ranks, identity = self._identity(state)
-                run = SharedDirectory(ranks, directory, "descent", identity)
-                checkpoint = DescentCheckpoint(stack.enter_context(run), state, self.validate)
+                start = {name: x.requires_grad_() for name, x in state.copy().items()}
+                ranks, first = self._training_at(start, 0)
+                identity = state.identity() | first | {"the score": digest(self.validate is None)}
+                run = stack.enter_context(SharedDirectory(ranks, directory, "descent", identity))
+                training_at = lambda number: self._training_at(start, number)[1]
+                one = isinstance(self.problem, TrainingFunction)
+                checkpoint = DescentCheckpoint(run, state, self.validate, None if one else training_at)
             tick = stack.enter_context(tracked("meta-steps", steps, len(state.history), progress))
             while len(state.history) < steps and not state.stalled(patience):
                 step, result = self._train(state)
@@ -138,11 +143,11 @@ class MetaDescent:
         stopped = "steps" if len(state.history) >= steps else "patience"
         return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
 
-    def _identity(self, state: DescentState) -> tuple[Ranks, dict[str, str]]:
+    def _training_at(self, variables: Variables, index: int) -> tuple[Ranks, Identity]:
+        """Whose the training of a meta-step is, and what it depends on."""
         with torch.random.fork_rng([]):
-            f, z = self._training(state.leaves, 0)
-        identity = state.identity() | f.identity(_detached(z)) | {"the score": digest(self.validate is None)}
-        return f.ranks, identity
+            f, z = self._training(variables, index)
+        return f.ranks, f.identity(_detached(z))
 
     def _train(self, state: DescentState) -> tuple[MetaStep, Metagradient]:
         """A training with its metagradient, at the variables of `state`, or closer to the last ones if it diverges."""

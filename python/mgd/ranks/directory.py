@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mgd.errors import StaleRun
 from mgd.ranks.ranks import Ranks
 from mgd.util.files import path_of
-from mgd.util.fingerprint import Identity
+from mgd.util.fingerprint import Identity, differing
 from mgd.util.run_directory import RunDirectory
 from mgd_kernels.store import Key
 
@@ -36,6 +37,13 @@ class SharedDirectory:
         """The value under a key that was written before. Raises CorruptState if it is gone, too."""
         with self._ranks.call():
             return self._ranks.first(lambda: self._run and self._run.need(key))
+
+    def check(self, key: Key, identity: Identity, words: str = "") -> None:
+        """Raise StaleRun unless the identity that was written under a key is this one. words: behind what differs."""
+        with self._ranks.call():
+            self._ranks.check_same(lambda: identity)
+            if differences := differing(self.need(key), identity):
+                raise StaleRun(str(self.path), [name + words for name in differences])
 
     def write(self, key: Key, value: Any) -> None:
         """Replace the value under a key. It is on the disk when the call returns."""

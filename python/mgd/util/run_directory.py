@@ -97,6 +97,10 @@ class RunDirectory:
         self._store.put(key, to_tensors({"value": value}))
         self._store.flush()
 
+    def remove(self, key: Key) -> None:
+        """Remove the value under a key, which must be there."""
+        self._store.delete(key)
+
     def show(self, name: str, value: Any) -> None:
         """Write a value as JSON beside the others, for people. It is never read back."""
         write_file(self.path / name, json.dumps(value, indent=1) + "\n", private=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -12,7 +13,17 @@ from torch import nn
 
 import mgd
 from mgd.attribution import combined
-from mgd.errors import BadArgument, BadObjective, NonFiniteState, RoughEstimate
+from mgd.errors import (
+    BadArgument,
+    BadData,
+    BadObjective,
+    NonFiniteState,
+    RoughEstimate,
+    StaleRun,
+    UnknownFormat,
+)
+from mgd.plan import training as planning
+from mgd.util.run_directory import RunDirectory
 from mgd_kernels import AdamW
 
 N, STEPS, K = 16, 8, 14
@@ -122,6 +133,157 @@ def test_nothing_of_the_users_is_changed_and_the_call_repeats_itself():
     assert first.estimate.to_dict()["errors"] == first.estimate.errors.tolist()
 
 
+# --- in a directory --------------------------------------------------------------------------------------------------
+
+
+def facts(found):
+    return [found.scores.tolist(), found.values.tolist(), found.estimate.to_dict(), found.queries, found.names]
+
+
+@pytest.mark.parametrize("where", ["out", "resume"])
+def test_a_directory_holds_the_bits_that_memory_does(where, tmp_path):
+    f, z, objectives = problem(deep, torch.float32, trace=False)
+    inside = mgd.attribute(f, z, K, objectives, combine=10, chunk=4)
+    found = mgd.attribute(f, z, K, objectives, combine=10, chunk=4, **{where: tmp_path})
+    assert isinstance(found.scores, np.memmap) and facts(found) == facts(inside) == facts(
+        mgd.Attribution.load(tmp_path)
+    )
+    assert found.report.chunks_done == 3 and found.estimate.combinations == 10
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["combine"] == 10 and index["estimated error"] == found.estimate.error
+    kept = {path.name for path in tmp_path.iterdir() if path.name.endswith(".mgd") and "chunk" not in path.name}
+    assert kept == {f"text-{name}.mgd" for name in ("run", "index", "training", "estimate", "report")}
+    again = mgd.attribute(f, z, K, objectives, combine=10, **{where: tmp_path})  # the chunk is what it began with
+    assert facts(again) == facts(inside)
+    assert (again.report.chunks_done, again.report.chunks_kept, again.report.trainings_per_query) == (0, 3, None)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """A function that attributes, and raises Interrupted at the n-th evaluation of a loss or of a query's objective.
+    Beside it what comes of it otherwise, and how many evaluations that takes."""
+    calls, last = [0], [10**9]
+
+    def count():
+        calls[0] += 1
+        if calls[0] > last[0]:
+            raise Interrupted
+
+    def attribute(end, **options):
+        f, z, objectives = problem(deep, torch.float32, trace=False)
+        inner = f.loss
+
+        def loss(model, batch, z):
+            count()
+            return inner(model, batch, z)
+
+        def asked(model, q):
+            count()
+            return objectives(model, q)
+
+        calls[0], last[0] = 0, end
+        return mgd.attribute(f.replaced(loss=loss), z, K, asked, combine=9, chunk=5, **options), calls[0]
+
+    return attribute, *attribute(10**9)
+
+
+@pytest.mark.filterwarnings("ignore::mgd.errors.RoughEstimate")
+def test_an_interrupted_estimate_continues_to_the_same_bits(counted, tmp_path, monkeypatch):
+    """Wherever it is interrupted: before the directions, in both sweeps, between them, in the forward passes."""
+    monkeypatch.setattr(planning, "CHECKPOINT_EVERY", 3)
+    attribute, whole, evaluations = counted
+    saved = []
+    for number, end in enumerate(range(STEPS, evaluations, evaluations // 6)):
+        place = tmp_path / str(number)
+        with pytest.raises(Interrupted):
+            attribute(end, resume=place)
+        with pytest.raises((BadData, UnknownFormat)):
+            mgd.Attribution.load(place)
+        found, again = attribute(10**9, resume=place)
+        assert facts(found) == facts(whole)
+        saved.append((found.report.chunks_kept, evaluations - again))
+        assert not list(place.glob("combinations-*"))
+    assert {kept for kept, _ in saved} == {0, 1, 2}
+    assert max(fewer for _, fewer in saved) > STEPS * 4  # two sweeps, a way there and back each
+
+
+@pytest.mark.filterwarnings("ignore::mgd.errors.RoughEstimate")
+def test_an_estimate_that_ends_between_two_writes_continues_to_the_same_bits(tmp_path, monkeypatch):
+    """Of entries of the directory: two for what it is of, directions, two sweeps, passes, five rows, the error, the
+    report; then four are removed."""
+    f, z, objectives = problem(linear, torch.float32, trace=False)
+    run = lambda directory: mgd.attribute(f, z, 5, objectives, combine=2, chunk=1, probes=2, out=directory)
+    whole, written, last = facts(run(tmp_path / "whole")), [0], [10**9]
+
+    def counting(before):
+        def after(self, *entry):
+            written[0] += 1
+            if written[0] > last[0]:
+                raise Interrupted
+            return before(self, *entry)
+
+        return after
+
+    for name in ("write", "remove"):
+        monkeypatch.setattr(RunDirectory, name, counting(getattr(RunDirectory, name)))
+    run(tmp_path / "counted")
+    total = written[0]
+    assert total == 2 + 1 + 2 + 1 + 5 + 2 + 4
+    for end in (1, 3, 4, 6, 8, total - 5, total - 4, total - 2):
+        written[0], last[0] = 0, end
+        with pytest.raises(Interrupted):
+            run(tmp_path / str(end))
+        last[0] = 10**9
+        assert facts(run(tmp_path / str(end))) == whole
+        assert facts(mgd.Attribution.load(tmp_path / str(end))) == whole
+
+
+@pytest.mark.filterwarnings("ignore::mgd.errors.RoughEstimate")
+def test_a_directory_of_another_estimate_is_refused(tmp_path):
+    f, z, objectives = problem(linear)
+    run = lambda **options: mgd.attribute(f, z, K, objectives, out=tmp_path, **options)
+    run(combine=2)
+    for says, options in {
+        "the combine": {"combine": 1},
+        "the probes": {"combine": 2, "probes": 3},
+        "the chunk": {"combine": 2, "chunk": 1},
+        "the combine, the probes": {},
+    }.items():
+        with pytest.raises(StaleRun, match=says):
+            run(**options)
+    assert run(combine=2).report.chunks_kept == 1
+
+
+def test_the_directions_that_were_begun_with_are_kept(tmp_path, monkeypatch):
+    """On another machine they could come out otherwise, and what was swept would be of others."""
+    f, z, objectives = problem(deep, trace=False)
+    whole = mgd.attribute(f, z, K, objectives, combine=10, chunk=5)
+    sweeps = []
+
+    before = combined.Gradients.combined
+
+    def once(gradients, mix):
+        sweeps.append(len(mix))
+        if len(sweeps) == 2:
+            raise Interrupted
+        return before(gradients, mix)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(combined.Gradients, "combined", once)
+        mgd.attribute(f, z, K, objectives, combine=10, chunk=5, out=tmp_path)
+    right = combined.directions
+    monkeypatch.setattr(combined, "directions", lambda sketches, count: [-x for x in right(sketches, count)])
+    found = mgd.attribute(f, z, K, objectives, combine=10, chunk=5, out=tmp_path)
+    assert facts(found) == facts(whole)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -130,9 +292,8 @@ def test_nothing_of_the_users_is_changed_and_the_call_repeats_itself():
         ({"combine": True}, "got True"),
         ({"combine": 2.0}, "got 2.0"),
         ({"combine": 3, "probes": 1}, "probes >= 2"),
-        ({"combine": 3, "out": "somewhere"}, "without out="),
-        ({"combine": 3, "resume": "somewhere"}, "without resume="),
-        ({"combine": 3, "query_groups": 2}, "without query_groups="),
+        ({"combine": 0, "out": "somewhere"}, "from 1 to 13"),
+        ({"combine": 3, "query_groups": 2}, "groups that divide 1 processes"),
     ],
 )
 def test_bad_arguments_are_told(options, words, tmp_path, monkeypatch):

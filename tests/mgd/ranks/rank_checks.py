@@ -72,8 +72,8 @@ def queries(group: Any) -> dict[str, Any]:
     case = mlp(steps=3).to(torch.float32)
     f = case.function(process_group=group)
     how = {"weights": "weights", "chunk": 2, "query_groups": 1 if group is None else 2}
-    found = mgd.attribute(f, case.z, 5, _query_losses(case), **how)
-    return {"scores": torch.as_tensor(found.scores), "losses": found.values}
+    attributed = lambda **options: mgd.attribute(f, case.z, 5, _query_losses(case), **how, **options)
+    return {"exact": scores_of(attributed()), "estimate": scores_of(attributed(combine=3))}
 
 
 def attributions(group: Any, folder: Path) -> dict[str, Any]:
@@ -85,10 +85,11 @@ def attributions(group: Any, folder: Path) -> dict[str, Any]:
     def attributed(case: cases.Case, group: Any = group, **options: Any) -> Any:
         return mgd.attribute(case.function(process_group=group), case.z, 5, losses, **how, **options)
 
-    for name, options in {"groups": {"query_groups": 2}, "one": {}}.items():
+    ways = {"groups": {"query_groups": 2}, "one": {}, "estimate": {"query_groups": 2, "combine": 3}}
+    for name, options in ways.items():
         made = attributed(case, out=folder / name, **options)
         again = attributed(case, out=folder / name, **options)
-        found[name] = {"scores": torch.tensor(made.scores), "losses": made.values, "kept": again.report.chunks_kept}
+        found[name] = scores_of(made) | {"kept": again.report.chunks_kept}
         assert made.directory == str(folder / name) and same_scores(made, again)
     # In the third chunk's reverse sweep, after the visits, the rehearsal, two chunks and the digests of each of them.
     stop = 12 * len(case) + 2
@@ -102,7 +103,7 @@ def attributions(group: Any, folder: Path) -> dict[str, Any]:
     dist.barrier()
     if rank == 0:
         alone = attributed(case, None, resume=folder / "run")
-        found["run"] = {"scores": torch.tensor(alone.scores), "losses": alone.values, "kept": alone.report.chunks_kept}
+        found["run"] = scores_of(alone) | {"kept": alone.report.chunks_kept}
     dist.barrier()
     other = {"lr": case.z["lr"] * (1 + rank)}
     refused = {
@@ -113,6 +114,11 @@ def attributions(group: Any, folder: Path) -> dict[str, Any]:
         "blind": told(lambda: _elsewhere(rank, folder, lambda: attributed(case, out="mine"))),
     }
     return {"found": found, "ends": ends, "left": left, "refused": refused}
+
+
+def scores_of(found: Any) -> dict[str, Any]:
+    errors = None if found.estimate is None else found.estimate.errors
+    return {"scores": torch.tensor(found.scores), "losses": found.values, "errors": errors}
 
 
 def same_scores(one: Any, other: Any) -> bool:

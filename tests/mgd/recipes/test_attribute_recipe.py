@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -19,9 +20,10 @@ from mgd.recipes.attribute import Evaluation, Training, linear_datamodeling_scor
 from mgd.recipes.attribute import baselines as others
 from mgd.recipes.attribute import report as recipe_report
 from mgd.recipes.attribute.command import QUICK, QUICK_LORA, QUICK_TEXT
+from mgd.recipes.attribute.dropout import CHANCE, OTHER, SAME
 from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.judging import OURS
 from mgd.recipes.attribute.many import by_combinations
-from mgd.recipes.attribute.recipe import OURS
 from mgd.recipes.attribute.removal import most_helpful
 from mgd.recipes.attribute.task import example_losses
 from mgd.recipes.attribute.texts import gpt_task, lora_task
@@ -36,14 +38,14 @@ INSTALLED = {"TRAK": "trak", "EK-FAC": "kronfluence"}
 
 @pytest.fixture(scope="module")
 def whole():
-    task = images_task(data.digits(), data.digits(train=False), QUICK, 6, seed=0)
-    return run(task, None, Evaluation().quick())
+    make = functools.partial(images_task, data.digits(), data.digits(train=False), QUICK, 6, seed=0)
+    return run(make(), None, Evaluation().quick(), dropout=make(dropout=0.1))
 
 
 @pytest.fixture(scope="module")
 def found(small):
     """Too small for an effect: what is found is there, and is shown."""
-    return run(small, None, replace(Evaluation().quick(), subsets=3, baselines=("gradient products",)))
+    return run(small, None, replace(Evaluation().quick(), subsets=3, windows=(), baselines=("gradient products",)))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +218,9 @@ def test_a_missing_package_is_named_and_the_rest_is_compared(small, monkeypatch)
         raise MissingPackage("TRAK scores", "traker", "attribution")
 
     monkeypatch.setitem(others.BASELINES, "TRAK", missing)
-    found = run(small, None, Evaluation(fractions=(0.1,), subsets=3, baselines=("TRAK",), singles=0, resamples=20))
+    found = run(
+        small, None, Evaluation(fractions=(0.1,), subsets=3, baselines=("TRAK",), windows=(), singles=0, resamples=20)
+    )
     assert "mgd-kernels[attribution]" in found.smooth.missing["TRAK"] and list(found.smooth.scores) == [OURS]
     assert ["TRAK", "not installed"] in recipe_report.lds(found)
 
@@ -246,6 +250,18 @@ def test_the_metagradient_predicts_what_leaving_images_out_does(whole):
     assert float((predicted - true).norm() / true.norm()) < 0.5
 
 
+def test_with_dropout_the_scores_predict_the_same_masks_and_not_their_chance(whole):
+    scores = {masks: by[OURS].mean for masks, by in whole.dropout.scores.items()}
+    assert scores[SAME] > 0.8 and scores[SAME] == max(scores.values()) and scores[CHANCE] < scores[OTHER]
+    assert whole.dropout.chance > whole.dropout.effect
+    assert all(scores[SAME] > by.mean for name, by in whole.dropout.scores[SAME].items() if name != OURS)
+
+
+def test_no_half_of_the_steps_predicts_as_the_whole_does(whole):
+    for window in whole.smooth.windows:
+        assert window.lds[0.05].mean < whole.smooth.scores[OURS][0.05].mean
+
+
 def test_the_result_is_complete_json(found):
     whole = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     smooth = whole["smooth"]
@@ -273,7 +289,9 @@ def test_the_page_and_its_pictures(found, tmp_path):
 
 def test_a_rough_training_is_reported_beside(small):
     rough = images_task(data.digits(), data.digits(train=False), SMALL, 3, seed=0, rough=True)
-    evaluation = Evaluation(fractions=(0.1,), subsets=3, rough_subsets=3, baselines=(), singles=0, resamples=20)
+    evaluation = Evaluation(
+        fractions=(0.1,), subsets=3, rough_subsets=3, baselines=(), windows=(), singles=0, resamples=20
+    )
     found = run(small, rough, evaluation)
     assert found.rough is not None and len(recipe_report.roughness(found)) == 3
     assert any(row[0] == "metagradient, rough training" for row in recipe_report.lds(found))
@@ -303,7 +321,13 @@ def test_a_gpt_is_attributed_to_stretches_of_text():
         task,
         None,
         Evaluation(
-            fractions=(0.1,), subsets=5, baselines=("gradient products", "BM25"), removed=0, singles=0, resamples=20
+            fractions=(0.1,),
+            subsets=5,
+            baselines=("gradient products", "BM25"),
+            windows=(),
+            removed=0,
+            singles=0,
+            resamples=20,
         ),
     )
     assert found.smooth.scores[OURS][0.1].mean > 0.8
@@ -319,7 +343,7 @@ def test_where_shakespeare_is_missing_the_text_is_one_that_is_always_there(monke
 @pytest.mark.skipif(encoder.installed() is None, reason="the pretrained encoder comes with make data")
 def test_lora_is_attributed():
     task = lora_task(QUICK_LORA, 2, seed=0)
-    evaluation = Evaluation(fractions=(0.1,), subsets=4, baselines=("gradient products",), resamples=20)
+    evaluation = Evaluation(fractions=(0.1,), subsets=4, baselines=("gradient products",), windows=(), resamples=20)
     found = run(task, None, evaluation)
     assert found.smooth.scores[OURS][0.1].mean > 0.8
     assert all("down" in n or "up" in n or "head" in n for n in task.trained_names)

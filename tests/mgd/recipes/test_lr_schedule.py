@@ -129,6 +129,27 @@ def test_trainings_by_number_are_followed_once_each_and_their_noise_is_averaged(
     torch.testing.assert_close(path.answer(8), (path.knots[7] + path.knots[8]) / 2)
 
 
+def test_a_descent_on_trainings_by_number_knows_all_that_are_done(tmp_path):
+    f = steep(8)
+    start, scale = torch.full((8,), math.log(1e-4)), {}
+
+    def trainings(number):
+        return f.replaced(batches=[(x, y + scale.get(number, 0.1) * number) for x, y in f.batches]), {}
+
+    run = lambda steps, **options: descend_on_numbered(trainings, start, steps, **options)
+    whole = run(6)
+    run(4, directory=tmp_path)
+    scale[2] = 0.2
+    with pytest.raises(StaleRun, match="the batches of training 2"):
+        run(6, directory=tmp_path)
+    scale.clear()
+    scale[5] = 0.2  # which is still to come
+    assert run(5, directory=tmp_path).values == whole.values[:5]
+    scale.clear()
+    found = run(6, directory=tmp_path)
+    assert found.values == whole.values and torch.equal(found.variables["log_lr"], whole.variables["log_lr"])
+
+
 def test_the_outer_rate_falls_with_the_root_of_the_steps():
     x = torch.zeros(1, requires_grad=True)
     optimizer, moved = SlowingAdam([x], lr=0.5), []

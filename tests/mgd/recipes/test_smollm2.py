@@ -12,7 +12,7 @@ from mgd.plan.budget import Budget
 from mgd.recipes.attribute import Training, run
 from mgd.recipes.attribute import report as recipe_report
 from mgd.recipes.attribute.command import ONE_TRAINING
-from mgd.recipes.attribute.recipe import OURS
+from mgd.recipes.attribute.judging import OURS
 from mgd.recipes.attribute.texts import smollm2_task
 from mgd.recipes.models import smollm2
 

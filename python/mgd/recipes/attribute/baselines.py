@@ -37,12 +37,12 @@ TINY = 1e-6
 
 def gradient_products(task: Task, state: State) -> Tensor:
     """Minus the inner product of the gradients of the two losses: the effect of one plain gradient step."""
-    names = task.trained_names
+    names, model = task.trained_names, _trained(task, state)
     trained = {name: state[name] for name in names}
     rest = {name: tensor for name, tensor in state.items() if name not in trained}
 
     def loss(parameters: State, x: Tensor, y: Tensor) -> Tensor:
-        return _losses(task.model, {**rest, **parameters}, x[None], y[None])[0]
+        return _losses(model, {**rest, **parameters}, x[None], y[None])[0]
 
     def gradients(x: Tensor, y: Tensor) -> Tensor:
         found = vmap(grad(loss), (None, 0, 0))(trained, x, y)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mgd.errors import BadArgument
 from mgd.recipes.attribute.task import Task, Training
 from mgd.recipes.data import Images
+from mgd.recipes.models.residual import dropouts
 from mgd.recipes.models.resnet import resnet9
 from mgd.recipes.trainings import seeded
 
@@ -20,10 +21,18 @@ ROUGH = {"norm": "none", "pool": "max", "activation": nn.ReLU}
 
 
 def images_task(
-    train: Images, test: Images, training: Training, queries: int, seed: int, rough: bool = False, dense: bool = False
+    train: Images,
+    test: Images,
+    training: Training,
+    queries: int,
+    seed: int,
+    *,
+    rough: bool = False,
+    dense: bool = False,
+    dropout: float = 0.0,
 ) -> Task:
     """rough: the choices that make a training hard to differentiate: ReLU, max pooling, no norm. dense: two hidden
-    layers in place of convolutions."""
+    layers in place of convolutions. dropout: its rate."""
     if len(train) < training.examples or len(test) < queries:
         raise BadArgument(
             f"expected at least {training.examples} training and {queries} test images; {train.name} has {len(train)} "
@@ -37,12 +46,12 @@ def images_task(
         options = ROUGH if rough else SMOOTH
         channels = train.images.shape[1]
         if dense:
-            model: nn.Module = _dense(_pixels(train[torch.tensor([0])]).numel(), len(train.classes))
+            model: nn.Module = _dense(_pixels(train[torch.tensor([0])]).numel(), len(train.classes), dropout)
         else:
-            model = resnet9(width=8, classes=len(train.classes), channels=channels, **options)  # type: ignore[arg-type]
-    words = train.classes
+            model = resnet9(width=8, classes=len(train.classes), channels=channels, dropout=dropout, **options)  # type: ignore[arg-type]
+    words, name = train.classes, "images, dense" if dense else "images, trained roughly" if rough else "images"
     return Task(
-        name="images, dense" if dense else "images, trained roughly" if rough else "images",
+        name=f"{name}, dropout {dropout:g}" if dropout else name,
         data=train.name,
         model=model,
         training=training,
@@ -57,12 +66,16 @@ def images_task(
         pictures=train.images,
         query_pictures=query.images,
         seed=seed,
+        dropout=dropout,
     )
 
 
-def _dense(pixels: int, classes: int) -> nn.Module:
-    hidden = [nn.Linear(pixels, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(HIDDEN, classes))
+def _dense(pixels: int, classes: int, dropout: float) -> nn.Module:
+    """dropout: behind both hidden layers."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs in (pixels, HIDDEN):
+        layers += [nn.Linear(inputs, HIDDEN), nn.SiLU(), *dropouts(dropout)]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, classes))
 
 
 def _pixels(images: Images) -> Tensor:

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mgd.attribution.attribute import attribute
 from mgd.attribution.result import Attribution
 from mgd.errors import RoughEstimate
+from mgd.recipes.attribute.judging import Evaluation
 from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
-from mgd.recipes.attribute.recipe import Evaluation
+from mgd.recipes.attribute.retraining import retrained, timed, trained
 from mgd.recipes.attribute.task import Task
 from mgd.ui.console import Reporter
 
@@ -57,14 +57,8 @@ class Many:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        task = self.task
-        return {
-            "setting": task.name,
-            "data": task.data,
-            "seed": task.seed,
-            "training": asdict(task.training) | {"steps": task.training.steps},
-            "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
-            "queries": task.queries,
+        return self.task.facts() | {
+            "seed": self.task.seed,
             "plain_training_seconds": self.plain_seconds,
             "subsets": self.subsets,
             "ways": [way.to_dict() for way in self.ways],
@@ -78,14 +72,12 @@ def by_combinations(
     """The scores of all queries of the task by each number of sweeps, and exactly, judged by the same retrainings."""
     reporter = reporter or Reporter()
     f, z, k = task.function, task.z, task.queries
-    f.replaced(batches=f.batches[:2]).train({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
-    with reporter.phase("training", f"{task.name}: {len(task):,} training examples of {task.data}, {k:,} queries"):
-        trained, plain = min((_timed(lambda: f.train(z)) for _ in range(2)), key=lambda pair: pair[1])
+    whole, plain = trained(task, reporter, time.process_time)
     found: list[tuple[Way, np.ndarray]] = []
 
     def add(name: str, count: int, work: Callable[[], Attribution]) -> Attribution:
         with reporter.phase(name, f"{name}: {count} sweeps"):
-            a, seconds = _timed(work)
+            a, seconds = timed(work, time.process_time)
         found.append((Way(name, count, len(a.queries), seconds, seconds / plain), a.scores))
         return a
 
@@ -103,10 +95,7 @@ def by_combinations(
             way.error = float(np.linalg.norm(table - exact) / np.linalg.norm(exact))
 
     dropped = {p: subsets(len(task), p, evaluation.subsets, task.seed + i) for i, p in enumerate(evaluation.fractions)}
-    base = task.query_losses(trained.model_state)
-    total = evaluation.subsets * len(dropped)
-    with reporter.phase("retraining", f"training {total} times without some of the examples"):
-        true = {p: torch.stack([task.without(index) - base for index in sets]) for p, sets in dropped.items()}
+    true = retrained(task, dropped, task.query_losses(whole.model_state), reporter)
     with reporter.phase("judging", "ranking the predictions"):
         for way, table in found:
             way.lds = {p: _lds(table, dropped[p], true[p], evaluation, task.seed) for p in dropped}
@@ -117,8 +106,3 @@ def _lds(table: np.ndarray, dropped: list[Tensor], true: Tensor, evaluation: Eva
     guess = predictions(table, dropped)
     resamples = min(evaluation.resamples, RESAMPLES)
     return linear_datamodeling_score(guess, true[:, : len(table)], resamples=resamples, seed=seed)
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.process_time()
-    return work(), time.process_time() - start

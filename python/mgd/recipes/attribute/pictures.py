@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mgd.recipes.attribute.recipe import OURS, Judged
+from mgd.recipes.attribute.judging import OURS, Judged
 from mgd.recipes.attribute.task import Task
 from mgd.ui import charts
 

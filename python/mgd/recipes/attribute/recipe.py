@@ -2,127 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mgd.attribution.attribute import attribute
-from mgd.attribution.result import Attribution
-from mgd.check import metasmoothness
-from mgd.errors import BadArgument, BadData, MetagradientError, MissingPackage
-from mgd.recipes.attribute.baselines import BASELINES, OF_TEXTS
-from mgd.recipes.attribute.lds import LDS, linear_datamodeling_score, predictions, subsets
-from mgd.recipes.attribute.removal import most_helpful, rises
+from mgd.errors import BadArgument, MetagradientError
+from mgd.recipes.attribute.baselines import BASELINES
+from mgd.recipes.attribute.dropout import Dropout, judge_dropout
+from mgd.recipes.attribute.judging import Evaluation, Judged, judge
 from mgd.recipes.attribute.task import Task
-from mgd.recipes.intervals import Interval
+from mgd.recipes.attribute.windows import last_steps
 from mgd.ui.console import Reporter
-
-OURS = "metagradient"
-DIFFERENCE_STEP = 0.1  # how far the weight that moves most is moved from 1, each way
-SMOOTHNESS_SHARE, SMOOTHNESS_STEP = 0.1, 0.5  # examples whose weights fall, and how far a step of metasmoothness goes
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How scores are judged. fractions: of the training examples that are dropped; none: where a training takes too
-    long to be repeated so often. subsets: retrainings per fraction. rough_subsets: the same for the roughly trained
-    network; 0 leaves it out. baselines: names of those to compare. removed: the share of the examples, those that a
-    method calls most helpful to a query, without which that query is judged; 0 leaves it out. singles: the
-    number of examples, those with the largest scores, whose weights are moved one by one; 0 leaves it out."""
-
-    fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
-    subsets: int = 40
-    rough_subsets: int = 20
-    baselines: tuple[str, ...] = tuple(BASELINES)
-    removed: float = 0.05
-    singles: int = 4
-    resamples: int = 1000
-    chunk: int | None = None
-
-    def quick(self) -> Evaluation:
-        return replace(self, fractions=(0.05, 0.2), subsets=8, rough_subsets=0, singles=2, resamples=200)
-
-
-@dataclass
-class Judged:
-    """A training, the attribution of its queries, and how well each method's predictions came true.
-
-    predicted: method -> fraction -> `[m, k]`; true: fraction -> `[m, k]`; scores: method -> fraction -> LDS.
-    removal: method -> how much a query's loss rises without its most helpful examples, and the interval.
-    missing: baselines that did not run, and why. plain_seconds: of a training without a gradient. difference: the
-    derivative of the mean query loss along its own gradient, by the scores and by a central difference of two
-    trainings. singles: of examples whose weight was moved alone, the derivatives of all query losses by the scores and
-    by central differences, each `[m, k]`. smoothness: the training's empirical metasmoothness along the weights of a
-    tenth of the examples.
-    """
-
-    task: Task
-    attribution: Attribution
-    loss: float
-    accuracy: float
-    plain_seconds: float
-    attribution_seconds: float
-    difference: tuple[float, float]
-    smoothness: float
-    singles: tuple[Tensor, Tensor] | None = None
-    true: dict[float, Tensor] = field(default_factory=dict)
-    predicted: dict[str, dict[float, Tensor]] = field(default_factory=dict)
-    scores: dict[str, dict[float, LDS]] = field(default_factory=dict)
-    removal: dict[str, Interval] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    baseline_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def singles_error(self) -> float | None:
-        """Of all those derivatives by the scores, relative to the differences."""
-        return self.singles and float((self.singles[0] - self.singles[1]).norm() / self.singles[1].norm())
-
-    @property
-    def trainings_per_query(self) -> float:
-        """Seconds of the attribution per query, in units of a plain training."""
-        return self.attribution_seconds / self.task.queries / self.plain_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        task, a = self.task, self.attribution
-        return {
-            "setting": task.name,
-            "data": task.data,
-            "training": asdict(task.training) | {"steps": task.training.steps},
-            "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
-            "queries": task.queries,
-            "test_loss": self.loss,
-            "test_accuracy": self.accuracy,
-            "derivative_by_scores_and_by_difference": list(self.difference),
-            "single_weights_by_scores_and_by_difference": self.singles and [x.tolist() for x in self.singles],
-            "single_weights_relative_error": self.singles_error,
-            "metasmoothness": self.smoothness,
-            "plain_training_seconds": self.plain_seconds,
-            "attribution_seconds": self.attribution_seconds,
-            "trainings_per_query": self.trainings_per_query,
-            "attribution": a.report.to_dict(),
-            "unvisited": a.unvisited.tolist(),
-            "query_losses": a.values.tolist(),
-            "lds": {m: {str(f): s.to_dict() for f, s in by.items()} for m, by in self.scores.items()},
-            "rise_without_the_most_helpful": {m: list(x) for m, x in self.removal.items()},
-            "true_change_std": {str(f): t.std(0).tolist() for f, t in self.true.items()},
-            "baseline_seconds": self.baseline_seconds,
-            "baselines_missing": self.missing,
-        }
 
 
 @dataclass
 class Found:
-    """The recipe's result. rough: the same of a training that is hard to differentiate, if it was made."""
+    """The recipe's result. rough, dropout: of a training that is hard to differentiate, and of one with dropout, if
+    they were made."""
 
     smooth: Judged
     rough: Judged | None
     rough_failure: str | None
     evaluation: Evaluation
     seconds: Mapping[str, float]
+    dropout: Dropout | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -131,127 +34,35 @@ class Found:
             "smooth": self.smooth.to_dict(),
             "rough": self.rough and self.rough.to_dict(),
             "rough_failure": self.rough_failure,
+            "dropout": self.dropout and self.dropout.to_dict(),
             "seconds": dict(self.seconds),
         }
 
 
 def run(
-    task: Task, rough: Task | None = None, evaluation: Evaluation | None = None, reporter: Reporter | None = None
+    task: Task,
+    rough: Task | None = None,
+    evaluation: Evaluation | None = None,
+    reporter: Reporter | None = None,
+    dropout: Task | None = None,
 ) -> Found:
-    """Attribute, compare, and retrain without random subsets. rough: a training to contrast it with."""
+    """Attribute, compare, and retrain without random subsets. rough: a training to contrast it with. dropout: one with
+    dropout."""
     evaluation, reporter = evaluation or Evaluation(), reporter or Reporter()
     if unknown := sorted(set(evaluation.baselines) - set(BASELINES)):
         raise BadArgument(f"expected baselines among {list(BASELINES)}; got {unknown}")
-    smooth = judge(task, evaluation, evaluation.subsets, evaluation.baselines, reporter)
-    contrast, failure = None, None
+    if evaluation.windows and not evaluation.fractions:
+        raise BadArgument("expected no windows where nothing is retrained, which judges them: this setting trains once")
+    for share in evaluation.windows:
+        last_steps(share, len(task.function))
+    smooth = judge(task, evaluation, reporter)
+    contrast, failure, masked = None, None, None
     if rough is not None and evaluation.rough_subsets:
+        own = replace(evaluation, subsets=evaluation.rough_subsets, baselines=(), windows=())
         try:
-            contrast = judge(rough, evaluation, evaluation.rough_subsets, (), reporter)
+            contrast = judge(rough, own, reporter)
         except MetagradientError as error:  # a training that diverges is an outcome, too
             failure = f"{type(error).__name__}: {error}"
-    return Found(smooth, contrast, failure, evaluation, reporter.seconds)
-
-
-def judge(task: Task, evaluation: Evaluation, count: int, baselines: tuple[str, ...], reporter: Reporter) -> Judged:
-    """One training: its attribution, the baselines' scores, and `count` retrainings for each fraction."""
-    f, z = task.function, task.z
-    f.replaced(batches=f.batches[:2]).train({**z, "lr": z["lr"][:2]})  # the first calls of torch are slower
-    with reporter.phase("training", f"{task.name}: training on {len(task):,} examples of {task.data}"):
-        timed = [_timed(lambda: f.train(z)) for _ in range(2)]
-        trained = timed[0][0]
-    plain = min(seconds for _, seconds in timed)
-    with reporter.phase("attribution", f"attributing {task.queries} test losses"):
-        a, seconds = _timed(
-            lambda: attribute(f, z, task.queries, task.objectives, chunk=evaluation.chunk, progress=reporter.progress)
-        )
-    loss, accuracy = task.test(trained.model_state)
-    with reporter.phase("difference"):
-        difference = _difference(task, torch.as_tensor(a.scores).double().mean(0))
-    singles = None
-    if evaluation.singles:
-        with reporter.phase("single weights", f"moving {evaluation.singles} weights one by one"):
-            singles = _singles(task, torch.as_tensor(a.scores).double(), evaluation.singles)
-    with reporter.phase("metasmoothness"):
-        smoothness = metasmoothness(f, z, _direction(task), SMOOTHNESS_STEP)
-    judged = Judged(task, a, loss, accuracy, plain, seconds, difference, smoothness, singles)
-
-    scores: dict[str, Any] = {OURS: a.scores}
-    here = replace(task, device="cpu") if task.device != "cpu" else task  # where the other packages work
-    state = {name: tensor.cpu() for name, tensor in trained.model_state.items()}
-    for name in baselines:
-        if name in OF_TEXTS and task.texts is None:
-            continue
-        with reporter.phase(name, f"comparing with {name}"):
-            try:
-                scores[name], judged.baseline_seconds[name] = _timed(
-                    lambda name=name: BASELINES[name](here, state)  # type: ignore[misc]
-                )
-            except (BadData, MissingPackage) as error:
-                judged.missing[name] = str(error)
-                reporter.say(f"without {name}: {error}")
-
-    dropped = {p: subsets(len(task), p, count, task.seed + i + 1) for i, p in enumerate(evaluation.fractions)}
-    base = task.query_losses(trained.model_state)
-    with (
-        reporter.phase("retraining", f"training {count * len(dropped)} times without some of the examples"),
-        reporter.bar("retraining", count * len(dropped)) as tick,
-    ):
-        for fraction, sets in dropped.items():
-            changes = []
-            for index in sets:
-                changes.append(task.without(index) - base)
-                tick(f"without {fraction:.0%}")
-            judged.true[fraction] = torch.stack(changes)
-    with reporter.phase("judging", "ranking the predictions"):
-        for method, table in scores.items():
-            judged.predicted[method] = {p: predictions(table, sets) for p, sets in dropped.items()}
-            judged.scores[method] = {
-                p: linear_datamodeling_score(guess, judged.true[p], resamples=evaluation.resamples, seed=task.seed)
-                for p, guess in judged.predicted[method].items()
-            }
-    if evaluation.removed and task.queries > 1:
-        _remove(judged, scores, evaluation.removed, base, reporter)
-    return judged
-
-
-def _remove(judged: Judged, scores: dict[str, Any], share: float, base: Tensor, reporter: Reporter) -> None:
-    """Train once for every method and query, without the examples that help it most."""
-    total = judged.task.queries * len(scores)
-    with (
-        reporter.phase("counterfactuals", f"training {total} times without what helps a query most"),
-        reporter.bar("counterfactuals", total) as tick,
-    ):
-        for name, table in scores.items():
-            removed = most_helpful(table, share)
-            judged.removal[name] = rises(judged.task, removed, base, lambda name=name: tick(name))  # type: ignore[misc]
-
-
-def _difference(task: Task, gradient: Tensor) -> tuple[float, float]:
-    """The derivative of the mean query loss along its gradient with respect to the weights, float64 `[n]`: by that
-    gradient, and by a central difference."""
-    direction = gradient / gradient.abs().max().clamp_min(1e-300)
-    step = DIFFERENCE_STEP * direction.to(task.z["data_weights"])
-    ahead, behind = (task.with_weights(task.z["data_weights"] + sign * step).mean() for sign in (1, -1))
-    return float(gradient @ direction), float(ahead - behind) / (2 * DIFFERENCE_STEP)
-
-
-def _singles(task: Task, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The scores of the examples with the largest ones, float64 `[m, k]`, and central differences of two trainings
-    each, in which the weight of one example alone moves."""
-    largest = scores.square().sum(0).topk(count).indices
-    weights = task.z["data_weights"]
-    found = []
-    for i in largest.tolist():
-        moved = DIFFERENCE_STEP * torch.zeros_like(weights).index_fill(0, torch.tensor(i, device=weights.device), 1.0)
-        found.append((task.with_weights(weights + moved) - task.with_weights(weights - moved)) / (2 * DIFFERENCE_STEP))
-    return scores[:, largest].T.clone(), torch.stack(found)
-
-
-def _direction(task: Task) -> dict[str, Tensor]:
-    (index,) = subsets(len(task), SMOOTHNESS_SHARE, 1, task.seed)
-    return {"data_weights": torch.zeros(len(task)).index_fill(0, index, -1.0).to(task.device)}
-
-
-def _timed(work: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    if dropout is not None and evaluation.dropout_subsets:
+        masked = judge_dropout(dropout, evaluation, reporter)
+    return Found(smooth, contrast, failure, evaluation, reporter.seconds, masked)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 
 from mgd.recipes.attribute import pictures
+from mgd.recipes.attribute.dropout import SHARE, Dropout
+from mgd.recipes.attribute.judging import DIFFERENCE_STEP, OURS, Judged
+from mgd.recipes.attribute.lds import LDS
 from mgd.recipes.attribute.many import Many
-from mgd.recipes.attribute.recipe import DIFFERENCE_STEP, OURS, Found, Judged
+from mgd.recipes.attribute.recipe import Found
 from mgd.ui.page import Page, Section, Table
 
+EARLY_LATE = "Which steps decide? Linear datamodeling score of a part of the training"
+MASKS = "With dropout: linear datamodeling score, by the masks of the retrainings"
 GALLERY, EACH = 8, 6  # queries shown, and training examples of each kind for one of them
 WORK = {
     "training": ("training", "update"),
@@ -27,6 +32,10 @@ def page(found: Found) -> Page:
         tables.insert(0, (_without(found), removal(found)))
     if smooth.true:
         tables.insert(0, ("Linear datamodeling score, by share of examples dropped", lds(found)))
+    if smooth.windows:
+        tables.insert(-1, (EARLY_LATE, windows(smooth)))
+    if found.dropout is not None:
+        tables.insert(-1, (MASKS, masks(found.dropout)))
     if found.rough is not None:
         tables.insert(-1, ("How smooth must a training be?", roughness(found)))
     return Page("Which training examples decided?", lead(found), tables, lambda: sections(found), verdict(found))
@@ -68,10 +77,14 @@ def lds(found: Found) -> Table:
     if found.rough is not None:
         entries[pictures.ROUGH] = found.rough.scores[OURS]
     for name, by in entries.items():
-        rows.append([name, *(f"{by[p].mean:.3f}\n[{by[p].low:.2f}, {by[p].high:.2f}]" for p in fractions)])
+        rows.append([name, *(interval(by[p]) for p in fractions)])
     for name in found.smooth.missing:
         rows.append([name, *("not installed" for _ in fractions)])
     return rows
+
+
+def interval(score: LDS) -> str:
+    return f"{score.mean:.3f}\n[{score.low:.2f}, {score.high:.2f}]"
 
 
 def _without(found: Found) -> str:
@@ -93,6 +106,26 @@ def roughness(found: Found) -> Table:
         if judged is not None:
             scores = [f"{score.mean:.3f}" for score in judged.scores[OURS].values()]
             rows.append([name, f"{judged.smoothness:.2f}", f"{judged.accuracy:.1%}", *scores])
+    return rows
+
+
+def windows(judged: Judged) -> Table:
+    """What scores from some of the steps alone predict, and what they cost; those of first steps are differences."""
+    plain = judged.task.queries * judged.plain_seconds
+    rows = [["scores from", "trainings\nper query", "size", *(f"{p:.0%}\ndropped" for p in judged.true)]]
+    whole = [interval(score) for score in judged.scores[OURS].values()]
+    rows.append([f"all {len(judged.task.function)} steps", f"{judged.trainings_per_query:.2f}", "1.00", *whole])
+    for window in judged.windows:
+        spent = "" if window.seconds is None else f"{window.seconds / plain:.2f}"
+        rows.append([window.name, spent, f"{window.size:.2f}", *(interval(score) for score in window.lds.values())])
+    return rows
+
+
+def masks(dropout: Dropout) -> Table:
+    methods = list(dropout.judged.scores)
+    rows = [["retrained with", *methods]]
+    for name, by in dropout.scores.items():
+        rows.append([name, *(interval(by[method]) for method in methods)])
     return rows
 
 
@@ -123,6 +156,10 @@ def sections(found: Found) -> list[Section]:
             "method calls most helpful to it. The higher its loss rises, the more these examples had to do with it."
         )
         parts.append(Section(_without(found), text, table=removal(found)))
+    if smooth.windows:
+        parts.append(_windows(smooth))
+    if found.dropout is not None:
+        parts.append(_masks(found))
     if found.rough is not None or found.rough_failure:
         text = (
             "The same data and evaluation with ReLU, max pooling, no norm, a larger learning rate and a tiny eps_root. "
@@ -167,6 +204,32 @@ def _judged(found: Found) -> list[Section]:
             "predictions",
         ),
     ]
+
+
+def _windows(judged: Judged) -> Section:
+    text = (
+        "A score is a sum over the steps that read the example. The part of the last steps costs what these steps cost "
+        "(since=); what is left is the part of the first steps. Each is judged by the retrainings above, which leave "
+        "examples out at all steps. Size: the norm of these scores, in units of that of all."
+    )
+    return Section(EARLY_LATE, text, table=windows(judged))
+
+
+def _masks(found: Found) -> Section:
+    dropout = found.dropout
+    assert dropout is not None
+    judged, count = dropout.judged, len(dropout.judged.dropped[SHARE])
+    text = (
+        f"The same training with dropout {dropout.rate:g} (test accuracy {judged.accuracy:.1%}, metasmoothness "
+        f"{judged.smoothness:.3f}; without dropout {found.smooth.accuracy:.1%} and {found.smooth.smoothness:.3f}), "
+        f"and {count} retrainings without {SHARE:.0%} of the examples. Masks are a function of the seed: from the same "
+        "seed, a retraining differs by the examples alone. That is what the scores are the derivative of, and how they "
+        "should be judged. With other masks, every subset has a seed of its own, and the change is that between two "
+        "trainings from this seed. With their chance, it is the change from the one training that was attributed; no "
+        f"attribution knows the chance. A query's loss deviates by {dropout.effect:.2g} over the subsets, and by "
+        f"{dropout.chance:.2g} over masks with nothing dropped."
+    )
+    return Section(MASKS, text, table=masks(dropout))
 
 
 def _differentiated(judged: Judged) -> Section:
@@ -219,7 +282,7 @@ def page_of_many(many: Many) -> Page:
     rows: Table = [["sweeps", "queries", "trainings", "error", "told", *(f"score,\n{p:.0%} dropped" for p in shares)]]
     for way in many.ways:
         errors = [f"{x:.3f}" if x is not None else "" for x in (way.error, way.measured)]
-        scores = [f"{way.lds[p].mean:.3f}\n[{way.lds[p].low:.2f}, {way.lds[p].high:.2f}]" for p in shares]
+        scores = [interval(way.lds[p]) for p in shares]
         rows.append(
             [
                 f"{way.sweeps:,} {way.name.lstrip('0123456789 ')}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Task:
     name, data: for the reader. x, y: inputs and targets of the training examples `[n, ...]`; query_x, query_y: of the
     queries `[k, ...]`; test_x, test_y: more of the same, for the accuracy. pictures, texts: of the training examples,
     query_pictures, query_texts: of the queries, one of the two kinds. labels, query_labels: a word for each. device:
-    where all of it is computed. options: further arguments of the training function.
+    where all of it is computed. dropout: the rate of the model's. options: further arguments of the training function.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Task:
     query_texts: list[str] | None = None
     seed: int = 0
     device: str = "cpu"
+    dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     function: TrainingFunction = field(init=False)
     z: dict[str, Tensor] = field(init=False)
@@ -119,6 +120,16 @@ class Task:
         """Of the parameters that training changes."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def facts(self) -> dict[str, Any]:
+        """What was trained, as values of JSON."""
+        return {
+            "setting": self.name,
+            "data": self.data,
+            "training": asdict(self.training) | {"steps": self.training.steps},
+            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "queries": self.queries,
+        }
+
     def objectives(self, model: nn.Module, index: Tensor) -> Tensor:
         """The losses of some of the queries."""
         index = index.to(self.device)
@@ -137,14 +148,16 @@ class Task:
         exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         x = x.double() if x.is_floating_point() else x
         with torch.no_grad():
-            logits = torch.func.functional_call(copy.deepcopy(self.model).double(), exact, (x,))
+            logits = torch.func.functional_call(copy.deepcopy(self.model).double().eval(), exact, (x,))
         losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).mean(1)
         return losses.cpu(), float((logits.argmax(-1) == y).double().mean())
 
-    def with_weights(self, weights: Tensor) -> Tensor:
-        """float64 `[k]`: the queries' losses after a training with these weights of the examples, `[n]`."""
-        return self.query_losses(self.function.train({**self.z, "data_weights": weights}).model_state)
+    def with_weights(self, weights: Tensor, seed: int | None = None) -> Tensor:
+        """float64 `[k]`: the queries' losses after a training with these weights of the examples, `[n]`. seed: of its
+        dropout's masks, in place of the task's."""
+        f = self.function if seed is None else self.function.replaced(seed=seed)
+        return self.query_losses(f.train({**self.z, "data_weights": weights}).model_state)
 
-    def without(self, dropped: Tensor) -> Tensor:
+    def without(self, dropped: Tensor, seed: int | None = None) -> Tensor:
         """float64 `[k]`: the queries' losses after a training in which these examples have weight 0."""
-        return self.with_weights(self.z["data_weights"].index_fill(0, dropped.to(self.device), 0.0))
+        return self.with_weights(self.z["data_weights"].index_fill(0, dropped.to(self.device), 0.0), seed)

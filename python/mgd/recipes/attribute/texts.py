@@ -23,14 +23,17 @@ SNIPPET, TOKENS, DOMAINS = 60, 16, ("pydoc", "python", "c++")  # bytes and token
 TEST = 100
 
 
-def gpt_task(training: Training, queries: int, seed: int, domain: str | None = None) -> Task:
-    """Continuations of stretches of one text: Shakespeare where it is installed, else Python's documentation."""
+def gpt_task(training: Training, queries: int, seed: int, domain: str | None = None, dropout: float = 0.0) -> Task:
+    """Continuations of stretches of one text: Shakespeare where it is installed, else Python's documentation. dropout:
+    its rate."""
     domain = domain or _english()
     stretches = _stretches(domain, CONTEXT + 1, training.examples + queries + TEST, seed)
     tokens = torch.stack([text.tokens(part) for part in stretches])
     with seeded(seed):
-        model = GPT(vocabulary=128, context=CONTEXT, layers=LAYERS, width=WIDTH, heads=2)
-    return _task(f"text ({domain})", domain, model, training, queries, tokens[:, :-1], tokens[:, 1:], stretches, seed)
+        model = GPT(vocabulary=128, context=CONTEXT, layers=LAYERS, width=WIDTH, heads=2, dropout=dropout)
+    name = f"text ({domain})" + (f", dropout {dropout:g}" if dropout else "")
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    return _task(name, domain, model, training, queries, x, y, stretches, seed, dropout=dropout)
 
 
 def lora_task(training: Training, queries: int, seed: int) -> Task:
@@ -85,6 +88,7 @@ def _task(
     seed: int,
     names: Sequence[str] | None = None,
     options: dict[str, Any] | None = None,
+    dropout: float = 0.0,
 ) -> Task:
     """The first examples are trained on, the next are the queries, the rest are for the accuracy."""
     n = training.examples
@@ -106,5 +110,6 @@ def _task(
         texts=words[train],
         query_texts=words[query],
         seed=seed,
+        dropout=dropout,
         options=options or {},
     )

@@ -54,7 +54,9 @@ def descend_on_schedule(
     if len({len(each) for each in functions}) != 1:
         raise BadArgument(f"expected trainings of one length; got {[len(each) for each in functions]} steps")
     if directory is not None and len(functions) > 1:
-        raise BadArgument("expected one training with directory=: of several, it would compare the first alone")
+        raise BadArgument(
+            "expected one training with directory=: of several, the mean that finds the best is not kept there"
+        )
 
     def problem(variables: dict[str, Tensor], meta_step: int) -> tuple[TrainingFunction, dict[str, Tensor]]:
         own = functions[meta_step % len(functions)]
@@ -84,7 +86,7 @@ def descend_on_numbered(
     `KnotPath.answer`.
 
     outer: Adam's learning rate at the first meta-step; it falls with the square root of their number.
-    directory: compares training 0 with the saved one. What the others depend on is the caller's to compare.
+    directory: as of `MetaDescent.run`, which compares the trainings of all meta-steps that are done.
     """
 
     def problem(variables: dict[str, Tensor], meta_step: int) -> tuple[TrainingFunction, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgd.recipes.models.residual import Residual
+from mgd.recipes.models.residual import Residual, dropouts
 
 
 class _Attention(nn.Module):
@@ -22,17 +22,30 @@ class _Attention(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-norm decoder with learned positions and tied embeddings (`[B, T]` tokens to `[B, T, V]` logits)."""
+    """A pre-norm decoder with learned positions and tied embeddings (`[B, T]` tokens to `[B, T, V]` logits). dropout:
+    its rate, at the end of every residual branch (Vaswani et al. 2017, arXiv 1706.03762)."""
 
-    def __init__(self, vocabulary: int = 256, context: int = 64, layers: int = 4, width: int = 128, heads: int = 4):
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        context: int = 64,
+        layers: int = 4,
+        width: int = 128,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads))),
+                Residual(nn.Sequential(nn.LayerNorm(width), _Attention(width, heads), *dropouts(dropout))),
                 Residual(
                     nn.Sequential(
-                        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                        nn.LayerNorm(width),
+                        nn.Linear(width, 4 * width),
+                        nn.GELU(),
+                        nn.Linear(4 * width, width),
+                        *dropouts(dropout),
                     )
                 ),
             )

@@ -14,3 +14,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
+
+
+def dropouts(rate: float) -> list[nn.Module]:
+    """A dropout of this rate, as a part of a list of layers; none where the rate is 0."""
+    return [nn.Dropout(rate)] if rate else []

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mgd.errors import BadArgument
-from mgd.recipes.models.residual import Residual
+from mgd.recipes.models.residual import Residual, dropouts
 
 NORMS, POOLS, ORDERS = ("group", "batch", "none"), ("average", "max"), ("norm-first", "activation-first")
 
@@ -33,11 +33,14 @@ def resnet9(
     order: str = "norm-first",
     scale: float = 1.0,
     activation: type[nn.Module] = nn.GELU,
+    dropout: float = 0.0,
 ) -> nn.Sequential:
     """Images `[B, channels, H, W]`, H and W at least 8, to logits `[B, classes]`: four stages, two residual blocks.
 
     norm: "group", "batch" or "none". width: channels of the first stage, a multiple of 8. pool: "average" or "max".
-    order: does the norm stand before the activation or after it? scale: factor of the logits.
+    order: does the norm stand before the activation or after it? scale: factor of the logits. dropout: its
+    rate, between the convolutions of a residual block (Zagoruyko & Komodakis 2016, arXiv 1605.07146) and before the
+    last layer.
     """
     for name, value, known in (("norm", norm, NORMS), ("pool", pool, POOLS), ("order", order, ORDERS)):
         if value not in known:
@@ -57,12 +60,13 @@ def resnet9(
     return nn.Sequential(
         block(channels, w),
         block(w, 2 * w, pooled=True),
-        Residual(nn.Sequential(block(2 * w, 2 * w), block(2 * w, 2 * w))),
+        Residual(nn.Sequential(block(2 * w, 2 * w), *dropouts(dropout), block(2 * w, 2 * w))),
         block(2 * w, 4 * w, pooled=True),
         block(4 * w, 8 * w, pooled=True),
-        Residual(nn.Sequential(block(8 * w, 8 * w), block(8 * w, 8 * w))),
+        Residual(nn.Sequential(block(8 * w, 8 * w), *dropouts(dropout), block(8 * w, 8 * w))),
         nn.AdaptiveAvgPool2d(1) if pool == "average" else nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
+        *dropouts(dropout),
         head if scale == 1.0 else Scaled(head, scale),
     )
 
