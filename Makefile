@@ -24,12 +24,13 @@ demo: $(VENV)/.installed
 
 # In two processes, a file at a time, since the tests themselves use one thread.
 JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest --fast -q $(ARGS)
+	$(BIN)/python $(PYTEST) --fast -q $(ARGS)
 
 # The fast tests with the oldest releases that pyproject.toml allows, in an environment of its own: without packages of
 # the test extra that ask for newer ones. Old releases of typer warn of newer ones of click.
@@ -38,7 +39,7 @@ test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --config-settings=build-dir=build/oldest-core \
 	    $(EDITABLE) '.[plots]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist scikit-learn scipy
-	$(OLDEST)/bin/python -m pytest --fast -q -W ignore::DeprecationWarning $(ARGS)
+	$(OLDEST)/bin/python $(PYTEST) --fast -q -W ignore::DeprecationWarning $(ARGS)
 
 # Every attack of tests/attack in full size: kills, damaged files, limits; and the store under sanitizers.
 attack: $(VENV)/.installed sanitize

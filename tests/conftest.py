@@ -47,14 +47,25 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(marker)
 
 
+TOUCHED: set[str] = set()  # the files of the modules that the processes of this run imported
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The fast tests, run as a whole, must have imported every module of the packages."""
     config = session.config
+    TOUCHED.update(file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None)))
+    if hasattr(config, "workeroutput"):  # one of several processes: the one that started them judges
+        config.workeroutput["touched"] = sorted(TOUCHED)
+        return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
     if not (whole and config.option.fast and session.exitstatus == pytest.ExitCode.OK):
         return
-    imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     paths = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
-    if missing := [str(path) for path in paths if str(path) not in imported]:
+    if missing := [str(path) for path in paths if str(path) not in TOUCHED]:
         print("\n\nNo fast test imports:", *missing, sep="\n")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node, error) -> None:
+    TOUCHED.update(getattr(node, "workeroutput", {}).get("touched", ()))

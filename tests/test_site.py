@@ -1,4 +1,4 @@
-"""The documentation as a site: pages, public names in the reference, links."""
+"""The documentation as a site: pages, public names in the reference, links; and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import importlib
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import mgd
+from browser import WIDTHS, chromium, resize
 from pages import PAGES, ROOT
 
 REFERENCE = "".join(page.read_text("utf-8") for page in PAGES if page.parent.name == "reference")
@@ -44,13 +48,77 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {mgd.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
 
 
-def test_the_site_is_built_strictly(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site."""
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reference = (tmp_path / "reference/training/index.html").read_text("utf-8")
+    return folder
+
+
+def test_the_site_is_built(site):
+    reference = (site / "reference/training/index.html").read_text("utf-8")
     assert 'id="mgd.TrainingFunction.metagradient"' in reference
     assert "<strong>per_example</strong>" in reference  # a line of the docstring as an item of a list
-    assert "small_training" not in (tmp_path / "memory/index.html").read_text("utf-8")  # hidden code
+    assert "small_training" not in (site / "memory/index.html").read_text("utf-8")  # hidden code
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Of the site as a server gives it: the search asks for its index."""
+    handler = partial(Quiet, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def test_pages_are_as_wide_as_the_screen_and_what_is_wider_scrolls_by_itself(site, address, browser):
+    pages = sorted(page.parent.relative_to(site) for page in site.rglob("index.html"))
+    assert len(pages) > 40
+    for page in pages:
+        browser.get(f"{address}/{page}/")
+        for width in WIDTHS:
+            resize(browser, width)
+            assert browser.execute_script(TOO_WIDE, width) == [], f"{page} at {width} pixels"
+        assert browser.execute_script(MISSING) == [], page
+    assert browser.get_log("browser") == []
+
+
+# What of the page's content ends beyond the screen, unless it is in a box that scrolls.
+TOO_WIDE = """
+const scrolls = e => e && (['auto', 'scroll'].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+return [...document.querySelectorAll('.md-content *')]
+  .filter(e => e.getBoundingClientRect().right > arguments[0] + 1 && !scrolls(e.parentElement))
+  .map(e => e.outerHTML.slice(0, 150))
+"""
+MISSING = "return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_word_is_found(address, browser, width):
+    resize(browser, width)
+    browser.get(address)
+    browser.execute_script("document.getElementById('__search').click()")
+    box = browser.find_element("css selector", ".md-search__input")
+    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(browser, 20)
+    wait.until(lambda _: box.is_displayed() and box.is_enabled())
+    box.send_keys("metasmoothness")
+    found = wait.until(lambda _: browser.find_elements("css selector", ".md-search-result__link"))
+    assert any("smoothness" in link.get_attribute("href") for link in found)
+    assert browser.get_log("browser") == []

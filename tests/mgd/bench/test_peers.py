@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
 from command_cases import CLOSE, run
+from torch import nn
 
 from mgd.bench import methods
+from mgd.bench.baselines import Unsupported
 from mgd.bench.cases import load
-from mgd.bench.peers import alone, command, libraries, recipe, table
+from mgd.bench.peers import alone, command, jax_models, jax_optax, libraries, recipe, table
+from mgd.bench.peers.methods import PEERS
 from mgd.errors import BadArgument
 from mgd.recipes.models.gpt import GPT
 from mgd.recipes.models.resnet import resnet9
@@ -44,22 +49,33 @@ def test_the_libraries(name, reference):
 
 def test_jax(reference):
     pytest.importorskip("optax")
-    from mgd.bench.peers import jax_optax
-
     assert worst(jax_optax.prepare, reference) < CLOSE
 
 
 @pytest.mark.parametrize("norm", ["group", "batch", "gpt"])
 def test_models_in_jax_are_those_of_torch(norm):
     jax = pytest.importorskip("jax")
-    from mgd.bench.peers.jax_models import apply
-
     torch.manual_seed(0)
     model = GPT(11, 6, 1, 8, 2) if norm == "gpt" else resnet9(norm, 8)
     x = torch.randint(11, (2, 6)) if norm == "gpt" else torch.randn(2, 3, 8, 8)
     params = {name: jax.numpy.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
-    found = torch.tensor(jax.jit(lambda p, x: apply(model, p, "", x))(params, x.numpy()).tolist())
+    found = torch.tensor(jax.jit(lambda p, x: jax_models.apply(model, p, "", x))(params, x.numpy()).tolist())
     torch.testing.assert_close(found, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_every_peer_has_a_home(peer):
+    module, _, function = peer.home.partition(":")
+    home = importlib.import_module(f"mgd.bench.peers.{module}") if function else methods.METHODS[module]
+    assert callable(getattr(home, function or "prepare"))
+
+
+def test_what_jax_has_not_is_said(monkeypatch):
+    with pytest.raises(Unsupported, match="no Dropout"):
+        jax_models.apply(nn.Sequential(nn.Flatten(), nn.Dropout()), {}, "", torch.ones(2, 3))
+    monkeypatch.setitem(sys.modules, "jax", None)  # as where it is not installed
+    with pytest.raises(Unsupported, match="jax cannot be imported"):
+        jax_optax.prepare(load("small", STEPS))
 
 
 def test_a_measurement_has_time_memory_and_difference(reference):

@@ -1,35 +1,21 @@
-"""Pages as a browser shows them, on a desk and on a phone. Skipped where there is no Chromium with its driver."""
+"""Pages as a browser shows them, on a desk and on a phone."""
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
+from browser import WIDTHS, chromium, resize
 from mgd.ui.charts import figure
 from mgd.ui.console import Session
 from mgd.ui.page import Page, Section
-
-# Without them Chromium asks its maker's hosts for updates at every start.
-QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
 CELL = "[...document.querySelectorAll('td')].find(cell => cell.textContent.includes('{}'))"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", *QUIET):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +37,9 @@ def address(tmp_path_factory):
     return (folder / "index.html").as_uri()
 
 
-@pytest.mark.parametrize("width", [1100, 390])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_is_as_wide_as_the_screen_and_what_is_wider_scrolls_by_itself(browser, address, width):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    resize(browser, width)
     browser.get(address)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script("return document.querySelector('img').naturalWidth") > 1000

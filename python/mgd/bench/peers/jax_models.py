@@ -1,12 +1,13 @@
-"""The package's own models in JAX: a torch module is read, and the same function of its parameters is computed."""
+"""The package's own models in JAX: a torch module is read, and the same function of its parameters is computed.
+
+JAX is imported where it computes, so that the module can be imported without it.
+"""
 
 from __future__ import annotations
 
 from functools import singledispatch
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from torch import nn
 
 from mgd.bench.baselines import Unsupported
@@ -44,6 +45,8 @@ def _(module: nn.Linear, p: Params, at: str, x: Any) -> Any:
 
 @apply.register
 def _(module: nn.GELU, p: Params, at: str, x: Any) -> Any:
+    import jax
+
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -54,6 +57,8 @@ def _(module: nn.Flatten, p: Params, at: str, x: Any) -> Any:
 
 @apply.register
 def _(module: nn.Conv2d, p: Params, at: str, x: Any) -> Any:
+    import jax
+
     return jax.lax.conv_general_dilated(x, p[f"{at}weight"], (1, 1), [(1, 1), (1, 1)])
 
 
@@ -69,6 +74,8 @@ def _(module: nn.AdaptiveAvgPool2d, p: Params, at: str, x: Any) -> Any:
 
 
 def _standardized(x: Any, axes: Any, eps: float) -> Any:
+    import jax.numpy as jnp
+
     return (x - x.mean(axes, keepdims=True)) / jnp.sqrt(x.var(axes, keepdims=True) + eps)
 
 
@@ -92,6 +99,9 @@ def _(module: nn.BatchNorm2d, p: Params, at: str, x: Any) -> Any:
 
 def _attention(q: Any, k: Any, v: Any, heads: int, allowed: Any) -> Any:
     """Of `[B, T, C]`, under the mask `allowed` that broadcasts to `[B, heads, T, T]`."""
+    import jax
+    import jax.numpy as jnp
+
     split = lambda a: a.reshape(*a.shape[:2], heads, -1).transpose(0, 2, 1, 3)
     q, k, v = split(q), split(k), split(v)
     scores = jnp.where(allowed, q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5, -jnp.inf)
@@ -101,6 +111,8 @@ def _attention(q: Any, k: Any, v: Any, heads: int, allowed: Any) -> Any:
 
 @apply.register
 def _(module: _Attention, p: Params, at: str, x: Any) -> Any:
+    import jax.numpy as jnp
+
     q, k, v = jnp.split(apply(module.qkv, p, f"{at}qkv.", x), 3, -1)
     causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     return apply(module.out, p, f"{at}out.", _attention(q, k, v, module.heads, causal))
@@ -122,6 +134,8 @@ def _(module: LoRA, p: Params, at: str, x: Any) -> Any:
 
 @apply.register
 def _(module: Encoder, p: Params, at: str, x: Any) -> Any:
+    import jax.numpy as jnp
+
     there = x != 0
     h = p[f"{at}words.weight"][x] + p[f"{at}positions.weight"][: x.shape[1]] + p[f"{at}segment"]
     h = apply(module.norm, p, f"{at}norm.", h)
@@ -132,6 +146,8 @@ def _(module: Encoder, p: Params, at: str, x: Any) -> Any:
 
 
 def _encoder_layer(module: EncoderLayer, p: Params, at: str, x: Any, allowed: Any) -> Any:
+    import jax
+
     q, k, v = (apply(getattr(module, name), p, f"{at}{name}.", x) for name in ("query", "key", "value"))
     y = apply(module.out, p, f"{at}out.", _attention(q, k, v, HEADS, allowed))
     x = apply(module.norm1, p, f"{at}norm1.", x + y)

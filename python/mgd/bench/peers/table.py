@@ -105,6 +105,9 @@ def plot(results: Sequence[dict[str, Any]]) -> Figure:
                 )
                 y += 1.0
     fig, (left, right) = figure(10, 0.24 * y + 1.2, columns=2, sharey=True)
+    over_the_line: dict[str, Any] = {
+        "va": "center", "fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    }  # fmt: skip
     colours = [GOOD if name == "mgd" else SOFT for name in names]
     for axes, heights, text in (
         (left, [ratio for ratio, _ in values], "{:.2f}"),
@@ -112,7 +115,7 @@ def plot(results: Sequence[dict[str, Any]]) -> Figure:
     ):
         axes.barh(places, heights, color=colours)
         for place, height in zip(places, heights, strict=True):
-            axes.text(height, place, " " + text.format(height), va="center", fontsize=8)
+            axes.text(height, place, " " + text.format(height), **over_the_line)
         axes.tick_params(axis="y", length=0)
     left.axvline(1, color=INK, linestyle=":", linewidth=1)
     left.set_yticks(places, names, fontsize=8)
@@ -120,7 +123,7 @@ def plot(results: Sequence[dict[str, Any]]) -> Figure:
     label(left, "Time of one metagradient", "times plain training (dotted)")
     label(right, "Memory", "MB that a process grows by")
     for place, text in heads:
-        left.text(0, place, text, fontweight="bold", fontsize=8, va="center", transform=left.get_yaxis_transform())
+        left.text(0, place, text, fontweight="bold", transform=left.get_yaxis_transform(), **over_the_line)
     return fig
 
 
