@@ -87,11 +87,11 @@ void bind_nn(py::module_& m) {
     m.def(
         "nn_cross_entropy",
         [](int pass, int64_t rows, int64_t width, int64_t ignored, Address x, Address gy, Address c, Address target,
-           Address losses, Address statistics, Address gx, Address ggy, int threads) {
+           Address losses, Address statistics, Address gx, Address ggy, Address first, int threads) {
             py::gil_scoped_release release;
             run_cross_entropy(static_cast<Pass>(pass),
                               {rows, width, ignored, at(x), at(gy), at(c), reinterpret_cast<const int64_t*>(target),
-                               at(losses), at(statistics), at(gx), at(ggy)},
+                               at(losses), at(statistics), at(gx), at(ggy), at(first)},
                               threads);
         },
         "Cross-entropy of rows with class indices; IndexError where one is out of bounds.");

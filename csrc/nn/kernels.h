@@ -82,12 +82,13 @@ struct Softmax {
 };
 
 // losses [rows] = log sum exp(x) - x[target] over rows [rows, width]; those of ignored rows are 0. statistics
-// [rows, 2]: the row's maximum and log sum exp(x - maximum).
+// [rows, 2]: the row's maximum and log sum exp(x - maximum). forward: gx too, where wanted. double_backward: gx is the
+// cotangent of x, and `first`, where wanted, what the backward pass gives. gx may be x, and `first` may be c.
 struct CrossEntropy {
     int64_t rows, width, ignored;
     const float *x, *gy, *c;
     const int64_t* target;
-    float *losses, *statistics, *gx, *ggy;
+    float *losses, *statistics, *gx, *ggy, *first;
 };
 
 // y [batch, heads, length, width] = x cos + rot(x) sin, or the transposed map (see rotary.h). cos, sin [1 or batch,

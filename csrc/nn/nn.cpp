@@ -13,15 +13,21 @@
 namespace mgd {
 namespace {
 
+// A set's own list of kernels is code for that set: it is asked for only where it runs.
 const NnKernels& current() {
-    static const NnKernels slow = baseline::nn_kernels();
 #if defined(MGD_X86)
-    static const NnKernels wide = avx2::nn_kernels(), widest = avx512::nn_kernels();
     const bool fused = __builtin_cpu_supports("fma");
     const std::string name = isa();
-    if (fused && name == "avx512") return widest;
-    if (fused && name == "avx2") return wide;
+    if (fused && name == "avx512") {
+        static const NnKernels widest = avx512::nn_kernels();
+        return widest;
+    }
+    if (fused && name == "avx2") {
+        static const NnKernels wide = avx2::nn_kernels();
+        return wide;
+    }
 #endif
+    static const NnKernels slow = baseline::nn_kernels();
     return slow;
 }
 

@@ -93,9 +93,10 @@ void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end)
     const int64_t n = e.width;
     for (int64_t row = begin; row < end; ++row) {
         const int64_t target = e.target[row];
-        const bool ignored = target == e.ignored;
+        const bool ignored = target == e.ignored, twice = pass == Pass::double_backward;
         const float *x = e.x + row * n, *c = e.c + row * n;
-        float *gx = e.gx + row * n, *statistics = e.statistics + 2 * row;
+        float *gx = e.gx ? e.gx + row * n : nullptr, *first = e.first ? e.first + row * n : nullptr;
+        float* statistics = e.statistics + 2 * row;
         if (pass == Pass::forward) {
             const float most = maximum(n, [&](int64_t at, auto lanes) MGD_INLINE { return lanes.load(x + at); });
             double sum = 0;
@@ -106,11 +107,11 @@ void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end)
             statistics[0] = most;
             statistics[1] = log_sum;
             e.losses[row] = ignored ? 0.0 : log_sum + (double(most) - x[target]);
-            continue;
+            if (!gx) continue;
         }
-        const bool twice = pass == Pass::double_backward;
         if (ignored) {
             __builtin_memset(gx, 0, sizeof(float) * n);
+            if (first) __builtin_memset(first, 0, sizeof(float) * n);
             if (twice) e.ggy[row] = 0;
             continue;
         }
@@ -120,19 +121,22 @@ void cross_entropy(Pass pass, const CrossEntropy& e, int64_t begin, int64_t end)
         if (!twice) {
             for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE { lanes.store(gx + at, gy * probability(at, lanes)); });
             gx[target] -= gy;
-        } else {
-            double mean = 0;
-            add_sums<1>(n, &mean, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
-                const V p = probability(at, lanes);
-                lanes.store(gx + at, p);
-                term[0] = p * lanes.load(c + at);
-            });
-            e.ggy[row] = mean - c[target];
-            const float center = mean;
-            for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
-                lanes.store(gx + at, gy * lanes.load(gx + at) * (lanes.load(c + at) - center));
-            });
+            continue;
         }
+        double mean = 0;
+        add_sums<1>(n, &mean, [&](int64_t at, auto lanes, V* term) MGD_INLINE {
+            const V p = probability(at, lanes);
+            lanes.store(gx + at, p);
+            term[0] = p * lanes.load(c + at);
+        });
+        e.ggy[row] = mean - c[target];
+        const float center = mean;
+        for_lanes(n, [&](int64_t at, auto lanes) MGD_INLINE {
+            const V scaled = gy * lanes.load(gx + at);
+            lanes.store(gx + at, scaled * (lanes.load(c + at) - center));
+            if (first) lanes.store(first + at, scaled);
+        });
+        if (first) first[target] -= gy;
     }
 }
 

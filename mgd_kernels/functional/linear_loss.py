@@ -1,155 +1,27 @@
-"""Cross-entropy of a linear layer's outputs, which are never held: by strips of tokens, forward, backward and twice.
+"""Cross-entropy of a linear layer's outputs, without these: operators, and the function. Names: `linear_loss_strips`.
 
-Names: h [n, d] hidden states, weight [V, d], bias [V], target int64 [n]; z = h weightᵀ + bias the logits of a strip, ż
-their tangent. gl is the cotangent of losses [n]; gh, gw, gb, gz those of h, weight, bias, z; c, cw, cb those of gh,
-gw, gb; ggl that of gl. With smoothing s, a factor ζ of the z-loss, and a cap k (0 for none):
-
-    z' = k tanh(z/k)    p = softmax(z')    t = (1-s) onehot(target) + s/V    loss = lse(z') - t·z' + ζ lse(z')²
-
-Between the products, `linear_loss_rows` computes. Products of size n V d: 1 forward, 3 backward, 7 twice.
+Losses of tokens, which may be weighted outside, are one operator, with another for each derivative: 1 + 3 + 7 products
+of size n V d. Their sum or mean leaves only a factor open, so what computes it where a derivative may be needed gives
+the gradients for the factor 1 as well, from the same logits: 3 + 7 products, and one array more of the weight's size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.functional._library import dense, like, operator, served_by_products, twice
-from mgd_kernels.functional._team import Team, spans, team
-from mgd_kernels.functional.linear_loss_rows import Rows
+from mgd_kernels.functional import linear_loss_strips as strips
+from mgd_kernels.functional._library import like, operator, served_by_products, twice
+from mgd_kernels.functional._team import team
 
-_STRIP = 1 << 22  # logits of a strip: 16 MiB in float32, unless _LEAST_ROWS rows have more
-_LEAST_ROWS = 256  # with 128 the products of 50,000 columns took 1.2 times as long
-_COLUMNS = 8192  # of the vocabulary, in one product
+_OPTIONS = "int ignore_index, float smoothing, float z_loss, float cap"
 
-
-class _Layer:
-    """The products of a strip with a weight matrix [V, d], by columns of the vocabulary."""
-
-    def __init__(self, crew: Team, weight: Tensor):
-        self.crew, self.weight, self.columns = crew, weight, spans(len(weight), _COLUMNS)
-
-    def logits(self, h: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        def some(c: slice) -> None:
-            if bias is None:
-                torch.mm(h, self.weight[c].t(), out=out[:, c])
-            else:
-                torch.addmm(bias[c], h, self.weight[c].t(), out=out[:, c])
-
-        self.crew.each(some, self.columns)
-
-    def add_logits(self, h: Tensor, out: Tensor) -> None:
-        self.crew.each(lambda c: out[:, c].addmm_(h, self.weight[c].t()), self.columns)
-
-    def back(self, gz: Tensor) -> Tensor:
-        """gz weight, added up in the order of the columns."""
-        first, *rest = self.crew.each(lambda c: gz[:, c] @ self.weight[c], self.columns)
-        for part in rest:
-            first += part
-        return first
-
-    def add_weight_gradient(self, gw: Tensor, gb: Tensor, gz: Tensor, h: Tensor) -> None:
-        def some(c: slice) -> None:
-            gw[c].addmm_(gz[:, c].t(), h)
-            if gb.numel():
-                gb[c] += gz[:, c].sum(0)
-
-        self.crew.each(some, self.columns)
-
-
-def _strips(h: Tensor, weight: Tensor) -> list[slice]:
-    return spans(len(h), max(_LEAST_ROWS, _STRIP // len(weight)))
-
-
-def _buffers(h: Tensor, weight: Tensor, count: int) -> list[Tensor]:
-    rows = min(len(h), _strips(h, weight)[0].stop)
-    return [like(h, rows, len(weight)) for _ in range(count)]
-
-
-def _check(h, weight, bias, target, *others: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    n, vocabulary = len(h), len(weight)
-    expected = [(h, (n, weight.shape[1])), (weight, tuple(weight.shape)), (bias, (vocabulary,)), *others]
-    for x, shape in expected:
-        if x is not None and (x.dtype is not h.dtype or tuple(x.shape) != shape):
-            raise BadArgument(f"expected {h.dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
-    if h.dtype not in (torch.float32, torch.float64):
-        raise BadArgument(f"expected float32 or float64; got {h.dtype}")
-    if target.dtype is not torch.int64 or target.shape != (n,):
-        raise BadArgument(f"expected target int64 {[n]}; got {target.dtype} {list(target.shape)}")
-
-
-def _linear_cross_entropy(h, weight, bias, target, ignore_index, smoothing, z_loss, cap):
-    _check(h, weight, bias, target)
-    h, weight, bias, target = dense(h, weight, bias, target)
-    losses, statistics = like(h, len(h)), like(h, len(h), 2)
-    with team() as crew:
-        layer, (buffer,) = _Layer(crew, weight), _buffers(h, weight, 1)
-        rows = Rows(crew, target, len(weight), ignore_index, smoothing, z_loss, cap)
-        for at in _strips(h, weight):
-            z = buffer[: at.stop - at.start]
-            layer.logits(h[at], bias, z)
-            rows.forward(at, z, losses, statistics)
-    return losses, statistics
-
-
-def _parameter_gradients(h: Tensor, weight: Tensor, bias: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Zeros to add to; empty where they are not wanted."""
-    gw = weight.new_zeros(weight.shape if wanted else 0)
-    return gw, weight.new_zeros(len(weight) if wanted and bias is not None else 0)
-
-
-def _backward(gl, h, weight, bias, target, statistics, parameters, ignore_index, smoothing, z_loss, cap):
-    n = len(h)
-    _check(h, weight, bias, target, (gl, (n,)), (statistics, (n, 2)))
-    gl, h, weight, bias, target, statistics = dense(gl, h, weight, bias, target, statistics)
-    gh, (gw, gb) = like(h), _parameter_gradients(h, weight, bias, parameters)
-    with team() as crew:
-        layer, (buffer,) = _Layer(crew, weight), _buffers(h, weight, 1)
-        rows = Rows(crew, target, len(weight), ignore_index, smoothing, z_loss, cap)
-        for at in _strips(h, weight):
-            z = buffer[: at.stop - at.start]
-            layer.logits(h[at], bias, z)
-            rows.backward(at, z, gl, statistics, gz=z)
-            gh[at] = layer.back(z)
-            if parameters:
-                layer.add_weight_gradient(gw, gb, z, h[at])
-    return gh, gw, gb
-
-
-def _double_backward(
-    c, cw, cb, gl, h, weight, bias, target, statistics, parameters, ignore_index, smoothing, z_loss, cap
-):
-    n, vocabulary = len(h), len(weight)
-    _check(
-        h, weight, bias, target, (gl, (n,)), (statistics, (n, 2)), (c, tuple(h.shape)), (cw, tuple(weight.shape)),
-        (cb, (vocabulary,)),
-    )  # fmt: skip
-    c, cw, cb, gl, h, weight, bias, target, statistics = dense(c, cw, cb, gl, h, weight, bias, target, statistics)
-    ggl, gh, (gw, gb) = like(gl), like(h), _parameter_gradients(h, weight, bias, parameters)
-    with team() as crew:
-        layer, tangent = _Layer(crew, weight), None if cw is None else _Layer(crew, cw)
-        buffers = _buffers(h, weight, 3)
-        rows = Rows(crew, target, vocabulary, ignore_index, smoothing, z_loss, cap)
-        for at in _strips(h, weight):
-            z, ż, gz = (buffer[: at.stop - at.start] for buffer in buffers)
-            layer.logits(h[at], bias, z)
-            if c is not None:
-                layer.logits(c[at], cb, ż)
-            else:
-                ż.copy_(ż.new_zeros(1) if cb is None else cb)
-            if tangent is not None:
-                tangent.add_logits(h[at], ż)
-            ggl[at] = rows.double_backward(at, z, ż, gl, statistics, gz=gz)  # z is now its own cotangent
-            gh[at] = layer.back(z)
-            if tangent is not None:
-                gh[at] += tangent.back(gz)
-            if parameters:
-                layer.add_weight_gradient(gw, gb, z, h[at])
-                if c is not None:
-                    layer.add_weight_gradient(gw, gb[:0], gz, c[at])
-    return ggl, gh, gw, gb
+# --- Losses of tokens -------------------------------------------------------------------------------------------------
 
 
 def _differentiate(ctx, gl, _statistics):
@@ -162,19 +34,22 @@ def _differentiate(ctx, gl, _statistics):
 
 
 def _differentiate_twice(ctx, c, cw, cb):
-    gl, h, weight, bias, target, statistics = ctx.saved_tensors
-    parameters, *options = ctx.arguments[6:]
+    wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    return *_second(c, cw, cb, ctx.saved_tensors, wanted, *ctx.arguments[6:]), *(None,) * 7
+
+
+def _second(c, cw, cb, tensors: Sequence[Any], wanted: bool, parameters: bool, *options) -> tuple[Tensor | None, ...]:
+    """The cotangents of gl, h, weight and bias. tensors, options: as of the backward pass. wanted, parameters: whether
+    weight and bias need cotangents, and whether they have gradients."""
+    bias = tensors[3]
     if not parameters:
         cw = cb = None
     if bias is None:
         cb = None
     if c is None and cw is None and cb is None:
-        return (None,) * 11
-    wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    ggl, gh, gw, gb = linear_cross_entropy_double_backward(
-        c, cw, cb, gl, h, weight, bias, target, statistics, wanted, *options
-    )
-    return ggl, gh, gw if wanted else None, gb if wanted and bias is not None else None, *(None,) * 7
+        return (None,) * 4
+    ggl, gh, gw, gb = linear_cross_entropy_double_backward(c, cw, cb, *tensors, wanted, *options)
+    return ggl, gh, gw if wanted else None, gb if wanted and bias is not None else None
 
 
 def plain(h, weight, bias, target, ignore_index, smoothing, z_loss, cap) -> Tensor:
@@ -200,11 +75,9 @@ def _empty_gradients(h, weight, bias, parameters):
     return like(h), gw, like(bias) if parameters and bias is not None else weight.new_empty(0)
 
 
-_OPTIONS = "int ignore_index, float smoothing, float z_loss, float cap"
-
 linear_cross_entropy_forward = operator(
     f"linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
-    _linear_cross_entropy,
+    strips.forward,
     lambda h, *_: (like(h, h.shape[0]), like(h, h.shape[0], 2)),
     lambda args, out: (*args[:4], out[1]),
     _differentiate,
@@ -213,7 +86,7 @@ linear_cross_entropy_forward = operator(
 linear_cross_entropy_backward = operator(
     "linear_cross_entropy_backward(Tensor gl, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor statistics,"
     f" bool parameters, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
+    strips.backward,
     lambda gl, h, weight, bias, target, statistics, parameters, *_: _empty_gradients(h, weight, bias, parameters),
     lambda args, out: args[:6],
     _differentiate_twice,
@@ -222,13 +95,114 @@ linear_cross_entropy_double_backward = operator(
     "linear_cross_entropy_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor gl, Tensor h, Tensor weight,"
     f" Tensor? bias, Tensor target, Tensor statistics, bool parameters, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _double_backward,
+    strips.double_backward,
     lambda c, cw, cb, gl, h, weight, bias, target, statistics, parameters, *_: (
         like(gl),
         *_empty_gradients(h, weight, bias, parameters),
     ),
     plain=_plain_double_backward,
 )
+
+# Both in one, for a graph in which gl is known before the losses (`mgd.autodiff.graphs`).
+linear_cross_entropy_with_gradients = operator(
+    "linear_cross_entropy_with_gradients(Tensor gl, Tensor h, Tensor weight, Tensor? bias, Tensor target,"
+    f" bool parameters, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    strips.forward_backward,
+    lambda gl, h, weight, bias, target, parameters, *_: (
+        like(gl),
+        like(h, h.shape[0], 2),
+        *_empty_gradients(h, weight, bias, parameters),
+    ),
+)
+
+# --- Their sum or mean ------------------------------------------------------------------------------------------------
+
+
+def _share(x: Tensor, target: Tensor, mean: bool, ignored: int) -> Tensor:
+    return x / (target != ignored).sum() if mean else x
+
+
+def _reduced(losses: Tensor, target: Tensor, mean: bool, ignored: int) -> Tensor:
+    with team():  # one thread: on several, the bits of a sum depend on their number
+        total = losses.sum()
+    return _share(total, target, mean, ignored)
+
+
+def _total(h, weight, bias, target, mean, *options):
+    losses, _ = strips.forward(h, weight, bias, target, *options)
+    return _reduced(losses, target, mean, options[0])
+
+
+def _total_with_gradients(h, weight, bias, target, mean, parameters, *options):
+    gl = _share(h.new_ones(len(h)), target, mean, options[0])
+    losses, statistics, *gradients = strips.forward_backward(gl, h, weight, bias, target, parameters, *options)
+    return _reduced(losses, target, mean, options[0]), statistics, *gradients
+
+
+def _total_backward(gl, gh, gw, gb, h, weight, bias, target, statistics, mean, parameters, *options):
+    scaled = lambda x: gh.new_empty(0) if x is None else gl * x
+    return gl * gh, scaled(gw), scaled(gb)
+
+
+def _differentiate_total(ctx, gl, *_):
+    if gl is None:
+        return (None,) * 10
+    h, weight, bias, target, statistics, *gradients = ctx.saved_tensors
+    parameters = ctx.arguments[5]
+    gh, gw, gb = linear_cross_entropy_total_backward(
+        gl, *gradients, h, weight, bias, target, statistics, *ctx.arguments[4:]
+    )
+    return gh, gw if parameters else None, gb if parameters and bias is not None else None, *(None,) * 7
+
+
+def _differentiate_total_twice(ctx, c, cw, cb):
+    gl, *tensors = ctx.saved_tensors
+    target, (mean, parameters, *options) = tensors[3], ctx.arguments[9:]
+    each = _share(gl, target, mean, options[0]).expand(target.shape)
+    wanted = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
+    ggl, *rest = _second(c, cw, cb, [each, *tensors], wanted, parameters, *options)
+    ggl = None if ggl is None else _share(ggl.sum(), target, mean, options[0])
+    return ggl, None, None, None, *rest, *(None,) * 8  # gh, gw and gb are functions of the others
+
+
+linear_cross_entropy_total_with_gradients = operator(
+    "linear_cross_entropy_total_with_gradients(Tensor h, Tensor weight, Tensor? bias, Tensor target, bool mean,"
+    f" bool parameters, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _total_with_gradients,
+    lambda h, weight, bias, target, mean, parameters, *_: (
+        h.new_empty(()),
+        like(h, h.shape[0], 2),
+        *_empty_gradients(h, weight, bias, parameters),
+    ),
+    lambda args, out: (*args[:4], *out[1:]),
+    _differentiate_total,
+    non_differentiable=slice(1, 5),
+)
+linear_cross_entropy_total_backward = operator(
+    "linear_cross_entropy_total_backward(Tensor gl, Tensor gh, Tensor? gw, Tensor? gb, Tensor h, Tensor weight,"
+    f" Tensor? bias, Tensor target, Tensor statistics, bool mean, bool parameters, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _total_backward,
+    lambda gl, gh, gw, gb, *_: (like(gh), *(gh.new_empty(0) if x is None else like(x) for x in (gw, gb))),
+    lambda args, out: (args[0], *args[4:9]),
+    _differentiate_total_twice,
+)
+
+
+def _for_derivatives(h, weight, bias, target, mean, *options):
+    parameters = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return linear_cross_entropy_total_with_gradients(h, weight, bias, target, mean, parameters, *options)[0]
+
+
+linear_cross_entropy_total = operator(
+    "linear_cross_entropy_total(Tensor h, Tensor weight, Tensor? bias, Tensor target, bool mean,"
+    f" {_OPTIONS}) -> Tensor",
+    _total,
+    lambda h, *_: h.new_empty(()),
+    differentiable=_for_derivatives,
+)
+
+# --- The function -----------------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
@@ -254,6 +228,8 @@ def linear_cross_entropy(
     h, rows = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
     if served_by_products(h, weight, bias) and rows.dtype is torch.int64 and rows.device.type == "cpu":
+        if reduction != "none":
+            return linear_cross_entropy_total(h, weight, bias, rows, reduction == "mean", *options)
         losses, _ = linear_cross_entropy_forward(h, weight, bias, rows, *options)
     else:
         losses = plain(h, weight, bias, rows, *options)

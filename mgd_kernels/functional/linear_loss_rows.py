@@ -40,9 +40,9 @@ class Rows:
     def _fused(self, z: Tensor) -> bool:
         return z.dtype is torch.float32 and not self.z_loss and not self.cap
 
-    def _kernel(self, pass_, at, x, gl=None, c=None, losses=None, statistics=None, gx=None, ggl=None) -> None:
+    def _kernel(self, pass_, at, x, gl=None, c=None, losses=None, statistics=None, gx=None, ggl=None, gz=None) -> None:
         """The fused pass, for smoothing 0."""
-        tensors = x, gl, c, self.raw[at], losses, statistics, gx, ggl
+        tensors = x, gl, c, self.raw[at], losses, statistics, gx, ggl, gz
         _core().nn_cross_entropy(pass_, *x.shape, self.ignored, *addresses(tensors), self.crew.threads)
 
     def _each_block(self, at: slice, work: Callable[[slice, slice], None]) -> None:
@@ -76,20 +76,28 @@ class Rows:
 
     # --- backward ----------------------------------------------------------------------------------------------
 
-    def backward(self, at: slice, z: Tensor, gl: Tensor, statistics: Tensor, gz: Tensor) -> None:
-        """Fills in gz, which may be z itself."""
-        if self._fused(z):
-            self._kernel(BACKWARD, at, z, gl=gl[at], statistics=statistics[at], gx=gz)
-            if self.smoothing:
-                self._each_block(at, lambda rows, tokens: self._smooth(gz[rows], tokens, gl))
+    def forward_backward(self, at: slice, z: Tensor, gl: Tensor, losses: Tensor, statistics: Tensor) -> None:
+        """Fills in losses and statistics, and puts gz in the place of z."""
+        if self._fused(z) and not self.smoothing:
+            self._kernel(FORWARD, at, z, gl=gl[at], losses=losses[at], statistics=statistics[at], gx=z)
         else:
-            self._each_block(at, lambda rows, tokens: self._backward(z[rows], tokens, gl, statistics, gz[rows]))
+            self.forward(at, z, losses, statistics)
+            self.backward(at, z, gl, statistics)
 
-    def _backward(self, z: Tensor, at: slice, gl: Tensor, statistics: Tensor, gz: Tensor) -> None:
+    def backward(self, at: slice, z: Tensor, gl: Tensor, statistics: Tensor) -> None:
+        """Puts gz in the place of z."""
+        if self._fused(z):
+            self._kernel(BACKWARD, at, z, gl=gl[at], statistics=statistics[at], gx=z)
+            if self.smoothing:
+                self._each_block(at, lambda rows, tokens: self._smooth(z[rows], tokens, gl))
+        else:
+            self._each_block(at, lambda rows, tokens: self._backward(z[rows], tokens, gl, statistics))
+
+    def _backward(self, z: Tensor, at: slice, gl: Tensor, statistics: Tensor) -> None:
         _, residual, capped = self._residual(z, at, statistics)
-        torch.mul(residual, self._alive(gl, at), out=gz)
+        torch.mul(residual, self._alive(gl, at), out=z)
         if self.cap:
-            gz.mul_(self._slope(capped))
+            z.mul_(self._slope(capped))
 
     def _alive(self, x: Tensor, at: slice) -> Tensor:
         """[rows, 1], 0 where the target is ignored."""
@@ -116,22 +124,24 @@ class Rows:
 
     # --- double backward ---------------------------------------------------------------------------------------
 
-    def double_backward(self, at: slice, z: Tensor, ż: Tensor, gl: Tensor, statistics: Tensor, gz: Tensor) -> Tensor:
-        """ggl; fills in gz, and puts the cotangent of z in its place."""
+    def double_backward(self, at: slice, z: Tensor, ż: Tensor, gl: Tensor, statistics: Tensor) -> Tensor:
+        """ggl; puts the cotangent of z in the place of z, and gz in that of ż."""
         ggl = gl.new_empty(len(z))
-        self.backward(at, z, gl, statistics, gz)
-        if self._fused(z):
-            self._kernel(DOUBLE_BACKWARD, at, z, gl=gl[at], c=ż, statistics=statistics[at], gx=z, ggl=ggl)
-            if self.smoothing:
-                self._each_block(at, lambda rows, tokens: self._smooth_twice(ż[rows], tokens, ggl[rows]))
-        else:
+        if not self._fused(z):
             self._each_block(at, lambda rows, tokens: self._twice(z[rows], ż[rows], tokens, gl, statistics, ggl[rows]))
-        return ggl
+            return ggl
+        smooth = torch.zeros_like(ggl)
+        if self.smoothing:
+            self._each_block(at, lambda rows, tokens: self._smooth_tangent(ż[rows], tokens, smooth[rows]))
+        self._kernel(DOUBLE_BACKWARD, at, z, gl=gl[at], c=ż, statistics=statistics[at], gx=z, ggl=ggl, gz=ż)
+        if self.smoothing:
+            self._each_block(at, lambda rows, tokens: self._smooth(ż[rows], tokens, gl))
+        return ggl.add_(smooth)
 
-    def _smooth_twice(self, ż: Tensor, at: slice, ggl: Tensor) -> None:
+    def _smooth_tangent(self, ż: Tensor, at: slice, out: Tensor) -> None:
         """From α - ⟨onehot ż⟩ to α - ⟨t ż⟩."""
         smooth = self.smoothing * (ż.gather(1, self.target[at])[:, 0] - ż.mean(1))
-        ggl += smooth.masked_fill_(self.dead[at], 0)
+        out.copy_(smooth.masked_fill_(self.dead[at], 0))
 
     def _twice(self, z: Tensor, ż: Tensor, at: slice, gl: Tensor, statistics: Tensor, ggl: Tensor) -> None:
         p, residual, capped = self._residual(z, at, statistics)
@@ -143,5 +153,8 @@ class Rows:
         ggl.copy_((weight * alpha - (1 - s) * own - s * mean)[:, 0].masked_fill_(self.dead[at], 0))
         result = p.mul_((tangent - alpha).mul_(weight).add_(2 * self.z_loss * alpha))
         if slope is not None:
-            result = slope.mul_(result.sub_(capped.mul_(2 / self.cap**2).mul_(ż).mul_(residual)))
-        torch.mul(result, self._alive(gl, at), out=z)
+            result.sub_(capped.mul_(2 / self.cap**2).mul_(ż).mul_(residual)).mul_(slope)
+            residual.mul_(slope)
+        gl = self._alive(gl, at)
+        torch.mul(result, gl, out=z)
+        torch.mul(residual, gl, out=ż)

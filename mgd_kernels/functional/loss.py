@@ -28,7 +28,7 @@ def _call(pass_, x, target, ignore_index, gl=None, c=None, losses=None, statisti
     if target.dtype is not torch.int64 or target.shape != x.shape[:1]:
         raise BadArgument(f"expected target int64 {list(x.shape[:1])}; got {target.dtype} {list(target.shape)}")
     target = target.resolve_neg().contiguous()
-    tensors = (x, gl, c, target, losses, statistics, gx, ggl)
+    tensors = (x, gl, c, target, losses, statistics, gx, ggl, None)
     _core().nn_cross_entropy(pass_, *x.shape, ignore_index, *addresses(tensors), torch.get_num_threads())
 
 

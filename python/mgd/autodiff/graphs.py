@@ -14,7 +14,8 @@ aten = torch.ops.aten
 
 
 def clean(module: fx.GraphModule) -> fx.GraphModule:
-    """Remove views and sums that change nothing, and results that are never read, including those of convolutions."""
+    """Remove views and sums that change nothing, and results that are never read, including those of convolutions and
+    of losses without logits."""
     graph = module.graph
     for node in graph.nodes:
         if node.target is aten.add.Tensor:
@@ -23,18 +24,79 @@ def clean(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+    _join_losses(graph)
     _drop_unread(graph)
     module.recompile()
     return module
 
 
+def _join_losses(graph: fx.Graph) -> None:
+    """Losses without logits and their gradients become one operator, which computes the logits once, where the
+    cotangents of the losses do not depend on these: weights of tokens, say."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for forward in [node for node in graph.nodes if str(node.target) == f"{_LOSSES}.default"]:
+        parts = {user.args[1]: user for user in forward.users}
+        readers = parts[1].users if 1 in parts else ()  # of the statistics
+        gradients = [node for node in readers if str(node.target) == f"{_LOSSES}_backward.default"]
+        if not gradients:
+            continue
+        backward = min(gradients, key=order.__getitem__)
+        needed = ancestors([backward.args[0]])
+        for node in needed:
+            _free_of_its_input(node)
+        needed = ancestors([backward.args[0]])
+        later = [node for node in graph.nodes if node in needed and order[node] > order[forward]]
+        if forward in needed or any(draws(node) or _changes(node) for node in later):
+            continue
+        for node in later:
+            forward.prepend(node)
+        gl, *tensors = backward.args[:5]
+        with graph.inserting_before(forward):
+            both = graph.call_function(
+                torch.ops.mgd_kernels.linear_cross_entropy_with_gradients.default,
+                (gl, *tensors, *backward.args[6:]),
+            )
+            results = [graph.call_function(operator.getitem, (both, i)) for i in range(5)]
+        users = {**parts, **{2 + user.args[1]: user for user in backward.users}}
+        both.meta["val"] = (*forward.meta["val"], *backward.meta["val"])
+        for i, user in users.items():
+            results[i].meta = dict(user.meta)
+            user.replace_all_uses_with(results[i])
+
+
+_LOSSES = "mgd_kernels.linear_cross_entropy"
+
+
+def _free_of_its_input(node: fx.Node) -> None:
+    """The cotangent 1 of a loss depends on it in form alone."""
+    x = node.meta.get("val")
+    if node.target is aten.ones_like.default and isinstance(x, Tensor) and x.ndim == 0:
+        node.target, node.args = aten.ones.default, ([],)
+        node.kwargs = {"dtype": x.dtype, "layout": x.layout, "device": x.device, "pin_memory": False}
+
+
 def _drop_unread(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
-    for node in graph.nodes:
+    for node in reversed(list(graph.nodes)):
         if node.target is aten.convolution_backward.default:
             *args, mask = node.args
             read = {user.args[1] for user in node.users if user.target is operator.getitem}
             node.args = (*args, [computed and i in read for i, computed in enumerate(mask)])
+        elif str(node.target).startswith("mgd_kernels."):
+            _drop_parameters(node)
+
+
+def _drop_parameters(node: fx.Node) -> None:
+    """Where the last two results of an operator, asked for as `parameters`, are not read, do not ask for them."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    last = [user for user in node.users if user.target is operator.getitem and user.args[1] >= len(schema.returns) - 2]
+    if "parameters" not in names or any(user.users for user in last):
+        return
+    for user in last:
+        node.graph.erase_node(user)
+    unread = {"parameters": False, "gw": None, "gb": None}
+    node.args = tuple(unread.get(name, arg) for name, arg in zip(names, node.args, strict=True))
 
 
 def _drop_zeros(add: fx.Node) -> None:

@@ -131,7 +131,8 @@ def cases() -> dict[str, Case]:
     for name, options in LINEAR_LOSSES.items():
         pair = [lambda h, w, b=None, f=f, o=options: f(h, w, target, b, **o) for f in (linear_loss, plain_linear_loss)]
         inputs = [random(50, 9), random(37, 9), random(37)]
-        found[f"linear_cross_entropy-{name}"] = Case(*pair, inputs, "linear_cross_entropy")
+        operator = "linear_cross_entropy" if options.get("reduction") == "none" else "linear_cross_entropy_total"
+        found[f"linear_cross_entropy-{name}"] = Case(*pair, inputs, operator)
     found["linear_cross_entropy-no-bias"] = Case(*pair, inputs[:2], "linear_cross_entropy")
     return found
 
@@ -191,6 +192,7 @@ SAMPLES = [
     "attention-added-1x3x5x9",
     "cross_entropy-mean",
     "linear_cross_entropy-all",
+    "linear_cross_entropy-mean",
     "strips-150x140",
 ]
 every_case = pytest.mark.parametrize("name", CASES)

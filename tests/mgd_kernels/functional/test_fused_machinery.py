@@ -38,9 +38,10 @@ def test_traced_to_one_node_a_call(name):
     graph = make_fx(lambda *inputs: derivatives(case.ours, list(inputs)))(*case.inputs).graph
     graph.eliminate_dead_code()
     mine = [str(node.target) for node in graph.nodes if "mgd_kernels" in str(node.target)]
-    forward = f"mgd_kernels.{case.operator}{'_with_slope' if case.operator == 'activation' else ''}.default"
+    kind = {"activation": "_with_slope", "linear_cross_entropy_total": "_with_gradients"}.get(case.operator, "")
+    forward, backward = (f"mgd_kernels.{case.operator}{kind}.default" for kind in (kind, "_backward"))
+    twice = f"mgd_kernels.{case.operator.removesuffix('_total')}_double_backward.default"
     # The last derivative goes back through the backward pass once, and through the function itself once more.
-    backward, twice = (f"mgd_kernels.{case.operator}_{kind}.default" for kind in ("backward", "double_backward"))
     assert sorted(mine) == sorted([forward, backward, twice, backward])
 
 
@@ -139,6 +140,8 @@ def sample_calls() -> list[tuple]:
     target = torch.tensor([1, -100, 3])
     p = torch.softmax(r(2, 3, 3), -1).detach().requires_grad_()
     statistics = torch.zeros(3, 2)
+    one = torch.ones((), requires_grad=True)
+    gradients = r(3, 10).detach(), r(5, 10).detach(), r(5).detach()
     keyed = r(1, 2, 6, 3), *r(2, 1, 2, 5, 3).detach()
     return [
         (ops.activation_with_slope, (x, "gelu")),
@@ -161,6 +164,12 @@ def sample_calls() -> list[tuple]:
         (ops.attention_backward, (r(1, 2, 6, 3), *keyed, None, False, 0.5, None, torch.tensor(3), 0.2)),
         (ops.linear_cross_entropy, (x, r(5, 10), r(5), target, -100, 0.1, 0.0, 0.0)),
         (ops.linear_cross_entropy_backward, (r(3), x, r(5, 10), None, target, statistics, True, -100, 0.0, 0.1, 2.0)),
+        (ops.linear_cross_entropy_total, (x, r(5, 10), r(5), target, True, -100, 0.1, 0.0, 0.0)),
+        (ops.linear_cross_entropy_total_with_gradients, (x, r(5, 10), r(5), target, True, True, -100, 0.1, 0.0, 0.0)),
+        (
+            ops.linear_cross_entropy_total_backward,
+            (one, *gradients, x, r(5, 10), r(5), target, statistics, True, True, -100, 0.1, 0.0, 0.0),
+        ),
     ]
 
 

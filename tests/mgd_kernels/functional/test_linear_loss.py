@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from operator_cases import EPS, LINEAR_LOSSES, derivatives, linear_loss, plain_linear_loss
 from peak import growth
+from torch import _C
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgd_kernels.errors import BadArgument
-from mgd_kernels.functional import linear_loss as module
+from mgd_kernels.functional import linear_loss_strips as module
 
 
 @pytest.fixture
@@ -94,12 +96,70 @@ def test_frozen_layers(short_strips, trained):
     torch.testing.assert_close(*found)
 
 
-def test_products_for_what_is_trained(monkeypatch):
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside of the operators, in units of one that gives all logits."""
+
+    def __init__(self, unit: int):
+        super().__init__()
+        self.unit, self.flops = unit, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mgd_kernels":
+            with self:
+                return func.redispatch(_C.DispatchKeySet(_C.DispatchKey.CPU), *args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::matmul", "aten::addmm", "aten::addmm_"):
+            a, b = args[-2:]
+            self.flops += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+    def taken(self) -> float:
+        """Since it was last asked."""
+        flops, self.flops = self.flops, 0
+        return flops / self.unit
+
+
+@pytest.mark.parametrize(
+    ("reduction", "trained", "expected"),
+    [
+        ("mean", (0, 1, 2), (1, 3, 7)),
+        ("sum", (0, 1), (1, 3, 7)),
+        ("sum", (0,), (1, 2, 3)),
+        ("none", (0, 1), (1, 4, 7)),
+        ("none", (0,), (1, 3, 3)),
+    ],
+)
+def test_products(short_strips, reduction, trained, expected):
+    """Of the value alone; of value and gradient; of the second derivatives in a direction."""
     inputs, target = problem()
-    h, weight = inputs[0].requires_grad_(), inputs[1]
-    monkeypatch.setattr(module._Layer, "add_weight_gradient", lambda *_: pytest.fail("for a frozen layer"))
-    (gh,) = torch.autograd.grad(linear_loss(h, weight, target), h, create_graph=True)
-    torch.autograd.grad(gh.square().sum(), h)
+    (n, width), vocabulary = inputs[0].shape, len(inputs[1])
+    x = [p.requires_grad_(i in trained) for i, p in enumerate(inputs)]
+    wanted = [x[i] for i in trained]
+    with Products(n * width * vocabulary) as products:
+        with torch.no_grad():
+            linear_loss(x[0], x[1], target, x[2], reduction=reduction)
+        found = [products.taken()]
+        value = linear_loss(x[0], x[1], target, x[2], reduction=reduction).sum()
+        first = torch.autograd.grad(value, wanted, create_graph=True)
+        found.append(products.taken())
+        torch.autograd.grad(first, wanted, [torch.ones_like(p) for p in wanted])
+        found.append(products.taken())
+    assert tuple(found) == expected
+
+
+@pytest.mark.parametrize("name", ["mean", "sum", "z-loss"])
+def test_the_loss_in_other_places(short_strips, name):
+    """Scaled by what is differentiated, differentiated itself a second time, and a third."""
+    inputs, target = problem()
+    found = []
+    for f in pair(target, ignore_index=7, **LINEAR_LOSSES[name]):
+        x = [p.double().requires_grad_() for p in inputs]
+        scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        loss = scale * f(*x).square()
+        first = torch.autograd.grad(loss, [*x, scale], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first) + loss, [*x, scale], create_graph=True)
+        found.append([*first, *second, *torch.autograd.grad(sum(g.square().sum() for g in second), [*x, scale])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_tied_embeddings(short_strips):
@@ -135,6 +195,8 @@ def test_large_logits_and_nothing_to_learn():
     torch.testing.assert_close(linear_loss(h, weight, target), F.cross_entropy(h @ weight.t(), target))
     ignored = torch.tensor([-100])
     assert linear_loss(h, weight, ignored).isnan() and linear_loss(h, weight, ignored, reduction="sum") == 0
+    loss = linear_loss(h.requires_grad_(), weight, ignored)
+    assert loss.isnan() and torch.autograd.grad(loss, h)[0].count_nonzero() == 0  # as F.cross_entropy
 
 
 def test_what_it_refuses():
@@ -170,6 +232,6 @@ print(peak() - before)
 
 @pytest.mark.long
 def test_memory_of_a_language_model():
-    """2,048 tokens of a vocabulary of 50,000, whose logits would take 410 MB at a time: two gradients of the weight
-    take 102 MB, three strips 154 MB. In a process of its own, since a peak is one of a process."""
+    """2,048 tokens of a vocabulary of 50,000, whose logits would take 410 MB at a time: three gradients of the weight
+    take 154 MB, two strips 102 MB. In a process of its own, since a peak is one of a process."""
     assert 150 < growth(_PEAK) < 300
