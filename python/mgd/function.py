@@ -32,7 +32,7 @@ from mgd.sweep.adjoint import TrainedObjective, weighted_sum
 from mgd.sweep.forward import ForwardSweep
 from mgd.sweep.node import DifferentiableTraining
 from mgd.sweep.report import report_of
-from mgd.sweep.resident import NotResident, ResidentSweep, fits
+from mgd.sweep.resident import NotResident, ResidentSweep, room_for
 from mgd.sweep.storage import Resume, no_storage, open_storage
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.sweep.watched import WatchedSweep
@@ -290,11 +290,11 @@ class TrainingFunction(Replaceable):
         )
         shards = start.step.shards
         request = self._plan_request(shards, start.buffers)
-        if kind is None:
-            small = self._small and reversible and resume is None and fits(start.step, start.meta, request)
-            kind = ResidentSweep if small else Sweep
-        if (not reversible and resume is None) or kind is ResidentSweep:
-            storage = no_storage(request)
+        small = kind is None and self._small and reversible and resume is None
+        room = room_for(start.step, start.meta, request) if small else 0
+        kind = kind or (ResidentSweep if room else Sweep)
+        if room or (not reversible and resume is None):
+            storage = no_storage(request, room)
         else:
             objectives = (self.objective,) if reversible else ()
             kept = None if resume is None else Resume(resume, self._identity(z, objectives), reversible)
@@ -322,14 +322,16 @@ class TrainingFunction(Replaceable):
         kind: type[Sweep] | None = None,
     ) -> Sweep:
         """A training run to its end, on which the reverse sweep can run once."""
-        sweep = self._sweep(z, tick, reversible=True, resume=resume, kind=kind)
+        try:
+            return self._run_to_its_end(self._sweep(z, tick, reversible=True, resume=resume, kind=kind), z, resume)
+        except NotResident:
+            self._small = False
+        return self._trained(z, tick)
+
+    def _run_to_its_end(self, sweep: Sweep, z: Mapping[str, Any], resume: str | os.PathLike[str] | None) -> Sweep:
         with sweep.storage.closed_after_errors():
             if sweep.value is None:
-                try:
-                    sweep.begin_reverse(*self._objective(sweep, z))
-                except NotResident:
-                    self._small = False
-                    return self._trained(z, tick, resume, Sweep)
+                sweep.begin_reverse(*self._objective(sweep, z))
             elif not torch.equal(sweep.value, self._at_end(sweep).value()):
                 assert resume is not None
                 raise StaleRun(os.fspath(resume), ["the objective at the trained parameters"])

@@ -156,7 +156,9 @@ def _compiled_code(entry: Callable[..., Any]) -> list[Known]:
     Dynamo frees them, whoever refers to them."""
     try:
         found = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(entry.__code__)  # type: ignore[attr-defined]
-        known = [(x.guard_manager, types.FunctionType(x.code, entry.__globals__)) for x in found if x.code is not None]
+        known: list[Known] = [
+            (x.guard_manager, types.FunctionType(x.code, entry.__globals__)) for x in found if x.code is not None
+        ]
         return known if all(hasattr(x, "check") and hasattr(x, "cache_entry") for x, _ in known) else []
     except AttributeError:
         return []

@@ -36,23 +36,26 @@ UNSEEN = 16 << 20  # bytes for which nobody looks at the free memory, which take
 
 
 class NotResident(Exception):
-    """A step needs more than this sweep has. Numbers that the model counts are as they were."""
+    """A step needs more than this sweep has, or more memory. Numbers that the model counts are as they were."""
 
 
-def fits(step: StepFunction, meta: Metaparameters, request: PlanRequest) -> bool:
-    """Whether everything of a training fits into its memory, as far as the graphs of steps are known."""
+def room_for(step: StepFunction, meta: Metaparameters, request: PlanRequest) -> int:
+    """Bytes that the residuals of all steps may take, with the inputs that they hold, in a training of which
+    everything else fits into its memory; 0 where there are too few, as far as the graphs of steps are known."""
     residuals = step.evaluator.residual_bytes
     if not residuals or step.microbatches > 1 or step.shards.ranks.size > 1 or step.arena.device.type != "cpu":
-        return False
+        return 0
     if request.schedule != "auto":
-        return False
+        return 0
     sizes = request.sizes()
     read = sum([leaf.nbytes for leaf in meta.leaves])
-    total = request.steps * (sizes.snapshot + sizes.gradient + residuals + read)
+    rest = request.steps * (sizes.snapshot + sizes.gradient + read)
+    total = rest + request.steps * max(residuals, request.residuals)
     limits = request.budget.limits(MOST)
-    if total > min(MOST, limits.get("host", 0) + limits.get("device", 0)):
-        return False
-    return total <= UNSEEN or total <= SHARE * free_memory()
+    most = min(MOST, limits.get("host", 0) + limits.get("device", 0))
+    if total <= most:
+        most = min(most, UNSEEN if total <= UNSEEN else int(SHARE * free_memory()))
+    return most - rest if total <= most else 0
 
 
 @dataclass(slots=True)
@@ -71,6 +74,7 @@ class ResidentSweep(Sweep):
 
     def _train_all(self) -> tuple[OptimizerState, Buffers]:
         self._steps: list[_Step] = []
+        self._inputs: set[tuple[int, int]] = set()
         step, state, numbers = self.step, self.state, numbers_of(self.step.loss.binding.model)
         training, update, captured = self.timings.timed("training"), self.timings.timed("update"), self._captured()
         for t in range(self.length):
@@ -83,8 +87,9 @@ class ResidentSweep(Sweep):
             if self._captured() != captured:
                 self.timings.move(self._captured() - captured, "training", "capture")
                 captured = self._captured()
-            if (found.residuals is None and room is None) or changed(self.buffers, [found.buffers]):
+            if (room is None and not self._has_room(found.residuals)) or changed(self.buffers, [found.buffers]):
                 put_back(numbers)
+                self.tick("train", -t)  # which another sweep will report
                 raise NotResident
             self._note_loss(t, found.loss.item())
             self.updates.skip(t, [i for i, g in enumerate(found.gradients) if g is None])
@@ -93,11 +98,20 @@ class ResidentSweep(Sweep):
             with update:
                 self.updates.step_(state, gradient, self.meta.tables[t], self.clipping.factor(t, gradient))
         self.timings.counts["model steps"] += self.length
-        self.residuals.step_bytes = step.evaluator.residual_bytes
-        self.residuals.peak = self.residuals.step_bytes * (self.length - self.meta.origin)
+        self.residuals.step_bytes = -(-self.residuals.peak // (self.length - self.meta.origin))
         end = state.clone()
         self._go_to(self.length - 1, self._steps[-1])  # as any sweep does, to the state before the last step
         return end, self.buffers
+
+    def _has_room(self, residuals: Residuals | None) -> bool:
+        """Whether a step has residuals, and there is room for them. An input of several steps counts once."""
+        if residuals is None:
+            return False
+        inputs = {(x.data_ptr(), x.nbytes) for x in residuals.given} - self._inputs
+        self._inputs |= inputs
+        self.residuals.peak += sum([n for _, n in inputs])
+        self.residuals.peak += sum([x.nbytes for x in residuals.tensors if isinstance(x, Tensor)])
+        return self.residuals.peak <= self.residuals.room
 
     def _go_to(self, t: int, step: _Step) -> None:
         for mine, kept in zip(self.state.tensors(), step.state, strict=True):

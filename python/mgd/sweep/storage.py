@@ -65,9 +65,9 @@ class Resume:
     reversible: bool = True
 
 
-def no_storage(request: PlanRequest) -> Storage:
-    """For a training without a way back."""
-    return Storage(None, History(dict(request.buffers), request.microbatches), ResidualCache())
+def no_storage(request: PlanRequest, room: int = 0) -> Storage:
+    """For a training without a way back, or one that keeps what that needs. room: bytes for residuals."""
+    return Storage(None, History(dict(request.buffers), request.microbatches), ResidualCache(room))
 
 
 def open_storage(request: PlanRequest, shards: Shards, resume: Resume | None = None) -> Storage:

@@ -178,15 +178,18 @@ class Counting(nn.Module):
         return self.body(x - self.mean)
 
 
-def test_what_was_begun_in_vain_is_not_counted(went_back):
+def test_what_was_begun_in_vain_is_not_counted(monkeypatch, went_back):
     model = Counting()
     case = supervised(model, (5,))
     f = case.function(trace=True)
     before = f.metagradient(case.z)
     first = model.calls
-    model.calls = 0
+    model.calls, bars = 0, {"train": 0, "reverse": 0}
+    tick = lambda self, phase, steps=1: bars.update({phase: bars[phase] + steps})
+    monkeypatch.setattr(mgd.util.progress.Progress, "tick", tick)
     again = f.metagradient(case.z)
     assert same(before, again) and ResidentSweep not in went_back
+    assert bars == {"train": len(case), "reverse": len(case)}
     model.calls, twice = 0, model.calls
     f.metagradient(case.z)  # now it is known
     assert model.calls == twice <= first
@@ -283,6 +286,43 @@ def test_it_takes_no_more_than_there_is(monkeypatch, went_back):
     monkeypatch.setattr(resident, "free_memory", lambda: 1 << 30)
     f.metagradient(case.z)
     assert [kind is ResidentSweep for kind in went_back] == [False, False, True]
+
+
+def test_larger_batches_stay_within_the_budget(went_back):
+    """Of which no step was seen; and the error of a training that is begun again has nothing to do with that."""
+    case = plain(budget=mgd.Budget(host="100KB")).to(torch.float32)
+    f = case.function(trace=True)
+    f.metagradient(case.z)
+    f.batches = [tuple(x.repeat(100, *[1] * (x.ndim - 1)) for x in batch) for batch in case.batches]
+    assert f.metagradient(case.z).report.kept_bytes < 100_000 and ResidentSweep not in went_back
+    g = f.replaced(batches=f.batches)
+    g._residuals = 0
+    with pytest.raises(NonFiniteState) as found:
+        g.metagradient({"lr": torch.tensor(1e38)})
+    assert found.value.__context__ is None
+
+
+class MadeAnew:
+    """Batches of 60 kB, each its own memory."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, t):
+        return torch.full((3, 5000), 0.01 * t), torch.arange(3)
+
+
+def test_inputs_that_steps_hold_count(went_back):
+    """The graph of a small model keeps less than what it is given."""
+    with torch.random.fork_rng():
+        model = nn.Linear(5000, CLASSES)
+    case = plain().to(torch.float32).but(model=model, batches=MadeAnew(), objective=lambda m: m.weight.square().sum())
+    f = case.but(optimizer=SGD(lr=0.1), budget=mgd.Budget(host="1200KB")).function(trace=True)
+    kept = [f.metagradient({"lr": torch.tensor(0.1)}).report.kept_bytes for _ in range(2)]
+    assert ResidentSweep not in went_back and max(kept) < 700_000
+    roomy = f.replaced(budget=mgd.Budget(host="4MB"))
+    kept = [roomy.metagradient({"lr": torch.tensor(0.1)}).report.kept_bytes for _ in range(2)]
+    assert went_back[-1] is ResidentSweep and min(kept) > 8 * 60_000
 
 
 def test_a_first_call_of_another_function_finds_the_graphs(went_back):
