@@ -28,10 +28,10 @@ Objectives = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Part(NamedTuple):
-    """What shares a sweep. first, count: its rows among those of all parts. objective: makes the objective of them."""
+    """What shares a sweep. first, length: its rows among those of all parts. objective: makes the objective of them."""
 
     first: int
-    count: int
+    length: int
     objective: Callable[[], Objective]
 
 
@@ -62,13 +62,13 @@ class Sweeps:
     ) -> None:
         """Sweep for all parts but those whose first rows are in `done`. kind: of the rows, for people.
 
-        take: is given every part's first row, its gradients `[count, n]` and values float64 `[count]`, on every rank.
+        take: is given every part's first row, its gradients `[length, n]` and values float64 `[length]`, on every rank.
         Raises ReplayDivergence unless every training repeats the rehearsal.
         """
         todo = [part for part in parts if part.first not in done]
         self.report.chunks_kept = len(parts) - len(todo)
         self._forget(kind, (part for part in parts if part.first in done))
-        total, left = (sum(part.count for part in some) for some in (parts, todo))
+        total, left = (sum(part.length for part in some) for some in (parts, todo))
         bar = self.progress and len(parts) > 1  # else the bars of its two sweeps are shown instead
         with tracked(kind, total, total - left, enabled=bar) as tick, _Group.of(self.f, self.groups) as group:
             for turn in (todo[i : i + self.groups] for i in range(0, len(todo), self.groups)):
@@ -83,7 +83,7 @@ class Sweeps:
                     for each in group.exchanged(found):
                         take(*each)
                 self._forget(kind, turn)
-                for _ in range(sum(part.count for part in turn)):
+                for _ in range(sum(part.length for part in turn)):
                     tick("")
 
     def _place(self, kind: str, part: Part) -> Path | None:

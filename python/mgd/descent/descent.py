@@ -21,7 +21,7 @@ from mgd.function import TrainingFunction
 from mgd.ranks.directory import SharedDirectory
 from mgd.ranks.ranks import Ranks
 from mgd.results import Metagradient
-from mgd.util.fingerprint import Identity, digest
+from mgd.util.fingerprint import digest
 from mgd.util.progress import tracked
 
 Problem = Callable[[Variables, int], tuple[TrainingFunction, Mapping[str, Any]]]
@@ -143,7 +143,7 @@ class MetaDescent:
         stopped = "steps" if len(state.history) >= steps else "patience"
         return Descent(state.copy(), state.best, state.best_step, state.history, stopped, state.notes)
 
-    def _training_at(self, variables: Variables, index: int) -> tuple[Ranks, Identity]:
+    def _training_at(self, variables: Variables, index: int) -> tuple[Ranks, dict[str, str]]:
         """Whose the training of a meta-step is, and what it depends on."""
         with torch.random.fork_rng([]):
             f, z = self._training(variables, index)
