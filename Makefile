@@ -28,7 +28,7 @@ PYTEST := -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) $(ARGS)
 
-# What tells within two minutes whether anything is broken: all but the tests that tests/durations.txt lists.
+# What tells in about a minute whether anything is broken: all but the tests that tests/durations.txt lists.
 test-fast: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) --fast -q $(ARGS)
 

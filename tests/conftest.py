@@ -1,6 +1,6 @@
 """One thread for all tests, and the fast ones among them: `pytest --fast`, or `make test-fast`.
 
-tests/durations.txt lists the tests that are long, about a second or more; every other test is fast. It lists slow ones,
+tests/durations.txt lists the tests that are long, about 0.3 s or more; every other test is fast. It lists slow ones,
 too: evidence that belongs in `make bench`, which the ordinary suite leaves out.
 """
 

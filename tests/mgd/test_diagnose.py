@@ -29,7 +29,7 @@ def test_a_healthy_training_needs_no_change():
 
 
 def test_an_unstable_training_is_told_and_a_lower_rate_comes_first():
-    rough = case(SGD(lr=3.0), steps=40)
+    rough = case(SGD(lr=3.0))
     found = mgd.diagnose(rough.function(), rough.z)
     assert not found.healthy and found.found.unstable and "HUGE" in str(found)
     best = next(iter(found.changes))

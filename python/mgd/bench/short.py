@@ -46,7 +46,7 @@ class Tasks:
     def objective(self, task: int) -> Callable[[nn.Module], Tensor]:
         return lambda model: self.criterion(model(self.query[task][0]), self.query[task][1])
 
-    def function(self, task: int, **how: bool) -> TrainingFunction:
+    def function(self, task: int, **how: Any) -> TrainingFunction:
         batches, objective = [self.support[task]] * self.steps, self.objective(task)
         return TrainingFunction(self.model, self.loss, batches, optimizer=SGD(lr=RATE), objective=objective, **how)
 
@@ -136,7 +136,7 @@ def _higher(tasks: Tasks) -> Callable[[], Found]:
     return run
 
 
-def _per_task(**how: bool) -> Callable[[Tasks], Callable[[], Found]]:
+def _per_task(**how: Any) -> Callable[[Tasks], Callable[[], Found]]:
     """A training function for every task."""
 
     def method(tasks: Tasks) -> Callable[[], Found]:
@@ -146,7 +146,7 @@ def _per_task(**how: bool) -> Callable[[Tasks], Callable[[], Found]]:
     return method
 
 
-def _one(**how: bool) -> Callable[[Tasks], Callable[[], Found]]:
+def _one(**how: Any) -> Callable[[Tasks], Callable[[], Found]]:
     """One training function, which is given the batches and the objective of each task."""
 
     def method(tasks: Tasks) -> Callable[[], Found]:

@@ -60,7 +60,7 @@ def close_to_exhaustive(seed: int) -> None:
         assert planned(T, sizes, limits, costs).predicted_seconds <= 1.01 * least, (seed, T, sizes, limits, costs)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3, 1070, 50086])  # the last: slow tiers, where the bound says little
+@pytest.mark.parametrize("seed", [0, 1, 1070, 50086])  # the last: slow tiers, where the bound says little
 def test_no_layout_of_a_small_problem_is_faster_by_one_percent(seed):
     close_to_exhaustive(seed)
 

@@ -66,8 +66,8 @@ def error(found, exact) -> float:
     return max(float((x - y).abs().max() / (1 + y.abs().max())) for x, y in zip(found, exact, strict=True) if x.numel())
 
 
-@pytest.mark.parametrize(("shape", "mask"), list(product(SHAPES, MASKS)))
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("shape", "group"), [*product(SHAPES, [3]), (SHAPES[0], 1)])
+@pytest.mark.parametrize("mask", MASKS)
 def test_every_option(shape, mask, group):
     for offset in (None, 0, shape[1] - shape[0]):
         inputs = problem(*shape, mask, group)
@@ -128,8 +128,8 @@ def test_keys_that_no_query_sees_may_hold_anything():
     assert error(found[:2], exact[:2]) < 1e-6 and all(x.isfinite().all() for x in found)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("mask", "dtype"), list(product(MASKS, (torch.float32, torch.float64))))
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.float32, 0.3), (torch.float64, 0.0)])
+@pytest.mark.parametrize("mask", MASKS)
 def test_bits_do_not_depend_on_threads(mask, dtype, dropout):
     found, before = [], torch.get_num_threads()
     try:
@@ -154,8 +154,8 @@ def test_absent_cotangents(absent):
 
 
 def test_gradcheck():
-    inputs = [x[:1, :, :, :2].clone() for x in problem(3, 4, group=2)]
-    for mask in (None, torch.zeros(1, 1, 3, 4, dtype=torch.float64)):
+    inputs = [x[:1, :, :, :2].clone() for x in problem(2, 3, group=2)]
+    for mask in (None, torch.zeros(1, 1, 2, 3, dtype=torch.float64)):
         x = [p.requires_grad_() for p in (*inputs, *([] if mask is None else [mask]))]
         for dropout in (0.0, 0.3):
             function = pair(0, dropout)[0]
