@@ -3,7 +3,8 @@
 //
 // Names: gy, gx, gw, gb are the cotangents of y, x, weight, bias that a backward pass takes and gives; c, cw, cb are
 // the cotangents of gx, gw, gb that a double backward pass takes, and ggy that of gy which it gives. Everything is
-// float32 (max pooling: or float64) and contiguous. A null pointer stands for zeros in an input, ones in `weight`, and for "not wanted".
+// float32 (max pooling: or float64) and contiguous. A null pointer stands for zeros in an input, ones in `weight`, and
+// for "not wanted".
 
 #pragma once
 
