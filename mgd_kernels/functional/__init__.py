@@ -10,10 +10,12 @@ torch's operators take over. In forward mode (`torch.autograd.forward_ad`) they 
 the same bits for any number of threads. Convolutions are made of torch's own kernels, and serve any device and
 floating-point dtype. Grouped matrix products are made of torch's, have derivatives of any order, and serve any
 floating-point dtype on the CPU. Max pooling serves float64 too, to torch's bits. `linear_cross_entropy`, which has no
-counterpart in torch, and attention from 1024 x 1024 on work by strips and hold no matrix; they serve float64 too.
+counterpart in torch, and attention from 1024 x 1024 on work by strips and hold no matrix; they serve float64 too, and
+`linear_cross_entropy` a GPU.
 
 Import the functions, `REPLACEMENTS` (torch's function -> ours) and `served` from here. The rooms it looks into:
-`backends.cpu` (to load the extension), `backends.triton_nn`, `backends.triton_attention` and `errors`.
+`backends.cpu` (to load the extension), `backends.triton_nn`, `backends.triton_attention`, `backends.triton_loss` and
+`errors`.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ the other, at any order.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,8 @@ def max_pool2d(
         and min(input.shape[-2:]) >= 2
     ):
         return max_pool(input, *window)[0]
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    rest: Any = kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    return F.max_pool2d(input, *rest)
 
 
 def _one(value: int | tuple[int, ...]) -> int | None:
