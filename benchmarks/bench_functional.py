@@ -55,6 +55,7 @@ _CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "batch_norm": (lambda f, x, w, b: f(x, None, None, w, b, True), [(64, 32, 16, 16), (32,), (32,)]),
     "scaled_dot_product_attention": (lambda f, q, k, v: f(q, k, v, is_causal=True), [(16, 4, 64, 32)] * 3),
     "cross_entropy": (lambda f, x: f(x, torch.arange(1024) % 256), [(1024, 256)]),
+    "max_pool2d": (lambda f, x: f(x, 3, 2, 1), [(32, 16, 32, 32)]),
 }
 
 

@@ -19,6 +19,7 @@ from mgd_kernels import aot
 FUNCTIONS = ("gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 WIDTHS = (64, 768, 1024, 4096)
 HEADS = (32, 64, 128)
+VOCABULARIES = (50_304, 50_257)  # a multiple of 16 elements, and an odd number
 
 
 def _empty(*shape: int) -> Tensor:
@@ -71,6 +72,21 @@ def launch_attention(
             triton_attention.double_backward(q, k, v, g, q, k, v, mask, o, statistics, *options)
 
 
+def launch_losses(vocabularies: Sequence[int] = VOCABULARIES) -> None:
+    """Call the kernels of losses without logits, plain, and with label smoothing, z-loss and soft cap."""
+    from mgd_kernels.backends.triton_loss import TritonRows
+
+    target, gl, losses, statistics = _empty(64).long(), _empty(64), _empty(64), _empty(64, 2)
+    for vocabulary in vocabularies:
+        z, tangent, at = _empty(64, vocabulary), _empty(64, vocabulary), slice(0, 64)
+        for options in ((0.0, 0.0, 0.0), (0.1, 0.01, 30.0)):
+            loss = TritonRows(target, vocabulary, -100, *options)
+            loss.forward(at, z, losses, statistics)
+            loss.backward(at, z, gl, statistics)
+            loss.forward_backward(at, z, gl, losses, statistics)
+            loss.double_backward(at, z, tangent, gl, statistics)
+
+
 def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
     """Of each kernel that `launch` launches: registers, spills, and bytes of the widest access to global memory."""
     return _compiled(target, lambda: launch(functions, widths))
@@ -79,6 +95,11 @@ def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int
 def attention_rows(target: str, heads: Sequence[int] = HEADS, **options: Any) -> list[dict[str, Any]]:
     """The same of `launch_attention`."""
     return _compiled(target, lambda: launch_attention(heads, **options))
+
+
+def loss_rows(target: str, vocabularies: Sequence[int] = VOCABULARIES) -> list[dict[str, Any]]:
+    """The same of `launch_losses`."""
+    return _compiled(target, lambda: launch_losses(vocabularies))
 
 
 def _compiled(target: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
@@ -104,4 +125,9 @@ def _compiled(target: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     targets = sys.argv[1:] or list(aot.TARGETS)
-    print(json.dumps([row for target in targets for row in (*rows(target), *attention_rows(target))], indent=1))
+    print(
+        json.dumps(
+            [row for target in targets for row in (*rows(target), *attention_rows(target), *loss_rows(target))],
+            indent=1,
+        )
+    )

@@ -21,6 +21,13 @@ using Shape = std::array<int64_t, 4>;  // or the strides of a tensor of four dim
 
 Strides outer(const Shape& strides) { return {strides[0], strides[1], strides[2]}; }
 
+template <class T>
+MaxPool<T> max_pool(const std::array<int64_t, 6>& sizes, Address x, Address y, Address which) {
+    const auto [planes, height, width, kernel, stride, padding] = sizes;
+    return {planes,  height, width, kernel, stride, padding, reinterpret_cast<T*>(x), reinterpret_cast<T*>(y),
+            reinterpret_cast<uint8_t*>(which)};
+}
+
 }  // namespace
 
 void bind_nn(py::module_& m) {
@@ -117,6 +124,17 @@ void bind_nn(py::module_& m) {
                             threads);
         },
         "The cotangents of cos and sin.");
+    m.def(
+        "nn_max_pool",
+        [](int pass, bool wide, const std::array<int64_t, 6>& sizes, Address x, Address y, Address which, int threads) {
+            py::gil_scoped_release release;
+            if (wide)
+                run_max_pool(static_cast<Pass>(pass), max_pool<double>(sizes, x, y, which), threads);
+            else
+                run_max_pool(static_cast<Pass>(pass), max_pool<float>(sizes, x, y, which), threads);
+        },
+        "Max pooling; the sum at the places of the largest; or the elements there. sizes: planes, height, width, "
+        "kernel, stride, padding. wide: of float64.");
 }
 
 }  // namespace mgd

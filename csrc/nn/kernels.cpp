@@ -6,11 +6,15 @@
 #include "nn/activation.h"
 #include "nn/channel_norm.h"
 #include "nn/layer_norm.h"
+#include "nn/pooling.h"
 #include "nn/rotary.h"
 #include "nn/softmax.h"
 
 namespace mgd {
 namespace MGD_ISA {
-NnKernels nn_kernels() { return {activation, layer_norm, channel_norm, softmax, cross_entropy, rotary, rotary_sums}; }
+NnKernels nn_kernels() {
+    return {activation, layer_norm, channel_norm, softmax, cross_entropy,
+            rotary,     rotary_sums, max_pool<float>, max_pool<double>};
+}
 }  // namespace MGD_ISA
 }  // namespace mgd

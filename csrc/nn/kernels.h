@@ -3,7 +3,8 @@
 //
 // Names: gy, gx, gw, gb are the cotangents of y, x, weight, bias that a backward pass takes and gives; c, cw, cb are
 // the cotangents of gx, gw, gb that a double backward pass takes, and ggy that of gy which it gives. Everything is
-// float32 and contiguous. A null pointer stands for zeros in an input, ones in `weight`, and for "not wanted".
+// float32 (max pooling: or float64) and contiguous. A null pointer stands for zeros in an input, ones in `weight`, and
+// for "not wanted".
 
 #pragma once
 
@@ -110,7 +111,20 @@ struct RotarySums {
     float *gcos, *gsin;
 };
 
-// One instruction set's kernels, over the items [begin, end): elements, rows, row blocks, or sets.
+// The largest elements of windows of planes x [planes, height, width], y [planes, rows, columns], and `which` of its
+// window's elements each is. forward: y and which of x; backward: x as the sum of y at these places; double_backward: y
+// as the elements of x there.
+template <class T>
+struct MaxPool {
+    int64_t planes, height, width, kernel, stride, padding;  // kernel and stride: 2 and 2, 3 and 2, or 3 and 1
+    T *x, *y;
+    uint8_t* which;
+    int64_t rows = (height + 2 * padding - kernel) / stride + 1, columns = (width + 2 * padding - kernel) / stride + 1;
+
+    int64_t scratch() const { return (2 * kernel + 1 + stride) * (columns + 2); }
+};
+
+// One instruction set's kernels, over the items [begin, end): elements, rows, row blocks, sets, or planes.
 struct NnKernels {
     void (*activation)(Pass, const Activation&, int64_t begin, int64_t end);
     void (*layer_norm)(Pass, const LayerNorm&, int64_t begin, int64_t end);
@@ -119,6 +133,8 @@ struct NnKernels {
     void (*cross_entropy)(Pass, const CrossEntropy&, int64_t begin, int64_t end);
     void (*rotary)(const Rotary&, int64_t begin, int64_t end);
     void (*rotary_sums)(const RotarySums&, int64_t begin, int64_t end);
+    void (*max_pool)(Pass, const MaxPool<float>&, float* scratch, int64_t begin, int64_t end);
+    void (*max_pool_wide)(Pass, const MaxPool<double>&, double* scratch, int64_t begin, int64_t end);
 };
 
 namespace baseline {

@@ -61,6 +61,13 @@ T* workspace(int64_t size) {
     return kept.data();
 }
 
+template <class T, class Kernel>
+void run_max_pool(Kernel kernel, Pass pass, const MaxPool<T>& task, int threads) {
+    parallel(threads, task.planes, task.planes * task.height * task.width, [&](int64_t begin, int64_t end) {
+        kernel(pass, task, workspace<T>(task.scratch()), begin, end);
+    });
+}
+
 }  // namespace
 
 void run_activation(Pass pass, const Activation& task, int threads) {
@@ -124,6 +131,14 @@ void run_rotary_sums(const RotarySums& task, int threads) {
     const int64_t rows = task.length * (task.shared ? 1 : task.batch);
     parallel(threads, rows, task.batch * task.heads * task.length * task.width,
              [&](int64_t begin, int64_t end) { kernels.rotary_sums(task, begin, end); });
+}
+
+void run_max_pool(Pass pass, const MaxPool<float>& task, int threads) {
+    run_max_pool(current().max_pool, pass, task, threads);
+}
+
+void run_max_pool(Pass pass, const MaxPool<double>& task, int threads) {
+    run_max_pool(current().max_pool_wide, pass, task, threads);
 }
 
 }  // namespace mgd

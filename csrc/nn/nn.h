@@ -14,5 +14,7 @@ void run_softmax(Pass, const Softmax&, int threads);
 void run_cross_entropy(Pass, const CrossEntropy&, int threads);
 void run_rotary(const Rotary&, int threads);
 void run_rotary_sums(const RotarySums&, int threads);
+void run_max_pool(Pass, const MaxPool<float>&, int threads);
+void run_max_pool(Pass, const MaxPool<double>&, int threads);
 
 }  // namespace mgd

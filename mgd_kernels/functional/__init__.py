@@ -9,11 +9,13 @@ Everything else goes to torch's own function, so a replacement is always safe. F
 torch's operators take over. In forward mode (`torch.autograd.forward_ad`) they raise NotImplementedError. Results are
 the same bits for any number of threads. Convolutions are made of torch's own kernels, and serve any device and
 floating-point dtype. Grouped matrix products are made of torch's, have derivatives of any order, and serve any
-floating-point dtype on the CPU. `linear_cross_entropy`, which has no counterpart in torch, and attention from 1024 x
-1024 on work by strips and hold no matrix; they serve float64 too.
+floating-point dtype on the CPU. Max pooling serves float64 too, to torch's bits. `linear_cross_entropy`, which has no
+counterpart in torch, and attention from 1024 x 1024 on work by strips and hold no matrix; they serve float64 too, and
+`linear_cross_entropy` a GPU.
 
 Import the functions, `REPLACEMENTS` (torch's function -> ours) and `served` from here. The rooms it looks into:
-`backends.cpu` (to load the extension), `backends.triton_nn`, `backends.triton_attention` and `errors`.
+`backends.cpu` (to load the extension), `backends.triton_nn`, `backends.triton_attention`, `backends.triton_loss` and
+`errors`.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from mgd_kernels.functional.convolution import (
 from mgd_kernels.functional.grouped import grouped_mm
 from mgd_kernels.functional.linear_loss import linear_cross_entropy
 from mgd_kernels.functional.loss import cross_entropy
+from mgd_kernels.functional.max_pooling import max_pool2d
 from mgd_kernels.functional.norm import group_norm, layer_norm, rms_norm
 from mgd_kernels.functional.pooling import avg_pool2d
 from mgd_kernels.functional.rotary import rotary, rotary_fits
@@ -57,6 +60,7 @@ __all__ = [
     "grouped_mm",
     "layer_norm",
     "linear_cross_entropy",
+    "max_pool2d",
     "rms_norm",
     "rotary",
     "rotary_fits",
@@ -83,6 +87,8 @@ REPLACEMENTS: dict[Callable, Callable] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.cross_entropy: cross_entropy,
     F.avg_pool2d: avg_pool2d,
+    F.max_pool2d: max_pool2d,
+    torch.max_pool2d: max_pool2d,
     F.conv1d: conv1d,
     F.conv2d: conv2d,
     F.conv3d: conv3d,

@@ -28,12 +28,13 @@ class Team:
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def team(device: torch.device | None = None) -> Iterator[Team]:
     """All of torch's threads, each with products of its own: a product of torch's on several threads may round
-    otherwise than on one. Outside autograd and the modes of the caller."""
+    otherwise than on one. Only this thread, where the work is that of a device other than a CPU. Outside autograd and
+    the modes of the caller."""
     with _alone, torch.no_grad(), torch._C.DisableTorchFunction():
         threads = torch.get_num_threads()
-        if threads == 1:
+        if threads == 1 or (device is not None and device.type != "cpu"):
             yield Team(1, None)
             return
         torch.set_num_threads(1)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.functional import _library
 from mgd_kernels.functional import linear_loss_strips as strips
-from mgd_kernels.functional._library import like, operator, served_by_products, twice
+from mgd_kernels.functional._library import like, operator, served, served_by_products, twice
 from mgd_kernels.functional._team import team
 
 _OPTIONS = "int ignore_index, float smoothing, float z_loss, float cap"
@@ -82,6 +83,7 @@ linear_cross_entropy_forward = operator(
     lambda args, out: (*args[:4], out[1]),
     _differentiate,
     non_differentiable=slice(1, 2),
+    gpu=True,
 )
 linear_cross_entropy_backward = operator(
     "linear_cross_entropy_backward(Tensor gl, Tensor h, Tensor weight, Tensor? bias, Tensor target, Tensor statistics,"
@@ -90,6 +92,7 @@ linear_cross_entropy_backward = operator(
     lambda gl, h, weight, bias, target, statistics, parameters, *_: _empty_gradients(h, weight, bias, parameters),
     lambda args, out: args[:6],
     _differentiate_twice,
+    gpu=True,
 )
 linear_cross_entropy_double_backward = operator(
     "linear_cross_entropy_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor gl, Tensor h, Tensor weight,"
@@ -101,6 +104,7 @@ linear_cross_entropy_double_backward = operator(
         *_empty_gradients(h, weight, bias, parameters),
     ),
     plain=_plain_double_backward,
+    gpu=True,
 )
 
 # Both in one, for a graph in which gl is known before the losses (`mgd.autodiff.graphs`).
@@ -113,6 +117,7 @@ linear_cross_entropy_with_gradients = operator(
         like(h, h.shape[0], 2),
         *_empty_gradients(h, weight, bias, parameters),
     ),
+    gpu=True,
 )
 
 # --- Their sum or mean ------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def _share(x: Tensor, target: Tensor, mean: bool, ignored: int) -> Tensor:
 
 
 def _reduced(losses: Tensor, target: Tensor, mean: bool, ignored: int) -> Tensor:
-    with team():  # one thread: on several, the bits of a sum depend on their number
+    with team(losses.device):  # one thread: on several, the bits of a sum depend on their number
         total = losses.sum()
     return _share(total, target, mean, ignored)
 
@@ -177,6 +182,7 @@ linear_cross_entropy_total_with_gradients = operator(
     lambda args, out: (*args[:4], *out[1:]),
     _differentiate_total,
     non_differentiable=slice(1, 5),
+    gpu=True,
 )
 linear_cross_entropy_total_backward = operator(
     "linear_cross_entropy_total_backward(Tensor gl, Tensor gh, Tensor? gw, Tensor? gb, Tensor h, Tensor weight,"
@@ -186,6 +192,7 @@ linear_cross_entropy_total_backward = operator(
     lambda gl, gh, gw, gb, *_: (like(gh), *(gh.new_empty(0) if x is None else like(x) for x in (gw, gb))),
     lambda args, out: (args[0], *args[4:9]),
     _differentiate_total_twice,
+    gpu=True,
 )
 
 
@@ -200,6 +207,7 @@ linear_cross_entropy_total = operator(
     _total,
     lambda h, *_: h.new_empty(()),
     differentiable=_for_derivatives,
+    gpu=True,
 )
 
 # --- The function -----------------------------------------------------------------------------------------------------
@@ -222,12 +230,13 @@ def linear_cross_entropy(
 
     z_loss: adds `z_loss * logsumexp(logits)²` to each loss. softcap: the logits are `softcap * tanh(logits / softcap)`.
     reduction: "mean" (over targets that are not ignored), "sum", or "none", which has the shape of target, so that each
-    token can be weighted. By strips of tokens in float32 and float64 on the CPU; elsewhere in torch's operators.
+    token can be weighted. By strips of tokens in float32 and float64 on the CPU, and in float32 on a GPU that Triton
+    serves; elsewhere in torch's operators.
     """
     _check_arguments(input, weight, target, bias, reduction, label_smoothing, z_loss, softcap)
     h, rows = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    if served_by_products(h, weight, bias) and rows.dtype is torch.int64 and rows.device.type == "cpu":
+    if _served(h, weight, bias, rows):
         if reduction != "none":
             return linear_cross_entropy_total(h, weight, bias, rows, reduction == "mean", *options)
         losses, _ = linear_cross_entropy_forward(h, weight, bias, rows, *options)
@@ -236,6 +245,14 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / (rows != ignore_index).sum()
+
+
+def _served(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> bool:
+    if target.dtype is not torch.int64 or target.device != h.device:
+        return False
+    if not _library.on_gpu(h):
+        return served_by_products(h, weight, bias)
+    return not torch._C._are_functorch_transforms_active() and served(h, weight, bias, gpu=True)
 
 
 def _check_arguments(input, weight, target, bias, reduction, label_smoothing, z_loss, softcap) -> None:

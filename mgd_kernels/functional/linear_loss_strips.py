@@ -6,8 +6,8 @@ gw, gb; ggl that of gl. With smoothing s, a factor ζ of the z-loss, and a cap k
 
     z' = k tanh(z/k)    p = softmax(z')    t = (1-s) onehot(target) + s/V    loss = lse(z') - t·z' + ζ lse(z')²
 
-Between the products, `linear_loss_rows` computes. Products of size n V d: 1 for the losses, 3 for the gradients, with
-or without the losses, 7 for the second derivatives.
+Between the products, `linear_loss_rows` computes, on a GPU Triton's kernels (`backends.triton_loss`). Products of size
+n V d: 1 for the losses, 3 for the gradients, with or without the losses, 7 for the second derivatives.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mgd_kernels.backends.triton_loss import TritonRows
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import dense, like
 from mgd_kernels.functional._team import Team, spans, team
 from mgd_kernels.functional.linear_loss_rows import Rows
 
+AnyRows = Rows | TritonRows
+
 _STRIP = 1 << 22  # logits of a strip: 16 MiB in float32, unless _LEAST_ROWS rows have more
 _LEAST_ROWS = 256  # with 128 the products of 50,000 columns took 1.2 times as long
 _COLUMNS = 8192  # of the vocabulary, in one product
+_STRIP_OF_GPU = 1 << 26  # 256 MiB: a guess, not measured
 
 
 class _Layer:
     """The products of a strip with a weight matrix [V, d], by columns of the vocabulary."""
 
     def __init__(self, crew: Team, weight: Tensor):
-        self.crew, self.weight, self.columns = crew, weight, spans(len(weight), _COLUMNS)
+        self.crew, self.weight = crew, weight
+        self.columns = spans(len(weight), len(weight) if _library.on_gpu(weight) else _COLUMNS)
 
     def logits(self, h: Tensor, out: Tensor, *biases: Tensor | None) -> None:
         """h weightᵀ. The rows are of as many parts as there are biases, each with its own."""
@@ -67,7 +73,14 @@ class _Layer:
 
 
 def _strips(h: Tensor, weight: Tensor) -> list[slice]:
-    return spans(len(h), max(_LEAST_ROWS, _STRIP // len(weight)))
+    strip = _STRIP_OF_GPU if _library.on_gpu(h) else _STRIP
+    return spans(len(h), max(_LEAST_ROWS, strip // len(weight)))
+
+
+def _rows(crew: Team, h: Tensor, weight: Tensor, target: Tensor, options: tuple) -> AnyRows:
+    if _library.on_gpu(h):
+        return TritonRows(target, len(weight), *options)
+    return Rows(crew, target, len(weight), *options)
 
 
 def _buffer(h: Tensor, weight: Tensor, count: int = 1) -> Tensor:
@@ -81,8 +94,12 @@ def _check(h, weight, bias, target, *others: tuple[Tensor | None, tuple[int, ...
     for x, shape in expected:
         if x is not None and (x.dtype is not h.dtype or tuple(x.shape) != shape):
             raise BadArgument(f"expected {h.dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
-    if h.dtype not in (torch.float32, torch.float64):
-        raise BadArgument(f"expected float32 or float64; got {h.dtype}")
+    served = (torch.float32,) if _library.on_gpu(h) else (torch.float32, torch.float64)
+    if h.dtype not in served:
+        raise BadArgument(f"expected {' or '.join(map(str, served))}; got {h.dtype}")
+    for x in (target, *(x for x, _ in expected)):
+        if x is not None and x.device != h.device:
+            raise BadArgument(f"expected tensors on {h.device}; got one on {x.device}")
     if target.dtype is not torch.int64 or target.shape != (n,):
         raise BadArgument(f"expected target int64 {[n]}; got {target.dtype} {list(target.shape)}")
 
@@ -92,9 +109,9 @@ def forward(h, weight, bias, target, *options):
     _check(h, weight, bias, target)
     h, weight, bias, target = dense(h, weight, bias, target)
     losses, statistics = like(h, len(h)), like(h, len(h), 2)
-    with team() as crew:
+    with team(h.device) as crew:
         layer, buffer = _Layer(crew, weight), _buffer(h, weight)
-        rows = Rows(crew, target, len(weight), *options)
+        rows = _rows(crew, h, weight, target, options)
         for at in _strips(h, weight):
             z = buffer[: at.stop - at.start]
             layer.logits(h[at], z, bias)
@@ -108,12 +125,12 @@ def _parameter_gradients(h: Tensor, weight: Tensor, bias: Tensor | None, wanted:
     return gw, weight.new_zeros(len(weight) if wanted and bias is not None else 0)
 
 
-def _gradients(h, weight, bias, target, parameters, options, put_gradient: Callable[[Rows, slice, Tensor], None]):
+def _gradients(h, weight, bias, target, parameters, options, put_gradient: Callable[[AnyRows, slice, Tensor], None]):
     """put_gradient(rows, at, z) puts gz in the place of z."""
     gh, (gw, gb) = like(h), _parameter_gradients(h, weight, bias, parameters)
-    with team() as crew:
+    with team(h.device) as crew:
         layer, buffer = _Layer(crew, weight), _buffer(h, weight)
-        rows = Rows(crew, target, len(weight), *options)
+        rows = _rows(crew, h, weight, target, options)
         for at in _strips(h, weight):
             z = buffer[: at.stop - at.start]
             layer.logits(h[at], z, bias)
@@ -153,10 +170,10 @@ def double_backward(c, cw, cb, gl, h, weight, bias, target, statistics, paramete
     )  # fmt: skip
     c, cw, cb, gl, h, weight, bias, target, statistics = dense(c, cw, cb, gl, h, weight, bias, target, statistics)
     ggl, gh, (gw, gb) = like(gl), like(h), _parameter_gradients(h, weight, bias, parameters)
-    with team() as crew:
+    with team(h.device) as crew:
         layer, tangent = _Layer(crew, weight), None if cw is None else _Layer(crew, cw)
         buffer = _buffer(h, weight, 2)
-        rows = Rows(crew, target, vocabulary, *options)
+        rows = _rows(crew, h, weight, target, options)
         for at in _strips(h, weight):
             count = at.stop - at.start
             z, ż = buffer[:count], buffer[count : 2 * count]

@@ -90,7 +90,8 @@ def _drop_parameters(node: fx.Node) -> None:
     """Where the last two results of an operator, asked for as `parameters`, are not read, do not ask for them."""
     schema = node.target._schema  # type: ignore[union-attr]
     names = [argument.name for argument in schema.arguments]
-    last = [user for user in node.users if user.target is operator.getitem and user.args[1] >= len(schema.returns) - 2]
+    places: dict[fx.Node, Any] = {user: user.args[1] for user in node.users if user.target is operator.getitem}
+    last = [user for user, place in places.items() if place >= len(schema.returns) - 2]
     if "parameters" not in names or any(user.users for user in last):
         return
     for user in last:

@@ -142,6 +142,7 @@ def sample_calls() -> list[tuple]:
     statistics = torch.zeros(3, 2)
     one = torch.ones((), requires_grad=True)
     gradients = r(3, 10).detach(), r(5, 10).detach(), r(5).detach()
+    planes, places = r(1, 2, 4, 6), torch.tensor([4, 8, 1, 3, 5, 4] * 2, dtype=torch.uint8).view(1, 2, 2, 3)
     keyed = r(1, 2, 6, 3), *r(2, 1, 2, 5, 3).detach()
     return [
         (ops.activation_with_slope, (x, "gelu")),
@@ -170,6 +171,9 @@ def sample_calls() -> list[tuple]:
             ops.linear_cross_entropy_total_backward,
             (one, *gradients, x, r(5, 10), r(5), target, statistics, True, True, -100, 0.1, 0.0, 0.0),
         ),
+        (ops.max_pool2d, (planes, 3, 2, 1)),
+        (ops.max_pool2d_put, (r(1, 2, 2, 3), places, 4, 6, 3, 2, 1)),
+        (ops.max_pool2d_take, (planes, places, 3, 2, 1)),
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-NUMERICS, TILES = (Path(__file__).with_name(name) for name in ("triton_operators.py", "triton_tiles.py"))
+NUMERICS, TILES, LOSSES = (Path(__file__).with_name(f"triton_{name}.py") for name in ("operators", "tiles", "losses"))
 
 
 def run(*arguments: str, **environment: str) -> str:
@@ -36,6 +36,10 @@ def test_numerics():
 
 def test_numerics_of_attention():
     numerics(TILES, "-k", "not shipped or sm_90-64")
+
+
+def test_numerics_of_losses():
+    numerics(LOSSES)
 
 
 def test_numerics_of_every_tile():
@@ -77,3 +81,22 @@ def test_attention_spills_nothing_to_memory(target):
     assert len({row["kernel"] for row in rows}) == 5 and len(rows) == 15
     for row in rows:
         assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row
+
+
+LOSS = """
+import json, sys
+from mgd_kernels import aot_operators
+
+print(json.dumps(aot_operators.loss_rows(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_losses_spill_nothing_and_read_wide(target):
+    """Rows of an odd number of elements begin anywhere."""
+    rows = json.loads(run("-c", LOSS, target))
+    assert len(rows) == 16 and {row["kernel"] for row in rows} == {"loss_kernel", "twice_kernel"}
+    for i, row in enumerate(rows):
+        assert row["spills"] == row["scalar_spills"] == 0 and row["registers"] <= 128, row
+        assert row["vector_bytes"] == 16 if i < 8 else row["vector_bytes"] >= 4, row

@@ -6,6 +6,7 @@ On a GPU where there is one, else in Triton's interpreter, as `triton_operators.
 from __future__ import annotations
 
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 import torch.nn.functional as F
 from operator_cases import EPS
@@ -22,18 +23,6 @@ from mgd_kernels.functional.attention_tiles import plain_tiled_attention, tiled_
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SEED = torch.tensor(1 << 61 | 7, device=DEVICE)
-
-if (
-    not GPU
-):  # The interpreter patches Triton's language again for each call of our own functions: nine tenths of its time.
-    from triton.runtime.interpreter import InterpretedFunction
-
-    _call = InterpretedFunction.__call__
-    InterpretedFunction.__call__ = lambda self, *args, **kwargs: (
-        _call(self, *args, **kwargs)
-        if self.fn.__module__.startswith("triton.")
-        else self.rewrite()(*args, **kwargs)
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
