@@ -13,7 +13,6 @@ import triton.language as tl
 from mgd_kernels.backends.triton_nn_kernels import _exponential, _tanh
 
 BLOCK = 1024  # with 2048, sm_80 spills with all options
-WARPS = 8
 
 
 @triton.jit
