@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd_kernels.backends import triton
-from mgd_kernels.backends.triton_nn import _on
+from mgd_kernels.backends.triton_nn import _on, _options
 
 
 @cache
@@ -26,9 +25,8 @@ class TritonRows:
 
     def __init__(self, target: Tensor, vocabulary: int, ignored: int, smoothing: float, z_loss: float, cap: float):
         self.target, self.options = target, (float(vocabulary), ignored, smoothing, z_loss, cap)
-        self.how: dict[str, Any] = {"SMOOTH": smoothing > 0, "CAP": cap > 0, "BLOCK": _kernels().BLOCK}
-        if not triton.interpreted():
-            self.how |= {"num_warps": _kernels().WARPS, "enable_fp_fusion": False}
+        block = _kernels().BLOCK
+        self.how: dict[str, Any] = {"SMOOTH": smoothing > 0, "CAP": cap > 0, "BLOCK": block, **_options(block)}
         if target.device.type != "meta":
             fine = (target == ignored) | ((target >= 0) & (target < vocabulary))
             torch._assert_async(fine.all(), f"expected targets in [0, {vocabulary}) or ignore_index={ignored}")

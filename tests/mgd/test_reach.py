@@ -56,7 +56,12 @@ def test_tiles_of_attention_are_powers_of_two():
     """As `tl.dot` needs them, whose sides have 16 elements at least."""
     pytest.importorskip("triton")
     from mgd_kernels import aot_operators  # noqa: F401
-    from mgd_kernels.backends import triton_attention, triton_attention_kernels, triton_nn_kernels  # noqa: F401
+    from mgd_kernels.backends import (  # noqa: F401
+        triton_attention,
+        triton_attention_kernels,
+        triton_loss_kernels,
+        triton_nn_kernels,
+    )
 
     tiles = [
         tile for kernels in triton_attention.TILES.values() for blocks in kernels.values() for tile in blocks.values()
