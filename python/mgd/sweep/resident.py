@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mgd.errors import NonFiniteState
+from mgd.plan.budget import Budget
 from mgd.plan.training import SHARE, PlanRequest
 from mgd.step.agreement import Terms
 from mgd.step.combined import changed
@@ -25,6 +26,7 @@ from mgd.step.metaparameters import Gradients, Metaparameters
 from mgd.step.model import Buffers, numbers_of, put_back
 from mgd.step.step import StepFunction, StepResult
 from mgd.sweep.growth import AdjointGrowth
+from mgd.sweep.residuals import FRAGMENTED
 from mgd.sweep.sweep import LOST, Sweep
 from mgd.util.finite import all_finite
 from mgd.util.system import free_memory
@@ -50,12 +52,13 @@ def room_for(step: StepFunction, meta: Metaparameters, request: PlanRequest) -> 
     sizes = request.sizes()
     read = sum([leaf.nbytes for leaf in meta.leaves])
     rest = request.steps * (sizes.snapshot + sizes.gradient + read)
-    total = rest + request.steps * max(residuals, request.residuals)
+    pieces = 1 if request.budget == Budget() else FRAGMENTED  # a budget is kept even so
+    total = rest + pieces * request.steps * max(residuals, request.residuals)
     limits = request.budget.limits(MOST)
     most = min(MOST, limits.get("host", 0) + limits.get("device", 0))
     if total <= most:
         most = min(most, UNSEEN if total <= UNSEEN else int(SHARE * free_memory()))
-    return most - rest if total <= most else 0
+    return (most - rest) // pieces if total <= most else 0
 
 
 @dataclass(slots=True)
