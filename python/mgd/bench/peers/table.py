@@ -19,10 +19,10 @@ UNSUPPORTED = "mgd.bench.baselines.Unsupported: "  # of a peer that was left out
 AGREE = 1e-2  # of float32 from float64, relative to the norm: see `mgd.bench.throughput`
 BEGIN, END = "<!-- peers: only `make bench-peers` writes below -->", "<!-- peers: end -->"
 CAPTION = (
-    "trainings: processor time of a later call over that of plain eager training. first call: its processor time at "
-    "T/2 steps, compilers included; mgd captures in a later one, when that pays. memory: growth of a fresh process at "
-    "T steps. per step: what one more step adds, from T/2 to T. difference: from float64, the largest of all "
-    "metaparameters, relative to its norm; in brackets those that have no gradient."
+    "trainings: processor time of a later call over that of plain eager training in the same process. first call: its "
+    "processor time at T/2 steps, compilers included; mgd captures in a later one, when that pays. memory: growth of a "
+    "fresh process at T steps. per step: what one more step adds, from T/2 to T. difference: from float64, the largest "
+    "of all metaparameters, relative to its norm; in brackets those that have no gradient."
 )
 
 
