@@ -12,8 +12,8 @@ import torch
 from mgd.errors import BadArgument
 from mgd.rater.data_rater import DataRater
 from mgd.recipes import data
-from mgd.recipes.attribute import recipe as attribute
 from mgd.recipes.attribute.images import images_task
+from mgd.recipes.attribute.judging import Evaluation, judge
 from mgd.recipes.attribute.task import Training
 from mgd.recipes.demo import recipe as demo
 from mgd.recipes.demo import report as demo_report
@@ -76,10 +76,10 @@ def test_poison_is_made_and_looked_for_there():
 def test_examples_are_attributed_there():
     """By ours; what it is compared with runs on the CPU."""
     training = Training(examples=40, batch=20, epochs=1, rate=2e-3, eps_root=1e-3)
-    how = replace(attribute.Evaluation().quick(), baselines=("gradient products",))
+    how = replace(Evaluation().quick(), baselines=("gradient products",))
     task = images_task(*DIGITS, training, 3, seed=0)
     for_both = replace(task, device="pretend"), task
-    found, expected = (attribute.judge(each, how, 3, how.baselines, Reporter()) for each in for_both)
+    found, expected = (judge(each, how, Reporter()) for each in for_both)
     assert next(found.task.model.parameters()).device.type == "pretend"
     for method, by_share in expected.predicted.items():
         for share, predicted in by_share.items():
