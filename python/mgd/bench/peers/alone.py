@@ -58,6 +58,7 @@ def measure(source: str, peer: str, steps: int, rounds: int, reference: Path, li
             capture_output=True,
             text=True,
             env={**os.environ, **one_thread, **own},
+            cwd=folder,  # in the project's own folder, its sources would be found, which have no compiled kernels
             preexec_fn=before,
         )
     if done.returncode == 0:
