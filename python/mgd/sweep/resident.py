@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +138,7 @@ class ResidentSweep(Sweep):
             growth.note(t, self.adjoints)
             self._go_to(t, last)
             with vjp:
-                self._through_update(t, last, directions, gradients)
+                self._through_update(t, last.gradient, directions, gradients)
             if t > self.meta.first_step or self.meta.reads_at(t):
                 with hvp, kept:
                     self._through_gradient(t, last, directions, gradients)
@@ -147,25 +146,12 @@ class ResidentSweep(Sweep):
             self.reversed += 1
             self.tick("reverse")
 
-    def _through_update(self, t: int, last: _Step, directions: list[Tensor], gradients: Gradients) -> None:
-        """The adjoint through the optimizer's step. directions: take the cotangents of the gradient."""
-        scale = self.clipping.factor(t, last.gradient)
-        for j, (adjoint, u) in enumerate(zip(self.adjoints, directions, strict=True)):
-            out = self.updates.vjp_(self.state, last.gradient, self.meta.tables[t], adjoint.state, u, scale)
-            gradients.add_hyper(j, t, out, self.reads)
-            self.clipping.add_derivative_(t, last.gradient, u, out[:, -1])
-
     def _through_gradient(self, t: int, last: _Step, directions: list[Tensor], gradients: Gradients) -> None:
         """The adjoint through the gradient of the step's loss."""
         assert last.residuals is not None
         parameters, tangents = self.arena.tensors(self.state.params), [self.arena.tensors(u) for u in directions]
         cotangents = [a.buffers for a in self.adjoints]
-        slices, agreement = last.residuals.metaparameters, self.step.agreement
-
-        def add(j: int, with_parameters: Any, with_metaparameters: Any) -> None:
-            self.shards.add_(self.adjoints[j].state.params, with_parameters)
-            gradients.add(j, t, with_metaparameters)
-
+        slices, agreement, add = last.residuals.metaparameters, self.step.agreement, self._adder(t, gradients)
         found = last.residuals.second_derivatives(t, parameters, tangents, cotangents)
         terms = Terms(len(directions))
         terms.append(0, found, len(parameters), self.buffers, slices)

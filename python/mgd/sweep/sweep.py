@@ -25,7 +25,7 @@ from mgd.plan.actions import Action, Advance, Drop, Load, Reverse, Save
 from mgd.results import Trained
 from mgd.step.metaparameters import Gradients, Metaparameters
 from mgd.step.model import Buffers
-from mgd.step.step import StepFunction, StepResult
+from mgd.step.step import Add, StepFunction, StepResult
 from mgd.sweep import record
 from mgd.sweep.adjoint import Adjoint, TrainedObjective
 from mgd.sweep.clipping import Clipping
@@ -325,34 +325,42 @@ class Sweep:
         if logged:
             self.history.forget(t)
         result.residuals = self.residuals.take(t) or result.residuals
-        scale = self.clipping.factor(t, result.gradient)
         with self.timings.timed("optimizer vjp"):
-            for j, adjoint in enumerate(adjoints):
-                out = self.updates.vjp_(
-                    self.state,
-                    result.gradient,
-                    self.meta.tables[t],
-                    adjoint.state,
-                    directions[j],
-                    scale,
-                )
-                gradients.add_hyper(j, t, out, self.reads)
-                self.clipping.add_derivative_(t, result.gradient, directions[j], out[:, -1])
+            self._through_update(t, result.gradient, directions, gradients)
         if t == self.meta.first_step and not self.meta.reads_at(t):
             return
-
-        def add(j, with_parameters, with_metaparameters):
-            self.shards.add_(adjoints[j].state.params, with_parameters)
-            gradients.add(j, t, with_metaparameters)
 
         kind = "hvp, computed again" if result.residuals is None else "hvp, residuals kept"
         with self.timings.timed("hvp"), self.timings.part(kind):
             before = self.step.second_derivatives(
-                t, self.state.params, result, self.meta, directions, [a.buffers for a in adjoints], add
+                t,
+                self.state.params,
+                result,
+                self.meta,
+                directions,
+                [a.buffers for a in adjoints],
+                self._adder(t, gradients),
             )
         for adjoint, buffers in zip(adjoints, before, strict=True):
             adjoint.buffers = buffers
         self.timings.counts["hvps"] += len(adjoints)
+
+    def _through_update(self, t: int, gradient: Tensor, directions: list[Tensor], gradients: Gradients) -> None:
+        """The adjoint through the optimizer's step. directions: take the cotangents of the gradient."""
+        scale = self.clipping.factor(t, gradient)
+        for j, (adjoint, u) in enumerate(zip(self.adjoints, directions, strict=True)):
+            out = self.updates.vjp_(self.state, gradient, self.meta.tables[t], adjoint.state, u, scale)
+            gradients.add_hyper(j, t, out, self.reads)
+            self.clipping.add_derivative_(t, gradient, u, out[:, -1])
+
+    def _adder(self, t: int, gradients: Gradients) -> Add:
+        """Adds the second derivatives of step `t` to the adjoints, and to the gradients of what it read of z."""
+
+        def add(j: int, with_parameters: Any, with_metaparameters: Any) -> None:
+            self.shards.add_(self.adjoints[j].state.params, with_parameters)
+            gradients.add(j, t, with_metaparameters)
+
+        return add
 
     # --- across processes --------------------------------------------------------------------------------------
 
