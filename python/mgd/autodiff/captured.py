@@ -11,6 +11,7 @@ give other ones is used where it was asked for, and not where it was chosen for 
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections import Counter
@@ -24,10 +25,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
-from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_loss
+from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_evaluation, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
@@ -87,6 +89,7 @@ class CapturedEvaluator:
 
     def refuse(self, reason: str) -> None:
         self.refused = reason
+        self.fallback.refuse(reason)
 
     def gradient(
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
@@ -113,24 +116,35 @@ class CapturedEvaluator:
 
         kind = self._kind(microbatch)
         if kind is None:
-            return self.fallback.gradient(microbatch, parameters, before)
+            return self.fallback.gradient(microbatch, parameters, before, room=room)
         known = self.at_once or kind in self._served
         if not known and not self.payoff.pays(kind, parameters[0].device):
-            return self.payoff.gradient(kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look))
+            return self._by_autograd(kind, microbatch, parameters, before, room)
         plain = None
         if not known:
             before_it = numbers_of(microbatch.loss.binding.model)
-            plain = self.fallback.gradient(microbatch, parameters, before)
+            plain = self.fallback.gradient(microbatch, parameters, before, room=0)
             put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
         if not self._call(kind, step, forward):
-            return plain or self.fallback.gradient(microbatch, parameters, before)
+            return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
         assert step.evaluation is not None
-        if plain is not None and not _same(step.evaluation, plain):
+        if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
             self._give_up(kind, "it rounds differently in a graph, which trace=True allows")
             return plain
         return step.evaluation
+
+    def _by_autograd(
+        self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
+    ) -> Evaluation:
+        """A gradient of a kind that may be captured later, on which depends what both evaluations take."""
+        evaluation = self.payoff.gradient(
+            kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look, room=room)
+        )
+        if isinstance(evaluation.residuals, AutogradResiduals):
+            evaluation.residuals.around = functools.partial(self.payoff.second, kind)
+        return evaluation
 
     def _kind(self, microbatch: Microbatch) -> Kind | None:
         """What steps have in common that may share a graph; None for those that have none."""
@@ -190,8 +204,9 @@ class CapturedEvaluator:
             if evaluation.residuals is not None:
                 along, none = [d.parameters for d in directions], [()] * len(directions)
                 found = evaluation.residuals.second_derivatives(microbatch.step, parameters, along, none)
-                gradients = [each[: len(parameters)] for each in found.results]
-                return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
+                if found is not None:
+                    gradients = [each[: len(parameters)] for each in found.results]
+                    return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
         return self.fallback.tangents(microbatch, parameters, before, directions)
 
     def _call(
@@ -359,14 +374,3 @@ class CapturedEvaluator:
 
 class _LooksInside(Exception):
     """The loss asks for gradients inside of what was replaced."""
-
-
-def _same(x: Evaluation, y: Evaluation) -> bool:
-    """Whether two evaluations are equal: bit by bit in what trains, up to rounding in derivatives of metaparameters."""
-    buffers = [(x.buffers[name], y.buffers[name]) for name in x.buffers]
-    return (
-        torch.equal(x.loss, y.loss)
-        and same_bits(x.gradients, y.gradients)
-        and agree(x.influence, y.influence)
-        and all(a.equal(b) for a, b in buffers)
-    )

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from mgd.autodiff.execution import COMPILED_TOLERANCE
+from mgd.autodiff.execution import COMPILED_TOLERANCE, same_evaluation
+from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs
 from mgd.autodiff.second_order import (
     Point,
     SecondOrder,
     blocking_operator,
     first_and_second,
-    inspected,
     leaves,
+    precision_of,
 )
 from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
+from mgd.step.batches import split_tensors
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
-from mgd.step.model import Buffers
+from mgd.step.model import Buffers, differentiable, numbers_of, put_back
 from mgd.step.reads import Reads
 
 DETACHED = "the loss of step {} does not depend on the parameters; was it detached?"
@@ -34,7 +37,8 @@ Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
 class EagerEvaluator:
     """Every evaluation by autograd; the others fall back to this one, and are checked against it.
 
-    rounds: the loss that is expected may be that of a compiled graph, which rounds differently.
+    rounds: the loss that is expected may be that of a compiled graph, which rounds differently. kept: whose graphs are
+    kept for second derivatives, where there is room.
     """
 
     fallback: Evaluator | None = None
@@ -43,12 +47,13 @@ class EagerEvaluator:
 
     def __init__(self, rounds: bool = False):
         self.rounds = rounds
+        self.kept = KeptGraphs()
 
     def describe(self) -> str:
         return "eager"
 
     def refuse(self, reason: str) -> None:
-        raise AssertionError("there is nothing to fall back to")
+        self.kept.refused = True
 
     def begin(self, reversals: int, room: int) -> None:
         pass
@@ -62,30 +67,71 @@ class EagerEvaluator:
         *,
         room: int | None = None,
     ) -> Evaluation:
+        if room == 0 or self.kept.refused:
+            return self._evaluate(microbatch, parameters, before, look)
+        held = self.kept.bytes(microbatch)
+        if held is None:
+            return self._measure(microbatch, parameters, before, look)
+        if room is not None and held > room:
+            evaluation = self._evaluate(microbatch, parameters, before, look)
+            evaluation.not_kept = held
+            return evaluation
+        evaluation = self._evaluate(microbatch, parameters, before, look, keep=True)
+        if evaluation.residuals is not None:
+            evaluation.residuals.held = held
+        return evaluation
+
+    def _measure(
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
+    ) -> Evaluation:
+        """A gradient, and once more what it would be and what it would take if its graph was kept."""
+        numbers = numbers_of(microbatch.loss.binding.model)
+        plain = self._evaluate(microbatch, parameters, before, look)
+        put_back(numbers)  # a model that counts its calls counts one
+        try:
+            with self.kept.measured(microbatch):
+                again = self._evaluate(microbatch, parameters, before, None, keep=True)
+            self.kept.refused |= not same_evaluation(again, plain)
+        except Exception:  # second derivatives, if they are wanted, say what is wrong
+            self.kept.refused = True
+        return plain
+
+    def _evaluate(
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        look: Look | None,
+        keep: bool = False,
+    ) -> Evaluation:
         known = microbatch.loss.plain_since
         try:
-            evaluation = self._gradient(microbatch, parameters, before, look)
+            evaluation = self._gradient(microbatch, parameters, before, look, keep)
             if microbatch.loss.plain_since == known:
                 return evaluation
         except Exception:  # perhaps since the loss asked for a gradient inside of a formula that was replaced
             if microbatch.loss.plain_since == known:
                 raise
         # Norms are evaluated in another way from the first step on whose loss differentiates the model.
-        return self._gradient(microbatch, parameters, before, look)
+        return self._gradient(microbatch, parameters, before, look, keep)
 
     def _gradient(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None, keep: bool
     ) -> Evaluation:
-        t, inputs = microbatch.step, leaves(parameters)
+        """keep: the graph of the gradient, unless second derivatives would raise."""
+        # Updates write to the parameters between here and the way back, where they are as now: autograd must not count.
+        t, inputs = microbatch.step, [p.data.requires_grad_() for p in parameters] if keep else leaves(parameters)
         # Metaparameters need gradients, as where second derivatives are evaluated: that decides which operators run.
         metaparameters = [
-            x if x.requires_grad else x.detach().requires_grad_() for x in microbatch.metaparameters.tensors
+            x if x.requires_grad and not keep else x.detach().requires_grad_()
+            for x in microbatch.metaparameters.tensors
         ]
         frozen = microbatch.loss.binding.frozen
         given = [*inputs, *frozen, *metaparameters]
         versions = [tensor._version for tensor in given]
         moved = microbatch.moved(before)
-        copies = {n: (b.detach().requires_grad_() if n in moved else b).clone() for n, b in before.items()}
+        originals = {n: b.detach().requires_grad_() if n in moved else b for n, b in before.items()}
+        copies = {n: b.clone() for n, b in originals.items()}
 
         def check_unmodified() -> None:
             """Raises where the loss changed what it was given."""
@@ -108,7 +154,10 @@ class EagerEvaluator:
                     raise BadLoss(DETACHED.format(t))
                 if look is not None:
                     look(loss)
-                found = torch.autograd.grad(loss, [*inputs, *metaparameters], allow_unused=True)
+                one = torch.ones_like(loss, requires_grad=keep)
+                if keep and microbatch.loss.precision is None:
+                    microbatch.loss.precision = precision_of(loss)
+                found = torch.autograd.grad(loss, [*inputs, *metaparameters], one, create_graph=keep, allow_unused=True)
                 grads, influence = found[: len(inputs)], found[len(inputs) :]
                 if all(g is None for g in grads):
                     check_unmodified()
@@ -133,7 +182,24 @@ class EagerEvaluator:
                 raise
         check_unmodified()
         after = _settled(before, copies, left, microbatch.loss.reads)
-        return Evaluation(loss.detach(), grads, after, influence)
+        evaluation = Evaluation(loss.detach(), grads, after, influence)
+        if keep:
+            floats = differentiable(before)
+            outputs = enumerate([*grads, *[left[name] for name in floats]])
+            given = [*inputs, *split_tensors(microbatch.batch)[0], *metaparameters]
+            evaluation.residuals = AutogradResiduals(
+                {i: get_gradient_edge(x) for i, x in outputs if x is not None and x.requires_grad},
+                [*inputs, *[originals[name] for name in floats], *metaparameters, one],
+                given,
+                [x._version for x in given],
+                microbatch.metaparameters,
+                microbatch.share,
+                microbatch.loss.precision or 0.0,
+                0,
+            )
+            evaluation.gradients = [None if g is None else g.detach() for g in grads]
+            evaluation.influence = [None if g is None else g.detach() for g in influence]
+        return evaluation
 
     def second_derivatives(
         self,
@@ -190,10 +256,12 @@ class EagerEvaluator:
                 return differentiate(function)
 
             # Walking the graph takes time, so the first evaluation of a training stands for all.
-            def note(precision: float) -> None:
-                microbatch.loss.precision = precision
+            def inspected(*tensors: Any) -> tuple[Tensor, list[Tensor]]:
+                loss, left = function(*tensors)
+                microbatch.loss.precision = precision_of(loss)
+                return loss, left
 
-            return differentiate(inspected(function, note))
+            return differentiate(inspected)
         except RuntimeError as error:
             operator = blocking_operator(error)
             if operator is None:

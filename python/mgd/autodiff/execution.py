@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name
 
-from mgd.step.evaluator import Derivatives
+from mgd.step.agreement import agree
+from mgd.step.evaluator import Derivatives, Evaluation
 
 # Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
 COMPILED_TOLERANCE = 1e-4
@@ -73,6 +74,17 @@ def same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None])
         return torch.equal(x, y)
 
     return all(map(same, found, expected))
+
+
+def same_evaluation(x: Evaluation, y: Evaluation) -> bool:
+    """Whether two evaluations are equal: bit by bit in what trains, up to rounding in derivatives of metaparameters."""
+    buffers = [(x.buffers[name], y.buffers[name]) for name in x.buffers]
+    return (
+        torch.equal(x.loss, y.loss)
+        and same_bits(x.gradients, y.gradients)
+        and agree(x.influence, y.influence)
+        and all(a.equal(b) for a, b in buffers)
+    )
 
 
 def reason(error: Exception) -> str:

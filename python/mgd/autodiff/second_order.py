@@ -9,12 +9,13 @@ cotangents share one graph. Forward over reverse needs the same matrix products 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from mgd.step.evaluator import SecondDerivatives
 from mgd.step.loss import Evaluate
@@ -83,32 +84,47 @@ def first_and_second(evaluate: Evaluate, point: Point) -> SecondOrder:
     first: list[Tensor | None] = list(torch.autograd.grad(loss, [*p, *z], one, create_graph=True, allow_unused=True))
     grads, influence = first[: len(p)], [None if x is None else x.detach() for x in first[len(p) :]]
     del first  # the graph of the metaparameters' derivatives
-    outputs = [*grads, *left[: len(b)]]
-    live = {i: output for i, output in enumerate(outputs) if output is not None and output.requires_grad}
+    live = {i: x for i, x in enumerate([*grads, *left[: len(b)]]) if x is not None and x.requires_grad}
     gradient: list[Tensor | None] = [None if g is None else g.detach() for g in grads]
     after = [x.detach() for x in left]
-    results: SecondDerivatives = [[None] * len(inputs) for _ in point.directions]
-    if live:
-        cotangents = [
-            [[*direction, *cotangent][i] for i in live]
-            for direction, cotangent in zip(point.directions, point.cotangents, strict=True)
-        ]
-        keep = [True] * (len(cotangents) - 1) + [False]
-        results = [
-            gradients(list(live.values()), inputs, cotangent, retain_graph=retain)
-            for cotangent, retain in zip(cotangents, keep, strict=True)
-        ]
-    zero = torch.zeros_like(loss).detach()
-    products = [zero if x is None else x for x in (result.pop() for result in results)]
+    results, products = along(live, inputs, point.directions, point.cotangents)
     return SecondOrder(loss.detach(), gradient, influence, after, results, products)
 
 
+def along(
+    live: Mapping[int, Tensor | GradientEdge],
+    inputs: Tensors,
+    directions: Sequence[Tensors],
+    cotangents: Sequence[Tensors],
+) -> tuple[SecondDerivatives, list[Tensor]]:
+    """For each direction the second derivatives with respect to the inputs but the last one, and the derivative with
+    respect to that one, which is what the gradient was seeded with. The graph is let go of.
+
+    live: of the gradient of each parameter and the buffers after the step, in this order, those that have a graph.
+    """
+    seeds = [[[*d, *c][i] for i in live] for d, c in zip(directions, cotangents, strict=True)]
+    results: SecondDerivatives = [[None] * len(inputs) for _ in seeds]
+    if live:
+        retained = [True] * (len(seeds) - 1) + [False]
+        results = [
+            gradients(list(live.values()), inputs, seed, retain_graph=retain)
+            for seed, retain in zip(seeds, retained, strict=True)
+        ]
+    zero = torch.zeros_like(inputs[-1]).detach()
+    return results, [zero if x is None else x for x in (result.pop() for result in results)]
+
+
 def gradients(
-    outputs: Tensors, inputs: Tensors, seeds: Tensors | None = None, retain_graph: bool | None = None, **options: bool
+    outputs: Sequence[Tensor | GradientEdge],
+    inputs: Tensors,
+    seeds: Tensors | None = None,
+    retain_graph: bool | None = None,
+    **options: bool,
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`, with None for inputs that need none."""
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, seeds, retain_graph, allow_unused=True, **options))
+    several: Any = list(outputs)  # torch is typed for lists of one kind
+    found = iter(torch.autograd.grad(several, wanted, seeds, retain_graph, allow_unused=True, **options))
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
@@ -116,27 +132,21 @@ def gradients(
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
 
 
-def inspected(evaluate: Evaluate, note: Callable[[float], None]) -> Evaluate:
-    """`evaluate`, with a look at the graph of its loss: the machine epsilon of its coarsest dtype goes to `note`.
+def precision_of(loss: Tensor) -> float:
+    """The machine epsilon of the coarsest dtype in the autograd graph of a loss.
 
     Raises where the loss went through an autograd.Function that is only once differentiable: torch does so in
     `.backward()`, but silently leaves the terms out of `torch.autograd.grad`.
     """
-
-    def checked(*args):
-        loss, left = evaluate(*args)
-        precision = 0.0
-        for node in graph_of(loss):
-            function: Any = getattr(node, "_forward_cls", None)
-            if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
-                raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
-            for metadata in getattr(node, "_input_metadata", ()):
-                if metadata.dtype.is_floating_point:
-                    precision = max(precision, torch.finfo(metadata.dtype).eps)
-        note(precision)
-        return loss, left
-
-    return checked
+    precision = 0.0
+    for node in graph_of(loss):
+        function: Any = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            raise NotImplementedError(f"derivative for {function.__name__} is not implemented: once_differentiable")
+        for metadata in getattr(node, "_input_metadata", ()):
+            if metadata.dtype.is_floating_point:
+                precision = max(precision, torch.finfo(metadata.dtype).eps)
+    return precision
 
 
 def graph_of(loss: Tensor) -> Iterator[Any]:

@@ -61,6 +61,7 @@ class GraphResiduals:
     versions: list[int]
     metaparameters: BatchMetaparameters
     share: float
+    held: int = 0
 
     def second_derivatives(
         self,

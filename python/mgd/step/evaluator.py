@@ -37,13 +37,15 @@ class Residuals(Protocol):
     """What the evaluation of a microbatch computed for its second derivatives and kept.
 
     share: the microbatch's. given: inputs that it holds on to as they are. tensors: what it computed, tensors and
-    numbers; copies may take their places, with the same strides, and as far from the beginning of a cache line.
+    numbers; copies may take their places, with the same strides, and as far from the beginning of a cache line. held:
+    bytes of what it computed besides, which stays where it is.
     """
 
     metaparameters: BatchMetaparameters
     share: float
     given: list[Tensor]
     tensors: Sequence[Any]
+    held: int
 
     def second_derivatives(
         self,
@@ -51,8 +53,9 @@ class Residuals(Protocol):
         parameters: list[Tensor],
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
-    ) -> Derivatives:
-        """As `Evaluator.second_derivatives`. Raises ReplayDivergence where an input was changed since."""
+    ) -> Derivatives | None:
+        """As `Evaluator.second_derivatives`; None where the microbatch is to be evaluated again for them. Raises
+        ReplayDivergence where an input was changed since, and that would not help."""
         ...
 
 

@@ -256,6 +256,8 @@ class StepFunction:
         """The terms of a step whose evaluation seems to have another gradient than the one that trained: these, where
         that was rounding, or those of the plain evaluation. Raises ReplayDivergence where that has another, too."""
         fallback, plain = self.evaluator.fallback, terms
+        if result.residuals is not None:  # perhaps those of the fallback
+            fallback = fallback or self.evaluator
         if fallback is not None:
             result.residuals = None
             plain = self._differentiate(fallback, t, params, result, meta, directions, buffer_adjoints)
@@ -334,7 +336,11 @@ class StepFunction:
                     one, parameters, before, tangents, cotangents, result.losses[i]
                 )
             else:
-                derivatives = one.second_derivatives(t, parameters, tangents, cotangents)
+                kept = one.second_derivatives(t, parameters, tangents, cotangents)
+                if kept is None:
+                    (one,) = self.evaluations(t, meta, range(i, i + 1))
+                    kept = evaluator.second_derivatives(one, parameters, before, tangents, cotangents, result.losses[i])
+                derivatives = kept
             terms.append(i, derivatives, len(parameters), before, one.metaparameters)
         return terms
 

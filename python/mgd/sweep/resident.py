@@ -109,6 +109,7 @@ class ResidentSweep(Sweep):
         """Whether a step has residuals, and there is room for them. An input of several steps counts once."""
         if residuals is None:
             return False
+        self.residuals.peak += residuals.held
         inputs = {(x.data_ptr(), x.nbytes) for x in residuals.given} - self._inputs
         self._inputs |= inputs
         self.residuals.peak += sum([n for _, n in inputs])
@@ -154,8 +155,10 @@ class ResidentSweep(Sweep):
         slices, agreement, add = last.residuals.metaparameters, self.step.agreement, self._adder(t, gradients)
         found = last.residuals.second_derivatives(t, parameters, tangents, cotangents)
         terms = Terms(len(directions))
-        terms.append(0, found, len(parameters), self.buffers, slices)
-        if agreement.discrepancy(last.gradient, directions, terms) > agreement.tolerance:  # perhaps rounding
+        if found is not None:
+            terms.append(0, found, len(parameters), self.buffers, slices)
+        # Where gradients disagree, that is perhaps rounding.
+        if found is None or agreement.discrepancy(last.gradient, directions, terms) > agreement.tolerance:
             result = StepResult(last.gradient, self.losses[t], [self.buffers, self.buffers], [last.residuals])
             self.step.note_influence(t, self.meta, last.influence)
             whole = self.state.params, result, self.meta, directions, cotangents

@@ -20,6 +20,7 @@ class _Kept:
     places: list[tuple[Slab, int]]
     references: set[_Reference]
     bytes: int
+    beside: int
 
 
 class ResidualCache:
@@ -28,7 +29,8 @@ class ResidualCache:
     Where the room is ample, they stay where they are, and may take up to twice their size in a heap that they leave in
     pieces. Otherwise they are copied into slabs, and the originals let go. A step's inputs, and residuals on a GPU,
     always stay, and count once, however many steps hold them. Inputs count although the caller may hold them as well,
-    since batches may be made anew at each access; a view counts its own bytes.
+    since batches may be made anew at each access; a view counts its own bytes. What cannot be copied, an autograd
+    graph, counts twice.
 
     room: bytes that all of this may take. steps: how many may come. peak: the most bytes it held. step_bytes: what one
     step takes, once one has come; without what several hold, if there was room for several.
@@ -45,6 +47,11 @@ class ResidualCache:
         self._beside = 0  # bytes that stay where they are
         self._references: dict[_Reference, int] = {}  # how many steps hold it
 
+    @property
+    def left(self) -> int:
+        """Bytes of the room that nothing takes yet."""
+        return max(0, self.room - self.kept - self._beside)
+
     def missed(self, needed: int) -> None:
         """A step did not keep this many bytes, for which there is no room."""
         self.step_bytes = self.step_bytes or needed
@@ -59,12 +66,14 @@ class ResidualCache:
             whole = [x.untyped_storage() for part in residuals for x in part.tensors if isinstance(x, Tensor)]
             storages = {x.data_ptr(): x.nbytes() for x in whole}
         if self._ample is None:
-            self._ample = 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
+            self._ample = None if not storages else 0 < self.steps * FRAGMENTED * sum(storages.values()) <= self.room
         layout = None if self._ample else Layout(x for part in residuals for x in part.tensors)
         references = {(x.data_ptr(), x.nbytes) for x in (given if layout is None else [*layout.apart, *given])}
         if layout is None:
             references |= storages.items()
         beside = sum([size for address, size in references if (address, size) not in self._references])
+        stays = FRAGMENTED * sum([part.held for part in residuals])
+        beside += stays
         needed = beside + (sum(layout.pieces) if layout is not None else 0)
         self.step_bytes = self.step_bytes or needed
         room = self.room - self._slabs.size - self._beside - beside
@@ -82,7 +91,7 @@ class ResidualCache:
         for reference in references:
             self._references[reference] = self._references.get(reference, 0) + 1
         self._beside += beside
-        self._steps[t] = _Kept(residuals, places, references, copied)
+        self._steps[t] = _Kept(residuals, places, references, copied, stays)
         self.kept += copied
         self._held_steps, self._held_bytes = self._held_steps + 1, self._held_bytes + needed
         self.step_bytes = -(-self._held_bytes // self._held_steps)
@@ -95,6 +104,7 @@ class ResidualCache:
             return None
         self._slabs.release(kept.places)
         self.kept -= kept.bytes
+        self._beside -= kept.beside
         for reference in kept.references:
             holders = self._references.pop(reference) - 1
             if holders:

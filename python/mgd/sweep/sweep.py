@@ -124,7 +124,7 @@ class Sweep:
         # The last step is the first to be reversed. So the state before it stays the current one, and its gradient is
         # kept. The state after it has the room that the adjoint will take: there is none yet.
         t = self.state.step
-        result = self._evaluate(t, room=self.residuals.room)
+        result = self._evaluate(t, room=self.residuals.left)
         self._keep_residuals(t, result)
         self.history.hold(t, result)
         end = self.state.clone()
@@ -186,7 +186,7 @@ class Sweep:
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
         with self.history.entry(t, tier) as entry:
-            result = self._evaluate(t, entry.gradient, 0 if tier is None else self.residuals.room)
+            result = self._evaluate(t, entry.gradient, 0 if tier is None else self.residuals.left)
             if tier is not None:
                 self._keep_residuals(t, result)
                 with self.timings.timed("store"):
