@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from mgd.autodiff.execution import COMPILED_TOLERANCE, same_evaluation
-from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs
+from mgd.autodiff.kept_graph import KeptGraphs, kept_graph
 from mgd.autodiff.second_order import (
     Point,
     SecondOrder,
@@ -22,7 +21,6 @@ from mgd.autodiff.second_order import (
 )
 from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
-from mgd.step.batches import split_tensors
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
 from mgd.step.model import Buffers, differentiable, numbers_of, put_back
@@ -84,7 +82,7 @@ class EagerEvaluator:
     def _measure(
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
     ) -> Evaluation:
-        """A gradient, and once more what it would be and what it would take if its graph was kept."""
+        """A gradient; and once more, to see whether it is the same, and what it takes, if its graph is kept."""
         numbers = numbers_of(microbatch.loss.binding.model)
         plain = self._evaluate(microbatch, parameters, before, look)
         put_back(numbers)  # a model that counts its calls counts one
@@ -185,18 +183,9 @@ class EagerEvaluator:
         evaluation = Evaluation(loss.detach(), grads, after, influence)
         if keep:
             floats = differentiable(before)
-            outputs = enumerate([*grads, *[left[name] for name in floats]])
-            given = [*inputs, *split_tensors(microbatch.batch)[0], *metaparameters]
-            evaluation.residuals = AutogradResiduals(
-                {i: get_gradient_edge(x) for i, x in outputs if x is not None and x.requires_grad},
-                [*inputs, *[originals[name] for name in floats], *metaparameters, one],
-                given,
-                [x._version for x in given],
-                microbatch.metaparameters,
-                microbatch.share,
-                microbatch.loss.precision or 0.0,
-                0,
-            )
+            known = [*inputs, *[originals[name] for name in floats], *metaparameters]
+            outputs = [*grads, *[left[name] for name in floats]]
+            evaluation.residuals = kept_graph(microbatch, loss, outputs, known, one)
             evaluation.gradients = [None if g is None else g.detach() for g in grads]
             evaluation.influence = [None if g is None else g.detach() for g in influence]
         return evaluation

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from mgd.autodiff.second_order import along
-from mgd.step.batches import described
+from mgd.autodiff.second_order import along, graph_of
+from mgd.step.batches import described, split_tensors
 from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
@@ -31,18 +31,18 @@ class AutogradResiduals:
     """The graph of the gradient of one microbatch, for one use.
 
     live: of the gradient of each parameter and the buffers after the step, in this order, those that have a graph.
-    leaves: of the graph: parameters, floating-point buffers, metaparameters, and what seeded the gradient. given: what
-    the caller, or another step, may hold as well, of `versions` when it was read. around: who calls `along`.
+    leaves: of the graph: parameters, floating-point buffers, metaparameters, and what seeded the gradient. read: of the
+    batch and of z, with the number of times each had been changed in place. around: who calls `along`.
     """
 
     live: Mapping[int, GradientEdge]
     leaves: list[Tensor]
+    read: list[tuple[Tensor, int | None]]
     given: list[Tensor]
-    versions: list[int]
     metaparameters: BatchMetaparameters
     share: float
     precision: float
-    held: int
+    held: int = 0
     around: Callable[[Evaluated], Any] | None = None
     tensors: Sequence[Any] = ()
 
@@ -55,15 +55,42 @@ class AutogradResiduals:
     ) -> Derivatives | None:
         leaves, live = self.leaves, self.live
         self.leaves, self.live = [], {}  # a graph is read once
-        if not leaves or [x._version for x in self.given] != self.versions:
-            return None
-        if not all(map(_same_values, leaves, parameters)):
+        unchanged = all([_version(x) == version for x, version in self.read])
+        if not leaves or not unchanged or not all(map(_same_values, leaves, parameters)):
             return None
         try:
             results, products = (self.around or _call)(lambda: along(live, leaves, directions, cotangents))
         except RuntimeError:  # the plain evaluation says what is wrong, or does without what was changed in place
             return None
         return Derivatives(results, products, precision=self.precision)
+
+
+def kept_graph(
+    microbatch: Microbatch, loss: Tensor, outputs: Sequence[Tensor | None], leaves: list[Tensor], one: Tensor
+) -> AutogradResiduals | None:
+    """What second derivatives need of this evaluation. None where the loss depends on what was differentiated
+    elsewhere, as one does that carries a state from step to step: evaluated again, it shows.
+
+    outputs: the gradient of each parameter, and the floating-point buffers after the step. leaves: all others than
+    `one`, with which the gradient was seeded.
+    """
+    known = {id(x) for x in leaves}
+    if any([id(node.variable) not in known for node in graph_of(loss) if hasattr(node, "variable")]):
+        return None
+    read = [*split_tensors(microbatch.batch)[0], *microbatch.metaparameters.tensors]
+    return AutogradResiduals(
+        {i: get_gradient_edge(x) for i, x in enumerate(outputs) if x is not None and x.requires_grad},
+        [*leaves, one],
+        [(x, _version(x)) for x in read],
+        [x for x in (*leaves, *read) if torch._C._has_storage(x)],
+        microbatch.metaparameters,
+        microbatch.share,
+        microbatch.loss.precision or 0.0,
+    )
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 def _call(evaluate: Evaluated) -> Any:

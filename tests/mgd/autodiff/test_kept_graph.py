@@ -249,9 +249,7 @@ def test_a_graph_of_another_gradient_is_not_used(counts, monkeypatch):
 def test_only_larger_batches_are_measured(monkeypatch):
     measured = []
     original = KeptGraphs.measured
-    monkeypatch.setattr(
-        KeptGraphs, "measured", lambda self, m: measured.append(len(m.batch[0])) or original(self, m)
-    )
+    monkeypatch.setattr(KeptGraphs, "measured", lambda self, m: measured.append(len(m.batch[0])) or original(self, m))
     sizes = [4, 3, 6, 2, 6, 5, 4, 3]
     case = plain()
     case = case.but(batches=[tuple(x[:n] for x in batch) for n, batch in zip(sizes, case.batches, strict=True)])
@@ -295,10 +293,78 @@ def test_losses_with_penalties(counts):
     """From the first step on whose loss differentiates the model, norms are evaluated in another way."""
 
     def penalised(model, batch, z):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        slopes = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        return loss + 0.1 * sum(x.square().sum() for x in slopes)
+
+    assert_exact(supervised(convnet(), (1, 6, 6), 4).but(loss=penalised), (torch.float64,), trace=False)
+    assert counts["kept"] > 0
+
+
+def test_a_leaf_of_the_loss_itself_is_evaluated_again(counts):
+    """It might be one of an earlier step."""
+
+    def penalised(model, batch, z):
         x = batch[0].clone().requires_grad_()
         out = model(x)
         (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return F.cross_entropy(out, batch[1]) + 0.1 * slope.square().mean()
 
-    assert_exact(supervised(convnet(), (1, 6, 6), 4).but(loss=penalised), (torch.float64,), trace=False)
-    assert counts["kept"] > 0
+    assert_exact(plain().but(loss=penalised), (torch.float64,), trace=False)
+    assert counts["kept"] == 0
+
+
+class Carrying:
+    """A loss that carries what it computed at one step over to the next, with its graph or without."""
+
+    def __init__(self, detached):
+        self.detached, self.state = detached, None
+
+    def __call__(self, model, batch, z):
+        out = model(batch[0])
+        loss = F.cross_entropy(out if self.state is None else out + self.state, batch[1])
+        self.state = out.detach().mean(0) if self.detached else out.mean(0)
+        return loss
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_state_carried_from_step_to_step_is_seen(detached, counts):
+    """The first step is evaluated twice. Unrolled, the graph would go on into earlier steps."""
+    with pytest.raises(mgd.errors.ReplayDivergence):
+        plain().but(loss=Carrying(detached)).metagradient(trace=False)
+
+
+class Late(Carrying):
+    """Only from the fourth call on, long after the first step was looked at."""
+
+    def __init__(self):
+        super().__init__(False)
+        self.calls = 0
+
+    def __call__(self, model, batch, z):
+        self.calls += 1
+        found, before = super().__call__(model, batch, z), self.state
+        self.state = before if self.calls > 4 else None
+        return found
+
+
+def test_a_state_that_is_carried_later_is_seen(counts):
+    with pytest.raises(mgd.errors.ReplayDivergence):
+        plain().but(loss=Late()).metagradient(trace=False)
+    assert counts["kept"] == 0
+
+
+def test_a_teacher_whose_parameters_require_gradients_is_evaluated_again(counts):
+    teacher = mlp()
+    case = plain().but(loss=lambda m, b, z: F.mse_loss(m(b[0]), teacher(b[0])))
+    case.metagradient(trace=False)
+    assert counts == {"kept": 0, "again": 7}
+
+
+def test_sparse_batches(counts):
+    case = plain()
+    sparse = case.but(
+        batches=[(x.to_sparse(), y) for x, y, _ in case.batches],
+        loss=lambda m, b, z: F.cross_entropy(m[3](torch.tanh(b[0] @ m[0].weight.T + m[0].bias)), b[1]),
+    )
+    assert torch.allclose(sparse.metagradient(trace=False).grads["lr"], case.metagradient(trace=False).grads["lr"])
