@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mgd.autodiff.execution import COMPILED_TOLERANCE, same_evaluation
-from mgd.autodiff.kept_graph import KeptGraphs, kept_graph
+from mgd.autodiff.execution import COMPILED_TOLERANCE, same_bits
+from mgd.autodiff.kept_graph import KeptGraphs, Rewind, kept_graph
 from mgd.autodiff.second_order import (
     Point,
     SecondOrder,
@@ -21,9 +21,10 @@ from mgd.autodiff.second_order import (
 )
 from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
+from mgd.step.agreement import agree
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
-from mgd.step.model import Buffers, differentiable, numbers_of, put_back
+from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import Reads
 
 DETACHED = "the loss of step {} does not depend on the parameters; was it detached?"
@@ -68,31 +69,13 @@ class EagerEvaluator:
         if room == 0 or self.kept.refused:
             return self._evaluate(microbatch, parameters, before, look)
         held = self.kept.bytes(microbatch)
-        if held is None:
-            return self._measure(microbatch, parameters, before, look)
-        if room is not None and held > room:
-            evaluation = self._evaluate(microbatch, parameters, before, look)
-            evaluation.not_kept = held
-            return evaluation
-        evaluation = self._evaluate(microbatch, parameters, before, look, keep=True)
+        fits = held is not None and (room is None or held <= room)
+        evaluation = self._evaluate(microbatch, parameters, before, look, keep=fits, measure=held is None)
         if evaluation.residuals is not None:
-            evaluation.residuals.held = held
+            evaluation.residuals.held = held or 0
+        elif not fits:
+            evaluation.not_kept = held or 0
         return evaluation
-
-    def _measure(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None
-    ) -> Evaluation:
-        """A gradient; and once more, to see whether it is the same, and what it takes, if its graph is kept."""
-        numbers = numbers_of(microbatch.loss.binding.model)
-        plain = self._evaluate(microbatch, parameters, before, look)
-        put_back(numbers)  # a model that counts its calls counts one
-        try:
-            with self.kept.measured(microbatch):
-                again = self._evaluate(microbatch, parameters, before, None, keep=True)
-            self.kept.refused |= not same_evaluation(again, plain)
-        except Exception:  # second derivatives, if they are wanted, say what is wrong
-            self.kept.refused = True
-        return plain
 
     def _evaluate(
         self,
@@ -100,23 +83,29 @@ class EagerEvaluator:
         parameters: list[Tensor],
         before: Buffers,
         look: Look | None,
-        keep: bool = False,
+        **kept: bool,
     ) -> Evaluation:
         known = microbatch.loss.plain_since
         try:
-            evaluation = self._gradient(microbatch, parameters, before, look, keep)
+            evaluation = self._gradient(microbatch, parameters, before, look, **kept)
             if microbatch.loss.plain_since == known:
                 return evaluation
         except Exception:  # perhaps since the loss asked for a gradient inside of a formula that was replaced
             if microbatch.loss.plain_since == known:
                 raise
         # Norms are evaluated in another way from the first step on whose loss differentiates the model.
-        return self._gradient(microbatch, parameters, before, look, keep)
+        return self._gradient(microbatch, parameters, before, look, **kept)
 
     def _gradient(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, look: Look | None, keep: bool
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        look: Look | None,
+        keep: bool = False,
+        measure: bool = False,
     ) -> Evaluation:
-        """keep: the graph of the gradient, unless second derivatives would raise."""
+        """keep: the graph of the gradient. measure: what that would take."""
         # Updates write to the parameters between here and the way back, where they are as now: autograd must not count.
         t, inputs = microbatch.step, [p.data.requires_grad_() for p in parameters] if keep else leaves(parameters)
         # Metaparameters need gradients, as where second derivatives are evaluated: that decides which operators run.
@@ -144,6 +133,8 @@ class EagerEvaluator:
 
         # What is asked of a tensor while the model is bound goes through Python: the checks come afterwards.
         with contextlib.ExitStack() as stack:
+            if measure:
+                stack.enter_context(self.kept.measured(microbatch))
             try:
                 microbatch.reseed()
                 loss, left = microbatch(inputs, copies, metaparameters, stack)
@@ -152,10 +143,14 @@ class EagerEvaluator:
                     raise BadLoss(DETACHED.format(t))
                 if look is not None:
                     look(loss)
-                one = torch.ones_like(loss, requires_grad=keep)
-                if keep and microbatch.loss.precision is None:
-                    microbatch.loss.precision = precision_of(loss)
-                found = torch.autograd.grad(loss, [*inputs, *metaparameters], one, create_graph=keep, allow_unused=True)
+                one, wanted = torch.ones_like(loss, requires_grad=keep), [*inputs, *metaparameters]
+                before_it = Rewind(microbatch.loss.binding.model) if measure else None
+                found = torch.autograd.grad(
+                    loss, wanted, one, retain_graph=keep or measure, create_graph=keep, allow_unused=True
+                )
+                if before_it is not None:
+                    before_it.rewind()
+                    self._look_at(microbatch, loss, wanted, found)
                 grads, influence = found[: len(inputs)], found[len(inputs) :]
                 if all(g is None for g in grads):
                     check_unmodified()
@@ -189,6 +184,19 @@ class EagerEvaluator:
             evaluation.gradients = [None if g is None else g.detach() for g in grads]
             evaluation.influence = [None if g is None else g.detach() for g in influence]
         return evaluation
+
+    def _look_at(
+        self, microbatch: Microbatch, loss: Tensor, wanted: list[Tensor], found: Sequence[Tensor | None]
+    ) -> None:
+        """Whether the gradient has the same bits where it has a graph, which can be differentiated. In `measured`."""
+        count = len(wanted) - len(microbatch.metaparameters.tensors)
+        try:
+            microbatch.loss.precision = precision_of(loss)
+            one = torch.ones_like(loss, requires_grad=True)
+            again = torch.autograd.grad(loss, wanted, one, create_graph=True, allow_unused=True)
+            self.kept.refused |= not (same_bits(again[:count], found[:count]) and agree(again[count:], found[count:]))
+        except (RuntimeError, NotImplementedError):  # second derivatives, if they are wanted, say what is wrong
+            self.kept.refused = True
 
     def second_derivatives(
         self,

@@ -8,20 +8,23 @@ parameters are then again what they were, in the same memory.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from mgd.autodiff.second_order import along, graph_of
+from mgd.autodiff.second_order import along, graph_of, precision_of
 from mgd.step.batches import described, split_tensors
 from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import numbers_of, put_back
 
 Evaluated = Callable[[], "tuple[list[list[Tensor | None]], list[Tensor]]"]
 
@@ -68,12 +71,18 @@ class AutogradResiduals:
 def kept_graph(
     microbatch: Microbatch, loss: Tensor, outputs: Sequence[Tensor | None], leaves: list[Tensor], one: Tensor
 ) -> AutogradResiduals | None:
-    """What second derivatives need of this evaluation. None where the loss depends on what was differentiated
-    elsewhere, as one does that carries a state from step to step: evaluated again, it shows.
+    """What second derivatives need of this evaluation. None where it has no second derivatives, and where the loss
+    depends on what was differentiated elsewhere, as one does that carries a state from step to step: evaluated again,
+    it shows.
 
     outputs: the gradient of each parameter, and the floating-point buffers after the step. leaves: all others than
     `one`, with which the gradient was seeded.
     """
+    try:
+        if microbatch.loss.precision is None:
+            microbatch.loss.precision = precision_of(loss)
+    except NotImplementedError:
+        return None
     known = {id(x) for x in leaves}
     if any([id(node.variable) not in known for node in graph_of(loss) if hasattr(node, "variable")]):
         return None
@@ -108,12 +117,12 @@ class KeptGraphs:
 
     def __init__(self) -> None:
         self.refused = False
-        self._known: list[tuple[str, list[torch.Size], int]] = []
+        self._known: dict[_Kind, int] = {}
 
     def bytes(self, microbatch: Microbatch) -> int | None:
         """What the graph of this microbatch takes at most: that of one which is no smaller; None: not known yet."""
-        structure, shapes = _kind(microbatch)
-        found = [size for known, largest, size in self._known if known == structure and _fits(shapes, largest)]
+        kind = _kind(microbatch)
+        found = [size for known, size in self._known.items() if _fits(kind, known)]
         return min(found, default=None)
 
     @contextlib.contextmanager
@@ -124,19 +133,38 @@ class KeptGraphs:
         with seen, _Watch(seen) as watch:
             yield
         self.refused |= watch.others
-        self._known.append((*_kind(microbatch), sum(seen.storages.values())))
+        self._known[_kind(microbatch)] = sum(seen.storages.values())
 
 
-def _kind(microbatch: Microbatch) -> tuple[str, list[torch.Size]]:
+_Kind = tuple[str, tuple[torch.Size, ...]]  # the structure of the batch and of z, and the batch's shapes
+
+
+def _kind(microbatch: Microbatch) -> _Kind:
     tensors, structure = described(microbatch.batch)
-    return structure + microbatch.metaparameters.structure, [x.shape for x in tensors]
+    return structure + microbatch.metaparameters.structure, tuple([x.shape for x in tensors])
 
 
-def _fits(shapes: list[torch.Size], largest: list[torch.Size]) -> bool:
-    return len(shapes) == len(largest) and all(
-        len(x) == len(y) and all(a <= b for a, b in zip(x, y, strict=True))
-        for x, y in zip(shapes, largest, strict=True)
-    )
+def _fits(kind: _Kind, known: _Kind) -> bool:
+    """Whether it is of the same structure, and no tensor is larger in any dimension."""
+
+    def fits(x: torch.Size, y: torch.Size) -> bool:
+        return len(x) == len(y) and all(a <= b for a, b in zip(x, y, strict=True))
+
+    return kind == known or (kind[0] == known[0] and all(map(fits, kind[1], known[1])))
+
+
+class Rewind:
+    """Where numbers that a model holds, and Python's and numpy's random generators, are now."""
+
+    def __init__(self, model: nn.Module):
+        self._numbers = numbers_of(model)
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def rewind(self) -> None:
+        """Put them back: what is evaluated once more draws and counts what it did."""
+        put_back(self._numbers)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
 
 
 class _Saved(saved_tensors_hooks):

@@ -122,9 +122,10 @@ class Sweep:
             self._perform(next(self._actions))
             self.index += 1
         # The last step is the first to be reversed. So the state before it stays the current one, and its gradient is
-        # kept. The state after it has the room that the adjoint will take: there is none yet.
+        # kept. The state after it has the room that the adjoint will take: there is none yet. By autograd it keeps no
+        # graph: evaluated again, it shows whether steps repeat themselves.
         t = self.state.step
-        result = self._evaluate(t, room=self.residuals.left)
+        result = self._evaluate(t, room=self.residuals.left if self.step.evaluator.residual_bytes else 0)
         self._keep_residuals(t, result)
         self.history.hold(t, result)
         end = self.state.clone()

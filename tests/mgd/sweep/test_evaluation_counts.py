@@ -1,4 +1,7 @@
-"""How often the model is called: T times for the training, once a step for the second derivatives, and no more."""
+"""How often the model is called: T times for the training, once a step for the second derivatives, and no more.
+
+By autograd it is not called again where the graph of the step's gradient was kept.
+"""
 
 import pytest
 import torch
@@ -6,15 +9,36 @@ import torch.nn.functional as F
 from cases import assert_exact, initial
 from counting import STEPS, counted
 
+from mgd.autodiff.kept_graph import KeptGraphs
 
-def test_a_full_log_evaluates_the_model_once_a_step():
+
+@pytest.fixture
+def no_graphs(monkeypatch):
+    """None is kept."""
+    monkeypatch.setattr(KeptGraphs, "__init__", lambda self: setattr(self, "refused", True))
+
+
+def test_kept_graphs_leave_two_steps_to_evaluate_again():
+    """The first one, which was measured, unless another training of the function did that; and the last one, which
+    shows whether steps repeat themselves."""
+    made, counter = counted()
+    made = made.but({"init": initial(made.model)})
+    f = made.function(schedule="log")
+    assert f.metagradient(made.z).report.counts["hvps"] == STEPS
+    assert counter.calls == [*range(STEPS), STEPS - 1, 0]
+    counter.calls.clear()
+    f.metagradient(made.z)
+    assert counter.calls == [*range(STEPS), STEPS - 1]
+
+
+def test_a_full_log_evaluates_the_model_once_a_step(no_graphs):
     made, counter = counted()
     report = made.but({"init": initial(made.model)}).metagradient(schedule="log").report
     assert report.counts["model steps"] == STEPS and report.counts["hvps"] == STEPS
     assert counter.calls == [*range(STEPS), *reversed(range(STEPS))]
 
 
-def test_hyperparameters_alone_need_no_second_derivative_at_step_0():
+def test_hyperparameters_alone_need_no_second_derivative_at_step_0(no_graphs):
     made, counter = counted()
     report = made.metagradient(schedule="log").report
     assert report.counts["hvps"] == STEPS - 1
@@ -22,7 +46,7 @@ def test_hyperparameters_alone_need_no_second_derivative_at_step_0():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_microbatches_are_evaluated_once_each(count):
+def test_microbatches_are_evaluated_once_each(count, no_graphs):
     made, counter = counted(microbatches=count)
     made.metagradient(schedule="log")
     assert len(counter.calls) == count * (STEPS + STEPS - 1)
@@ -47,7 +71,7 @@ def late(start):
 
 
 @pytest.mark.parametrize("start", [1, 4, STEPS - 1])
-def test_the_sweep_ends_where_the_first_metaparameter_enters(start):
+def test_the_sweep_ends_where_the_first_metaparameter_enters(start, no_graphs):
     made, counter = counted(late(start))
     made.z = {"temperature": torch.tensor(1.2, dtype=torch.float64)}
     report = made.metagradient(schedule="log").report
@@ -56,7 +80,7 @@ def test_the_sweep_ends_where_the_first_metaparameter_enters(start):
     assert_exact(made)
 
 
-def test_a_late_metaparameter_beside_a_schedule():
+def test_a_late_metaparameter_beside_a_schedule(no_graphs):
     """The learning rates need the whole sweep, but no second derivative at step 0, which reads nothing else."""
     made, counter = counted(late(4))
     made = made.but({"temperature": torch.tensor(1.2, dtype=torch.float64)})

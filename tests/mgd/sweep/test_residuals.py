@@ -18,8 +18,8 @@ class Part:
 
     metaparameters = None
 
-    def __init__(self, tensors, given=()):
-        self.tensors, self.given = list(tensors), list(given)
+    def __init__(self, tensors, given=(), held=0):
+        self.tensors, self.given, self.held = list(tensors), list(given), held
 
 
 @pytest.fixture
@@ -153,3 +153,14 @@ def test_slabs_go_with_an_error(slabs, little_room):
     with pytest.raises(ZeroDivisionError) as error:
         case.but(objective=objective).metagradient(trace=True)
     assert slabs and not any(ref() for ref in slabs), error  # whose traceback holds the sweep
+
+
+def test_what_cannot_be_copied_counts_twice():
+    cache = ResidualCache(1000, 3)
+    cache.put(0, [Part([], held=200)])
+    assert cache.left == 600 and cache.step_bytes == 400 and cache.peak == 400
+    cache.put(1, [Part([torch.zeros(10)], held=200)])
+    cache.put(2, [Part([], held=200)])  # for which there is no room
+    assert cache.left < 200 and cache.take(2) is None
+    assert cache.take(1)[0].held == cache.take(0)[0].held == 200
+    assert cache.left == 1000
