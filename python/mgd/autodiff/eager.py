@@ -70,7 +70,13 @@ class EagerEvaluator:
             return self._evaluate(microbatch, parameters, before, look)
         held = self.kept.bytes(microbatch)
         fits = held is not None and (room is None or held <= room)
-        evaluation = self._evaluate(microbatch, parameters, before, look, keep=fits, measure=held is None)
+        try:
+            evaluation = self._evaluate(microbatch, parameters, before, look, keep=fits, measure=held is None)
+        except RuntimeError as error:
+            if held is not None or isinstance(error, MetagradientError):
+                raise
+            self.kept.refused = True  # for instance torch.func, which refuses to be measured
+            return self._evaluate(microbatch, parameters, before, look)
         if evaluation.residuals is not None:
             evaluation.residuals.held = held or 0
         elif not fits:
