@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mgd.autodiff.eager import Look
 from mgd.autodiff.second_order import graph_of
+from mgd.step.evaluator import Evaluation
 from mgd.util.clock import Clock
 
 T = TypeVar("T")
@@ -28,7 +29,10 @@ _HOST = torch.device("cpu")
 # Of the seconds of both evaluations of a step. Measured: 0.20 (convnets) to 0.35 (GPT-2) where residuals are kept, and
 # 0 (GPT-2) to 0.25 (ViT) where they are computed again.
 SAVED, SAVED_AT_LEAST = 0.25, 0.05
-SECOND = 2.4  # second derivatives, in gradients, as long as none was measured
+# Where autograd keeps its graphs: 0.12 (a small GPT) to 0.25 (LoRA).
+SAVED_OF_KEPT = 0.15
+# Second derivatives, in gradients, as long as none was measured; and where graphs are kept.
+SECOND, SECOND_OF_KEPT = 2.4, 1.6
 PER_NODE = 20e-3  # seconds of a capture for each node of the loss's autograd graph, as long as none was measured
 IMPORT = 2.0  # seconds to import Dynamo
 CAUTION = 1.2  # the costs, which may be underestimated, count so much
@@ -40,7 +44,8 @@ class Account:
     """Steps of one kind: those that would share a graph.
 
     nodes, bytes: of the autograd graph, whose tensors are about the residuals. gradient, second: the least seconds of
-    each evaluation. account: seconds that a graph would have saved. evaluations: in this training.
+    each evaluation. account: seconds that a graph would have saved. evaluations: in this training. kept: whether
+    autograd kept the latest one's graph.
     """
 
     nodes: int = 0
@@ -50,6 +55,7 @@ class Account:
     account: float = 0.0
     evaluations: int = 0
     measured: int = 0
+    kept: bool = False
 
 
 class Payoff:
@@ -87,6 +93,8 @@ class Payoff:
 
     def _saved(self, kind: Account) -> float:
         """Seconds that a graph saves per step, as far as there is room for residuals."""
+        if kind.kept:
+            return SAVED_OF_KEPT * (kind.gradient + (kind.second or SECOND_OF_KEPT * kind.gradient))
         kept = min(1.0, self._room / (kind.bytes * self._ahead)) if kind.bytes and self._ahead else 1.0
         share = SAVED_AT_LEAST + (SAVED - SAVED_AT_LEAST) * kept
         return share * (kind.gradient + (kind.second or SECOND * kind.gradient))
@@ -94,7 +102,7 @@ class Payoff:
     def _cost(self, kind: Account) -> float:
         return _rate.seconds * kind.nodes + (0 if "torch._dynamo" in sys.modules else IMPORT)
 
-    def gradient(self, key: Hashable, evaluate: Callable[[Look | None], T]) -> T:
+    def gradient(self, key: Hashable, evaluate: Callable[[Look | None], Evaluation]) -> Evaluation:
         """A gradient by autograd, with a look at the clock, and at the first one's graph."""
         kind = self._kinds[key]
 
@@ -107,7 +115,9 @@ class Payoff:
             kind.measured += 1
 
         with self._clock.timed(note):
-            return evaluate(None if kind.nodes else look)
+            evaluation = evaluate(None if kind.nodes else look)
+        kind.kept = evaluation.residuals is not None
+        return evaluation
 
     def second(self, key: Hashable, evaluate: Callable[[], T]) -> T:
         """Second derivatives by autograd: what a graph would have saved goes to the account."""
