@@ -264,6 +264,7 @@ class TrainingFunction(Replaceable):
             contextlib.nullcontext() if alone else self.ranks.call(),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autograd.set_multithreading_enabled(False),  # a device's own thread would add in another order
             Progress(len(self), progress and self.ranks.rank == 0) as bar,
         ):
             yield bar.tick

@@ -68,6 +68,14 @@ def test_every_tier_gives_the_same_bits(tiers, trace, tmp_path):
     assert (found.report.store is not None) == (tiers != "device")
 
 
+def test_two_calls_give_the_same_bits():
+    """A device's own thread counts the nodes of a gradient's graph apart from those of the loss's, and so would add in
+    another order from call to call."""
+    found = [on(device_cases.convnet(), PRETENDED).metagradient(trace=False) for _ in range(3)]
+    for key, gradient in found[0].grads.items():
+        assert all(torch.equal(each.grads[key], gradient) for each in found[1:]), key
+
+
 def training(**options):
     """The training of `interruptions`, on the device."""
     f, z = interruptions.training(steps=14, **options)
