@@ -27,7 +27,6 @@ from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers, numbers_of, put_back
-from mgd.step.overrides import FunctionOverrides
 
 HOOKS = "hooks of saved tensors, where an autograd graph is kept"  # an error that no caller sees
 AT_FIRST, MOST_CREDIT = 4, 8  # evaluations that may be measured before any graph was kept, and after many were
@@ -98,7 +97,7 @@ class AutogradResiduals:
         """As where a step is evaluated: a backward function or a hook in Python may look at the model."""
         loss = self.microbatch.loss
         buffers = [self.after[name].clone() for name in loss.binding.buffer_names]
-        with loss.binding.swapped(parameters, buffers), FunctionOverrides(loss.plain_at(self.microbatch.step)):
+        with loss.binding.swapped(parameters, buffers):
             yield
 
 
@@ -153,6 +152,8 @@ def _bits(x: Tensor | np.ndarray) -> int:
         if isinstance(x, Tensor):
             if x.device.type != "cpu" or x.layout is not torch.strided:
                 return 0
+            if x.dtype is not torch.bfloat16 and x.nbytes <= _SHORT:
+                return hash(x.numpy(force=True).tobytes())
             x = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
         raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     except (RuntimeError, TypeError, ValueError):  # one that NumPy does not have

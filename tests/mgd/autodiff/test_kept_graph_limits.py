@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mgd
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs
+from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs, _bits
 
 
 class Counts:
@@ -208,8 +208,6 @@ def test_outside_memory_that_changes_by_little():
 
 
 def test_long_arrays_are_told_apart():
-    from mgd.autodiff.kept_graph import _bits
-
     x = torch.randn(100_003)
     y, z, swapped = x.clone(), x.clone(), x.clone()
     y[70_000] += 1e-6
