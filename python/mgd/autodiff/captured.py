@@ -78,6 +78,7 @@ class CapturedEvaluator:
 
     def begin(self, reversals: int, room: int) -> None:
         self.payoff.begin(reversals, room)
+        self.fallback.begin(reversals, room)
 
     def describe(self) -> str:
         if self.refused:

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from mgd.autodiff.execution import COMPILED_TOLERANCE, same_bits
-from mgd.autodiff.kept_graph import KeptGraphs, Rewind, kept_graph
+from mgd.autodiff.kept_graph import HOOKS, Extent, KeptGraphs, Kind, Rewind, extent_of, kept_graph, kind_of
 from mgd.autodiff.second_order import (
     Point,
     SecondOrder,
@@ -22,6 +23,7 @@ from mgd.autodiff.second_order import (
 from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
 from mgd.step.agreement import agree
+from mgd.step.batches import split_tensors
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
 from mgd.step.model import Buffers, differentiable
@@ -55,7 +57,7 @@ class EagerEvaluator:
         self.kept.refused = True
 
     def begin(self, reversals: int, room: int) -> None:
-        pass
+        self.kept.begin(reversals)
 
     def gradient(
         self,
@@ -66,19 +68,21 @@ class EagerEvaluator:
         *,
         room: int | None = None,
     ) -> Evaluation:
-        if room == 0 or self.kept.refused:
+        kind = None if room == 0 or self.kept.refused else kind_of(microbatch)
+        held = None if kind is None else self.kept.bytes(kind)
+        if kind is None or not self.kept.pays(held):
             return self._evaluate(microbatch, parameters, before, look)
-        held = self.kept.bytes(microbatch)
         fits = held is not None and (room is None or held <= room)
+        how = {"keep": kind if fits else None, "measure": kind if held is None else None}
         try:
-            evaluation = self._evaluate(microbatch, parameters, before, look, keep=fits, measure=held is None)
+            evaluation = self._evaluate(microbatch, parameters, before, look, **how)
         except RuntimeError as error:
-            if held is not None or isinstance(error, MetagradientError):
+            if isinstance(error, MetagradientError) or (held is not None and HOOKS not in str(error)):
                 raise
             self.kept.refused = True  # for instance torch.func, which refuses to be measured
             return self._evaluate(microbatch, parameters, before, look)
         if evaluation.residuals is not None:
-            evaluation.residuals.held = held or 0
+            evaluation.residuals.held = max(held or 0, 1)  # 0 is of what stays nowhere
         elif not fits:
             evaluation.not_kept = held or 0
         return evaluation
@@ -89,7 +93,7 @@ class EagerEvaluator:
         parameters: list[Tensor],
         before: Buffers,
         look: Look | None,
-        **kept: bool,
+        **kept: Kind | None,
     ) -> Evaluation:
         known = microbatch.loss.plain_since
         try:
@@ -108,10 +112,10 @@ class EagerEvaluator:
         parameters: list[Tensor],
         before: Buffers,
         look: Look | None,
-        keep: bool = False,
-        measure: bool = False,
+        keep: Kind | None = None,
+        measure: Kind | None = None,
     ) -> Evaluation:
-        """keep: the graph of the gradient. measure: what that would take."""
+        """keep: the graph of the gradient, of a microbatch of this kind. measure: what that would take."""
         # Updates write to the parameters between here and the way back, where they are as now: autograd must not count.
         t, inputs = microbatch.step, [p.data.requires_grad_() for p in parameters] if keep else leaves(parameters)
         # Metaparameters need gradients, as where second derivatives are evaluated: that decides which operators run.
@@ -125,6 +129,7 @@ class EagerEvaluator:
         moved = microbatch.moved(before)
         originals = {n: b.detach().requires_grad_() if n in moved else b for n, b in before.items()}
         copies = {n: b.clone() for n, b in originals.items()}
+        known = [*inputs, *[originals[name] for name in differentiable(before)], *metaparameters]
 
         def check_unmodified() -> None:
             """Raises where the loss changed what it was given."""
@@ -139,9 +144,13 @@ class EagerEvaluator:
 
         # What is asked of a tensor while the model is bound goes through Python: the checks come afterwards.
         with contextlib.ExitStack() as stack:
+            seen = None
             if measure:
-                stack.enter_context(self.kept.measured(microbatch))
+                read = [*given, *before.values(), *split_tensors(microbatch.batch)[0]]
+                seen = stack.enter_context(self.kept.measured(measure, read))
             try:
+                if keep:
+                    stack.enter_context(disable_saved_tensors_hooks(HOOKS))
                 microbatch.reseed()
                 loss, left = microbatch(inputs, copies, metaparameters, stack)
                 if not loss.requires_grad:
@@ -149,14 +158,15 @@ class EagerEvaluator:
                     raise BadLoss(DETACHED.format(t))
                 if look is not None:
                     look(loss)
-                one, wanted = torch.ones_like(loss, requires_grad=keep), [*inputs, *metaparameters]
-                before_it = Rewind(microbatch.loss.binding.model) if measure else None
+                stays = keep is not None and self.kept.covers(keep, loss, known)
+                one, wanted = torch.ones_like(loss, requires_grad=stays), [*inputs, *metaparameters]
+                before_it = Rewind(microbatch.loss.binding.model) if seen else None
                 found = torch.autograd.grad(
-                    loss, wanted, one, retain_graph=keep or measure, create_graph=keep, allow_unused=True
+                    loss, wanted, one, retain_graph=stays or seen is not None, create_graph=stays, allow_unused=True
                 )
-                if before_it is not None:
+                if seen is not None and before_it is not None and not seen.watch.others:
                     before_it.rewind()
-                    self._look_at(microbatch, loss, wanted, found)
+                    seen.extent = self._look_at(microbatch, loss, wanted, found, known)
                 grads, influence = found[: len(inputs)], found[len(inputs) :]
                 if all(g is None for g in grads):
                     check_unmodified()
@@ -182,27 +192,39 @@ class EagerEvaluator:
         check_unmodified()
         after = _settled(before, copies, left, microbatch.loss.reads)
         evaluation = Evaluation(loss.detach(), grads, after, influence)
-        if keep:
-            floats = differentiable(before)
-            known = [*inputs, *[originals[name] for name in floats], *metaparameters]
-            outputs = [*grads, *[left[name] for name in floats]]
-            evaluation.residuals = kept_graph(microbatch, loss, outputs, known, one)
+        if stays:
+            outputs = [*grads, *[left[name] for name in differentiable(before)]]
+            evaluation.residuals = kept_graph(self.kept, microbatch, loss, outputs, known, one, after)
             evaluation.gradients = [None if g is None else g.detach() for g in grads]
             evaluation.influence = [None if g is None else g.detach() for g in influence]
         return evaluation
 
     def _look_at(
-        self, microbatch: Microbatch, loss: Tensor, wanted: list[Tensor], found: Sequence[Tensor | None]
-    ) -> None:
-        """Whether the gradient has the same bits where it has a graph, which can be differentiated. In `measured`."""
+        self,
+        microbatch: Microbatch,
+        loss: Tensor,
+        wanted: list[Tensor],
+        found: Sequence[Tensor | None],
+        known: Sequence[Tensor],
+    ) -> Extent | None:
+        """The extent of the loss's graph, if the gradient has the same bits where it has a graph, which can be
+        differentiated. None where zeros do not tell, as below a last layer of zeros or behind a gate. In `measured`."""
         count = len(wanted) - len(microbatch.metaparameters.tensors)
         try:
             microbatch.loss.precision = precision_of(loss)
-            one = torch.ones_like(loss, requires_grad=True)
-            again = torch.autograd.grad(loss, wanted, one, create_graph=True, allow_unused=True)
-            self.kept.refused |= not (same_bits(again[:count], found[:count]) and agree(again[count:], found[count:]))
+            extent = extent_of(loss, known)
+            if not extent.foreign:
+                one = torch.ones_like(loss, requires_grad=True)
+                again = torch.autograd.grad(loss, wanted, one, create_graph=True, allow_unused=True)
+                equal = same_bits(again[:count], found[:count]) and agree(again[count:], found[count:])
+                self.kept.refused |= not equal
+                told = [g is None or bool(g.any()) for g in found[:count]]
+                told += [x.numel() != 1 or bool(x.any()) for x in wanted[:count]]
+                return extent if all(told) else None
         except (RuntimeError, NotImplementedError):  # second derivatives, if they are wanted, say what is wrong
-            self.kept.refused = True
+            pass
+        self.kept.refused = True
+        return None
 
     def second_derivatives(
         self,

@@ -8,7 +8,9 @@ parameters are then again what they were, in the same memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,27 +22,43 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.overrides import TorchFunctionMode
 
 from mgd.autodiff.second_order import along, graph_of, precision_of
-from mgd.step.batches import described, split_tensors
+from mgd.step.batches import described, flatten, split_tensors
 from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
-from mgd.step.model import numbers_of, put_back
+from mgd.step.model import Buffers, numbers_of, put_back
+
+HOOKS = "hooks of saved tensors, where an autograd graph is kept"  # an error that no caller sees
+AT_FIRST, MOST_CREDIT = 4, 8  # evaluations that may be measured before any graph was kept, and after many were
+SHORTEST = 3  # evaluations of a training of which a graph is kept: not of the first, nor of the last step
+
+# Of these operators torch has another formula where gradients have a graph. Its bits may be the same by chance.
+OTHER_BITS = frozenset(
+    f"{name}Backward0"
+    for name in "Silu Mish Logit NativeGroupNorm FusedRmsNorm WeightNormInterface MkldnnRnnLayer ThnnFusedLstmCell "
+    "ThnnFusedGruCell".split()
+)
 
 Evaluated = Callable[[], "tuple[list[list[Tensor | None]], list[Tensor]]"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class AutogradResiduals:
     """The graph of the gradient of one microbatch, for one use.
 
     live: of the gradient of each parameter and the buffers after the step, in this order, those that have a graph.
-    leaves: of the graph: parameters, floating-point buffers, metaparameters, and what seeded the gradient. read: of the
-    batch and of z, with the number of times each had been changed in place. around: who calls `along`.
+    leaves: of the graph: parameters, floating-point buffers, metaparameters, and what seeded the gradient. microbatch:
+    of whose batch `content` is. read: of the batch and of z, with the number of times each had been changed in place.
+    after: the buffers as the model left them. around: who calls `along`.
     """
 
+    owner: KeptGraphs
     live: Mapping[int, GradientEdge]
     leaves: list[Tensor]
+    microbatch: Microbatch
     read: list[tuple[Tensor, int | None]]
+    content: int
+    after: Buffers
     given: list[Tensor]
     metaparameters: BatchMetaparameters
     share: float
@@ -58,22 +76,41 @@ class AutogradResiduals:
     ) -> Derivatives | None:
         leaves, live = self.leaves, self.live
         self.leaves, self.live = [], {}  # a graph is read once
-        unchanged = all([_version(x) == version for x, version in self.read])
-        if not leaves or not unchanged or not all(map(_same_values, leaves, parameters)):
+        if not leaves or not self.unchanged() or not all(map(_same_values, leaves, parameters)):
             return None
         try:
-            results, products = (self.around or _call)(lambda: along(live, leaves, directions, cotangents))
+            with self._bound(leaves[: len(parameters)]):
+                results, products = (self.around or _call)(lambda: along(live, leaves, directions, cotangents))
         except RuntimeError:  # the plain evaluation says what is wrong, or does without what was changed in place
             return None
         return Derivatives(results, products, precision=self.precision)
 
+    def unchanged(self) -> bool:
+        """Whether the batch and z are what they were: else others will not be either, where a loader fills one piece of
+        memory again and again. Who writes past autograd, as NumPy does, leaves the version."""
+        same = all([_version(x) == version for x, version in self.read]) and self.content == content(self.microbatch)
+        self.owner.refused |= not same
+        return same
+
+    @contextlib.contextmanager
+    def _bound(self, parameters: list[Tensor]) -> Iterator[None]:
+        """As where a step is evaluated: a backward function or a hook in Python may look at the model."""
+        loss = self.microbatch.loss
+        buffers = [self.after[name].clone() for name in loss.binding.buffer_names]
+        with loss.binding.swapped(parameters, buffers):
+            yield
+
 
 def kept_graph(
-    microbatch: Microbatch, loss: Tensor, outputs: Sequence[Tensor | None], leaves: list[Tensor], one: Tensor
+    owner: KeptGraphs,
+    microbatch: Microbatch,
+    loss: Tensor,
+    outputs: Sequence[Tensor | None],
+    leaves: list[Tensor],
+    one: Tensor,
+    after: Buffers,
 ) -> AutogradResiduals | None:
-    """What second derivatives need of this evaluation. None where it has no second derivatives, and where the loss
-    depends on what was differentiated elsewhere, as one does that carries a state from step to step: evaluated again,
-    it shows.
+    """What second derivatives need of this evaluation; None where it has none.
 
     outputs: the gradient of each parameter, and the floating-point buffers after the step. leaves: all others than
     `one`, with which the gradient was seeded.
@@ -83,19 +120,47 @@ def kept_graph(
             microbatch.loss.precision = precision_of(loss)
     except NotImplementedError:
         return None
-    known = {id(x) for x in leaves}
-    if any([id(node.variable) not in known for node in graph_of(loss) if hasattr(node, "variable")]):
-        return None
     read = [*split_tensors(microbatch.batch)[0], *microbatch.metaparameters.tensors]
-    return AutogradResiduals(
+    kept = AutogradResiduals(
+        owner,
         {i: get_gradient_edge(x) for i, x in enumerate(outputs) if x is not None and x.requires_grad},
         [*leaves, one],
+        microbatch,
         [(x, _version(x)) for x in read],
-        [x for x in (*leaves, *read) if torch._C._has_storage(x)],
+        content(microbatch),
+        after,
+        [x for x in (*leaves, *read, *after.values()) if torch._C._has_storage(x)],
         microbatch.metaparameters,
         microbatch.share,
         microbatch.loss.precision or 0.0,
     )
+    owner.note(kept)
+    return kept
+
+
+_LANES, _SHORT = 64, 1 << 16
+
+
+def content(microbatch: Microbatch) -> int:
+    """A number that tells the bits of the batch apart, as far as they are in the host's memory."""
+    return hash(tuple([_bits(x) for x in flatten(microbatch.batch)[0] if isinstance(x, Tensor | np.ndarray)]))
+
+
+def _bits(x: Tensor | np.ndarray) -> int:
+    """The hash of a short one; of a long one that of the sums of its words, which takes a tenth of the time."""
+    try:
+        if isinstance(x, Tensor):
+            if x.device.type != "cpu" or x.layout is not torch.strided:
+                return 0
+            if x.dtype is not torch.bfloat16 and x.nbytes <= _SHORT:
+                return hash(x.numpy(force=True).tobytes())
+            x = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    except (RuntimeError, TypeError, ValueError):  # one that NumPy does not have
+        return 0
+    whole = 0 if raw.size <= _SHORT else raw.size // (8 * _LANES) * 8 * _LANES
+    sums = raw[:whole].view(np.uint64).reshape(-1, _LANES).sum(0, dtype=np.uint64)
+    return hash((raw.size, sums.tobytes(), raw[whole:].tobytes()))
 
 
 def _version(x: Tensor) -> int | None:
@@ -113,44 +178,129 @@ def _same_values(leaf: Tensor, parameter: Tensor) -> bool:
 
 class KeptGraphs:
     """Which microbatches' graphs may be kept: those of which it is known what they take, and that gradients with such a
-    graph have the bits of gradients without one. refused: none."""
+    graph have the bits of gradients without one. refused: none.
+
+    Every graph that is kept pays for one that has to be measured; a few may be at first.
+    """
 
     def __init__(self) -> None:
         self.refused = False
-        self._known: dict[_Kind, int] = {}
+        self._known: dict[Kind, tuple[int, int]] = {}  # bytes that a graph held, and elements of its loss's graph
+        self._types: frozenset[type] = frozenset()  # of nodes that were looked at
+        self._missing: frozenset[type] = frozenset()  # and that should be
+        self._credit, self._trainings, self._short = AT_FIRST, 0, False
+        self._first: list[weakref.ref[AutogradResiduals]] = []
 
-    def bytes(self, microbatch: Microbatch) -> int | None:
-        """What the graph of this microbatch takes at most: that of one which is no smaller; None: not known yet."""
-        kind = _kind(microbatch)
-        found = [size for known, size in self._known.items() if _fits(kind, known)]
-        return min(found, default=None)
+    def begin(self, reversals: int) -> None:
+        """A training begins, of which so many evaluations will be reversed."""
+        self._short = 0 < reversals < SHORTEST and not self._trainings
+        self._trainings += reversals > 0
+
+    def pays(self, held: int | None) -> bool:
+        """Whether this evaluation may be measured or its graph kept. held: see `bytes`."""
+        for reference in self._first if len(self._first) < AT_FIRST else ():
+            if kept := reference():
+                kept.unchanged()
+        return not self.refused and (held is not None or not self._short)
+
+    def note(self, kept: AutogradResiduals) -> None:
+        """The first graphs are looked at before the next ones are kept."""
+        if len(self._first) < AT_FIRST:
+            self._first.append(weakref.ref(kept))
+
+    def bytes(self, kind: Kind) -> int | None:
+        """What the graph of such a microbatch takes at most: that of one which is no smaller; None: not known yet."""
+        if self._missing:
+            return None
+        return min([size for known, (size, _) in self._known.items() if _fits(kind, known)], default=None)
+
+    def covers(self, kind: Kind, loss: Tensor, leaves: Sequence[Tensor]) -> bool:
+        """Whether the graph of this loss is like those that were measured. It may depend on numbers in the batch, on
+        what requires gradients, or on the step."""
+        found = extent_of(loss, leaves)
+        if found.foreign:
+            self.refused = True
+            return False
+        covering = [known for known in self._known if _fits(kind, known)]
+        small = [known for known in covering if self._known[known][1] < found.elements]
+        self._missing = found.types - self._types
+        for known in small:
+            del self._known[known]
+        return self._pay(small or self._missing)
+
+    def _pay(self, price: object) -> bool:
+        """Whether there is nothing to pay for; if there is, and no credit, nothing is kept any more."""
+        self._credit += -1 if price else self._credit < MOST_CREDIT
+        self.refused |= self._credit < 0
+        return not price
 
     @contextlib.contextmanager
-    def measured(self, microbatch: Microbatch) -> Iterator[None]:
-        """Takes note of what the graph of the block's gradient holds. Nothing is kept where somebody else packs what is
-        saved, as activation checkpoints do: they would call the model again, which is bound no longer."""
-        seen = _Saved()
-        with seen, _Watch(seen) as watch:
-            yield
-        self.refused |= watch.others
-        self._known[_kind(microbatch)] = sum(seen.storages.values())
+    def measured(self, kind: Kind, given: Sequence[Tensor]) -> Iterator[Measured]:
+        """Takes note of what the graph of the block's gradient holds, without the memory of what it was given. Nothing
+        is kept where somebody else packs what is saved, as activation checkpoints do, nor where a tensor retains its
+        gradient, which then would hold its own graph for ever."""
+        seen = Measured({x.untyped_storage().data_ptr() for x in given if torch._C._has_storage(x)})
+        with seen.saved, seen.watch:
+            yield seen
+        self.refused |= seen.watch.others
+        self._pay(True)
+        if seen.extent is not None:
+            self._types |= seen.extent.types
+            self._missing -= self._types
+            self._known[kind] = sum(seen.saved.storages.values()), seen.extent.elements
 
 
-_Kind = tuple[str, tuple[torch.Size, ...]]  # the structure of the batch and of z, and the batch's shapes
+# The structure of the batch and of z with the dtypes of their tensors, and their shapes.
+Kind = tuple[str, tuple[torch.Size, ...]]
 
 
-def _kind(microbatch: Microbatch) -> _Kind:
+def kind_of(microbatch: Microbatch) -> Kind | None:
+    """What microbatches have in common whose graphs may be alike. None for one of nested tensors, whose shapes do not
+    say what they hold."""
     tensors, structure = described(microbatch.batch)
-    return structure + microbatch.metaparameters.structure, tuple([x.shape for x in tensors])
+    tensors = [*tensors, *microbatch.metaparameters.tensors]
+    if any([x.is_nested for x in tensors]):
+        return None
+    dtypes = " ".join([str(x.dtype) for x in tensors])
+    return f"{structure} {microbatch.metaparameters.structure} {dtypes}", tuple([x.shape for x in tensors])
 
 
-def _fits(kind: _Kind, known: _Kind) -> bool:
+def _fits(kind: Kind, known: Kind) -> bool:
     """Whether it is of the same structure, and no tensor is larger in any dimension."""
 
     def fits(x: torch.Size, y: torch.Size) -> bool:
         return len(x) == len(y) and all(a <= b for a, b in zip(x, y, strict=True))
 
     return kind == known or (kind[0] == known[0] and all(map(fits, kind[1], known[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Of a loss's autograd graph: the types of its nodes, and the elements of the results that they stand for.
+
+    foreign: whether it cannot be kept: it depends on leaves that others made, as a loss does that carries a state from
+    step to step, which is seen where a step is evaluated again; it has operators of other bits; or nested tensors.
+    """
+
+    types: frozenset[type]
+    elements: int
+    foreign: bool
+
+
+def extent_of(loss: Tensor, leaves: Sequence[Tensor]) -> Extent:
+    known, types, elements, foreign = {id(x) for x in leaves}, set(), 0, False
+    for node in graph_of(loss):
+        types.add(type(node))
+        if hasattr(node, "variable"):
+            foreign = foreign or id(node.variable) not in known
+            continue
+        try:
+            for metadata in getattr(node, "_input_metadata", ()):
+                elements += int(math.prod(metadata.shape))
+        except (RuntimeError, TypeError):  # a nested tensor
+            foreign = True
+    foreign = foreign or not OTHER_BITS.isdisjoint([x.__name__ for x in types])
+    return Extent(frozenset(types), elements, foreign)
 
 
 class Rewind:
@@ -167,22 +317,42 @@ class Rewind:
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
+class Measured:
+    """What is seen of an evaluation whose graph may be kept later. extent: of its loss's graph, where the gradient has
+    the same bits with a graph as without."""
+
+    def __init__(self, given: set[int]):
+        self.saved = _Saved(given)
+        self.watch = _Watch(self.saved)
+        self.extent: Extent | None = None
+
+
 class _Saved(saved_tensors_hooks):
-    """The memory of all tensors that a graph saves: bytes by address."""
+    """The memory of all tensors that a graph saves, but for that of what it was given: bytes by address."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: set[int]) -> None:
+        self.given = given
         self.storages: dict[int, int] = {}
-        super().__init__(self._pack, lambda x: x)
+        super().__init__(self._pack, _unpacked)
 
-    def _pack(self, x: Tensor) -> Tensor:
+    def _pack(self, x: Tensor) -> tuple[Tensor, int]:
         if torch._C._has_storage(x):
             memory = x.untyped_storage()
-            self.storages[memory.data_ptr()] = memory.nbytes()
-        return x.detach()
+            if memory.data_ptr() not in self.given:
+                self.storages[memory.data_ptr()] = memory.nbytes()
+        return x.detach(), x._version
+
+
+def _unpacked(packed: tuple[Tensor, int]) -> Tensor:
+    """Autograd itself does not look at versions under hooks."""
+    x, version = packed
+    if x._version != version:
+        raise RuntimeError("a tensor that autograd saved was changed in place")
+    return x
 
 
 class _Watch(TorchFunctionMode):
-    """others: whether a function was called where not `mine` packed what it saves."""
+    """others: whether a function was called where not `mine` packed what it saves, or a tensor retains its gradient."""
 
     def __init__(self, mine: _Saved):
         super().__init__()
@@ -190,5 +360,5 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self.others |= hooks is None or hooks[0] != self.mine.pack_hook
+        self.others |= hooks is None or hooks[0] != self.mine.pack_hook or func is Tensor.retain_grad
         return func(*args, **(kwargs or {}))

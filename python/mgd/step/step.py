@@ -128,6 +128,8 @@ class StepFunction:
             left.append(result.buffers)
             if result.residuals is not None:
                 residuals.append(result.residuals)
+            elif not result.not_kept:
+                room = 0  # what is kept is kept of all microbatches, or of none
             not_kept += result.not_kept
         alone = self.shards.ranks.size == 1 and self.arena.device.type == "cpu" and not self.loss.reads.late
         if influence and not alone:
@@ -256,7 +258,9 @@ class StepFunction:
         """The terms of a step whose evaluation seems to have another gradient than the one that trained: these, where
         that was rounding, or those of the plain evaluation. Raises ReplayDivergence where that has another, too."""
         fallback, plain = self.evaluator.fallback, terms
-        if result.residuals is not None:  # perhaps those of the fallback
+        # What autograd kept may hold inputs that were changed since. Other ranks need not have kept it as well.
+        kept = not self.shards.ranks.every(not any([x.held for x in result.residuals or ()]))
+        if kept:
             fallback = fallback or self.evaluator
         if fallback is not None:
             result.residuals = None
@@ -267,8 +271,11 @@ class StepFunction:
         if plain is not terms and not self.shards.ranks.every(plain.agree(terms)):
             self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
-        self.agreement.widen(discrepancy)
-        return terms
+        if kept:
+            discrepancy = self.agreement.discrepancy(result.gradient, directions, plain)
+        if discrepancy > self.agreement.tolerance:
+            self.agreement.widen(discrepancy)
+        return plain if kept else terms
 
     # --- how the loss depends on metaparameters ----------------------------------------------------------------
 

@@ -46,11 +46,14 @@ class ResidualCache:
         self._slabs = Slabs()
         self._beside = 0  # bytes that stay where they are
         self._references: dict[_Reference, int] = {}  # how many steps hold it
+        self._too_large: int | None = None  # bytes of graphs for which there was no room, since something was let go
 
     @property
     def left(self) -> int:
-        """Bytes of the room that nothing takes yet."""
-        return max(0, self.room - self.kept - self._beside)
+        """Bytes that what a step computes may take, as far as it is known that there is room for it, and for what it
+        takes beside."""
+        free = max(0, self.room - self.kept - self._beside)
+        return free if self._too_large is None else min(free, self._too_large - 1)
 
     def missed(self, needed: int) -> None:
         """A step did not keep this many bytes, for which there is no room."""
@@ -72,19 +75,21 @@ class ResidualCache:
         if layout is None:
             references |= storages.items()
         beside = sum([size for address, size in references if (address, size) not in self._references])
-        stays = FRAGMENTED * sum([part.held for part in residuals])
+        held = sum([part.held for part in residuals])
+        stays = FRAGMENTED * held
         beside += stays
         needed = beside + (sum(layout.pieces) if layout is not None else 0)
         self.step_bytes = self.step_bytes or needed
         room = self.room - self._slabs.size - self._beside - beside
         if not self.room or room < 0:
+            self._too_large = held or self._too_large
             return
         places, copied = [], 0
         if layout is not None:
-            held = self._slabs.hold(layout.pieces, room)
-            if held is None:
+            slabs = self._slabs.hold(layout.pieces, room)
+            if slabs is None:
                 return
-            places, copied = held, sum(layout.pieces)
+            places, copied = slabs, sum(layout.pieces)
             copies = iter(layout.copied(places))
             for part in residuals:
                 part.tensors = list(itertools.islice(copies, len(part.tensors)))
@@ -102,6 +107,7 @@ class ResidualCache:
         kept = self._steps.pop(t, None)
         if kept is None:
             return None
+        self._too_large = None
         self._slabs.release(kept.places)
         self.kept -= kept.bytes
         self._beside -= kept.beside

@@ -187,7 +187,7 @@ class Sweep:
     def _train(self, t: int, tier: str | None) -> None:
         """One step by the model, logged on `tier`, if any."""
         with self.history.entry(t, tier) as entry:
-            result = self._evaluate(t, entry.gradient, 0 if tier is None else self.residuals.left)
+            result = self._evaluate(t, entry.gradient, self._room(t, tier))
             if tier is not None:
                 self._keep_residuals(t, result)
                 with self.timings.timed("store"):
@@ -196,6 +196,15 @@ class Sweep:
                 result.residuals = None
         self._update(self.state, result)
         self.buffers = result.buffers[-1]
+
+    def _room(self, t: int, tier: str | None) -> int:
+        """Bytes that step `t` may keep for its second derivatives. Those of the first step are not wanted where only
+        hyperparameters are: there it is seen what they would take."""
+        if tier is None:
+            return 0
+        alone = not (self.meta.loss_keys or self.meta.wants_initial)
+        least = len(self.shards.own)  # a byte for each
+        return min(least, self.residuals.left) if alone and t == self.meta.origin else self.residuals.left
 
     def _keep_residuals(self, t: int, result: StepResult) -> None:
         """Move what step `t` computed for its second derivatives to where there may be room for it."""
