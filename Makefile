@@ -22,9 +22,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) $(PACKAGES)
 demo: $(VENV)/.installed
 	$(BIN)/mgd demo --out out/demo --json out/demo/demo.json
 
-# In two processes, a file at a time, since the tests themselves use one thread.
+# In two processes, a file at a time, since the tests themselves use one thread; in the order of tests/conftest.py.
 JOBS ?= 2
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) $(ARGS)
 

@@ -6,6 +6,7 @@ too: evidence that belongs in `make bench`, which the ordinary suite leaves out.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -41,10 +42,22 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("fast")
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     for name in (getattr(item, "originalname", item.name), *getattr(item, "fixturenames", ())):
         if marker := MARKERS.get(f"{item.path.name}::{name}"):
             item.add_marker(marker)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: of several processes, none has such a file left when the others are done."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 TOUCHED: set[str] = set()  # the files of the modules that the processes of this run imported

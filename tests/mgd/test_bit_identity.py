@@ -156,21 +156,9 @@ def test_the_trained_model_loads_into_the_users():
     assert torch.allclose(case.objective(case.model), value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "convnet", "gpt"])
-def test_traced_second_derivatives(name):
-    """A replayed graph gives the metagradient of the reference, and the same bits every time."""
-    case = cases()[name]
-    f = case.function(trace=True)
-    first = f.metagradient(case.z)
-    assert first.report.execution == "captured"
-    assert max(errors(first, case.unrolled()).values()) < TOLERANCE[torch.float64]
-    assert same(f.metagradient(case.z), first)
-
-
 def test_new_traces_give_the_same_bits():
-    case = cases()["mlp"].to(torch.float32)
-    first, again = case.metagradient(trace=True), case.metagradient(trace=True)
-    assert same(first, again)
+    first, again = (cases()["mlp"].to(torch.float32).metagradient(trace=True) for _ in range(2))  # of two models
+    assert "capture" in again.report.seconds and same(first, again)
 
 
 def test_a_trace_is_not_replayed_for_other_names():

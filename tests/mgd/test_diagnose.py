@@ -22,10 +22,14 @@ def case(optimizer=None, steps=24, **options):
     return found.but({"data_weights": weights().float()}, loss=weighted)
 
 
-def test_a_healthy_training_needs_no_change():
-    found = mgd.diagnose(case().function(), case().z)
-    assert found.healthy and not found.changes and found.found.smoothness > 0.8
-    assert "It can be followed" in str(found)
+@pytest.fixture(scope="module")
+def healthy():
+    return mgd.diagnose(case().function(), case().z)
+
+
+def test_a_healthy_training_needs_no_change(healthy):
+    assert healthy.healthy and not healthy.changes and healthy.found.smoothness > 0.8
+    assert "It can be followed" in str(healthy)
 
 
 def test_an_unstable_training_is_told_and_a_lower_rate_comes_first():
@@ -86,7 +90,6 @@ def test_numbers_and_nothing_are_metaparameters_too():
             mgd.diagnose(f, z, h=h)
 
 
-def test_what_was_not_measured_is_not_called_smooth():
-    found = mgd.diagnose(case().function(), case().z)
-    unmeasured = dataclasses.replace(found, found=dataclasses.replace(found.found, smoothness=math.nan))
+def test_what_was_not_measured_is_not_called_smooth(healthy):
+    unmeasured = dataclasses.replace(healthy, found=dataclasses.replace(healthy.found, smoothness=math.nan))
     assert "was not measured" in str(unmeasured) and "smooth here" not in str(unmeasured)

@@ -302,7 +302,7 @@ def test_combined_sweeps_are_reported_beside_exact_ones():
 
 
 def test_a_gpt_is_attributed_to_stretches_of_text():
-    task = gpt_task(QUICK_TEXT, 4, seed=0, domain="pydoc")
+    task = gpt_task(replace(QUICK_TEXT, examples=40, batch=10, epochs=2), 4, seed=0, domain="pydoc")
     found = run(
         task,
         None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from selection_cases import complete, kept_by_kind, written
@@ -11,8 +13,7 @@ from mgd.recipes.select import run as recipe
 from mgd.recipes.select.setting import Setting
 
 
-@pytest.fixture(scope="module")
-def pairs():
+def of_pairs(**changes):
     from mgd.recipes.data.emoji import load
     from mgd.recipes.select.emoji import EmojiSetting
     from mgd.recipes.select.emoji import Settings as EmojiSettings
@@ -21,7 +22,12 @@ def pairs():
         emoji = load()
     except BadData as error:
         pytest.skip(str(error))
-    return EmojiSetting(emoji, EmojiSettings().quick())
+    return EmojiSetting(emoji, replace(EmojiSettings().quick(), **changes))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return of_pairs()
 
 
 def test_pairs_are_as_they_say(pairs):
@@ -53,19 +59,27 @@ def test_contrastive_losses_and_ranks_are_those_of_the_definition(pairs, monkeyp
 
 
 @pytest.fixture(scope="module")
-def found_pairs(pairs):
+def whole_pairs(pairs):
     return recipe.run(pairs)
 
 
-def test_selection_drops_mismatched_pairs(found_pairs, tmp_path):
-    complete(found_pairs)
-    matched, mismatched, _ = kept_by_kind(found_pairs)
+def test_selection_drops_mismatched_pairs(whole_pairs):
+    matched, mismatched, _ = kept_by_kind(whole_pairs)
     assert matched > mismatched + 0.15
-    written(found_pairs, tmp_path, {"accuracy", "precision", "counts", "dropped", "kept"})
 
 
 @pytest.fixture(scope="module")
-def found_passages():
+def found_pairs():
+    """Too short for an effect: what is found is there, and is shown."""
+    return recipe.run(of_pairs(steps=6, meta_steps=2, repeats=1))
+
+
+def test_what_is_found_of_pairs_is_there_and_shown(found_pairs, tmp_path):
+    complete(found_pairs)
+    written(found_pairs, tmp_path, {"accuracy", "precision", "counts", "dropped", "kept"})
+
+
+def of_passages(**changes):
     from mgd.recipes.data.text import installed
     from mgd.recipes.models import encoder
     from mgd.recipes.select.lora import CLASSES, OTHERS, LoraSetting
@@ -74,13 +88,27 @@ def found_passages():
     missing = [text for name, text in installed().items() if name in CLASSES + OTHERS and text]
     if missing or encoder.installed() is None:
         pytest.skip(f"needs `make data`: {missing or encoder.INSTALL}")
-    return recipe.run(LoraSetting(LoraSettings().quick()))
+    return recipe.run(LoraSetting(replace(LoraSettings().quick(), **changes)))
 
 
-def test_selection_drops_passages_with_wrong_labels(found_passages, tmp_path):
-    complete(found_passages)
-    clean, wrong, _ = kept_by_kind(found_passages)
+@pytest.fixture(scope="module")
+def whole_passages():
+    return of_passages()
+
+
+def test_selection_drops_passages_with_wrong_labels(whole_passages):
+    clean, wrong, _ = kept_by_kind(whole_passages)
     assert clean > wrong + 0.1
+
+
+@pytest.fixture(scope="module")
+def found_passages():
+    """Too short for an effect, as of pairs."""
+    return of_passages(steps=4, meta_steps=2)
+
+
+def test_what_is_found_of_passages_is_there_and_shown(found_passages, tmp_path):
+    complete(found_passages)
     written(found_passages, tmp_path, {"accuracy", "precision", "counts"})
     assert "is from" in (tmp_path / "index.html").read_text()
 

@@ -27,14 +27,21 @@ MODES = {"eager": False, "captured": True, "default": None}
 TOLERANCE = 1e-9
 BY_DIFFERENCES = 1e-6
 
-# In the ordinary suite the modes that trace run on these alone, and so does the test of the reference.
-CORE = """
-plain mask_mean two_masks_broadcast mask_down_to_nothing token_into_mask experts_by_index divided_by_number_of_classes
-branch_on_batch loop_count_from_batch tolist numpy_in_loss packed_gru string_in_batch float_in_batch_to_the_backward
-cached_mask logging_by_item dropout branch_on_buffer differentiable_buffer activation_checkpoint
-once_differentiable_function attention_with_mask_if_needed reversal_of_two_phases detached_for_first_calls
-metaparameter_detached_for_first_steps tensor_hook_that_grows random_detach tensor_changed_in_place cyclic_annealing
+# In the ordinary suite the modes that trace run on these alone, and so does the test of the reference. A loss that
+# reads nothing but its batch goes without the default there: the other two modes serve each of its steps.
+BY_STEP = """
+mask_mean two_masks_broadcast mask_down_to_nothing token_into_mask experts_by_index divided_by_number_of_classes
+tolist numpy_in_loss packed_gru string_in_batch float_in_batch_to_the_backward activation_checkpoint
+once_differentiable_function attention_with_mask_if_needed
 """.split()
+CORE = (
+    """
+plain branch_on_batch loop_count_from_batch cached_mask logging_by_item dropout branch_on_buffer differentiable_buffer
+reversal_of_two_phases detached_for_first_calls metaparameter_detached_for_first_steps tensor_hook_that_grows
+random_detach tensor_changed_in_place cyclic_annealing
+""".split()
+    + BY_STEP
+)
 
 WRONG, RAISES, REFUSED = "another number", "a raw error", "an error, and no reason for one"
 KNOWN: dict[str, dict[str, str]] = {}
@@ -43,12 +50,13 @@ KNOWN: dict[str, dict[str, str]] = {}
 def cases() -> Iterator[ParameterSet]:
     for name, p in PATTERNS.items():
         for mode in MODES:
-            marks = slow(name) if mode != "eager" else []
+            marks = slow(name, mode)
             yield pytest.param(p, mode, id=f"{name}-{mode}", marks=marks + known(KNOWN.get(name, {}).get(mode)))
 
 
-def slow(name: str) -> list[pytest.MarkDecorator]:
-    return [] if name in CORE else [pytest.mark.slow]
+def slow(name: str, mode: str = "captured") -> list[pytest.MarkDecorator]:
+    left_out = name not in CORE or (mode == "default" and name in BY_STEP)
+    return [pytest.mark.slow] if mode != "eager" and left_out else []
 
 
 def known(reason: str | None) -> list[pytest.MarkDecorator]:

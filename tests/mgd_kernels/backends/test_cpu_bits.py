@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from cpu_cases import all_dtypes, all_rules, every_isa, restore  # noqa: F401
+from forked import run_python
 from kernel_problem import (
     Problem,
     everything,
@@ -112,7 +111,7 @@ if child == 0:
     os._exit(0 if cpu.dot(x, x) == before else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
+    done = run_python(script)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_cases import restore  # noqa: F401
+from forked import run_python
 from kernel_problem import (
     HYPER,
 )
@@ -71,10 +71,9 @@ def test_bad_arguments_are_refused_before_memory_is_touched(change, word):
         cpu.step_(**(arguments | change))
 
 
-def run_with(**environment) -> subprocess.CompletedProcess:
-    script = "from mgd_kernels.backends import cpu; print(cpu.unavailable() or cpu._core().isa())"
-    return subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=120
+def run_with(**environment: str) -> subprocess.CompletedProcess[str]:
+    return run_python(
+        "from mgd_kernels.backends import cpu; print(cpu.unavailable() or cpu._core().isa())", **environment
     )
 
 

@@ -24,22 +24,15 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def numerics(path: Path, *arguments: str) -> None:
+def numerics(*arguments: object) -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path), *arguments, **environment)
+    options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist"
+    output = run("-m", "pytest", *options, *map(str, arguments), **environment)
     assert " passed" in output and "failed" not in output, output
 
 
 def test_numerics():
-    numerics(NUMERICS)
-
-
-def test_numerics_of_attention():
-    numerics(TILES, "-k", "not shipped or sm_90-64")
-
-
-def test_numerics_of_losses():
-    numerics(LOSSES)
+    numerics(NUMERICS, TILES, LOSSES, "-k", "not shipped or sm_90-64")
 
 
 def test_numerics_of_every_tile():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 import torch.nn.functional as F
 from operator_cases import CASES, Case, check_against_float64, derivatives

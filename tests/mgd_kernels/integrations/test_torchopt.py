@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_python
 from torchopt_cases import LINEAR, SETTINGS, float64_default, grads_of, problem, torchopt, unroll  # noqa: F401
 
 from mgd_kernels import dispatch
@@ -281,4 +279,5 @@ except ImportError as error:
 else:
     raise AssertionError("expected an ImportError")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr

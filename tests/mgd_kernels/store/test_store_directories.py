@@ -10,19 +10,21 @@ import textwrap
 
 import pytest
 import torch
+from forked import run_python
 from store_helpers import pattern, small_disk_store
 
 from mgd_kernels.errors import StoreBusy, StoreClosed
 from mgd_kernels.store import Store
 
+IMPORTS = "import os, sys, torch\nfrom mgd_kernels.store import Store\n"
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    script = "import sys, os, torch\nfrom mgd_kernels.store import Store\n" + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python(IMPORTS + textwrap.dedent(code), *arguments)
 
 
 def test_reopened_by_a_later_process(tmp_path):
-    done = run_python(
+    done = run(
         """
         store = Store.open(sys.argv[1], host=1 << 20, staging=1 << 18)
         store.put(("state", 1), [torch.arange(100_000), torch.ones(3).bfloat16()])
@@ -47,7 +49,7 @@ def test_a_second_store_is_refused_and_told_who_holds_it(tmp_path):
         with pytest.raises(StoreBusy, match=str(os.getpid())) as busy:
             Store.open(tmp_path / "s")
         assert busy.value.pid == os.getpid()
-        other = run_python("Store.open(sys.argv[1])", tmp_path / "s")
+        other = run("Store.open(sys.argv[1])", tmp_path / "s")
         assert "StoreBusy" in other.stderr and f"process {os.getpid()} has it open" in other.stderr
     Store.open(tmp_path / "s").close()
 
@@ -64,12 +66,13 @@ def test_scratch_directories_come_and_go(tmp_path):
     del dropped
     gc.collect()
     assert list(tmp_path.iterdir()) == []
-    left = run_python("s = Store(host=1 << 20, disk=(sys.argv[1], 1 << 20)); s.put('x', torch.ones(9))", tmp_path)
+    script = IMPORTS + "s = Store(host=1 << 20, disk=(sys.argv[1], 1 << 20)); s.put('x', torch.ones(9))"
+    left = subprocess.run([sys.executable, "-c", script, tmp_path])
     assert left.returncode == 0 and list(tmp_path.iterdir()) == []  # the interpreter's end closes it
 
 
 def test_only_our_own_stale_directories_are_swept(tmp_path):
-    crash = run_python(
+    crash = run(
         """
         s = Store(host=1 << 20, staging=1 << 20, disk=(sys.argv[1], 1 << 20))
         s.put('x', torch.ones(9)); s.flush(); os._exit(9)

@@ -5,29 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 import torch
+from forked import run_python
 from store_helpers import MB, pattern, small_disk_store
 
 from mgd_kernels.errors import CorruptState, StoreBusy, StoreIOError, UnknownFormat
 from mgd_kernels.store import Store
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    script = "import os, sys, time, torch\nfrom mgd_kernels.store import Store\n" + textwrap.dedent(code)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    imports = "import os, sys, time, torch\nfrom mgd_kernels.store import Store\n"
+    return run_python(imports + textwrap.dedent(code), *arguments)
 
 
 # --- forks
 
 
 def test_a_fork_does_not_hold_the_lock_of_its_parent(tmp_path):
-    done = run_python(
+    done = run(
         """
         store = Store.open(sys.argv[1])
         store.put("x", torch.arange(5))
@@ -60,7 +59,7 @@ def test_a_lock_of_which_no_running_process_is_known(tmp_path):
 
 def test_a_fork_may_drop_what_its_parent_had(tmp_path):
     """While the parent's threads work, whose locks nobody in the fork would ever release."""
-    done = run_python(
+    done = run(
         """
         store = Store.open(sys.argv[1], host=1 << 22, threads=4)
         for i in range(60):
@@ -159,15 +158,22 @@ def test_scratch_directories_of_a_crash_are_removed(tmp_path):
 
 def test_stores_that_begin_at_once_leave_each_other_alone(tmp_path):
     """A new scratch directory has no marker yet: a sweep of another process may take it for a left-over."""
-    code = """
-        for i in range(40):
-            with Store(host=1 << 20, disk=(sys.argv[1], 1 << 30)) as store:
-                store.put("x", torch.full((9,), i))
-                assert store.get("x")[0] == i
+    done = run(
         """
-    script = "import sys, torch\nfrom mgd_kernels.store import Store\n" + textwrap.dedent(code)
-    all_at_once = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(3)]
-    assert [process.wait(120) for process in all_at_once] == [0, 0, 0]
+        children = []
+        for _ in range(3):
+            children.append(os.fork())
+            if children[-1] == 0:
+                for i in range(40):
+                    with Store(host=1 << 20, disk=(sys.argv[1], 1 << 30)) as store:
+                        store.put("x", torch.full((9,), i))
+                        assert store.get("x")[0] == i
+                os._exit(0)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +246,7 @@ def test_a_thread_that_cannot_be_made(inject, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user with a limit of processes")
 def test_a_user_who_may_have_no_more_threads(tmp_path):
     os.chmod(tmp_path, 0o777)
-    done = run_python(
+    done = run(
         """
         import resource
         from mgd_kernels.errors import StoreIOError
