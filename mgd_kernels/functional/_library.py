@@ -1,5 +1,5 @@
 """Registers operators with fused derivatives in torch: one node in every graph, differentiated only by its own formula,
-mapped over a batch by a loop, and an error for anything it cannot do."""
+mapped over a batch in one call or by a loop, and an error for anything it cannot do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from mgd_kernels.backends.triton_nn import serves
 from mgd_kernels.errors import BadArgument
 
 _library = torch.library.Library("mgd_kernels", "FRAGMENT")
+
+# batch(operator, size, in_dims, args) -> results, out_dims: as torch.library.register_vmap has it
+Batch = Callable[[Callable[..., Any], int, Sequence["int | None"], Sequence[Any]], Any]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -36,6 +39,7 @@ def operator(
     plain: Callable[..., Sequence[Tensor]] | None = None,
     differentiable: Callable[..., Any] | None = None,
     gpu: bool = False,
+    batch: Batch | None = None,
 ):
     """Defines `mgd_kernels::<schema>` and returns a function that calls it.
 
@@ -43,7 +47,7 @@ def operator(
     from `ctx.saved_tensors` and `ctx.arguments`; an absent cotangent is None. non_differentiable: which outputs carry
     no derivative. plain: the same function of the same arguments in torch's operators, which is differentiated,
     any number of times, where there is no `backward`. differentiable: what is called instead where a derivative may be
-    needed. gpu: `kernel` takes a GPU's tensors, too.
+    needed. gpu: `kernel` takes a GPU's tensors, too. batch: how `vmap` makes one call of many; None: it makes many.
     """
     name = schema[: schema.index("(")]
     qualified = f"mgd_kernels::{name}"
@@ -101,6 +105,9 @@ def operator(
         return kernel(*args)
 
     def over_batch(info, in_dims, *args):
+        pairs = zip(args, in_dims, strict=True)
+        if batch is not None and all(not isinstance(x, Tensor) or x.ndim > (dim is not None) for x, dim in pairs):
+            return batch(op, info.batch_size, in_dims, args)
         results = [
             op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -119,6 +126,28 @@ def operator(
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_vmap(qualified, over_batch, lib=_library)
     return call
+
+
+def _in_front(size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
+    """The arguments with the batch, of this size, as the first dimension of every tensor."""
+    return [
+        arg if not isinstance(arg, Tensor) else arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+
+
+def elementwise(op: Callable[..., Any], size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """The batch rule of an operator whose tensors all have one shape, whichever."""
+    found = op(*_in_front(size, in_dims, args))
+    return found, (0,) * len(found) if isinstance(found, tuple) else 0
+
+
+def by_rows(op: Callable[..., Any], size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """The batch rule of an operator that takes each row of its tensors, all of as many rows, by itself."""
+    found = op(*[x.flatten(0, 1) if isinstance(x, Tensor) else x for x in _in_front(size, in_dims, args)])
+    parts = found if isinstance(found, tuple) else (found,)
+    parts = tuple([x.unflatten(0, (size, len(x) // size)) for x in parts])
+    return (parts, (0,) * len(parts)) if isinstance(found, tuple) else (parts[0], 0)
 
 
 def only_autograd() -> bool:

@@ -18,6 +18,7 @@ from mgd_kernels.functional._library import (
     addresses,
     channels_last,
     contiguous,
+    elementwise,
     like,
     operator,
     served,
@@ -96,6 +97,7 @@ activation_with_slope = operator(
     _differentiate,
     non_differentiable=slice(1, 2),
     gpu=True,
+    batch=elementwise,
 )
 activation_backward = operator(
     "activation_backward(Tensor gy, Tensor slope, Tensor x, str function) -> Tensor",
@@ -104,6 +106,7 @@ activation_backward = operator(
     lambda args, gx: args[:3],
     _differentiate_twice,
     gpu=True,
+    batch=elementwise,
 )
 activation_double_backward = operator(
     "activation_double_backward(Tensor c, Tensor gy, Tensor slope, Tensor x, str function) -> (Tensor, Tensor)",
@@ -111,6 +114,7 @@ activation_double_backward = operator(
     lambda c, gy, slope, x, function: (like(x), like(x)),
     plain=_plain_double_backward,
     gpu=True,
+    batch=elementwise,
 )
 
 
@@ -121,6 +125,7 @@ activation = operator(
     lambda x, function: like(x),
     differentiable=lambda x, function: activation_with_slope(x, function)[0],
     gpu=True,
+    batch=elementwise,
 )
 
 

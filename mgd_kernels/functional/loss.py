@@ -13,6 +13,7 @@ from mgd_kernels.functional._library import (
     DOUBLE_BACKWARD,
     FORWARD,
     addresses,
+    by_rows,
     contiguous,
     like,
     operator,
@@ -88,6 +89,7 @@ cross_entropy_forward = operator(
     lambda args, out: (args[0], args[1], out[1]),
     _differentiate,
     non_differentiable=slice(1, 2),
+    batch=by_rows,
 )
 cross_entropy_backward = operator(
     "cross_entropy_backward(Tensor gl, Tensor x, Tensor target, Tensor statistics, int ignore_index) -> Tensor",
@@ -95,6 +97,7 @@ cross_entropy_backward = operator(
     lambda gl, x, target, statistics, ignore_index: like(x),
     lambda args, gx: args[:4],
     _differentiate_twice,
+    batch=by_rows,
 )
 cross_entropy_double_backward = operator(
     "cross_entropy_double_backward(Tensor c, Tensor gl, Tensor x, Tensor target, Tensor statistics, int ignore_index)"
@@ -102,6 +105,7 @@ cross_entropy_double_backward = operator(
     _cross_entropy_double_backward,
     lambda c, gl, x, target, statistics, ignore_index: (like(gl), like(x)),
     plain=_plain_double_backward,
+    batch=by_rows,
 )
 
 

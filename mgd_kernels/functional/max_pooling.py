@@ -21,6 +21,7 @@ from mgd_kernels.functional._library import (
     DOUBLE_BACKWARD,
     FORWARD,
     addresses,
+    by_rows,
     channels_last,
     dense,
     operator,
@@ -109,6 +110,7 @@ max_pool = operator(
     lambda args, out: (args[0], out[1]),
     _differentiate_pool,
     non_differentiable=slice(1, 2),
+    batch=by_rows,
 )
 max_put = operator(
     f"max_pool2d_put(Tensor y, Tensor which, SymInt height, SymInt width, {_WINDOW}) -> Tensor",
@@ -116,6 +118,7 @@ max_put = operator(
     lambda y, which, height, width, *_: y.new_empty(*y.shape[:-2], height, width),
     lambda args, out: args[1:2],
     _differentiate_put,
+    batch=by_rows,
 )
 max_take = operator(
     f"max_pool2d_take(Tensor x, Tensor which, {_WINDOW}) -> Tensor",
@@ -123,6 +126,7 @@ max_take = operator(
     lambda x, which, *window: x.new_empty(which.shape),
     lambda args, out: args[:2],
     _differentiate_take,
+    batch=by_rows,
 )
 
 

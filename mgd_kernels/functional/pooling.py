@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_kernels.functional._library import channels_last, contiguous, operator, served
+from mgd_kernels.functional._library import by_rows, channels_last, contiguous, operator, served
 
 
 def _pool(x: Tensor) -> Tensor:
@@ -48,6 +48,7 @@ avg_pool = operator(
     lambda x: x.new_empty(*x.shape[:-2], x.shape[-2] // 2, x.shape[-1] // 2),
     _save,
     _differentiate_pool,
+    batch=by_rows,
 )
 avg_spread = operator(
     "avg_spread2x2(Tensor y) -> Tensor",
@@ -55,6 +56,7 @@ avg_spread = operator(
     lambda y: y.new_empty(*y.shape[:-2], 2 * y.shape[-2], 2 * y.shape[-1]),
     _save,
     _differentiate_spread,
+    batch=by_rows,
 )
 
 

@@ -75,8 +75,9 @@ class TrainingFunction(Replaceable):
         that train and their second derivatives come; what it computed for them is kept where memory allows
         (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a quarter to a
         third of the time. A graph is used only where it has the bits of the eager step. True: capture at once, also
-        what rounds differently. "joint" is another name of True. False: autograd alone. compile: capture at once, and
-        compile the graph with `torch.compile`. Graphs are shared by the trainings of one model and loss.
+        what rounds differently, and let `mgd.mean_over` run tasks together. "joint" is another name of True. False:
+        autograd alone. compile: capture at once, and compile the graph with `torch.compile`. Graphs are shared by the
+        trainings of one model and loss.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state

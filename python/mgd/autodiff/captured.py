@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -31,6 +32,7 @@ from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.linear_losses import without_logits
+from mgd.autodiff.objectives import CapturedObjectives
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
@@ -67,6 +69,7 @@ class CapturedEvaluator:
         self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Kind] = set()
         self._failures: Counter[Kind] = Counter()
+        self.objectives = CapturedObjectives()
 
     @property
     def capture_seconds(self) -> float:
@@ -115,7 +118,7 @@ class CapturedEvaluator:
                 step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 
-        kind = self._kind(microbatch)
+        kind = self.kind_of(microbatch)
         if kind is None:
             return self.fallback.gradient(microbatch, parameters, before, room=room)
         known = self.at_once or kind in self._served
@@ -127,8 +130,13 @@ class CapturedEvaluator:
             plain = self.fallback.gradient(microbatch, parameters, before, room=0)
             put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
+<<<<<<< HEAD
         if not self._call(kind, step, forward):
             return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
+=======
+        if not self.call(kind, step, forward):
+            return plain or self.fallback.gradient(microbatch, parameters, before)
+>>>>>>> tasks
         assert step.evaluation is not None
         if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
@@ -136,6 +144,7 @@ class CapturedEvaluator:
             return plain
         return step.evaluation
 
+<<<<<<< HEAD
     def _by_autograd(
         self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
     ) -> Evaluation:
@@ -148,6 +157,9 @@ class CapturedEvaluator:
         return evaluation
 
     def _kind(self, microbatch: Microbatch) -> Kind | None:
+=======
+    def kind_of(self, microbatch: Microbatch) -> Kind | None:
+>>>>>>> tasks
         """What steps have in common that may share a graph; None for those that have none."""
         if self.refused:
             return None
@@ -183,10 +195,10 @@ class CapturedEvaluator:
             found.influence = influence
             return loss, rest
 
-        kind = self._kind(microbatch)
+        kind = self.kind_of(microbatch)
         if kind is not None and (self.at_once or kind in self._served):
             step = CapturedStep(microbatch, parameters, before)
-            if self._call(kind, step, recompute):
+            if self.call(kind, step, recompute):
                 assert found is not None and step.loss is not None
                 # Compiled, it is the loss of another graph than the first one.
                 microbatch.expect(step.loss, expected, COMPILED_TOLERANCE if self.compile else 0.0)
@@ -198,7 +210,7 @@ class CapturedEvaluator:
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
     ) -> Tangents:
         """By the graph where only parameters move: it has their second derivatives, which are symmetric."""
-        kind = self._kind(microbatch)
+        kind = self.kind_of(microbatch)
         moved = differentiable(before) or any(x is not None for d in directions for x in d.metaparameters)
         if kind is not None and not moved and (self.at_once or kind in self._served):
             evaluation = self.gradient(microbatch, parameters, before)
@@ -210,13 +222,19 @@ class CapturedEvaluator:
                     return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
         return self.fallback.tangents(microbatch, parameters, before, directions)
 
-    def _call(
+    def code_of(self, kind: Kind) -> types.CodeType | None:
+        """What Dynamo made for the last call of steps of this kind, where that is known."""
+        front = self._fronts.get(kind[:2])
+        return None if front is None else front.code
+
+    def call(
         self,
         kind: Kind,
         step: CapturedStep,
         use: Callable[[StepGraph, list[Tensor]], tuple[Tensor, Sequence[Any]]],
     ) -> bool:
-        """Call the loss through its graph, which `use` runs. False where there is none."""
+        """Call the loss through its graph, which `use` runs. False where there is none. What `use` raises passes, if it
+        is an error of this package or no Exception."""
         microbatch, structures = step.microbatch, kind[:2]
         if structures not in self._fronts:
             if len(self._fronts) >= MOST_GRAPHS:

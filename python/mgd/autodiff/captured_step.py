@@ -80,16 +80,21 @@ class CapturedStep:
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
         """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
-        known, others = self._places, list[Tensor]()
-        places = [known.get(id(argument)) for argument in arguments]
-        for i, argument in enumerate(arguments):
-            if places[i] is None:
-                tensor = isinstance(argument, Tensor)
-                places[i] = OTHER if tensor else NUMBER
-                others.append(argument.detach() if tensor else _number(argument))
-        return others, tuple(places)  # type: ignore[arg-type]  # none is left
+        return places_of(arguments, self._places)
 
     def note(self, places: tuple[int, ...]) -> None:
         """Which metaparameters the loss reads: those that its graph does."""
         owner, first = self.microbatch.metaparameters.owner, len(self._leaves) + len(self._buffers)
         owner.note({owner.owner[place - first] for place in places if place >= first}, self.microbatch.step)
+
+
+def places_of(arguments: Sequence[Any], known: dict[int, int]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Of a graph's arguments, the tensors that are none of those known, by id; and for each argument where it is."""
+    others: list[Tensor] = []
+    places = [known.get(id(argument)) for argument in arguments]
+    for i, argument in enumerate(arguments):
+        if places[i] is None:
+            tensor = isinstance(argument, Tensor)
+            places[i] = OTHER if tensor else NUMBER
+            others.append(argument.detach() if tensor else _number(argument))
+    return others, tuple(places)  # type: ignore[arg-type]  # none is left

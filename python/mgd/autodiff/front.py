@@ -61,12 +61,19 @@ class CapturedGraph:
 
 
 class Front:
-    """One loss function, called through its graphs."""
+    """One loss function, called through its graphs; or an objective, which is given the model alone.
 
-    def __init__(self) -> None:
-        def entry(function, model, batch, z):
+    code: what Dynamo made for the last call, where that is known.
+    """
+
+    def __init__(self, objective: bool = False) -> None:
+        def of_loss(function, model, batch, z):
             return function(model, batch, z)
 
+        def of_objective(function, model, batch, z):
+            return function(model)
+
+        entry = of_objective if objective else of_loss
         # A code object of its own, so that it shares no limit of recompilations with others.
         entry.__code__ = entry.__code__.replace(co_name=f"loss_{next(_count)}")
         # Dynamo keeps what it is given for as long as the process lives: it is given no more than a weak reference.
@@ -77,8 +84,10 @@ class Front:
             assert front is not None
             return front._backend(module, weak)
 
-        self._entry, self._compiled = entry, _compiled(entry, backend)
+        # Objectives of several shapes get a graph for each. A loss may also be given another number at every step.
+        self._entry, self._compiled = entry, _compiled(entry, backend, dynamic=False if objective else None)
         self._known: list[Known] = []  # what Dynamo has compiled: its guards, and code
+        self.code: types.CodeType | None = None
         self.graphs = 0
         self._run: Run | None = None
         self._loss: Any = None
@@ -101,10 +110,13 @@ class Front:
         for guards, code in self._known:
             # Without an entry, Dynamo has let go of them: they look at objects that are gone.
             if guards.cache_entry is not None and guards.check(named):
+                self.code = code.__code__
                 return code(function, model, batch, z)
-        value = self._compiled(function, model, batch, z)
-        self._known = _compiled_code(self._entry)
-        return value
+        self.code = None
+        try:
+            return self._compiled(function, model, batch, z)
+        finally:
+            self._known = _compiled_code(self._entry)
 
     def _backend(self, module: fx.GraphModule, weak: weakref.ref[Front]) -> Callable[..., Sequence[Any]]:
         _refuse_unsound(module)
@@ -123,10 +135,10 @@ class Front:
         return call
 
 
-def _compiled(entry: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """As `torch.compile(entry, backend=backend, fullgraph=True)`, with settings of Dynamo while it captures. To set
-    them at every call takes as long as the call."""
-    context: Any = torch._dynamo.optimize(backend=backend, nopython=True)
+def _compiled(entry: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """As `torch.compile(entry, backend=backend, fullgraph=True, dynamic=dynamic)`, with settings of Dynamo while it
+    captures. To set them at every call takes as long as the call."""
+    context: Any = torch._dynamo.optimize(backend=backend, nopython=True, dynamic=dynamic)
     capture = getattr(context, "callback", None)
     if capture is None:  # Dynamo is switched off in this process
         return context(entry)

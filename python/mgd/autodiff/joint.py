@@ -30,7 +30,7 @@ class JointGraph:
     with respect to each parameter and each metaparameter, the buffers as the step leaves them, the second derivatives,
     and last `<gradient, direction>`. counts: the numbers of parameters, metaparameters and buffers. compile: whether to
     compile the parts. residual_bytes: of what `forward` leaves behind for the second derivatives, as far as sizes do
-    not depend on data.
+    not depend on data. graph, fixed, counts, compile: as given.
     """
 
     def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int, int], compile: bool):
@@ -51,7 +51,7 @@ class JointGraph:
         refresh, sources = _with_sources(own, [], second_reads, _is_cheap)
         if _bytes(second_reads) < _WORTHWHILE * _bytes(sources):
             refresh, sources = [], second_reads
-        self.counts, self.compile = counts, compile
+        self.graph, self.fixed, self.counts, self.compile = graph, fixed, counts, compile
         fixed_placeholders, read = placeholders[:fixed], ancestors([*seen, *random, *second_reads])
         again = [node for node in own if node in read]
         each = compute_late(part(graph, [*placeholders, *second_reads], second, results))

@@ -15,18 +15,21 @@ from mgd.step.evaluator import Derivatives, SecondDerivatives
 from mgd.step.metaparameters import BatchMetaparameters
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StepGraph:
-    """A joint graph, and what is around it.
+    """A joint graph, and what is around it. evaluated, batched: see `mgd.autodiff.recorded` and `batched`.
 
     extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
     for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
+    evaluated: whether an evaluation was made of which only its inputs are recorded (`mgd.autodiff.recorded`).
     """
 
     joint: JointGraph
     extras: int
     written: frozenset[str]
     moving: tuple[bool, ...]
+    evaluated: bool = False
+    batched: Any = None
 
     def ways(
         self, directions: Sequence[Sequence[Tensor]], cotangents: Sequence[Sequence[Tensor]]

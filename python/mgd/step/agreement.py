@@ -135,6 +135,18 @@ class Agreement:
 
         return self._largest(sums[:count], sums[count:], squares, noise)
 
+    def discrepancies(self, gradients: Tensor, directions: Tensor, products: Tensor) -> list[float]:
+        """The discrepancies of several trainings, of whose gradients and directions each is a row, `[B, n]`. products:
+        `<gradient, direction>` of the evaluations of the second derivatives, `[B]`."""
+        rows = list(zip(gradients.unbind(), directions.unbind(), strict=True))
+        expected, dots = self.shards.dots(rows), self.shards.dots
+
+        def of(i: int, product: float) -> float:
+            g, u = rows[i]
+            return self._largest([expected[i]], [product], lambda _: dots([(u, u), (g, g)]))
+
+        return [of(i, product) for i, product in enumerate(products.tolist())]
+
     def _largest(
         self,
         expected: Sequence[float],

@@ -53,11 +53,16 @@ def room_for(step: StepFunction, meta: Metaparameters, request: PlanRequest) -> 
     rest = request.steps * (sizes.snapshot + sizes.gradient + read)
     pieces = 1 if request.budget == Budget() else FRAGMENTED  # a budget is kept even so
     total = rest + pieces * request.steps * max(residuals, request.residuals)
-    limits = request.budget.limits(MOST)
-    most = min(MOST, limits.get("host", 0) + limits.get("device", 0))
+    most = most_bytes(request)
     if total <= most:
         most = min(most, UNSEEN if total <= UNSEEN else int(SHARE * free_memory()))
     return (most - rest) // pieces if total <= most else 0
+
+
+def most_bytes(request: PlanRequest) -> int:
+    """Bytes that trainings may take which keep all that their steps leave."""
+    limits = request.budget.limits(MOST)
+    return min(MOST, limits.get("host", 0) + limits.get("device", 0))
 
 
 @dataclass(slots=True)

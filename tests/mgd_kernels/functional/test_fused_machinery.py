@@ -74,7 +74,7 @@ def test_batched_cotangents(name, level):
             if value is None:
                 assert got is None
                 continue
-            # torch's bmm of a batch may round otherwise than that of its parts; the operators are called one by one.
+            # torch's bmm of a batch may round otherwise than that of its parts.
             torch.testing.assert_close(got[i], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
@@ -91,6 +91,43 @@ def test_batched_first_derivatives_are_differentiable():
 def test_batched_inputs():
     x = torch.randn(3, 4, 6)
     assert torch.equal(torch.vmap(functional.gelu)(x), functional.gelu(x))
+
+
+IN_ONE_CALL = {
+    "gelu": (functional.gelu, F.gelu, [(4, 6)]),
+    "tanh": (functional.tanh, torch.tanh, [(6,)]),
+    "cross_entropy": (functional.cross_entropy, F.cross_entropy, [(4, 6), 6]),
+    "avg_pool2d": (functional.avg_pool2d, F.avg_pool2d, [(2, 3, 4, 4)]),
+    "max_pool2d": (functional.max_pool2d, F.max_pool2d, [(2, 3, 4, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", IN_ONE_CALL)
+def test_a_batch_of_value_and_derivatives_is_one_call_each(name):
+    """Of several tensors side by side, with what they share."""
+    ours, theirs, shapes = IN_ONE_CALL[name]
+    window = (2,) if name.endswith("pool2d") else ()
+    x = torch.randn(3, *shapes[0])
+    targets = (torch.randint(6, (3, 4)),) if len(shapes) == 2 else ()
+    direction = torch.randn(shapes[0])  # of all
+
+    def derivatives_of(function, x, direction, *targets):
+        x = x.detach().requires_grad_()
+        value = function(x, *targets, *window).square().sum()
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        return value.detach(), first.detach(), *torch.autograd.grad(first, x, direction)
+
+    one = make_fx(lambda *given: derivatives_of(ours, *given))(x[0], direction, *[y[0] for y in targets])
+    one.graph.eliminate_dead_code()
+    several = torch.vmap(one, in_dims=(0, None, *[0] * len(targets)))
+    graph = make_fx(several)(x, direction, *targets).graph
+    calls = [sum("mgd_kernels" in str(node.target) for node in g.nodes) for g in (one.graph, graph)]
+    assert calls[0] == calls[1] > 0
+    found = several(x, direction, *targets)
+    for i in range(3):
+        expected = derivatives_of(theirs, x[i].double(), direction.double(), *[y[i] for y in targets])
+        for part, value in zip(found, expected, strict=True):
+            torch.testing.assert_close(part[i].double(), value, rtol=1e-5, atol=1e-5)
 
 
 @every_sample

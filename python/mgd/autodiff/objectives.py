@@ -1,0 +1,176 @@
+"""Objectives as captured graphs: their value, and its gradient with respect to the parameters.
+
+Objectives of the same code, such as functions that one `def` or `lambda` makes for each task, share a graph: Dynamo
+looks up in the cells of each what the graph reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mgd.autodiff.captured_step import NUMBER, places_of
+from mgd.autodiff.execution import below_autograd, direct, present, reason, same_loss
+from mgd.autodiff.front import CapturedGraph, Front, NotCaptured, unheard
+from mgd.autodiff.gathered import BESIDE, Gathered, NotRecorded, does_nothing_beside
+from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
+from mgd.step.agreement import agree
+from mgd.step.loss import BoundLoss
+from mgd.step.model import Buffers, modes_kept
+from mgd.step.overrides import FunctionOverrides
+from mgd.step.written_out import data_of
+
+MOST = 2  # graphs of one code and shapes: an objective whose cells hold numbers would have a graph for each task
+_Key = tuple[int, tuple[int, ...], Any]  # the graph's number, where its arguments are, and their shapes
+
+
+class ObjectiveGraph:
+    """Value and gradient of an objective. module: of parameters and what else it reads; its outputs are the value, and
+    a derivative for each parameter, or None. parameters: how many there are. batched: see `mgd.autodiff.batched`."""
+
+    batched: Any
+
+    def __init__(self, module: fx.GraphModule, parameters: int):
+        self.module, self.parameters, self.batched = module, parameters, None
+        self._run = direct(module)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        with below_autograd():
+            return self._run(*tensors)
+
+
+@dataclass(slots=True)
+class RecordedObjective:
+    """An objective's evaluation that was not made. given: what its graph reads beside the parameters."""
+
+    graph: ObjectiveGraph
+    given: list[Tensor]
+
+
+class _Objectives:
+    """Those of one code. sound: those that were run as they are written, too."""
+
+    def __init__(self) -> None:
+        self.front = Front(objective=True)
+        self.graphs: dict[_Key, ObjectiveGraph] = {}
+        self.sound: set[ObjectiveGraph] = set()
+        self.refused: str | None = None
+
+
+class CapturedObjectives:
+    """Those of one model, by the code of their functions."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Objectives] = {}
+
+    def recorded(
+        self,
+        objective: Callable[[nn.Module], Tensor],
+        loss: BoundLoss,
+        parameters: list[Tensor],
+        buffers: Buffers,
+        mode: str,
+    ) -> RecordedObjective:
+        """What the objective's evaluation reads. mode: as of `TrainingFunction.objective_mode`. Raises NotRecorded."""
+        code = _code_of(objective)
+        if code not in self._known:
+            self._known[code] = _Objectives()
+        known = self._known[code]
+        if why := known.refused or unheard():
+            raise NotRecorded(why)
+        model, leaves = loss.binding.model, loss.leaves(parameters)
+        tensors = [buffers[name] for name in loss.binding.buffer_names]
+
+        def gather(graph: CapturedGraph, arguments: Sequence[Any]) -> Any:
+            others, places = places_of(arguments, {id(x): i for i, x in enumerate([*leaves, *tensors])})
+            given = [*tensors, *others]
+            key: _Key = graph.number, places, tuple([(x.shape, x.stride(), x.dtype) for x in given])
+            if key not in known.graphs:
+                if sum(key[1:] == others[1:] for others in known.graphs) >= MOST:
+                    raise NotCaptured("the objective is another function for each task: let it close over tensors")
+                known.graphs[key] = _graph(graph.module, places, parameters, given)
+            raise Gathered(known.graphs[key], given)
+
+        def check(graph: CapturedGraph, arguments: Sequence[Any]) -> Sequence[Any]:
+            return graph.module(*arguments)
+
+        def call(run: Callable[[CapturedGraph, Sequence[Any]], Any]) -> Gathered | None:
+            try:
+                known.front(objective, model, None, None, run)
+            except Gathered as found:
+                return found
+            return None
+
+        with modes_kept(model):
+            if mode == "eval":
+                model.eval()
+            try:
+                with loss.binding.swapped(leaves, tensors):
+                    found = call(gather)
+                    if known.front.code is None:  # a capture does not say what code it has made
+                        found = call(gather)
+                    assert found is not None
+                    if found.graph not in known.sound:
+                        if known.front.code is None or not does_nothing_beside(known.front.code, modes=True):
+                            raise NotCaptured(BESIDE.format("the objective"))
+                        call(check)  # what the objective returns is the result of its graph
+                        known.sound.add(found.graph)
+            except Exception as error:  # what stops a capture does not stop the objective
+                known.refused = str(error) if isinstance(error, NotCaptured) else reason(error)
+                raise NotRecorded(known.refused) from None
+        return RecordedObjective(found.graph, found.given)
+
+
+def _code_of(objective: Any) -> Hashable:
+    function = objective.__func__ if inspect.ismethod(objective) else objective
+    return getattr(function, "__code__", type(function))
+
+
+def _graph(
+    captured: fx.GraphModule, places: tuple[int, ...], parameters: Sequence[Tensor], given: Sequence[Tensor]
+) -> ObjectiveGraph:
+    """The objective's graph at these tensors. Raises NotCaptured."""
+    if NUMBER in places:
+        raise NotCaptured("the objective reads numbers: let it close over tensors")
+    if any(node.target is data_of for node in captured.graph.nodes):
+        raise NotCaptured("the objective reads tensor.data")
+    count = len(parameters)
+
+    def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        p = [x.detach().requires_grad_() for x in tensors[:count]]
+        known = [*p, *tensors[count:]]
+        rest = iter(tensors[count + len(given) - sum(place < 0 for place in places) :])
+        overrides = FunctionOverrides(formulas=False)
+        with overrides:
+            found = captured(*[known[place] if place >= 0 else next(rest) for place in places])
+        if len(found) != 1 or found[0].ndim or not found[0].is_floating_point() or not found[0].requires_grad:
+            raise NotCaptured("the objective is no differentiable number that its graph computes")
+        if overrides.written(p):
+            raise NotCaptured("the objective changes parameters")
+        return found[0].detach(), *torch.autograd.grad(found[0], p, allow_unused=True)
+
+    inputs = [x.detach() for x in (*parameters, *given)]
+    copies = [x.clone() for x in inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = function(*copies)
+        if any(x._version for x in copies) or all(g is None for g in expected[1:]):
+            raise NotCaptured("the objective changes what it reads, or does not depend on the parameters")
+        module = make_fx(function, tracing_mode="fake")(*inputs)
+        if not without_mutation(module):
+            module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
+        clean(module)
+    if changes_inputs(module.graph):
+        raise NotCaptured("the objective changes what it reads")
+    graph = ObjectiveGraph(module, count)
+    found = graph(inputs)
+    if not (agree(found[1:], expected[1:]) and same_loss(present(found[0]), present(expected[0]), compiled=False)):
+        raise NotCaptured("its graph has other derivatives than the objective that it traced")
+    return graph
