@@ -130,13 +130,8 @@ class CapturedEvaluator:
             plain = self.fallback.gradient(microbatch, parameters, before, room=0)
             put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
-<<<<<<< HEAD
-        if not self._call(kind, step, forward):
-            return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
-=======
         if not self.call(kind, step, forward):
-            return plain or self.fallback.gradient(microbatch, parameters, before)
->>>>>>> tasks
+            return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
         assert step.evaluation is not None
         if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
@@ -144,7 +139,6 @@ class CapturedEvaluator:
             return plain
         return step.evaluation
 
-<<<<<<< HEAD
     def _by_autograd(
         self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
     ) -> Evaluation:
@@ -156,10 +150,7 @@ class CapturedEvaluator:
             evaluation.residuals.around = functools.partial(self.payoff.second, kind)
         return evaluation
 
-    def _kind(self, microbatch: Microbatch) -> Kind | None:
-=======
     def kind_of(self, microbatch: Microbatch) -> Kind | None:
->>>>>>> tasks
         """What steps have in common that may share a graph; None for those that have none."""
         if self.refused:
             return None
