@@ -6,9 +6,10 @@ looks up in the cells of each what the graph reads.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from mgd.autodiff.gathered import BESIDE, Gathered, NotRecorded, does_nothing_be
 from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
 from mgd.step.agreement import agree
 from mgd.step.loss import BoundLoss
-from mgd.step.model import Buffers, modes_kept
+from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.written_out import data_of
 
@@ -108,9 +109,7 @@ class CapturedObjectives:
                 return found
             return None
 
-        with modes_kept(model):
-            if mode == "eval":
-                model.eval()
+        with _in_mode(loss.binding, mode):
             try:
                 with loss.binding.swapped(leaves, tensors):
                     found = call(gather)
@@ -128,9 +127,33 @@ class CapturedObjectives:
         return RecordedObjective(found.graph, found.given)
 
 
+@contextlib.contextmanager
+def _in_mode(binding: Binding, mode: str) -> Iterator[None]:
+    """The model in the mode of an objective. What `nn.Module.eval` sets is set directly, in a tenth of the time."""
+    if mode == "eval" and all(type(x).train is _TRAIN and type(x).eval is _EVAL for x in binding.modules):
+        attributes = [vars(module) for module in binding.modules]
+        before = [each["training"] for each in attributes]
+        try:
+            for each in attributes:
+                each["training"] = False
+            yield
+        finally:
+            for each, training in zip(attributes, before, strict=True):
+                each["training"] = training
+        return
+    with modes_kept(binding.model):
+        if mode == "eval":
+            binding.model.eval()
+        yield
+
+
+_TRAIN, _EVAL = nn.Module.train, nn.Module.eval
+
+
 def _code_of(objective: Any) -> Hashable:
-    function = objective.__func__ if inspect.ismethod(objective) else objective
-    return getattr(function, "__code__", type(function))
+    function: Any = objective.__func__ if inspect.ismethod(objective) else objective
+    code: Any = getattr(function, "__code__", None)
+    return type(function) if code is None else code
 
 
 def _graph(

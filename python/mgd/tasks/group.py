@@ -202,11 +202,11 @@ class Group:
             parameters, given, left.residuals, directions
         )
         agreement = self.start.step.agreement
-        rows = agreement.discrepancies(self._rows(left.gradient), self._rows(u), products)
-        if (largest := max(rows)) > agreement.tolerance:  # perhaps rounding
+        found = agreement.discrepancies(self._rows(left.gradient), self._rows(u), products)
+        if doubtful := [i for i, x in enumerate(found) if x > agreement.tolerance]:  # perhaps rounding
             results = [*with_parameters, *with_metaparameters]
-            self._confirm(t, left, parameters, directions, results)
-            agreement.widen(largest)
+            self._confirm(t, left, doubtful, parameters, directions, results)
+            agreement.widen(max(found))
         pairs = [
             (x, g if g.dtype == x.dtype else g.to(x.dtype))
             for x, g in zip(self._views(adjoint), with_parameters, strict=True)
@@ -221,12 +221,24 @@ class Group:
         ]
         gradients.add(0, t, [(slices, terms)])
 
-    def _confirm(self, t: int, left: _Step, parameters: list[Tensor], directions: list[Tensor], results: Rows) -> None:
-        """Raises Doubt where the graphs of single trainings have another gradient, or other second derivatives."""
-        plain = StepsInTurn(batched(self.tasks[0].steps[t]).joint, left.inputs.shared, self.size)
-        _, gradients, residuals = plain.forward(parameters, left.inputs.tensors, keep=True)
-        first, second, _ = plain.second(parameters, left.inputs.tensors, residuals, directions)
-        own = [*self._views(left.gradient), *results]
+    def _confirm(
+        self,
+        t: int,
+        left: _Step,
+        doubtful: list[int],
+        parameters: list[Tensor],
+        directions: list[Tensor],
+        results: Rows,
+    ) -> None:
+        """Raises Doubt where the graphs of these trainings by themselves have another gradient, or other second
+        derivatives."""
+        shared = left.inputs.shared
+        plain = StepsInTurn(batched(self.tasks[0].steps[t]).joint, shared, len(doubtful))
+        parameters, directions = [x[doubtful] for x in parameters], [x[doubtful] for x in directions]
+        given = [x if same else x[doubtful] for x, same in zip(left.inputs.tensors, shared, strict=True)]
+        _, gradients, residuals = plain.forward(parameters, given, keep=True)
+        first, second, _ = plain.second(parameters, given, residuals, directions)
+        own = [None if x is None else x[doubtful] for x in (*self._views(left.gradient), *results)]
         if not rows_agree(own, [*gradients, *first, *second]):
             raise Doubt(f"the gradient at step {t} is not the one that trained")
 

@@ -55,7 +55,8 @@ class Task:
         return self.graphs() == other.graphs() and all(map(_same, self._at_every_step(), other._at_every_step()))
 
     def _at_every_step(self) -> list[Tensor]:
-        return [x for step in (*self.steps, *([self.objective] if self.objective else [])) for x in step.given]
+        steps = [x for step in self.steps for x in step.given]
+        return steps + (self.objective.given if self.objective else [])
 
     def share(self, other: Task) -> None:
         """Read the tensors of a task of the same graphs where they are equal, which spares copies."""

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from mgd.autodiff.gathered import NotRecorded
-from mgd.errors import BadArgument, MetagradientError
+from mgd.errors import BadArgument, BadObjective, MetagradientError
 from mgd.function import TrainingFunction
 from mgd.plan.training import SHARE
 from mgd.step.start import Start
@@ -48,6 +48,10 @@ class _Kind:
     f: TrainingFunction
     start: Start
     room: int
+
+
+class _Changes(BadObjective):
+    """Objectives were evaluated, and cannot be evaluated as if they were not."""
 
 
 def results(tasks: Iterable[TrainingFunction], z: Mapping[str, Any], wanted: bool) -> Iterator[Found]:
@@ -173,6 +177,8 @@ class Together:
         try:
             with self._call(tasks[0].f):
                 found = self._at_once(tasks)
+        except _Changes:
+            raise
         except (Doubt, MetagradientError) as error:
             yield from self._one_by_one(tasks, error)
             return
@@ -185,7 +191,10 @@ class Together:
         end, steps = group.train(self.wanted)
         values, adjoint = group.objectives(end, self.wanted)
         if tasks[0].objective is None and not self._untouched(tasks):
-            raise Doubt("an objective has changed what trainings read")
+            raise _Changes(
+                "expected an objective that changes nothing; that of a task changes what the training of another one "
+                "reads, and depends on their order. Leave out trace=True to have each training after the last one's"
+            )
         gradients = None if adjoint is None else group.go_back(steps, adjoint)
         for each in {batched(step) for step in tasks[0].steps}:
             if each.in_turn:

@@ -197,7 +197,7 @@ def test_an_interrupted_estimate_continues_to_the_same_bits(counted, tmp_path, m
     monkeypatch.setattr(planning, "CHECKPOINT_EVERY", 3)
     attribute, whole, evaluations = counted
     saved = []
-    for number, end in enumerate([*range(STEPS, evaluations, evaluations // 5), evaluations - 2]):
+    for number, end in enumerate([*range(STEPS, evaluations, evaluations // 8), evaluations - 2]):
         place = tmp_path / str(number)
         with pytest.raises(Interrupted):
             attribute(end, resume=place)

@@ -49,7 +49,6 @@ CHAINS = (1, 2, 4, 2, 1), (4, 2, 1, 2, 4)  # numbers of processes
 # Batches that each reads until it is interrupted, beyond those of digests: in the training, then in the reverse sweep.
 MOMENTS = (4, 4, 6, 4, None)
 REACHED = [(2, 0), (4, 0), (6, 2), (6, 4)]  # by the last checkpoints: steps of either sweep
-SLOWER = [*REACHED[:3], (6, 2)]  # where steps are replayed between
 RESHARDED = [
     ("mlp", 0),
     ("mlp", 1),
