@@ -38,7 +38,7 @@ from mgd.autodiff.second_order import Point, first_and_second
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
 from mgd.errors import BadLoss, MetagradientError
 from mgd.step.agreement import agree
-from mgd.step.batches import described
+from mgd.step.batches import content_of, described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
 from mgd.step.model import Buffers, differentiable, numbers_of, put_back
@@ -114,7 +114,7 @@ class CapturedEvaluator:
                 step.evaluation = Evaluation(loss, grads, buffers, influence, not_kept=joint.residual_bytes)
             else:
                 of = [x._version for x in given], microbatch.metaparameters, microbatch.share
-                kept = GraphResiduals(graph, given, residuals, *of)
+                kept = GraphResiduals(graph, given, residuals, *of, microbatch.batch, content_of(microbatch.batch))
                 step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.overrides import TorchFunctionMode
 
 from mgd.autodiff.second_order import along, graph_of, precision_of
-from mgd.step.batches import described, flatten, split_tensors
+from mgd.step.batches import content_of, described, split_tensors
 from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
@@ -88,7 +88,9 @@ class AutogradResiduals:
     def unchanged(self) -> bool:
         """Whether the batch and z are what they were: else others will not be either, where a loader fills one piece of
         memory again and again. Who writes past autograd, as NumPy does, leaves the version."""
-        same = all([_version(x) == version for x, version in self.read]) and self.content == content(self.microbatch)
+        same = all([_version(x) == version for x, version in self.read]) and self.content == content_of(
+            self.microbatch.batch
+        )
         self.owner.refused |= not same
         return same
 
@@ -127,7 +129,7 @@ def kept_graph(
         [*leaves, one],
         microbatch,
         [(x, _version(x)) for x in read],
-        content(microbatch),
+        content_of(microbatch.batch),
         after,
         [x for x in (*leaves, *read, *after.values()) if torch._C._has_storage(x)],
         microbatch.metaparameters,
@@ -136,31 +138,6 @@ def kept_graph(
     )
     owner.note(kept)
     return kept
-
-
-_LANES, _SHORT = 64, 1 << 16
-
-
-def content(microbatch: Microbatch) -> int:
-    """A number that tells the bits of the batch apart, as far as they are in the host's memory."""
-    return hash(tuple([_bits(x) for x in flatten(microbatch.batch)[0] if isinstance(x, Tensor | np.ndarray)]))
-
-
-def _bits(x: Tensor | np.ndarray) -> int:
-    """The hash of a short one; of a long one that of the sums of its words, which takes a tenth of the time."""
-    try:
-        if isinstance(x, Tensor):
-            if x.device.type != "cpu" or x.layout is not torch.strided:
-                return 0
-            if x.dtype is not torch.bfloat16 and x.nbytes <= _SHORT:
-                return hash(x.numpy(force=True).tobytes())
-            x = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-        raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    except (RuntimeError, TypeError, ValueError):  # one that NumPy does not have
-        return 0
-    whole = 0 if raw.size <= _SHORT else raw.size // (8 * _LANES) * 8 * _LANES
-    sums = raw[:whole].view(np.uint64).reshape(-1, _LANES).sum(0, dtype=np.uint64)
-    return hash((raw.size, sums.tobytes(), raw[whole:].tobytes()))
 
 
 def _version(x: Tensor) -> int | None:

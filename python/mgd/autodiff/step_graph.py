@@ -11,6 +11,7 @@ from torch import Tensor
 from mgd.autodiff.execution import derivatives_of
 from mgd.autodiff.joint import JointGraph
 from mgd.errors import ReplayDivergence
+from mgd.step.batches import content_of
 from mgd.step.evaluator import Derivatives, SecondDerivatives
 from mgd.step.metaparameters import BatchMetaparameters
 
@@ -55,7 +56,8 @@ class GraphResiduals:
     """What a joint graph computed for the second derivatives of one microbatch.
 
     given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
-    tensors: what the graph reads beside them; whoever keeps it may put copies in their place.
+    batch: the microbatch's, of `content`, its bits. tensors: what the graph reads beside them; whoever keeps it may put
+    copies in their place.
     """
 
     graph: StepGraph
@@ -64,6 +66,8 @@ class GraphResiduals:
     versions: list[int]
     metaparameters: BatchMetaparameters
     share: float
+    batch: Any
+    content: int
     held: int = 0
 
     def second_derivatives(
@@ -72,7 +76,9 @@ class GraphResiduals:
         parameters: list[Tensor],
         directions: Sequence[Sequence[Tensor]],
         cotangents: Sequence[Sequence[Tensor]],
-    ) -> Derivatives:
+    ) -> Derivatives | None:
+        if content_of(self.batch) != self.content:
+            return None  # a loader fills one piece of memory again and again
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
         ways = self.graph.ways(directions, cotangents)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
@@ -239,3 +240,29 @@ def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in `dtype`."""
     leaves, spec = flatten(loaded(batch))
     return tree_unflatten([x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves], spec)
+
+
+_LANES, _SHORT = 64, 1 << 16
+
+
+def content_of(batch: Any) -> int:
+    """A number that tells the bits of a batch apart, as far as they are in the host's memory: who writes past autograd,
+    as NumPy does, leaves the version of a tensor."""
+    return hash(tuple([_sums(x) for x in flatten(batch)[0] if isinstance(x, Tensor | np.ndarray)]))
+
+
+def _sums(x: Tensor | np.ndarray) -> int:
+    """The hash of a short one; of a long one that of the sums of its words, which takes a tenth of the time."""
+    try:
+        if isinstance(x, Tensor):
+            if x.device.type != "cpu" or x.layout is not torch.strided:
+                return 0
+            if x.dtype is not torch.bfloat16 and x.nbytes <= _SHORT:
+                return hash(x.numpy(force=True).tobytes())
+            x = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    except (RuntimeError, TypeError, ValueError):  # one that NumPy does not have
+        return 0
+    whole = 0 if raw.size <= _SHORT else raw.size // (8 * _LANES) * 8 * _LANES
+    sums = raw[:whole].view(np.uint64).reshape(-1, _LANES).sum(0, dtype=np.uint64)
+    return hash((raw.size, sums.tobytes(), raw[whole:].tobytes()))

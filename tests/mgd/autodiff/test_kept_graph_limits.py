@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mgd
 from mgd.autodiff.eager import EagerEvaluator
-from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs, _bits
+from mgd.autodiff.kept_graph import AutogradResiduals, KeptGraphs
+from mgd.step.batches import _sums
 
 
 class Counts:
@@ -213,7 +214,7 @@ def test_long_arrays_are_told_apart():
     y[70_000] += 1e-6
     z[-1] += 1e-6
     swapped[[5, 6]] = swapped[[6, 5]]
-    assert _bits(x) == _bits(x.clone()) and len({_bits(each) for each in (x, y, z, swapped)}) == 4
+    assert _sums(x) == _sums(x.clone()) and len({_sums(each) for each in (x, y, z, swapped)}) == 4
 
 
 # --- a graph unlike the one that was measured ---------------------------------------------------------------------
