@@ -152,8 +152,9 @@ _TRAIN, _EVAL = nn.Module.train, nn.Module.eval
 
 def _code_of(objective: Any) -> Hashable:
     function: Any = objective.__func__ if inspect.ismethod(objective) else objective
+    kind: Any = type(function)
     code: Any = getattr(function, "__code__", None)
-    return type(function) if code is None else code
+    return kind if code is None else code
 
 
 def _graph(
