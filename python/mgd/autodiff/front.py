@@ -135,7 +135,9 @@ class Front:
         return call
 
 
-def _compiled(entry: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+def _compiled(
+    entry: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None = None
+) -> Callable[..., Any]:
     """As `torch.compile(entry, backend=backend, fullgraph=True, dynamic=dynamic)`, with settings of Dynamo while it
     captures. To set them at every call takes as long as the call."""
     context: Any = torch._dynamo.optimize(backend=backend, nopython=True, dynamic=dynamic)
