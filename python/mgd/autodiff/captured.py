@@ -89,6 +89,8 @@ class CapturedEvaluator:
         if not self.graphs and not self.at_once:
             return self.payoff.describe()
         captured = "captured, compiled" if self.compile else "captured"
+        if self.payoff.preferred:
+            captured += "; by autograd where that is faster"
         return f"{captured}; some steps eager: {self.left_out}" if self.left_out else captured
 
     def refuse(self, reason: str) -> None:
@@ -122,6 +124,9 @@ class CapturedEvaluator:
         if kind is None:
             return self.fallback.gradient(microbatch, parameters, before, room=room)
         known = self.at_once or kind in self._served
+        decided = known and not self.at_once
+        if decided and room != 0 and self.payoff.prefers_autograd(kind):
+            return self._by_autograd(kind, microbatch, parameters, before, room)
         if not known and not self.payoff.pays(kind, parameters[0].device):
             return self._by_autograd(kind, microbatch, parameters, before, room)
         plain = None
@@ -130,24 +135,27 @@ class CapturedEvaluator:
             plain = self.fallback.gradient(microbatch, parameters, before, room=0)
             put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
-        if not self.call(kind, step, forward):
+        call = functools.partial(self.call, kind, step, forward)
+        if not (self.payoff.by_graph(kind, 0, call) if decided else call()):
             return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
         assert step.evaluation is not None
         if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
             self._give_up(kind, "it rounds differently in a graph, which trace=True allows")
             return plain
+        if decided and isinstance(step.evaluation.residuals, GraphResiduals):
+            step.evaluation.residuals.around = functools.partial(self.payoff.by_graph, kind, 1)
         return step.evaluation
 
     def _by_autograd(
         self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
     ) -> Evaluation:
-        """A gradient of a kind that may be captured later, on which depends what both evaluations take."""
+        """A gradient of a kind that may be captured: the clock looks at both evaluations."""
         evaluation = self.payoff.gradient(
-            kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look, room=room)
+            kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look, room=room), room != 0
         )
         if isinstance(evaluation.residuals, AutogradResiduals):
-            evaluation.residuals.around = functools.partial(self.payoff.second, kind)
+            evaluation.residuals.around = functools.partial(self.payoff.second, kind, kept=True)
         return evaluation
 
     def kind_of(self, microbatch: Microbatch) -> Kind | None:

@@ -3,8 +3,10 @@
 Until a step has a graph it is evaluated by autograd, and every reverse step adds what a graph would have saved to an
 account. The step is captured once the account, with what the rest of the current training promises, exceeds what a
 capture costs. So whatever number of calls follows, the total is never much more than the better of "never" and "at
-once" (ski rental; Karlin et al. 1988). Both ways give the same bits, so that clocks decide nothing but time. An
-accelerator tells its own seconds, some steps late: nobody waits for it.
+once" (ski rental; Karlin et al. 1988). What a graph then takes is measured, too: where autograd with its own graphs
+kept was faster, as for convolutions, whose residuals are cut short to save memory, it goes on, as long as memory
+allows. All ways give the same bits, so that clocks decide nothing but time. An accelerator tells its own seconds, some
+steps late: nobody waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +39,8 @@ PER_NODE = 20e-3  # seconds of a capture for each node of the loss's autograd gr
 IMPORT = 2.0  # seconds to import Dynamo
 CAUTION = 1.2  # the costs, which may be underestimated, count so much
 FIRST = 2  # evaluations by autograd before anything is decided; the very first one warms up
+COMPARED = 8  # evaluations by a graph that are measured
+FASTER = 0.95  # of a graph's seconds, at most, where autograd goes on
 
 
 @dataclass
@@ -45,7 +49,8 @@ class Account:
 
     nodes, bytes: of the autograd graph, whose tensors are about the residuals. gradient, second: the least seconds of
     each evaluation. account: seconds that a graph would have saved. evaluations: in this training. kept: whether
-    autograd kept the latest one's graph.
+    autograd kept the latest one's graph. by_kept, by_graph: least seconds of both evaluations, where autograd keeps its
+    graph, and by a captured one, of which so many were measured.
     """
 
     nodes: int = 0
@@ -56,13 +61,17 @@ class Account:
     evaluations: int = 0
     measured: int = 0
     kept: bool = False
+    by_kept: list[float] = field(default_factory=lambda: [math.inf] * 2)
+    by_graph: list[float] = field(default_factory=lambda: [math.inf] * 2)
+    graphs: int = 0
 
 
 class Payoff:
-    """Decides which kinds of steps to capture. captured: seconds that captures took so far."""
+    """Decides which kinds of steps to capture. captured: seconds that captures took so far. preferred: whether steps of
+    this training that have a graph went by autograd."""
 
     def __init__(self) -> None:
-        self.captured = 0.0
+        self.captured, self.preferred = 0.0, False
         self._kinds: dict[Hashable, Account] = {}
         self._ahead = self._seen = self._room = 0
         self._latest: Account | None = None
@@ -71,6 +80,7 @@ class Payoff:
     def begin(self, reversals: int, room: int) -> None:
         """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
         self._ahead, self._seen, self._room = reversals, 0, room
+        self.preferred = False
         for kind in self._kinds.values():
             kind.evaluations = 0
 
@@ -102,8 +112,11 @@ class Payoff:
     def _cost(self, kind: Account) -> float:
         return _rate.seconds * kind.nodes + (0 if "torch._dynamo" in sys.modules else IMPORT)
 
-    def gradient(self, key: Hashable, evaluate: Callable[[Look | None], Evaluation]) -> Evaluation:
-        """A gradient by autograd, with a look at the clock, and at the first one's graph."""
+    def gradient(
+        self, key: Hashable, evaluate: Callable[[Look | None], Evaluation], to_keep: bool = True
+    ) -> Evaluation:
+        """A gradient by autograd, with a look at the clock, and at the first one's graph. to_keep: where there is room
+        for that."""
         kind = self._kinds[key]
 
         def look(loss: Tensor) -> None:
@@ -113,22 +126,50 @@ class Payoff:
         def note(seconds: float) -> None:
             kind.gradient = min(kind.gradient, seconds)
             kind.measured += 1
+            if kept:
+                kind.by_kept[0] = min(kind.by_kept[0], seconds)
 
+        kept = False
         with self._clock.timed(note):
             evaluation = evaluate(None if kind.nodes else look)
-        kind.kept = evaluation.residuals is not None
+            kept = evaluation.residuals is not None
+            if to_keep:
+                kind.kept = kept
         return evaluation
 
-    def second(self, key: Hashable, evaluate: Callable[[], T]) -> T:
-        """Second derivatives by autograd: what a graph would have saved goes to the account."""
+    def second(self, key: Hashable, evaluate: Callable[[], T], kept: bool = False) -> T:
+        """Second derivatives by autograd: what a graph would have saved goes to the account. kept: from a graph that
+        autograd kept."""
 
         def note(seconds: float) -> None:
             if kind := self._kinds.get(key):
                 kind.second = min(kind.second or seconds, seconds)
                 kind.account += self._saved(kind)
+                if kept:
+                    kind.by_kept[1] = min(kind.by_kept[1], seconds)
 
         with self._clock.timed(note):
             return evaluate()
+
+    def by_graph(self, key: Hashable, which: int, evaluate: Callable[[], T]) -> T:
+        """An evaluation by a captured graph: 0: a gradient, 1: second derivatives from its residuals."""
+        kind = self._kinds.get(key)
+        if kind is None or kind.graphs >= 2 * COMPARED:
+            return evaluate()
+
+        def note(seconds: float) -> None:
+            kind.by_graph[which] = min(kind.by_graph[which], seconds)
+            kind.graphs += 1
+
+        with self._clock.timed(note):
+            return evaluate()
+
+    def prefers_autograd(self, key: Hashable) -> bool:
+        """Whether steps of this kind, which have a graph, are faster by autograd, whose latest graph was kept."""
+        kind = self._kinds.get(key)
+        prefers = kind is not None and kind.kept and sum(kind.by_kept) < FASTER * sum(kind.by_graph) < math.inf
+        self.preferred |= prefers
+        return prefers
 
     def spent(self, key: Hashable, seconds: float) -> None:
         """A capture took so long."""

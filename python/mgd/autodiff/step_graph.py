@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class GraphResiduals:
 
     given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
     batch: the microbatch's, of `content`, its bits. tensors: what the graph reads beside them; whoever keeps it may put
-    copies in their place.
+    copies in their place. around: who calls the graph, with a look at the clock.
     """
 
     graph: StepGraph
@@ -69,6 +70,7 @@ class GraphResiduals:
     batch: Any
     content: int
     held: int = 0
+    around: Callable[[Callable[[], SecondDerivatives]], SecondDerivatives] | None = None
 
     def second_derivatives(
         self,
@@ -82,5 +84,6 @@ class GraphResiduals:
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
         ways = self.graph.ways(directions, cotangents)
-        results = self.graph.joint.hvp_from_residuals(parameters, self.given, self.tensors, ways)
+        evaluate = functools.partial(self.graph.joint.hvp_from_residuals, parameters, self.given, self.tensors, ways)
+        results = evaluate() if self.around is None else self.around(evaluate)
         return self.graph.derivatives(results, len(parameters))

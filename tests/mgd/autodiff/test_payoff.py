@@ -93,6 +93,40 @@ def test_where_autograd_keeps_graphs_a_capture_saves_less(monkeypatch):
     assert 0.9 < calls * steps * payoff.SAVED_OF_KEPT * 3.0 / (payoff.CAUTION * 100) < 2
 
 
+@pytest.mark.parametrize(("seconds", "prefers"), [(0.8, True), (0.97, False), (1.2, False)])
+def test_where_autograd_was_faster_it_goes_on(seconds, prefers, monkeypatch):
+    """Whose graphs are kept, and as long as they are."""
+    clock, chosen = Clock(monkeypatch, nodes=1, per_node=1.0), Payoff()
+    chosen.begin(9, 0)
+    assert not chosen.pays(0) and not chosen.prefers_autograd(0)
+    clock.residuals = object()
+    chosen.gradient(0, lambda look: clock._evaluation(look, seconds))
+    chosen.second(0, lambda: clock._pass(2 * seconds), kept=True)
+    assert not chosen.prefers_autograd(0)
+    for _ in range(20):
+        chosen.by_graph(0, 0, lambda: clock._pass(1.0))
+        chosen.by_graph(0, 1, lambda: clock._pass(2.0))
+    assert chosen.prefers_autograd(0) == chosen.preferred == prefers
+    clock.residuals = None
+    chosen.gradient(0, lambda look: clock._evaluation(look, seconds))
+    assert not chosen.prefers_autograd(0)
+
+
+def test_a_step_with_a_graph_that_goes_by_autograd_has_its_bits(monkeypatch):
+    monkeypatch.setattr(payoff, "CAUTION", 0.0)
+    for name in ("convnet", "gpt"):
+        case = cases()[name].to(torch.float32)
+        f = case.function()
+        expected = f.metagradient(case.z)
+        assert expected.report.execution == "captured", name
+        monkeypatch.setattr(payoff, "FASTER", 1e9)
+        found = f.metagradient(case.z)
+        monkeypatch.undo()
+        monkeypatch.setattr(payoff, "CAUTION", 0.0)
+        assert found.report.execution == "captured; by autograd where that is faster", name
+        assert same(found, expected), name
+
+
 def test_trainings_without_a_way_back_promise_nothing(monkeypatch):
     clock, chosen = Clock(monkeypatch, nodes=1, per_node=0.1), Payoff()
     chosen.begin(0, 0)
