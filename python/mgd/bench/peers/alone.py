@@ -30,7 +30,7 @@ from mgd.ui.result import finite
 from mgd.util.system import keep_freed_memory
 
 REFERENCE, TRAINING = "float64", "training"  # what a process measures besides the peers
-WARM = 12  # calls at most before this package is timed: its default captures when that pays, and that call is slow
+WARM = 60  # calls of the default, at most, before it is timed: until it has captured, which short trainings do late
 WARMING = 0.4  # of the limit, at most, for these calls
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
