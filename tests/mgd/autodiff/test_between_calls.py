@@ -115,13 +115,13 @@ def test_what_can_no_longer_be_captured_is_tried_a_few_times(at_once, monkeypatc
     f = case.but(loss=loss).function()
     assert f.metagradient(case.z).report.execution == "captured"
     draws, tries = True, 0
-    call = f._evaluator._call
+    call = f._evaluator.call
 
     def counted(*args):
         nonlocal tries
         tries += 1
         return call(*args)
 
-    monkeypatch.setattr(f._evaluator, "_call", counted)
+    monkeypatch.setattr(f._evaluator, "call", counted)
     assert same(f.metagradient(case.z), f.replaced(trace=False).metagradient(case.z))
     assert tries == MOST_FAILURES
