@@ -13,11 +13,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.execution import below_autograd, direct, present, reason
 from mgd.autodiff.gathered import NotRecorded
-from mgd.autodiff.graphs import changes_inputs, clean, draws, is_symbolic, is_view, without_mutation
+from mgd.autodiff.graphs import changes_inputs, draws, is_symbolic, is_view, traced
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.objectives import ObjectiveGraph
 from mgd.autodiff.step_graph import StepGraph
@@ -60,10 +59,7 @@ def at_once(module: fx.GraphModule, inputs: Sequence[Tensor], shared: Sequence[b
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = make_fx(every, tracing_mode="fake")(*inputs)
-        if not without_mutation(found):
-            found = make_fx(torch.func.functionalize(found), tracing_mode="fake")(*inputs)
-    clean(found)
+        found = traced(every, inputs)
     if changes_inputs(found.graph):
         raise NotRecorded("its graph for several trainings changes what it reads")
     if tasks > FEW and _calls(found) > WORTHWHILE * tasks * _calls(module):

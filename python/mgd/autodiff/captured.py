@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
 from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_evaluation, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
-from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
+from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.linear_losses import without_logits
@@ -370,10 +369,7 @@ class CapturedEvaluator:
             return_freed_memory()  # of the autograd graph of all second derivatives
             loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
             step.microbatch.reseed()
-            module = make_fx(function, tracing_mode="fake")(*inputs)
-            if not without_mutation(module):
-                module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
-            clean(module)
+            module = traced(function, inputs)
             if changes_inputs(module.graph):
                 raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
             joint = JointGraph(module, fixed, (len(point.parameters), len(point.metaparameters), left), self.compile)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -121,6 +122,15 @@ def _changes(node: fx.Node) -> bool:
     """Whether the operator may change its inputs."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def traced(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of a function of tensors, with fake ones, without mutation as far as that can be, and cleaned."""
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    if not without_mutation(module):
+        module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
+    clean(module)
+    return module
 
 
 def without_mutation(module: fx.GraphModule) -> bool:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgd.autodiff.captured_step import NUMBER, places_of
 from mgd.autodiff.execution import below_autograd, direct, present, reason, same_loss
 from mgd.autodiff.front import CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.gathered import BESIDE, Gathered, NotRecorded, does_nothing_beside
-from mgd.autodiff.graphs import changes_inputs, clean, without_mutation
+from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.step.agreement import agree
 from mgd.step.loss import BoundLoss
 from mgd.step.model import Binding, Buffers, modes_kept
@@ -187,10 +186,7 @@ def _graph(
         expected = function(*copies)
         if any(x._version for x in copies) or all(g is None for g in expected[1:]):
             raise NotCaptured("the objective changes what it reads, or does not depend on the parameters")
-        module = make_fx(function, tracing_mode="fake")(*inputs)
-        if not without_mutation(module):
-            module = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
-        clean(module)
+        module = traced(function, inputs)
     if changes_inputs(module.graph):
         raise NotCaptured("the objective changes what it reads")
     graph = ObjectiveGraph(module, count)
