@@ -51,7 +51,7 @@ def test_overhead_says_what_this_package_costs_per_step(tmp_path, capsys):
 def test_a_second_metagradient_traces_nothing(monkeypatch):
     function, z = overhead.smallest(4)
     function.metagradient(z)
-    monkeypatch.setattr("mgd.autodiff.captured.make_fx", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr("mgd.autodiff.graphs.make_fx", lambda *a, **k: pytest.fail("traced again"))
     function.metagradient({**z, "lr": torch.full((4,), 2e-3)})
 
 
