@@ -14,17 +14,17 @@ constexpr int64_t kWidth = Pack<float>::width;
 struct Whole {
     MGD_LANES V load(const float* from) const { return mgd::load<V>(from); }
     MGD_LANES void store(float* to, V x) const { mgd::store(to, x); }
-    MGD_LANES V keep(V x) const { return x; }
 };
 
-// The first `count` lanes. Others load as 0 and are never stored; `keep` makes them 0.
+// The first `count` lanes. Others load as 0, are never stored, and `add` leaves them as they are: it adds before it
+// selects, so that a product is contracted into the sum as in whole registers.
 struct Part {
     int64_t count;
 #if defined(__AVX512F__)
     MGD_LANES __mmask16 mask() const { return static_cast<__mmask16>((1u << count) - 1); }
     MGD_LANES V load(const float* from) const { return (V)_mm512_maskz_loadu_ps(mask(), from); }
     MGD_LANES void store(float* to, V x) const { _mm512_mask_storeu_ps(to, mask(), (__m512)x); }
-    MGD_LANES V keep(V x) const { return (V)_mm512_maskz_mov_ps(mask(), (__m512)x); }
+    MGD_LANES V add(V sum, V x) const { return (V)_mm512_mask_mov_ps((__m512)sum, mask(), (__m512)(sum + x)); }
 #else
     MGD_LANES V load(const float* from) const {
         V x{};
@@ -34,9 +34,10 @@ struct Part {
     MGD_LANES void store(float* to, V x) const {
         for (int64_t i = 0; i < count; ++i) to[i] = x[i];
     }
-    MGD_LANES V keep(V x) const {
-        for (int64_t i = count; i < kWidth; ++i) x[i] = 0;
-        return x;
+    MGD_LANES V add(V sum, V x) const {
+        const V both = sum + x;
+        for (int64_t i = 0; i < count; ++i) sum[i] = both[i];
+        return sum;
     }
 #endif
 };
@@ -60,7 +61,8 @@ MGD_HD double total(V x) {
 }
 
 // sums[s] += the sum over [0, n) of the s-th of the terms that terms(at, lanes, out) gives. Registers add up in float
-// over kRun registers at most, in two interleaved chains, then in double.
+// over kRun registers at most, in two interleaved chains, then in double. Zeros behind the terms change no bit of a sum:
+// a row that ends early has that of a row whose last columns are hidden.
 constexpr int64_t kRun = 64;
 
 template <int S, class F>
@@ -77,17 +79,19 @@ MGD_HD void add_sums(int64_t n, double* sums, F terms) {
 #pragma GCC unroll 8
             for (int s = 0; s < S; ++s) odd[s] += term[s];
         }
+        V* chain = even;
         if (at + kWidth <= end) {
             terms(at, Whole{}, term);
 #pragma GCC unroll 8
             for (int s = 0; s < S; ++s) even[s] += term[s];
             at += kWidth;
+            chain = odd;
         }
         if (at < end) {
             const Part part{end - at};
             terms(at, part, term);
 #pragma GCC unroll 8
-            for (int s = 0; s < S; ++s) odd[s] += part.keep(term[s]);
+            for (int s = 0; s < S; ++s) chain[s] = part.add(chain[s], term[s]);
         }
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s) sums[s] += total(even[s] + odd[s]);

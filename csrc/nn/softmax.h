@@ -50,7 +50,8 @@ void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
         float *y = s.y + first, *gx = s.gx + first, *ggy = s.ggy + first, *gp = s.gp + first;
         if (pass == Pass::forward) {
             const float* mask = s.mask.first ? s.mask.of(row) : nullptr;
-            const auto scaled = [&](int64_t at, auto lanes) MGD_INLINE { return lanes.load(x + at) * scale; };
+            // Plus zero, so that the maximum is subtracted from a rounded product, as where a mask is added to it.
+            const auto scaled = [&](int64_t at, auto lanes) MGD_INLINE { return lanes.load(x + at) * scale + V{}; };
             const auto masked = [&](int64_t at, auto lanes)
                                     MGD_INLINE { return lanes.load(x + at) * scale + lanes.load(mask + at); };
             if (!mask)

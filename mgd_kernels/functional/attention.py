@@ -193,10 +193,13 @@ def scaled_dot_product_attention(
     `[..., S, D]`. On a CPU from L S = 2^20 on by strips of queries, on a GPU that has kernels by tiles, of float32,
     bfloat16 or float16 heads of at most 128 elements and masks without a gradient: neither ever holds `[L, S]`, and
     dropout has other masks than torch's, from a seed that torch's generator draws. Else, queries, keys and values of
-    the same leading dimensions, two where there is a mask; grouped queries are torch's own."""
+    the same leading dimensions, two where there is a mask or queries are grouped. A mask that hides what `is_causal`
+    does gives the same bits, and grouped queries those of keys and values that are repeated."""
     o = _without_matrix(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if o is not None:
         return o.view(*query.shape[:-1], value.shape[-1])
+    if enable_gqa and _grouped(query, key, value):
+        key, value, enable_gqa = _repeated(key, query), _repeated(value, query), False
     leading = query.shape[:-2]
     fits = (
         served(query, key, value, gpu=True, width=key.shape[-2] if key.ndim > 1 else 0)
@@ -221,6 +224,20 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         p = F.dropout(p, dropout_p)
     return torch.bmm(p.view(-1, *p.shape[-2:]), v).view(*query.shape[:-1], value.shape[-1])
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.ndim == key.ndim == value.ndim == 4
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
+def _repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Heads of keys or values, one for each of the queries."""
+    return x[:, :, None].expand(-1, -1, query.shape[1] // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def _fits(mask: Tensor, device: torch.device, shape: tuple[int, ...]) -> bool:

@@ -2,7 +2,8 @@
 
 Names: q [B, H, L, E], k [B, K, S, E] and v [B, K, S, D] with H a multiple of K, mask (boolean, or added to the scores)
 that broadcasts to [B, H, L, S], o the output and g its cotangent; dq, dk, dv, dm cotangents of q, k, v, mask; cq, ck,
-cv, cm the cotangents of these. With offset, query i sees the keys up to i + offset. One that sees none has output 0.
+cv, cm the cotangents of these. With offset, query i sees the keys up to i + offset. One that sees none has output 0,
+and the keys behind the last one that a strip sees are left out.
 Z is what dropout multiplies with: 0 or 1/(1 - p), drawn again in every pass from the seed and the place of the strip.
 
     s = scale q kᵀ + mask    P = softmax(s)    o = (Z∘P) v    M = Z∘g vᵀ    dS = P∘(M - ⟨P M⟩)
@@ -53,6 +54,7 @@ class _Heads:
         self.q, self.v, self.keys = q[b], v[b, kv], k.shape[2]
         self.weight = self._seen()
         self.k = self.centred(k)
+        self._strips: dict[int, list[tuple[slice, int]]] = {}  # of heads, or of all by the first
 
     def _seen(self) -> Tensor | None:
         """Which keys some query sees; the others may hold anything. None: all."""
@@ -66,8 +68,12 @@ class _Heads:
         own = k[self.b, self.kv]
         return own - (own if self.weight is None else own[self.weight]).mean(0)
 
-    def strips(self, rows: int) -> list[tuple[slice, int]]:
-        return _strips(rows, self.keys, self.offset)
+    def strips(self, head: int) -> list[tuple[slice, int]]:
+        own = head if self.mask is not None and self.mask.shape[1] > 1 else self.heads[0]
+        if own not in self._strips:
+            part = None if self.mask is None else _of(self.mask, self.b, own)
+            self._strips[own] = _strips(self.q.shape[1], self.keys, self.offset, part)
+        return self._strips[own]
 
     def drop_(self, x: Tensor, head: int, at: slice) -> Tensor:
         """x, of a strip, times Z, in its place."""
@@ -95,12 +101,18 @@ class _Heads:
         return q, softmax_(s.masked_fill_(blind, 0)).masked_fill_(blind, 0)
 
 
-def _strips(rows: int, keys: int, offset: int | None) -> list[tuple[slice, int]]:
-    """Rows, and the number of keys that they see; not those that see none."""
-    if offset is None:
-        return [(at, keys) for at in spans(rows, _ROWS)]
-    seen = [(at, min(keys, at.stop + offset)) for at in spans(rows, _ROWS)]
-    return [(at, n) for at, n in seen if n > 0]
+def _strips(rows: int, keys: int, offset: int | None, mask: Tensor | None) -> list[tuple[slice, int]]:
+    """Rows, and the number of keys up to the last one that they see; not those that see none. mask: of one head."""
+    found = []
+    for at in spans(rows, _ROWS):
+        n = keys if offset is None else min(keys, at.stop + offset)
+        if mask is not None and mask.shape[1] == keys and n > 0:
+            part = mask if mask.shape[0] == 1 else mask[at]
+            seen = (part if part.dtype is torch.bool else part > -torch.inf)[:, :n].any(0).nonzero()
+            n = int(seen[-1]) + 1 if len(seen) else 0
+        if n > 0:
+            found.append((at, n))
+    return found
 
 
 def _factors(like: Tensor, seed: int, at: slice, dropout: float) -> Tensor:
@@ -154,7 +166,7 @@ def _attention(q, k, v, mask, *options):
     def work(piece: tuple[int, int]) -> None:
         heads, (buffer,) = _Heads(*piece, q, k, v, mask, *options), _workspace(q, k, 1)
         for head in heads.heads:
-            for at, n in heads.strips(q.shape[2]):
+            for at, n in heads.strips(head):
                 _, p = heads.probabilities(head, at, n, buffer)
                 torch.mm(heads.drop_(p, head, at), heads.v[:n], out=o[heads.b, head, at])
 
@@ -169,10 +181,9 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
 
     def work(piece: tuple[int, int]) -> None:
         heads, (first, second) = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 2)
-        # Transposed, since the products that add to them are faster so.
-        dkt, dvt = q.new_zeros(q.shape[3], k.shape[2]), q.new_zeros(v.shape[3], k.shape[2])
         for head in heads.heads:
-            for at, n in heads.strips(q.shape[2]):
+            dkt, dvt = _transposed(k), _transposed(v)
+            for at, n in heads.strips(head):
                 rows, p = heads.probabilities(head, at, n, first)
                 cotangent = g[heads.b, head, at]
                 ds = torch.mm(cotangent, heads.v[:n].t(), out=_matrix(second, len(rows), n))
@@ -182,7 +193,8 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
                 dvt[:, :n].addmm_(cotangent.t(), heads.drop_(p, head, at))
                 if mask_gradient:
                     _add_to_mask(dm, heads.b, head, at, ds)
-        dk[piece], dv[piece] = dkt.t(), dvt.t()
+            dk[piece].add_(dkt.t())  # a head at a time: the bits of keys that were repeated for each
+            dv[piece].add_(dvt.t())
 
     with team() as crew:
         _each(crew, work, q, k, dm)
@@ -199,9 +211,9 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
         heads, buffers = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 4)
         ckc = heads.centred(ck)
         both = torch.cat([ckc, heads.k], 1)  # of one product, which is faster than two
-        dkt, dvt = q.new_zeros(q.shape[3], k.shape[2]), q.new_zeros(v.shape[3], k.shape[2])
         for head in heads.heads:
-            for at, n in heads.strips(q.shape[2]):
+            dkt, dvt = _transposed(k), _transposed(v)
+            for at, n in heads.strips(head):
                 rows, p = heads.probabilities(head, at, n, buffers[0])
                 m, x, ds = (_matrix(buffer, len(rows), n) for buffer in buffers[1:])
                 cotangent, tangent = g[heads.b, head, at], cq[heads.b, head, at] * scale
@@ -226,11 +238,17 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
                     _add_to_mask(dm, heads.b, head, at, m)
                 if cv is not None:
                     out.addmm_(heads.drop_(p, head, at), cv[piece][:n])
-        dk[piece], dv[piece] = dkt.t(), dvt.t()
+            dk[piece].add_(dkt.t())  # a head at a time: the bits of keys that were repeated for each
+            dv[piece].add_(dvt.t())
 
     with team() as crew:
         _each(crew, work, q, k, dm)
     return gg, dq, dk, dv, dm
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Zeros for the cotangent of one head, which products add to: transposed, they are faster."""
+    return x.new_zeros(x.shape[3], x.shape[2])
 
 
 def _zeros(q, k, v, mask, mask_gradient) -> list[Tensor]:
@@ -271,14 +289,15 @@ def plain_attention(q, k, v, mask, scale, offset, seed, dropout, factors=None) -
     blind = (s == -torch.inf).all(-1, keepdim=True)
     p = s.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     if seed is not None:
-        factors = _all_factors(p, seed, offset, dropout)
+        factors = _all_factors(p, seed, offset, dropout, mask)
     return (p if factors is None else p * factors) @ v
 
 
-def _all_factors(p: Tensor, seed: Tensor, offset: int | None, dropout: float) -> Tensor:
+def _all_factors(p: Tensor, seed: Tensor, offset: int | None, dropout: float, mask: Tensor | None) -> Tensor:
     z = torch.zeros_like(p, requires_grad=False)
     for i, matrix in enumerate(z.view(-1, *z.shape[2:])):
-        for at, n in _strips(matrix.shape[0], matrix.shape[1], offset):
+        part = None if mask is None else _of(mask, *divmod(i, z.shape[1]))
+        for at, n in _strips(matrix.shape[0], matrix.shape[1], offset, part):
             matrix[at, :n] = _factors(matrix[at, :n], int(seed) + i, at, dropout)
     return z
 

@@ -30,7 +30,7 @@ def evaluator_for(
     if trace is False and not compile:
         return EagerEvaluator()
     at_once = bool(trace or compile)
-    evaluator = CapturedEvaluator(EagerEvaluator(rounds=compile), at_once, compile)
+    evaluator = CapturedEvaluator(at_once, compile)
     owner, method = (loss.__self__, id(loss.__func__)) if inspect.ismethod(loss) else (loss, None)
     try:
         reference = weakref.ref(owner)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
-from mgd.autodiff.execution import COMPILED_TOLERANCE, present, reason, same_bits, same_evaluation, same_loss
+from mgd.autodiff.execution import LOSS_TOLERANCE, present, reason, same_bits, same_evaluation, same_loss
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.autodiff.joint import JointGraph
@@ -36,7 +36,7 @@ from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.second_order import Point, first_and_second
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
 from mgd.errors import BadLoss, MetagradientError
-from mgd.step.agreement import agree
+from mgd.step.agreement import agree, discrepancy_of
 from mgd.step.batches import content_of, described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
@@ -54,11 +54,14 @@ class CapturedEvaluator:
     """Both evaluations of a step by a captured graph.
 
     at_once: capture every step that can be; otherwise those for which it pays. refused: why that was given up for all
-    steps, if it was. left_out: why it was for some, whose graphs would have been too many.
+    steps, if it was. left_out: why it was for some, whose graphs would have been too many. fallback: expects the losses
+    of graphs, which round differently where they were rewritten.
     """
 
-    def __init__(self, eager: EagerEvaluator, at_once: bool, compile: bool = False):
-        self.fallback, self.at_once, self.compile, self._warned = eager, at_once, compile, False
+    def __init__(self, at_once: bool, compile: bool = False):
+        self.at_once, self.compile, self._warned = at_once, compile, False
+        self.eager = EagerEvaluator()
+        self.fallback = EagerEvaluator(rounds=True) if at_once else self.eager
         self.payoff = Payoff()
         self.graphs: dict[Hashable, StepGraph] = {}
         self.refused: str | None = None
@@ -68,6 +71,7 @@ class CapturedEvaluator:
         self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Kind] = set()
         self._failures: Counter[Kind] = Counter()
+        self.rounding = 0.0
         self.objectives = CapturedObjectives()
 
     @property
@@ -80,7 +84,7 @@ class CapturedEvaluator:
 
     def begin(self, reversals: int, room: int) -> None:
         self.payoff.begin(reversals, room)
-        self.fallback.begin(reversals, room)
+        self.eager.begin(reversals, room)
 
     def describe(self) -> str:
         if self.refused:
@@ -94,7 +98,7 @@ class CapturedEvaluator:
 
     def refuse(self, reason: str) -> None:
         self.refused = reason
-        self.fallback.refuse(reason)
+        self.eager.refuse(reason)
 
     def gradient(
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
@@ -121,7 +125,7 @@ class CapturedEvaluator:
 
         kind = self.kind_of(microbatch)
         if kind is None:
-            return self.fallback.gradient(microbatch, parameters, before, room=room)
+            return self.eager.gradient(microbatch, parameters, before, room=room)
         known = self.at_once or kind in self._served
         decided = known and not self.at_once
         if decided and room != 0 and self.payoff.prefers_autograd(kind):
@@ -131,12 +135,12 @@ class CapturedEvaluator:
         plain = None
         if not known:
             before_it = numbers_of(microbatch.loss.binding.model)
-            plain = self.fallback.gradient(microbatch, parameters, before, room=0)
+            plain = self.eager.gradient(microbatch, parameters, before, room=0)
             put_back(before_it)  # a model that counts its calls counts one
         step = CapturedStep(microbatch, parameters, before)
         call = functools.partial(self.call, kind, step, forward)
         if not (self.payoff.by_graph(kind, 0, call) if decided else call()):
-            return plain or self.fallback.gradient(microbatch, parameters, before, room=room)
+            return plain or self.eager.gradient(microbatch, parameters, before, room=room)
         assert step.evaluation is not None
         if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
@@ -151,7 +155,7 @@ class CapturedEvaluator:
     ) -> Evaluation:
         """A gradient of a kind that may be captured: the clock looks at both evaluations."""
         evaluation = self.payoff.gradient(
-            kind, lambda look: self.fallback.gradient(microbatch, parameters, before, look, room=room), room != 0
+            kind, lambda look: self.eager.gradient(microbatch, parameters, before, look, room=room), room != 0
         )
         if isinstance(evaluation.residuals, AutogradResiduals):
             evaluation.residuals.around = functools.partial(self.payoff.second, kind, kept=True)
@@ -199,10 +203,11 @@ class CapturedEvaluator:
             if self.call(kind, step, recompute):
                 assert found is not None and step.loss is not None
                 # Compiled, it is the loss of another graph than the first one.
-                microbatch.expect(step.loss, expected, COMPILED_TOLERANCE if self.compile else 0.0)
+                microbatch.expect(step.loss, expected, LOSS_TOLERANCE if self.compile else 0.0)
                 return found
         arguments = microbatch, parameters, before, directions, cotangents, expected
-        return self.payoff.second(kind, lambda: self.fallback.second_derivatives(*arguments))
+        plain = self.fallback if kind in self._served else self.eager
+        return self.payoff.second(kind, lambda: plain.second_derivatives(*arguments))
 
     def tangents(
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
@@ -218,7 +223,7 @@ class CapturedEvaluator:
                 if found is not None:
                     gradients = [each[: len(parameters)] for each in found.results]
                     return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
-        return self.fallback.tangents(microbatch, parameters, before, directions)
+        return self.eager.tangents(microbatch, parameters, before, directions)
 
     def code_of(self, kind: Kind) -> types.CodeType | None:
         """What Dynamo made for the last call of steps of this kind, where that is known."""
@@ -383,6 +388,8 @@ class CapturedEvaluator:
             raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
         if not self.at_once and not same_bits(found, expected[1:]):
             raise NotCaptured("it rounds differently in a graph, which trace=True allows")
+        product = present(results[-1])
+        self.rounding = max(self.rounding, discrepancy_of(product, grads, point.directions[0]))
         return joint, extras
 
 

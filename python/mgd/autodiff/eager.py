@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from mgd.autodiff.execution import COMPILED_TOLERANCE, same_bits
+from mgd.autodiff.execution import LOSS_TOLERANCE, same_bits
 from mgd.autodiff.kept_graph import HOOKS, Extent, KeptGraphs, Kind, Rewind, extent_of, kept_graph, kind_of
 from mgd.autodiff.second_order import (
     Point,
@@ -38,13 +38,14 @@ Look = Callable[[Tensor], None]  # is shown a loss with its autograd graph
 class EagerEvaluator:
     """Every evaluation by autograd; the others fall back to this one, and are checked against it.
 
-    rounds: the loss that is expected may be that of a compiled graph, which rounds differently. kept: whose graphs are
+    rounds: the loss that is expected may be that of a graph which rounds differently. kept: whose graphs are
     kept for second derivatives, where there is room.
     """
 
     fallback: Evaluator | None = None
     capture_seconds = 0.0
     residual_bytes = 0
+    rounding = 0.0
 
     def __init__(self, rounds: bool = False):
         self.rounds = rounds
@@ -266,7 +267,7 @@ class EagerEvaluator:
         """The second derivatives at a point; the loss there must be `expected`."""
         microbatch.reseed()
         second = self.evaluate(microbatch, function, point)
-        microbatch.expect(second.loss, expected, COMPILED_TOLERANCE if self.rounds else 0.0)
+        microbatch.expect(second.loss, expected, LOSS_TOLERANCE if self.rounds else 0.0)
         precision = microbatch.loss.precision or 0.0
         return Derivatives(second.results, second.products, second.gradient, second.influence, precision)
 

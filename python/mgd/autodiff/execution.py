@@ -15,8 +15,9 @@ from torch.fx.node import _get_qualified_name
 from mgd.step.agreement import agree
 from mgd.step.evaluator import Derivatives, Evaluation
 
-# Relative. Another dropout mask or batch moves a loss by far more than the rounding of a float32 mean, about 1e-6.
-COMPILED_TOLERANCE = 1e-4
+# Relative, of losses where one evaluation rounds differently. Another dropout mask or batch moves a loss by far more
+# than the rounding of a float32 mean, about 1e-6.
+LOSS_TOLERANCE = 1e-4
 
 
 def compiled(module: fx.GraphModule) -> Callable[..., tuple]:
@@ -62,7 +63,7 @@ def below_autograd(skipped: bool = True) -> contextlib.AbstractContextManager:
 def same_loss(loss: Tensor, expected: Tensor, compiled: bool) -> bool:
     """Whether a graph's loss is that of the evaluation: bit by bit, or up to rounding where operators are fused."""
     loss, expected = loss.double().cpu(), expected.double().cpu()
-    return torch.allclose(loss, expected, rtol=COMPILED_TOLERANCE) if compiled else torch.equal(loss, expected)
+    return torch.allclose(loss, expected, rtol=LOSS_TOLERANCE) if compiled else torch.equal(loss, expected)
 
 
 def same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:

@@ -9,6 +9,7 @@ around the graph.
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 import warnings
 import weakref
@@ -156,7 +157,10 @@ def _compiled(
     known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
 
     def callback(*arguments: Any) -> Any:
-        with warnings.catch_warnings(), torch._dynamo.config.patch(known):
+        # transformers adds methods that say a thing once: a graph, which is made once, need not.
+        once = {vars(logging.Logger).get(f"{level}_once") for level in ("warning", "info")} - {None}
+        ignored = {"ignore_logging_functions": torch._dynamo.config.ignore_logging_functions | once}
+        with warnings.catch_warnings(), torch._dynamo.config.patch(known | ignored):
             warnings.simplefilter("ignore")
             return capture(*arguments)
 

@@ -184,7 +184,7 @@ class Agreement:
 
     def widen(self, discrepancy: float) -> None:
         """A discrepancy was rounding: let those of its size pass, within limits."""
-        self.tolerance = min(4 * discrepancy, math.sqrt(self._eps))
+        self.tolerance = max(self.tolerance, min(4 * discrepancy, math.sqrt(self._eps)))
 
     def confirm(self, step: int, gradient: Tensor, directions: Sequence[Tensor], terms: Terms) -> None:
         """Raises ReplayDivergence where the evaluation has another gradient than the logged one, tensor by tensor, and
@@ -215,6 +215,14 @@ class Agreement:
                 f"at step {step} the derivative of its backward pass is incomplete (does a backward detach what it "
                 "computes with, or run without gradients?).",
             )
+
+
+def discrepancy_of(product: Tensor, gradient: Sequence[Tensor | None], direction: Sequence[Tensor]) -> float:
+    """`|product - <gradient, direction>|` relative to the norms, of one evaluation: what is rounding in its product."""
+    pairs = [(g.flatten(), u.flatten()) for g, u in zip(gradient, direction, strict=True) if g is not None]
+    dot = lambda rows: sum(float(torch.dot(x.double(), y.double())) for x, y in rows)
+    scale = math.sqrt(dot((g, g) for g, _ in pairs) * dot((u, u) for _, u in pairs))
+    return abs(float(product) - dot(pairs)) / scale if scale else 0.0
 
 
 def agree(replayed: Sequence[Tensor | None], evaluated: Sequence[Tensor | None]) -> bool:

@@ -216,6 +216,7 @@ class StepFunction:
         step = t, params, result, meta, directions, buffer_adjoints
         terms = self._differentiate(self.evaluator, *step)
         agreement, reads = self.agreement, self.loss.reads
+        agreement.widen(self.evaluator.rounding)
         if reads.late and agreement.seen >= CONFIRMED:
             agreement.later(result.gradient, directions, terms, reads)
             self._look_at_influence(t, terms)
