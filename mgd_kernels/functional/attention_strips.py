@@ -181,6 +181,7 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
 
     def work(piece: tuple[int, int]) -> None:
         heads, (first, second) = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 2)
+        dks, dvs = (x.new_empty(len(heads.heads), *x.shape[2:]) for x in (k, v))
         for head in heads.heads:
             dkt, dvt = _transposed(k), _transposed(v)
             for at, n in heads.strips(head):
@@ -193,8 +194,9 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
                 dvt[:, :n].addmm_(cotangent.t(), heads.drop_(p, head, at))
                 if mask_gradient:
                     _add_to_mask(dm, heads.b, head, at, ds)
-            dk[piece].add_(dkt.t())  # a head at a time: the bits of keys that were repeated for each
-            dv[piece].add_(dvt.t())
+            dks[head % len(dks)], dvs[head % len(dvs)] = dkt.t(), dvt.t()
+        torch.sum(dks, 0, out=dk[piece])  # the bits of keys that were repeated for each head
+        torch.sum(dvs, 0, out=dv[piece])
 
     with team() as crew:
         _each(crew, work, q, k, dm)
@@ -211,6 +213,7 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
         heads, buffers = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 4)
         ckc = heads.centred(ck)
         both = torch.cat([ckc, heads.k], 1)  # of one product, which is faster than two
+        dks, dvs = (x.new_empty(len(heads.heads), *x.shape[2:]) for x in (k, v))
         for head in heads.heads:
             dkt, dvt = _transposed(k), _transposed(v)
             for at, n in heads.strips(head):
@@ -238,8 +241,9 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
                     _add_to_mask(dm, heads.b, head, at, m)
                 if cv is not None:
                     out.addmm_(heads.drop_(p, head, at), cv[piece][:n])
-            dk[piece].add_(dkt.t())  # a head at a time: the bits of keys that were repeated for each
-            dv[piece].add_(dvt.t())
+            dks[head % len(dks)], dvs[head % len(dvs)] = dkt.t(), dvt.t()
+        torch.sum(dks, 0, out=dk[piece])  # the bits of keys that were repeated for each head
+        torch.sum(dvs, 0, out=dv[piece])
 
     with team() as crew:
         _each(crew, work, q, k, dm)

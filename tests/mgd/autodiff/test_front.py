@@ -1,6 +1,9 @@
 """The front of captured steps: what it keeps alive, and what it no longer calls."""
 
+import functools
 import gc
+import logging
+import warnings
 import weakref
 
 import torch
@@ -68,3 +71,27 @@ def test_captured_code_outlives_a_reset_of_dynamo():
     assert all(guards.cache_entry is None for guards, _ in front._known)
     after = f.metagradient(case.z)
     assert same(before, after) and after.report.execution == "captured"
+
+
+@functools.lru_cache(None)
+def said_once(logger, message):
+    logger.warning(message)
+
+
+def execution(say) -> str:
+    logger = logging.getLogger("a model's")
+
+    def loss(model, batch, z):
+        say(logger)
+        return cross_entropy(model, batch, z)
+
+    f = supervised(mlp(), (5,), 2).but(loss=loss).function(trace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return f.metagradient({"lr": torch.full((2,), 0.1, dtype=torch.float64)}).report.execution
+
+
+def test_what_is_logged_once_may_be_left_out_and_what_is_logged_at_each_step_may_not(monkeypatch):
+    monkeypatch.setattr(logging.Logger, "warning_once", said_once, raising=False)
+    assert execution(lambda logger: logger.warning_once("a default is taken")) == "captured"
+    assert "given up" in execution(lambda logger: logger.warning("a step"))

@@ -18,7 +18,7 @@ from mgd_kernels.functional import attention_strips as strips
 from mgd_kernels.functional.attention_strips import attention, plain_attention
 
 SHAPES = [(37, 53), (53, 37), (40, 40)]
-MASKS = ["none", "boolean", "padding", "added", "for each head", "for each key"]
+MASKS = ["none", "boolean", "padding", "added", "for each head", "for each key", "triangle"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,7 @@ def problem(queries, keys, mask="none", group=1, common=0.0):
         "padding": lambda: (torch.rand(2, 1, 1, keys, generator=g) > 0.3).index_fill(0, torch.tensor(1), False),
         "added": lambda: random(2, heads, queries, keys),
         "for each head": lambda: random(1, heads, queries, keys),
+        "triangle": lambda: torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(-2),
         "for each key": lambda: random(1, 1, 1, keys).index_fill(3, torch.tensor(2), -torch.inf),
     }
     return [q, k, v] if mask == "none" else [q, k, v, masks[mask]()]
