@@ -71,6 +71,11 @@ class CapturedEvaluator:
         self.objectives = CapturedObjectives()
 
     @property
+    def made(self) -> int:
+        """Graphs of steps and of objectives so far."""
+        return len(self.graphs) + self.objectives.made
+
+    @property
     def capture_seconds(self) -> float:
         return self.payoff.captured
 
@@ -97,8 +102,9 @@ class CapturedEvaluator:
         self.fallback.refuse(reason)
 
     def gradient(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None, now=False
     ) -> Evaluation:
+        """now: by a graph, whether or not that pays by itself."""
         step: CapturedStep | None = None
 
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
@@ -122,11 +128,11 @@ class CapturedEvaluator:
         kind = self.kind_of(microbatch)
         if kind is None:
             return self.fallback.gradient(microbatch, parameters, before, room=room)
-        known = self.at_once or kind in self._served
-        decided = known and not self.at_once
+        known = self.trusts(kind)
+        decided = known and not self.at_once and not now
         if decided and room != 0 and self.payoff.prefers_autograd(kind):
             return self._by_autograd(kind, microbatch, parameters, before, room)
-        if not known and not self.payoff.pays(kind, parameters[0].device):
+        if not known and not now and not self.payoff.pays(kind, parameters[0].device):
             return self._by_autograd(kind, microbatch, parameters, before, room)
         plain = None
         if not known:
@@ -219,6 +225,10 @@ class CapturedEvaluator:
                     gradients = [each[: len(parameters)] for each in found.results]
                     return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
         return self.fallback.tangents(microbatch, parameters, before, directions)
+
+    def trusts(self, kind: Kind) -> bool:
+        """Whether steps of this kind run by their graphs: by default, those compared with the loss as it is written."""
+        return self.at_once or kind in self._served
 
     def code_of(self, kind: Kind) -> types.CodeType | None:
         """What Dynamo made for the last call of steps of this kind, where that is known."""
