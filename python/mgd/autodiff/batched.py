@@ -20,6 +20,7 @@ from mgd.autodiff.graphs import changes_inputs, draws, is_symbolic, is_view, tra
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.objectives import ObjectiveGraph
 from mgd.autodiff.step_graph import StepGraph
+from mgd.util.finite import all_finite
 
 MOST_SIZES = 8  # numbers of trainings, of which each takes a trace
 WORTHWHILE = 0.9  # of the operators in turn: with more, a graph at once is made of loops
@@ -71,8 +72,14 @@ def at_once(module: fx.GraphModule, inputs: Sequence[Tensor], shared: Sequence[b
     return found
 
 
+class Undecided(Exception):
+    """Nothing can be told from numbers that are not finite."""
+
+
 def check(found: Rows, expected: Rows) -> None:
     """Raises NotRecorded where results at once are not those in turn."""
+    if not all(all_finite(x) for x in expected if x is not None):
+        raise Undecided
     if not rows_agree(found, expected):
         raise NotRecorded("its graph for several trainings has other derivatives than that of one")
 
@@ -180,6 +187,8 @@ class _BySize(Generic[Made]):
         if key not in self.known and tasks > 1 and len(self.known) < MOST_SIZES:
             try:
                 self.known[key] = make()
+            except Undecided:  # the group lets go of its tasks
+                return None
             except Exception as error:  # vmap has no rule for everything
                 self.known[key] = None
                 self.in_turn = str(error) if isinstance(error, NotRecorded) else reason(error)

@@ -35,6 +35,7 @@ FASTER = 0.95  # of the seconds one by one, at most, for tasks to run together
 UNCLEAR = 0.5  # of these, from where on what one by one takes is measured again, now that it has graphs
 AGAIN = 2
 MOST_FAILURES = 4  # in a row
+DEBT = 4  # costs of graphs that failures may add up to, beyond what was saved
 MOST_SIZES = 8  # numbers of tasks at once, each of which takes graphs of its own
 MOST_ACCOUNTS = 64  # of one model and loss
 
@@ -48,9 +49,10 @@ class _Rate:
     total: float = 0.0
 
     def measured(self, seconds: float, nodes: int) -> None:
-        self.total += seconds
-        self.nodes += nodes
-        self.seconds = self.total / max(1, self.nodes)
+        if nodes:
+            self.total += seconds
+            self.nodes += nodes
+            self.seconds = self.total / self.nodes
 
 
 class _Rates:
@@ -80,8 +82,9 @@ class Account:
     steps, wanted: their length, and whether gradients are. graphs: shared by those with gradients and those without.
     nodes: of the autograd graph of a step. alone, together: the least seconds of a task by itself, and at once with
     others. measured: how many of the former there were. saved_up: seconds that running together would have saved, or
-    did, without those that graphs took. bought: whether tasks run together; refused: whether they stay one by one.
-    expected: how many the last call had. again: how often what one by one takes is to be measured anew.
+    did, without those that graphs took. bought: whether tasks run together, which was decided for so many at once:
+    size; refused: whether they stay one by one. expected: how many the last call had. again: how often what one by one
+    takes is to be measured anew.
     """
 
     steps: int
@@ -95,6 +98,7 @@ class Account:
     bought: bool = False
     refused: bool = False
     failures: int = 0
+    size: int = 2
     expected: int = 0
     again: int = AGAIN
 
@@ -110,6 +114,7 @@ class Account:
         if self.measured < FIRST or not self.nodes:
             return False
         self.bought = self.saved_up + left * self.saved(size) > CAUTION * self.cost(size)
+        self.size = size
         return self.bought
 
     def part(self, count: int, left: int) -> tuple[int, bool]:
@@ -117,8 +122,9 @@ class Account:
         sizes, in_vain, saved = self.graphs.sizes, self.graphs.in_vain, self.saved(count)
         if count in sizes:
             return count, True
-        worth = (in_vain[count] if sizes else self.saved_up) + max(left, count) * saved
-        if count > 1 and len(sizes) < MOST_SIZES and worth > CAUTION * self._mapping():
+        paid = not sizes and count >= self.size / 2  # with what was bought first
+        worth = in_vain[count] + max(left, count) * saved
+        if count > 1 and len(sizes) < MOST_SIZES and (paid or worth > CAUTION * self._mapping()):
             return count, True
         in_vain[count] += count * saved  # type: ignore[assignment]  # seconds
         known = [size for size in sizes if size <= count]
@@ -132,8 +138,8 @@ class Account:
         return min(SAVED * self.alone, each * self.nodes * (self.steps + 1)) * (1 - 1 / max(1, size))
 
     def cost(self, size: int) -> float:
-        """Seconds that the graphs take which are not there yet."""
-        recording = 0.0 if self.graphs.recorded else _rates.recorded.seconds * self.nodes
+        """Seconds that the graphs take which are not there yet; 0: all of them."""
+        recording = 0.0 if size and self.graphs.recorded else _rates.recorded.seconds * self.nodes
         return recording + (0.0 if size in self.graphs.sizes else self._mapping()) + self._import()
 
     def _mapping(self) -> float:
@@ -184,7 +190,7 @@ class Account:
         """Tasks did not run together after all."""
         self.failures += 1
         self.saved_up -= seconds
-        if self.failures >= MOST_FAILURES or self.saved_up < -2 * CAUTION * (self._mapping() + seconds):
+        if self.failures >= MOST_FAILURES or self.saved_up < -DEBT * self.cost(0):
             self.refused = True
 
     def _compare(self) -> None:
