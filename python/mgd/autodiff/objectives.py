@@ -27,6 +27,7 @@ from mgd.step.loss import BoundLoss
 from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.written_out import data_of
+from mgd.util.finite import all_finite
 
 MOST = 2  # graphs of one code and shapes: an objective whose cells hold numbers would have a graph for each task
 _Key = tuple[int, tuple[int, ...], Any]  # the graph's number, where its arguments are, and their shapes
@@ -128,6 +129,8 @@ class CapturedObjectives:
                 if found.graph not in known.sound:
                     _compare(objective, loss, parameters, buffers, found)
                     known.sound.add(found.graph)
+            except NotRecorded:
+                raise
             except Exception as error:  # what stops a capture does not stop the objective
                 known.refused = str(error) if isinstance(error, NotCaptured) else reason(error)
                 raise NotRecorded(known.refused) from None
@@ -141,7 +144,8 @@ def _compare(
     buffers: Buffers,
     found: Gathered,
 ) -> None:
-    """Raises NotCaptured where the objective as it is written has another value, or gradient, than its graph."""
+    """Raises NotCaptured where the objective as it is written has another value, or gradient, than its graph, and
+    NotRecorded where these are not finite, which does not tell."""
     if any(draws(node) for node in found.graph.module.graph.nodes):
         return  # which nobody makes together
     leaves = [p.detach().requires_grad_() for p in parameters]
@@ -149,6 +153,8 @@ def _compare(
     with contextlib.ExitStack() as until:
         value = loss.binding.call(objective, leaves, copies, until=until)[0]
         expected = torch.autograd.grad(value, leaves, allow_unused=True)
+    if not all(all_finite(x) for x in (value, *expected) if x is not None):
+        raise NotRecorded("the objective is not finite")
     own, *gradients = found.graph([x.detach() for x in (*parameters, *found.given)])
     limit = math.sqrt(torch.finfo(value.dtype).eps)
     if not (torch.allclose(present(own), value.detach(), rtol=limit, atol=0.0) and agree(gradients, expected)):

@@ -27,10 +27,11 @@ from mgd.step.batches import described
 
 FIRST = 2  # tasks that run one by one before anything is decided; the very first one warms up
 CAUTION = 1.2  # the costs, which may be underestimated, count so much
-# Saved, as long as it is not known: this share of a task's seconds, and at most so many for each evaluation and node of
-# its autograd graph, which is what Python and small operators take. Measured: 0.7 to 0.9, and 150 µs.
-SAVED, SAVED_PER_NODE = 0.7, 100e-6
-SAVED_PER_NODE_OF_VALUES = 30e-6  # where no gradient is wanted
+# Saved, as long as it is not known: this share of a task's seconds, and at most so many for each evaluation, and for
+# each node of its autograd graph, which is what Python and small operators take. Measured, on busy cores: 0.7 to 0.9,
+# or 0.4 (a convnet), and 1.5 ms (5 nodes) to 3.2 ms (18 nodes).
+SAVED, SAVED_PER_EVALUATION, SAVED_PER_NODE = 0.7, 600e-6, 60e-6
+OF_VALUES = 0.3  # of this, where no gradient is wanted
 FASTER = 0.95  # of the seconds one by one, at most, for tasks to run together
 UNCLEAR = 0.5  # of these, from where on what one by one takes is measured again, now that it has graphs
 AGAIN = 2
@@ -134,8 +135,8 @@ class Account:
         """Seconds that a task takes less with so many at once."""
         if math.isfinite(self.together):
             return max(0.0, self.alone - self.together) if size > 1 else 0.0
-        each = SAVED_PER_NODE if self.wanted else SAVED_PER_NODE_OF_VALUES
-        return min(SAVED * self.alone, each * self.nodes * (self.steps + 1)) * (1 - 1 / max(1, size))
+        each = (SAVED_PER_EVALUATION + SAVED_PER_NODE * self.nodes) * (1.0 if self.wanted else OF_VALUES)
+        return min(SAVED * self.alone, each * (self.steps + 1)) * (1 - 1 / max(1, size))
 
     def cost(self, size: int) -> float:
         """Seconds that the graphs take which are not there yet; 0: all of them."""
@@ -212,6 +213,12 @@ def account_of(f: TrainingFunction, z: Mapping[str, Any], wanted: bool) -> Accou
         graphs = Graphs()
         known[key] = [Account(len(f), each, graphs) for each in (False, True)]
     return known[key][wanted]
+
+
+def decided(f: TrainingFunction, z: Mapping[str, Any]) -> bool:
+    """Whether it is decided how tasks like this one run, with their gradients."""
+    account = account_of(f, z, True)
+    return account is None or account.bought or account.refused
 
 
 def _shapes(batches: Any) -> Hashable:

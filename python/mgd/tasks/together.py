@@ -243,9 +243,11 @@ class Together:
                 found = self._at_once(tasks, at_once)
         except _Changes:
             raise
-        except (Doubt, MetagradientError) as error:
+        except (Doubt, MetagradientError, RuntimeError) as error:
             if account is not None:
                 account.failed(time.perf_counter() - start)
+            elif type(error) is RuntimeError:  # perhaps of an objective, which is not evaluated again
+                raise
             yield from self._one_by_one(tasks, error)
             return
         if account is not None:
