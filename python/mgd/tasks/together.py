@@ -137,7 +137,11 @@ class Together:
             return account.pays(self._size(account), left)
         # Whoever begins in the middle of a call has groups of other sizes than in the next one.
         begins = before == 0 or account.measured == FIRST if self.still else before == 0 or before >= account.expected
-        return begins and account.pays(self._size(account), left)
+        if not (begins and account.pays(self._size(account), left)):
+            return False
+        if self.still:  # what is left by groups of one size: each takes graphs of its own
+            self._most = min(range(MOST, MOST // 2, -1), key=lambda size: left % size if left > MOST else -size)
+        return True
 
     def _size(self, account: Account) -> int:
         """How many tasks of a kind may run at once."""
