@@ -76,8 +76,9 @@ class TrainingFunction(Replaceable):
         (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a quarter to a
         third of the time. A graph is used only where it has the bits of the eager step; `mgd.mean_over` runs tasks
         together, up to rounding, when that pays. True: capture at once, also what rounds differently, and run tasks
-        together from the first one on. "joint" is another name of True. False: autograd alone, tasks one by one. compile: capture at once, and compile the graph with `torch.compile`. Graphs are shared by the
-        trainings of one model and loss.
+        together from the first one on. "joint" is another name of True. False: autograd alone, tasks one by one.
+        compile: capture at once, and compile the graph with `torch.compile`. Graphs are shared by the trainings of one
+        model and loss.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state

@@ -34,7 +34,7 @@ SAVED, SAVED_PER_EVALUATION, SAVED_PER_NODE = 0.7, 600e-6, 60e-6
 OF_VALUES = 0.3  # of this, where no gradient is wanted
 FASTER = 0.95  # of the seconds one by one, at most, for tasks to run together
 UNCLEAR = 0.5  # of these, from where on what one by one takes is measured again, now that it has graphs
-AGAIN = 2
+AGAIN, COMPARED = 2, 3  # tasks for that; groups before it
 MOST_FAILURES = 4  # in a row
 DEBT = 4  # costs of graphs that failures may add up to, beyond what was saved
 MOST_SIZES = 8  # numbers of tasks at once, each of which takes graphs of its own
@@ -82,7 +82,7 @@ class Account:
 
     steps, wanted: their length, and whether gradients are. graphs: shared by those with gradients and those without.
     nodes: of the autograd graph of a step. alone, together: the least seconds of a task by itself, and at once with
-    others. measured: how many of the former there were. saved_up: seconds that running together would have saved, or
+    others. measured, runs: how many of either there were. saved_up: seconds that running together would have saved, or
     did, without those that graphs took. bought: whether tasks run together, which was decided for so many at once:
     size; refused: whether they stay one by one. expected: how many the last call had. again: how often what one by one
     takes is to be measured anew.
@@ -100,6 +100,7 @@ class Account:
     refused: bool = False
     failures: int = 0
     size: int = 2
+    runs: int = 0
     expected: int = 0
     again: int = AGAIN
 
@@ -150,7 +151,7 @@ class Account:
         return 0.0 if "torch._dynamo" in sys.modules else IMPORT
 
     def _unclear(self) -> bool:
-        return self.again > 0 and UNCLEAR * self.alone < self.together < math.inf
+        return self.runs >= COMPARED and self.again > 0 and self.together > UNCLEAR * self.alone
 
     # --- what happened -----------------------------------------------------------------------------------------
 
@@ -184,6 +185,7 @@ class Account:
             self.saved_up -= graphs
         elif at_once:
             self.together = min(self.together, seconds / count)
+            self.runs += 1
             self.saved_up += count * (self.alone - seconds / count)
             self._compare()
 
@@ -196,7 +198,7 @@ class Account:
 
     def _compare(self) -> None:
         """One by one from now on, where that is as fast."""
-        if not self._unclear() and FASTER * self.alone < self.together < math.inf:
+        if self.runs >= COMPARED and not self._unclear() and self.together > FASTER * self.alone:
             self.refused = True
 
 

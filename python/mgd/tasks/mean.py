@@ -20,8 +20,8 @@ def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor
     fills the gradients of the tensors in `z`, once (no `create_graph`).
 
     Each training, or group of them, is differentiated before the next one begins, so memory grows neither with their
-    number nor with their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken where no tensor in
-    `z` requires one, or under `torch.no_grad`.
+    number nor with their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken
+    where no tensor in `z` requires one, or under `torch.no_grad`.
 
     Tasks that differ in their batches and objectives alone run together as soon as that pays, as many at once as fit
     into the memory of a short training (256 MB, or the budget): small ones in a fraction of the time. Results are then

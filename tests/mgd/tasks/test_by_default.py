@@ -82,7 +82,7 @@ def test_other_calls_have_accounts_of_their_own(groups, cheap):
     with torch.no_grad():
         for _ in range(3):
             mgd.mean_over(fs, z)
-    assert groups and groups[-1] == (3, None) and len(accounts(fs[0])) == 2
+    assert groups and len(accounts(fs[0])) == 2
 
 
 def test_few_tasks_are_those_of_single_trainings(groups):
@@ -217,15 +217,19 @@ def test_where_one_by_one_is_as_fast_it_goes_on():
         kind.ran_alone(1.0, 16, 10)
     kind.bought = True
     kind.ran(16, True, True, 30.0)
-    kind.ran(16, True, False, 16 * 0.7)  # more than half
+    for _ in range(account.COMPARED):
+        assert kind.pays(16, 0)
+        kind.ran(16, True, False, 16 * 0.7)  # more than half
     assert not kind.pays(16, 0) and not kind.refused  # what one by one takes now is measured again
     kind.ran_alone(0.9, 16, 0)
     kind.ran_alone(0.6, 16, 0)
     assert kind.refused
     kind = Account(5, True, Graphs())
     kind.ran_alone(1.0, 16, 10)
-    kind.ran(16, True, False, 16 * 0.3)
-    assert not kind.refused
+    kind.bought = True
+    for _ in range(account.COMPARED):
+        kind.ran(16, True, False, 16 * 0.3)
+    assert kind.pays(16, 0)
 
 
 def test_the_bound_of_rent_or_buy():
