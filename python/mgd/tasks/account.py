@@ -26,11 +26,11 @@ from mgd.function import TrainingFunction
 from mgd.step.batches import described
 
 FIRST = 2  # tasks that run one by one before anything is decided; the very first one warms up
-CAUTION = 1.2  # the costs, which may be underestimated, count so much
+CAUTION = 1.0  # the costs count so much; more buys late, which is as dear as early
 # Saved, as long as it is not known: this share of a task's seconds, and at most so many for each evaluation, and for
 # each node of its autograd graph, which is what Python and small operators take. Measured, on busy cores: 0.7 to 0.9,
 # or 0.4 (a convnet), and 1.5 ms (5 nodes) to 3.2 ms (18 nodes).
-SAVED, SAVED_PER_EVALUATION, SAVED_PER_NODE = 0.7, 600e-6, 60e-6
+SAVED, SAVED_PER_EVALUATION, SAVED_PER_NODE = 0.85, 1e-3, 60e-6
 OF_VALUES = 0.3  # of this, where no gradient is wanted
 FASTER = 0.95  # of the seconds one by one, at most, for tasks to run together
 UNCLEAR = 0.5  # of these, from where on what one by one takes is measured again, now that it has graphs
