@@ -36,7 +36,6 @@ def main(rounds: int = 30, tasks: int = 4) -> dict[str, float]:
         lambda model, batch, z: F.mse_loss(model(batch[0]), batch[1]),
         [(torch.zeros(1, 1), torch.zeros(1, 1))] * STEPS,
         optimizer=SGD(lr=0.02),
-        trace=True,  # the tasks of a round run at once
         objective=lambda model: model(torch.zeros(1, 1)).mean(),
     )
 

@@ -74,10 +74,11 @@ class TrainingFunction(Replaceable):
     trace: None: evaluate steps by autograd until a capture pays: the loss as a graph, from which both the gradients
         that train and their second derivatives come; what it computed for them is kept where memory allows
         (`mgd.autodiff.captured`). A capture takes some seconds, once for each shape, and then saves a quarter to a
-        third of the time. A graph is used only where it has the bits of the eager step. True: capture at once, also
-        what rounds differently, and let `mgd.mean_over` run tasks together. "joint" is another name of True. False:
-        autograd alone. compile: capture at once, and compile the graph with `torch.compile`. Graphs are shared by the
-        trainings of one model and loss.
+        third of the time. A graph is used only where it has the bits of the eager step; `mgd.mean_over` runs tasks
+        together, up to rounding, when that pays. True: capture at once, also what rounds differently, and run tasks
+        together from the first one on. "joint" is another name of True. False: autograd alone, tasks one by one.
+        compile: capture at once, and compile the graph with `torch.compile`. Graphs are shared by the trainings of one
+        model and loss.
     optimizer_state: continue where another training ended, with its `optimizer_state` (`{}`: at the very beginning)
         and its parameters and buffers in `model`. The count of steps goes on, in Adam's bias corrections and in random
         streams, so that two trainings give the same bits as one of both lengths; a metagradient then returns the state

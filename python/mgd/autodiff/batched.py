@@ -20,6 +20,7 @@ from mgd.autodiff.graphs import changes_inputs, draws, is_symbolic, is_view, tra
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.objectives import ObjectiveGraph
 from mgd.autodiff.step_graph import StepGraph
+from mgd.util.finite import all_finite
 
 MOST_SIZES = 8  # numbers of trainings, of which each takes a trace
 WORTHWHILE = 0.9  # of the operators in turn: with more, a graph at once is made of loops
@@ -71,8 +72,14 @@ def at_once(module: fx.GraphModule, inputs: Sequence[Tensor], shared: Sequence[b
     return found
 
 
+class Undecided(Exception):
+    """Nothing can be told from numbers that are not finite."""
+
+
 def check(found: Rows, expected: Rows) -> None:
     """Raises NotRecorded where results at once are not those in turn."""
+    if not all(all_finite(x) for x in expected if x is not None):
+        raise Undecided
     if not rows_agree(found, expected):
         raise NotRecorded("its graph for several trainings has other derivatives than that of one")
 
@@ -167,23 +174,25 @@ def split(results: Rows, parameters: int) -> tuple[Rows, Rows, Tensor]:
 class _BySize(Generic[Made]):
     """What runs a graph for several trainings at once, by their number and by what they share.
 
-    alone: why evaluations of this kind are not made together, if they are not. in_turn: why nothing for several at once
-    could be made, if so.
+    known: what was made, by those. alone: why evaluations of this kind are not made together, if they are not. in_turn:
+    why nothing for several at once could be made, if so.
     """
 
     def __init__(self, graph: fx.GraphModule):
         self.alone, self.in_turn = why_alone(graph), ""
-        self._known: dict[Hashable, Made | None] = {}
+        self.known: dict[Hashable, Made | None] = {}
 
     def _of(self, tasks: int, shared: Sequence[bool], make: Callable[[], Made]) -> Made | None:
         key = tasks, tuple(shared)
-        if key not in self._known and tasks > 1 and len(self._known) < MOST_SIZES:
+        if key not in self.known and tasks > 1 and len(self.known) < MOST_SIZES:
             try:
-                self._known[key] = make()
+                self.known[key] = make()
+            except Undecided:  # the group lets go of its tasks
+                return None
             except Exception as error:  # vmap has no rule for everything
-                self._known[key] = None
+                self.known[key] = None
                 self.in_turn = str(error) if isinstance(error, NotRecorded) else reason(error)
-        return self._known.get(key)
+        return self.known.get(key)
 
 
 class BatchedSteps(_BySize[StepsAtOnce]):
@@ -198,9 +207,13 @@ class BatchedSteps(_BySize[StepsAtOnce]):
         elif any(x is None for x in end.args[0][: 1 + self.joint.counts[0]]):
             self.alone = self.alone or "it leaves some parameters without a gradient"
 
-    def runner(self, parameters: list[Tensor], given: list[Tensor], shared: Sequence[bool]) -> Steps:
+    def runner(
+        self, parameters: list[Tensor], given: list[Tensor], shared: Sequence[bool], mapped: bool = True
+    ) -> Steps:
         """What evaluates this many trainings at such tensors, which are `[B, ...]` unless shared."""
         plain = StepsInTurn(self.joint, shared, len(parameters[0]))
+        if not mapped:
+            return plain
         return self._of(plain.tasks, shared, lambda: self._made(plain, parameters, given)) or plain
 
     def _made(self, plain: StepsInTurn, parameters: list[Tensor], given: list[Tensor]) -> StepsAtOnce:
@@ -236,7 +249,9 @@ class BatchedObjectives(_BySize[Run]):
         self.objective = objective
         super().__init__(objective.module)
 
-    def __call__(self, parameters: list[Tensor], given: list[Tensor], shared: Sequence[bool]) -> tuple[Tensor, Rows]:
+    def __call__(
+        self, parameters: list[Tensor], given: list[Tensor], shared: Sequence[bool], mapped: bool = True
+    ) -> tuple[Tensor, Rows]:
         """The values `[B]`, and their gradients."""
         tasks, inputs = len(parameters[0]), [*parameters, *given]
         every = [False] * len(parameters) + list(shared)
@@ -250,7 +265,7 @@ class BatchedObjectives(_BySize[Run]):
                 check(list(run(*inputs)), in_turn())
             return run
 
-        run = self._of(tasks, shared, make)
+        run = self._of(tasks, shared, make) if mapped else None
         with below_autograd():
             found = in_turn() if run is None else list(run(*inputs))
         return present(found[0]), found[1:]

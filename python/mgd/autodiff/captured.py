@@ -17,31 +17,25 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgd.autodiff.captured_step import NUMBER, CapturedStep
+from mgd.autodiff.captured_step import CapturedStep
+from mgd.autodiff.derived import derive
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
-from mgd.autodiff.execution import LOSS_TOLERANCE, present, reason, same_bits, same_evaluation, same_loss
+from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
-from mgd.autodiff.graphs import changes_inputs, traced
-from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.kept_graph import AutogradResiduals
-from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.objectives import CapturedObjectives
 from mgd.autodiff.payoff import Payoff
-from mgd.autodiff.second_order import Point, first_and_second
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
 from mgd.errors import BadLoss, MetagradientError
-from mgd.step.agreement import agree, discrepancy_of
 from mgd.step.batches import content_of, described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
 from mgd.step.model import Buffers, differentiable, numbers_of, put_back
-from mgd.step.overrides import FunctionOverrides
 from mgd.util.system import return_freed_memory
 
 MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long as a capture
@@ -75,6 +69,11 @@ class CapturedEvaluator:
         self.objectives = CapturedObjectives()
 
     @property
+    def made(self) -> int:
+        """Graphs of steps and of objectives so far."""
+        return len(self.graphs) + self.objectives.made
+
+    @property
     def capture_seconds(self) -> float:
         return self.payoff.captured
 
@@ -101,8 +100,9 @@ class CapturedEvaluator:
         self.eager.refuse(reason)
 
     def gradient(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None
+        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, *, room: int | None = None, now=False
     ) -> Evaluation:
+        """now: by a graph, whether or not that pays by itself."""
         step: CapturedStep | None = None
 
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
@@ -126,11 +126,11 @@ class CapturedEvaluator:
         kind = self.kind_of(microbatch)
         if kind is None:
             return self.eager.gradient(microbatch, parameters, before, room=room)
-        known = self.at_once or kind in self._served
-        decided = known and not self.at_once
+        known = self.trusts(kind)
+        decided = known and not self.at_once and not now
         if decided and room != 0 and self.payoff.prefers_autograd(kind):
             return self._by_autograd(kind, microbatch, parameters, before, room)
-        if not known and not self.payoff.pays(kind, parameters[0].device):
+        if not known and not now and not self.payoff.pays(kind, parameters[0].device):
             return self._by_autograd(kind, microbatch, parameters, before, room)
         plain = None
         if not known:
@@ -225,6 +225,10 @@ class CapturedEvaluator:
                     return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
         return self.eager.tangents(microbatch, parameters, before, directions)
 
+    def trusts(self, kind: Kind) -> bool:
+        """Whether steps of this kind run by their graphs: by default, those compared with the loss as it is written."""
+        return self.at_once or kind in self._served
+
     def code_of(self, kind: Kind) -> types.CodeType | None:
         """What Dynamo made for the last call of steps of this kind, where that is known."""
         front = self._fronts.get(kind[:2])
@@ -266,7 +270,8 @@ class CapturedEvaluator:
                 if key not in self.graphs:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                    joint, extras = self._make(graph, places, step, others)
+                    joint, extras, rounding = derive(graph, places, step, others, self.at_once, self.compile)
+                    self.rounding = max(self.rounding, rounding)
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
                 step.note(places)
@@ -307,91 +312,3 @@ class CapturedEvaluator:
             warnings.warn(
                 f"mgd evaluates steps by autograd that it cannot capture: {why}", RuntimeWarning, stacklevel=2
             )
-
-    def _make(
-        self, graph: CapturedGraph, places: tuple[Any, ...], step: CapturedStep, others: list[Tensor]
-    ) -> tuple[JointGraph, int]:
-        """The joint graph at this step, and the number of outputs beside loss and buffers."""
-        point = Point(
-            step.parameters,
-            step.floats,
-            step.metaparameters,
-            [*step.others, *others],
-            [[p.clone() for p in step.parameters]],
-            [[torch.ones_like(b) for b in step.floats]],
-        )
-        kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
-        bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
-        inputs = [x for kind in kinds for x in kind]
-        fixed = bounds[3][1]
-        left, extras, share = 0, 0, step.microbatch.share
-        rewritten = self.at_once and step.microbatch.loss.autocast is None
-        captured = without_logits(graph.module) if rewritten else graph.module
-        loss_of = step.microbatch.loss
-        plain, overrides = loss_of.plain_at(step.microbatch.step), FunctionOverrides()
-
-        def evaluate(p, b, z, constants):
-            nonlocal overrides, extras
-            owned = [x.clone() for x in constants[: len(step.others)]]
-            known = [*p, *b, *owned, *z]
-            rest = iter(constants[len(step.others) :])
-            arguments = [
-                known[place] if place >= 0 else next(rest).item() if place == NUMBER else next(rest) for place in places
-            ]
-            overrides = FunctionOverrides(plain)
-            with loss_of.casting(), overrides:
-                overrides.in_loss = True
-                loss, *extra = captured(*arguments)
-                overrides.in_loss = False
-            if overrides.differentiates and not plain:
-                raise _LooksInside
-            extras = len(extra)
-            return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
-
-        def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            nonlocal left
-            p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
-            second = first_and_second(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
-            left = len(second.buffers)
-            return (
-                second.loss,
-                *second.gradient,
-                *second.influence,
-                *second.buffers,
-                *second.results[0],
-                second.products[0],
-            )
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            step.microbatch.reseed()
-            try:
-                expected = function(*inputs)
-            except _LooksInside:
-                plain = True
-                step.microbatch.reseed()
-                expected = function(*inputs)
-            return_freed_memory()  # of the autograd graph of all second derivatives
-            loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
-            step.microbatch.reseed()
-            module = traced(function, inputs)
-            if changes_inputs(module.graph):
-                raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
-            joint = JointGraph(module, fixed, (len(point.parameters), len(point.metaparameters), left), self.compile)
-            step.microbatch.reseed()
-            parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
-            loss, grads, influence, after, residuals = joint.forward(parameters, given)
-            assert residuals is not None
-            (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
-        found = [*grads, *influence, *after, *results]
-        if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), self.compile)):
-            raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
-        if not self.at_once and not same_bits(found, expected[1:]):
-            raise NotCaptured("it rounds differently in a graph, which trace=True allows")
-        product = present(results[-1])
-        self.rounding = max(self.rounding, discrepancy_of(product, grads, point.directions[0]))
-        return joint, extras
-
-
-class _LooksInside(Exception):
-    """The loss asks for gradients inside of what was replaced."""

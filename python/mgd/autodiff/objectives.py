@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from mgd.autodiff.captured_step import NUMBER, places_of
 from mgd.autodiff.execution import below_autograd, direct, present, reason, same_loss
 from mgd.autodiff.front import CapturedGraph, Front, NotCaptured, unheard
 from mgd.autodiff.gathered import BESIDE, Gathered, NotRecorded, does_nothing_beside
-from mgd.autodiff.graphs import changes_inputs, traced
+from mgd.autodiff.graphs import changes_inputs, draws, traced
 from mgd.step.agreement import agree
 from mgd.step.loss import BoundLoss
 from mgd.step.model import Binding, Buffers, modes_kept
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.written_out import data_of
+from mgd.util.finite import all_finite
 
 MOST = 2  # graphs of one code and shapes: an objective whose cells hold numbers would have a graph for each task
 _Key = tuple[int, tuple[int, ...], Any]  # the graph's number, where its arguments are, and their shapes
@@ -70,6 +72,11 @@ class CapturedObjectives:
     def __init__(self) -> None:
         self._known: dict[Hashable, _Objectives] = {}
 
+    @property
+    def made(self) -> int:
+        """Graphs so far."""
+        return sum([len(known.graphs) for known in self._known.values()])
+
     def recorded(
         self,
         objective: Callable[[nn.Module], Tensor],
@@ -79,7 +86,7 @@ class CapturedObjectives:
         mode: str,
     ) -> RecordedObjective:
         """What the objective's evaluation reads. mode: as of `TrainingFunction.objective_mode`. Raises NotRecorded."""
-        code = _code_of(objective)
+        code = code_of(objective)
         if code not in self._known:
             self._known[code] = _Objectives()
         known = self._known[code]
@@ -119,11 +126,39 @@ class CapturedObjectives:
                         if known.front.code is None or not does_nothing_beside(known.front.code, modes=True):
                             raise NotCaptured(BESIDE.format("the objective"))
                         call(check)  # what the objective returns is the result of its graph
-                        known.sound.add(found.graph)
+                if found.graph not in known.sound:
+                    _compare(objective, loss, parameters, buffers, found)
+                    known.sound.add(found.graph)
+            except NotRecorded:
+                raise
             except Exception as error:  # what stops a capture does not stop the objective
                 known.refused = str(error) if isinstance(error, NotCaptured) else reason(error)
                 raise NotRecorded(known.refused) from None
         return RecordedObjective(found.graph, found.given)
+
+
+def _compare(
+    objective: Callable[[nn.Module], Tensor],
+    loss: BoundLoss,
+    parameters: Sequence[Tensor],
+    buffers: Buffers,
+    found: Gathered,
+) -> None:
+    """Raises NotCaptured where the objective as it is written has another value, or gradient, than its graph, and
+    NotRecorded where these are not finite, which does not tell."""
+    if any(draws(node) for node in found.graph.module.graph.nodes):
+        return  # which nobody makes together
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    copies = {name: b.clone() for name, b in buffers.items()}
+    with contextlib.ExitStack() as until:
+        value = loss.binding.call(objective, leaves, copies, until=until)[0]
+        expected = torch.autograd.grad(value, leaves, allow_unused=True)
+    if not all(all_finite(x) for x in (value, *expected) if x is not None):
+        raise NotRecorded("the objective is not finite")
+    own, *gradients = found.graph([x.detach() for x in (*parameters, *found.given)])
+    limit = math.sqrt(torch.finfo(value.dtype).eps)
+    if not (torch.allclose(present(own), value.detach(), rtol=limit, atol=0.0) and agree(gradients, expected)):
+        raise NotCaptured("the objective's graph has another value than the objective")
 
 
 @contextlib.contextmanager
@@ -149,7 +184,8 @@ def _in_mode(binding: Binding, mode: str) -> Iterator[None]:
 _TRAIN, _EVAL = nn.Module.train, nn.Module.eval
 
 
-def _code_of(objective: Any) -> Hashable:
+def code_of(objective: Any) -> Hashable:
+    """What objectives have in common that may share graphs."""
     function: Any = objective.__func__ if inspect.ismethod(objective) else objective
     kind: Any = type(function)
     code: Any = getattr(function, "__code__", None)

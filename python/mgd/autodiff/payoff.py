@@ -177,6 +177,11 @@ class Payoff:
         if kind := self._kinds.get(key):
             _rate.measured(seconds, kind.nodes)
 
+    @property
+    def nodes(self) -> int:
+        """Of the autograd graph of the latest kind of steps that had none of its own; 0 where there was none."""
+        return self._latest.nodes if self._latest else 0
+
     def describe(self) -> str:
         """Why nothing was captured so far."""
         kind = self._latest

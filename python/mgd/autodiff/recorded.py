@@ -14,7 +14,7 @@ from torch import Tensor
 from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.captured_step import CapturedStep
 from mgd.autodiff.gathered import BESIDE, Gathered, NotRecorded, does_nothing_beside
-from mgd.autodiff.step_graph import StepGraph
+from mgd.autodiff.step_graph import GraphResiduals, StepGraph
 from mgd.step.loss import Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
 from mgd.step.model import Buffers
@@ -55,8 +55,12 @@ def recorded_step(
     code, graph = evaluator.code_of(kind), found.graph
     if code is None or not does_nothing_beside(code):
         raise NotRecorded(BESIDE.format("the loss"))
-    if not graph.evaluated:  # the evaluation proper looks at what the loss returns
-        if graph.extras or evaluator.gradient(microbatch, parameters, before).residuals is None:
+    if not (graph.evaluated and evaluator.trusts(kind)):
+        # The evaluation proper looks at what the loss returns. By default, a new graph is compared with autograd.
+        residuals = evaluator.gradient(microbatch, parameters, before, now=True).residuals
+        if not evaluator.trusts(kind):
+            raise NotRecorded(_BY_AUTOGRAD, told=True)
+        if graph.extras or not (isinstance(residuals, GraphResiduals) and residuals.graph is graph):
             raise NotRecorded("the loss is more than its graph computes")
         graph.evaluated = True
     return RecordedStep(graph, found.given, microbatch.metaparameters)

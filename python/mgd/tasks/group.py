@@ -53,9 +53,10 @@ class _Step:
 
 
 class Group:
-    """tasks: of the same graphs, with one start."""
+    """tasks: of the same graphs, with one start. at_once: by graphs for all of them, where these can be made."""
 
-    def __init__(self, tasks: list[Task]):
+    def __init__(self, tasks: list[Task], at_once: bool = True):
+        self.at_once = at_once
         self.tasks, self.f, self.start = tasks, tasks[0].f, tasks[0].start
         self.arena, self.meta, self.optimizer = self.start.arena, self.start.meta, self.f.optimizer
         self.meta.first_read = dict(tasks[0].reads)
@@ -116,7 +117,7 @@ class Group:
             inputs = self._inputs(t, inputs)
             given = inputs[1]
             parameters = self._views(state.params)
-            runner = batched(self.tasks[0].steps[t]).runner(parameters, given.tensors, given.shared)
+            runner = batched(self.tasks[0].steps[t]).runner(parameters, given.tensors, given.shared, self.at_once)
             losses, gradients, residuals = runner.forward(parameters, given.tensors, keep)
             if not all_finite(losses):
                 raise Doubt(f"a loss at step {t} is not finite")
@@ -137,7 +138,9 @@ class Group:
         if self.tasks[0].objective is None:
             return self._each_objective(end, wanted)
         given, shared = side_by_side([task.objective.given for task in self.tasks if task.objective])
-        values, gradients = batched_objective(self.tasks[0].objective)(self._views(end.params), given, shared)
+        values, gradients = batched_objective(self.tasks[0].objective)(
+            self._views(end.params), given, shared, self.at_once
+        )
         if not all_finite(values):
             raise Doubt("an objective is not finite")
         return values, self._flat(gradients) if wanted else None

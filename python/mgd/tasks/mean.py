@@ -19,20 +19,25 @@ def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor
     """The mean objective, float64 `[]`, of trainings with the same `z`, as a node of the autograd graph: `backward`
     fills the gradients of the tensors in `z`, once (no `create_graph`).
 
-    Each training is differentiated before the next one begins, so memory grows neither with their number nor with
-    their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken where no tensor in
-    `z` requires one, or under `torch.no_grad`.
+    Each training, or group of them, is differentiated before the next one begins, so memory grows neither with their
+    number nor with their length, as it would where `f(z)` of all of them waits for `backward`. No gradient is taken
+    where no tensor in `z` requires one, or under `torch.no_grad`.
 
-    Tasks with `trace=True` that differ in their batches and objectives alone run together, as many at once as fit into
-    the memory of a short training (256 MB, or the budget): small ones in a fraction of the time, to the same numbers
-    up to rounding. They have `SGD`, `Adam` or `AdamW` on a CPU, no `max_grad_norm`, `microbatches`, `since`,
-    `autocast`, `compile`, nor several processes. A warning says where such tasks run one after another all the same:
-    their loss draws random numbers, reads numbers out of tensors, keeps state in Python, changes buffers, or leaves
-    parameters without a gradient.
+    Tasks that differ in their batches and objectives alone run together as soon as that pays, as many at once as fit
+    into the memory of a short training (256 MB, or the budget): small ones in a fraction of the time. Results are then
+    those of one by one up to the rounding of batched matrix products. Graphs for it take some seconds. They are made
+    once what it would have saved so far, in this call and those before, and will save in the rest of a list, exceeds
+    that (`mgd.tasks.account`). So clocks decide when results round otherwise. With `trace=True` tasks run together from
+    the first one on; with `trace=False` one by one, to the bits of single trainings.
+
+    Together run tasks with `SGD`, `Adam` or `AdamW` on a CPU, and no `max_grad_norm`, `microbatches`, `since`,
+    `autocast`, `compile`, nor several processes. One by one run those whose loss draws random numbers, reads numbers
+    out of tensors, keeps state in Python, changes buffers, or leaves parameters without a gradient. With `trace=True` a
+    warning says so.
 
     tasks: training functions of one objective each. A generator may make them one by one; those that `replaced` makes
-        of one function share its graphs. An objective that reads its own tensors, as a function made for each task
-        does, is evaluated with the others.
+        of one function share its graphs, as do all with one model and one loss. An objective that reads its own
+        tensors, as a function made for each task does, is evaluated with the others.
 
     Raises BadArgument where there are no tasks, or one has several objectives.
     """

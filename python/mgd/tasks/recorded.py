@@ -22,6 +22,7 @@ from mgd.function import TrainingFunction
 from mgd.step.batches import microbatches
 from mgd.step.loss import Microbatch
 from mgd.step.start import Start
+from mgd.tasks.account import Account
 from mgd_kernels import SGD, Adam, AdamW
 
 _SETTINGS = ("seed", "objective_mode", "budget")
@@ -31,7 +32,8 @@ _SETTINGS = ("seed", "objective_mode", "budget")
 class Task:
     """A training that is to be run. start: before its first step, which other tasks may share. objective: None where it
     is evaluated by itself. reads: of each key of z that the loss reads, the first step that does. versions: of what it
-    reads, how often each was changed in place. copied: whether some of that is its own copies."""
+    reads, how often each was changed in place. copied: whether some of that is its own copies. account: of its kind,
+    where it runs with others only if that pays. seconds: that its recording took."""
 
     f: TrainingFunction
     start: Start
@@ -40,10 +42,17 @@ class Task:
     reads: dict[str, int]
     versions: list[int]
     copied: bool
+    account: Account | None = None
+    seconds: float = 0.0
 
     def graphs(self) -> Hashable:
         """Tasks with the same ones can run at once."""
         return tuple([id(step.graph) for step in self.steps]), self.objective and id(self.objective.graph)
+
+    def mapped(self) -> int:
+        """How many graphs there are for several like it at once."""
+        steps = sum([len(each.known) for each in {batched(step) for step in self.steps}])
+        return steps + (len(batched_objective(self.objective).known) if self.objective else 0)
 
     def read(self) -> list[Tensor]:
         """Every tensor that it reads, beside parameters."""
@@ -85,7 +94,6 @@ def may_share(f: TrainingFunction) -> bool:
     return (
         type(f) is TrainingFunction
         and isinstance(evaluator, CapturedEvaluator)
-        and evaluator.at_once
         and not evaluator.compile
         and evaluator.refused is None
         and type(f.optimizer) in (SGD, Adam, AdamW)  # each element by itself
@@ -201,7 +209,8 @@ def _objective(
         if why := batched_objective(found).alone:
             raise NotRecorded(why)
     except NotRecorded:
-        if still:  # it can wait until the training has run
+        # It can wait until the training has run. What it does beside may show then, which only who asked for it takes.
+        if still and evaluator.at_once:
             return None
         raise
     if not still:

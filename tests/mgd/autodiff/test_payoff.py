@@ -162,7 +162,7 @@ def test_the_default_changes_over_without_changing_a_bit(monkeypatch):
 
 def test_what_rounds_differently_is_captured_only_where_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(payoff, "CAUTION", 0.0)
-    monkeypatch.setattr(mgd.autodiff.captured, "same_bits", lambda *_: False)
+    monkeypatch.setattr(mgd.autodiff.derived, "same_bits", lambda *_: False)
     with pytest.warns(RuntimeWarning, match="rounds differently"):
         report = supervised(mlp(), (5,)).metagradient().report
     assert report.execution.startswith("eager, since capture was given up")

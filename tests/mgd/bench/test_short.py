@@ -12,6 +12,7 @@ from mgd.errors import BadArgument
 
 def test_short_compares_with_an_unrolled_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.delitem(short.METHODS, "compiled")  # compilers take half a minute
+    monkeypatch.setattr(short, "PATIENCE", 0.0)
     arguments = "bench short --workload images --tasks 2 --steps 2 --rounds 1 --core -2".split()
     out, _ = run(capsys, *arguments, "--json", tmp_path / "a")
     found = json.loads((tmp_path / "a").read_text())

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import pytest
+import task_cases
 
 from mgd.autodiff.batched import StepsAtOnce
+from mgd.tasks.account import Account
 from mgd.tasks.group import Group
+
+
+@pytest.fixture(params=[True, None], ids=["asked", "default"])
+def trace(request, monkeypatch):
+    """`trace=` of the tasks. By default they run together as if that paid at once."""
+
+    def pays(self, size, left):
+        self.bought = True
+        return not self.refused
+
+    if request.param is None:
+        monkeypatch.setattr(Account, "pays", pays)
+        monkeypatch.setattr(Account, "part", lambda self, count, left: (count, True))
+    monkeypatch.setattr(task_cases, "TRACE", [request.param])
+    return request.param
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,14 +14,27 @@ from torch import nn
 
 import mgd
 from mgd.autodiff.batched import BatchedSteps, StepsAtOnce
-from mgd.errors import BadArgument, BadObjective
+from mgd.errors import BadArgument, BadObjective, ReplayDivergence
 from mgd.step.agreement import Agreement
 from mgd.tasks.group import Group
 from mgd.tasks.recorded import same_settings
 from mgd_kernels import SGD
 
 TOGETHER = "cannot run together|cannot capture"
+pytestmark = pytest.mark.usefixtures("trace")
 ROUNDING = 1e-14  # of the mean
+
+
+@contextlib.contextmanager
+def told(trace, why=TOGETHER):
+    """By default nothing was asked for, and nothing is said, but that a capture fails, as by itself."""
+    if trace:
+        with pytest.warns(RuntimeWarning, match=why):
+            yield
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "mgd evaluates steps by autograd")
+            yield
 
 
 class Counted:
@@ -70,11 +86,11 @@ LOSSES = {"noting": Noting, "marking": lambda: marking, "item": lambda: item, "s
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_that_are_not_for_several(name, groups):
+def test_losses_that_are_not_for_several(name, groups, trace):
     loss = LOSSES[name]()
     case = training(loss=loss)
     fs, z = tasks(case), hypers(case)
-    with pytest.warns(RuntimeWarning, match=TOGETHER):
+    with told(trace):
         found = mean(fs, z)
     assert groups == [] and difference(found, alone(fs, z)) < ROUNDING
     mean(fs, z)  # it has been said
@@ -83,23 +99,19 @@ def test_losses_that_are_not_for_several(name, groups):
 def test_a_branch_that_is_not_captured(groups):
     case = training(loss=branching)
     fs, z = tasks(case), hypers(case)
-    with pytest.warns(RuntimeWarning, match=TOGETHER):
+    with pytest.warns(RuntimeWarning, match="cannot capture"):
         found = mean(fs, z)
     assert groups == [] and difference(found, alone(fs, z)) < ROUNDING
 
 
-def test_a_counter_counts_as_it_did(groups):
+def test_a_counter_counts_as_it_did(groups, trace):
     """At once, every task would see the calls of one."""
     counters, found = [Counted(), Counted()], []
-    for counter, trace in zip(counters, (True, False), strict=True):
+    for counter, way in zip(counters, (trace, False), strict=True):
         case = training(loss=counter)
-        fs, z = tasks(case, trace=trace), hypers(case)
-        with torch.no_grad():
-            if trace:
-                with pytest.warns(RuntimeWarning, match=TOGETHER):
-                    found.append(mgd.mean_over(fs, z))
-            else:
-                found.append(mgd.mean_over(fs, z))
+        fs, z = tasks(case, trace=way), hypers(case)
+        with torch.no_grad(), told(way):
+            found.append(mgd.mean_over(fs, z))
     assert groups == [] and torch.equal(*found)
     assert counters[0].calls == counters[1].calls == 9
 
@@ -120,20 +132,19 @@ MODELS = {"dropout": lambda: mlp(0.3), "buffers": Running, "without a gradient":
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_that_are_not_for_several(name, groups):
+def test_models_that_are_not_for_several(name, groups, trace):
     model = MODELS[name]()
     case = supervised(model, (5,), optimizer=SGD(lr=0.1))
     case.z.clear()
     if name == "without a gradient":
         case = case.but(loss=two_heads)
     fs, z = tasks(case), {"lr": torch.tensor(0.2, dtype=DOUBLE)}
-    with pytest.warns(RuntimeWarning, match=TOGETHER):
+    with told(trace):
         found = mean(fs, z)
     assert groups == [] and difference(found, alone(fs, z)) < ROUNDING
 
 
 SETTINGS = {
-    "by default": {"trace": None},
     "by autograd": {"trace": False},
     "clipped": {"max_grad_norm": 0.4},
     "microbatches": {"microbatches": 2},
@@ -250,7 +261,20 @@ def test_a_task_that_changed_cannot_be_run_again():
         mean(late(case, fs), z)
 
 
-def test_an_objective_without_a_graph_in_a_generator(groups):
+def test_a_task_that_changed_is_run_from_what_was_copied(monkeypatch, groups):
+    """Where tasks cannot run at once after all, and have changed, their graphs run in turn."""
+    case = training()
+    fs, z = tasks(case), hypers(case)
+    expected = alone(late(case, fs), z)
+    mean(late(case, fs), z)
+    second = StepsAtOnce.second
+    monkeypatch.setattr(StepsAtOnce, "second", lambda self, p, *given: second(self, [x * 1.001 for x in p], *given))
+    groups.clear()
+    assert difference(mean(late(case, fs), z), expected) < 1e-12
+    assert groups == [(3, True), *[(1, False)] * 2]  # the last one is as it was
+
+
+def test_an_objective_without_a_graph_in_a_generator(groups, trace):
     case = training()
     fs, z = tasks(case), hypers(case)
 
@@ -259,12 +283,12 @@ def test_an_objective_without_a_graph_in_a_generator(groups):
         return value * 2 if value.item() > 0 else value
 
     fs = [f.replaced(objective=objective) for f in fs]
-    with pytest.warns(RuntimeWarning, match=TOGETHER):
+    with told(trace):
         found = mean((f for f in fs), z)
     assert groups == [] and difference(found, alone(fs, z)) < ROUNDING
 
 
-def test_an_objective_that_changes_the_next_task():
+def test_an_objective_that_changes_the_next_task(trace):
     """It was evaluated, so that the tasks cannot be run by themselves any more."""
     case = training()
     fs, z = tasks(case), hypers(case)
@@ -275,11 +299,13 @@ def test_an_objective_that_changes_the_next_task():
             fs[1].batches[0][0].mul_(1.1)
         return F.cross_entropy(model(x), y)
 
-    with pytest.raises(BadObjective, match="changes what the training of another one"):
+    # By default it is one by one, where the second one notices.
+    error, why = (BadObjective, "changes what the training of another one") if trace else (ReplayDivergence, "step 2")
+    with pytest.raises(error, match=why):
         mean([f.replaced(objective=value) for f in fs], z)
 
 
-def test_an_objective_that_sets_what_the_loss_reads():
+def test_an_objective_that_sets_what_the_loss_reads(trace):
     scale = {"value": 1.0}
     case = training(loss=lambda model, batch, z: scale["value"] * cross_entropy(model, batch, z))
     fs, z = tasks(case), hypers(case)
@@ -289,14 +315,20 @@ def test_an_objective_that_sets_what_the_loss_reads():
         scale["value"] += 1.0
         return F.cross_entropy(model(x), y)
 
-    with pytest.raises(BadObjective, match="changes what the training of another one"):
-        mean([f.replaced(objective=value) for f in fs], z)
+    fs = [f.replaced(objective=value) for f in fs]
+    if trace:
+        with pytest.raises(BadObjective, match="changes what the training of another one"):
+            mean(fs, z)
+        return
+    found = mean(fs, z)
+    scale["value"] = 1.0
+    assert difference(found, alone(fs, z)) < ROUNDING
 
 
 # --- what is wrong inside ---
 
 
-def test_a_graph_at_once_that_is_wrong_is_not_used(monkeypatch, groups):
+def test_a_graph_at_once_that_is_wrong_is_not_used(monkeypatch, groups, trace):
     made = StepsAtOnce.forward
 
     def wrong(self, parameters, given, keep):
@@ -307,7 +339,7 @@ def test_a_graph_at_once_that_is_wrong_is_not_used(monkeypatch, groups):
     monkeypatch.setattr(StepsAtOnce, "forward", wrong)
     case = training()
     fs, z = tasks(case), hypers(case)
-    with pytest.warns(RuntimeWarning, match="other derivatives than that of one"):
+    with told(trace, "other derivatives than that of one"):
         found = mean(fs, z)
     assert difference(found, alone(fs, z)) < 1e-12 and groups == [(3, False)]
 
@@ -340,14 +372,14 @@ def test_what_seems_to_be_another_gradient_is_looked_at(monkeypatch, groups):
     assert groups == [(3, True)] and len(looked) == 1  # then it passes as rounding
 
 
-def test_what_vmap_refuses_goes_in_turn(monkeypatch, groups):
+def test_what_vmap_refuses_goes_in_turn(monkeypatch, groups, trace):
     def refused(self, *given):
         raise RuntimeError("vmap: no rule")
 
     monkeypatch.setattr(BatchedSteps, "_made", refused)
     case = training()
     fs, z = tasks(case), hypers(case)
-    with pytest.warns(RuntimeWarning, match="no rule"):
+    with told(trace, "no rule"):
         found = mean(fs, z)
     assert difference(found, alone(fs, z)) < 1e-12 and groups == [(3, False)]
 

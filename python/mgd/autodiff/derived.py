@@ -1,0 +1,118 @@
+"""From the graph of a loss to the joint graph of its step, compared with what it was traced from."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgd.autodiff.captured_step import NUMBER, CapturedStep
+from mgd.autodiff.execution import present, same_bits, same_loss
+from mgd.autodiff.front import CapturedGraph, NotCaptured
+from mgd.autodiff.graphs import changes_inputs, traced
+from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.linear_losses import without_logits
+from mgd.autodiff.second_order import Point, first_and_second
+from mgd.step.agreement import agree, discrepancy_of
+from mgd.step.overrides import FunctionOverrides
+from mgd.util.system import return_freed_memory
+
+
+class _LooksInside(Exception):
+    """The loss asks for gradients inside of what was replaced."""
+
+
+def derive(
+    graph: CapturedGraph,
+    places: tuple[Any, ...],
+    step: CapturedStep,
+    others: list[Tensor],
+    may_round: bool,
+    compile: bool,
+) -> tuple[JointGraph, int, float]:
+    """The joint graph at this step; the number of outputs beside loss and buffers; and by how much its
+    `<gradient, direction>` differs from its gradient's, relative to the norms.
+
+    may_round: whether it may have other bits than the captured graph run by autograd, and be rewritten for that. Raises
+    NotCaptured where it has, and where it has other derivatives.
+    """
+    point = Point(
+        step.parameters,
+        step.floats,
+        step.metaparameters,
+        [*step.others, *others],
+        [[p.clone() for p in step.parameters]],
+        [[torch.ones_like(b) for b in step.floats]],
+    )
+    kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
+    bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
+    inputs = [x for kind in kinds for x in kind]
+    fixed = bounds[3][1]
+    left, extras, share = 0, 0, step.microbatch.share
+    rewritten = may_round and step.microbatch.loss.autocast is None
+    captured = without_logits(graph.module) if rewritten else graph.module
+    loss_of = step.microbatch.loss
+    plain, overrides = loss_of.plain_at(step.microbatch.step), FunctionOverrides()
+
+    def evaluate(p, b, z, constants):
+        nonlocal overrides, extras
+        owned = [x.clone() for x in constants[: len(step.others)]]
+        known = [*p, *b, *owned, *z]
+        rest = iter(constants[len(step.others) :])
+        arguments = [
+            known[place] if place >= 0 else next(rest).item() if place == NUMBER else next(rest) for place in places
+        ]
+        overrides = FunctionOverrides(plain)
+        with loss_of.casting(), overrides:
+            overrides.in_loss = True
+            loss, *extra = captured(*arguments)
+            overrides.in_loss = False
+        if overrides.differentiates and not plain:
+            raise _LooksInside
+        extras = len(extra)
+        return loss if share == 1.0 else loss * share, [*b, *owned, *extra]
+
+    def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        nonlocal left
+        p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+        second = first_and_second(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
+        left = len(second.buffers)
+        return (
+            second.loss,
+            *second.gradient,
+            *second.influence,
+            *second.buffers,
+            *second.results[0],
+            second.products[0],
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step.microbatch.reseed()
+        try:
+            expected = function(*inputs)
+        except _LooksInside:
+            plain = True
+            step.microbatch.reseed()
+            expected = function(*inputs)
+        return_freed_memory()  # of the autograd graph of all second derivatives
+        loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
+        step.microbatch.reseed()
+        module = traced(function, inputs)
+        if changes_inputs(module.graph):
+            raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
+        joint = JointGraph(module, fixed, (len(point.parameters), len(point.metaparameters), left), compile)
+        step.microbatch.reseed()
+        parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
+        loss, grads, influence, after, residuals = joint.forward(parameters, given)
+        assert residuals is not None
+        (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
+    found = [*grads, *influence, *after, *results]
+    if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), compile)):
+        raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
+    if not may_round and not same_bits(found, expected[1:]):
+        raise NotCaptured("it rounds differently in a graph, which trace=True allows")
+    return joint, extras, discrepancy_of(present(results[-1]), grads, point.directions[0])
