@@ -65,7 +65,6 @@ class CapturedEvaluator:
         self._served: set[Kind] = set()  # kinds of steps that had a graph, and that had none
         self._failed: set[Kind] = set()
         self._failures: Counter[Kind] = Counter()
-        self.rounding = 0.0
         self.objectives = CapturedObjectives()
 
     @property
@@ -270,8 +269,7 @@ class CapturedEvaluator:
                 if key not in self.graphs:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                    joint, extras, rounding = derive(graph, places, step, others, self.at_once, self.compile)
-                    self.rounding = max(self.rounding, rounding)
+                    joint, extras = derive(graph, places, step, others, self.at_once, self.compile)
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
                 step.note(places)
@@ -288,6 +286,7 @@ class CapturedEvaluator:
             raise
         except Exception as error:  # whatever stops a capture does not stop the eager evaluation
             self.payoff.captured += time.perf_counter() - start
+            error = getattr(error, "inner_exception", error)  # what Dynamo wraps around ours
             self._give_up(kind, str(error) if isinstance(error, NotCaptured) else reason(error))
             return False
         if len(self.graphs) > known:

@@ -16,7 +16,7 @@ from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.second_order import Point, first_and_second
-from mgd.step.agreement import agree, discrepancy_of
+from mgd.step.agreement import agree
 from mgd.step.overrides import FunctionOverrides
 from mgd.util.system import return_freed_memory
 
@@ -32,9 +32,8 @@ def derive(
     others: list[Tensor],
     may_round: bool,
     compile: bool,
-) -> tuple[JointGraph, int, float]:
-    """The joint graph at this step; the number of outputs beside loss and buffers; and by how much its
-    `<gradient, direction>` differs from its gradient's, relative to the norms.
+) -> tuple[JointGraph, int]:
+    """The joint graph at this step, and the number of outputs beside loss and buffers.
 
     may_round: whether it may have other bits than the captured graph run by autograd, and be rewritten for that. Raises
     NotCaptured where it has, and where it has other derivatives.
@@ -115,4 +114,4 @@ def derive(
         raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
     if not may_round and not same_bits(found, expected[1:]):
         raise NotCaptured("it rounds differently in a graph, which trace=True allows")
-    return joint, extras, discrepancy_of(present(results[-1]), grads, point.directions[0])
+    return joint, extras

@@ -45,7 +45,6 @@ class EagerEvaluator:
     fallback: Evaluator | None = None
     capture_seconds = 0.0
     residual_bytes = 0
-    rounding = 0.0
 
     def __init__(self, rounds: bool = False):
         self.rounds = rounds

@@ -251,6 +251,14 @@ def content_of(batch: Any) -> int:
     return hash(tuple([_sums(x) for x in flatten(batch)[0] if isinstance(x, Tensor | np.ndarray)]))
 
 
+def exact_content_of(tensors: list[Tensor]) -> int:
+    """Of the bits of tensors on the CPU; the same within a process. A fifth of the time of a digest of small ones."""
+    try:
+        return hash(tuple([(x.dtype, x.shape, x.numpy().tobytes()) for x in tensors]))
+    except (RuntimeError, TypeError):  # one that numpy does not have
+        return hash(digest(tensors))
+
+
 def _sums(x: Tensor | np.ndarray) -> int:
     """The hash of a short one; of a long one that of the sums of its words, which takes a tenth of the time."""
     try:

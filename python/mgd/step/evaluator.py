@@ -109,12 +109,6 @@ class Evaluator(Protocol):
         """The most that a step so far could keep for its second derivatives; 0: nothing."""
         ...
 
-    @property
-    def rounding(self) -> float:
-        """The largest discrepancy of `<gradient, direction>` that was seen to be rounding when a step was captured; see
-        `mgd.step.agreement`."""
-        ...
-
     def begin(self, reversals: int, room: int) -> None:
         """A training begins, of which so many evaluations will be reversed. room: bytes for all their residuals."""
         ...

@@ -60,12 +60,6 @@ def test_other_modes_are_torchs_own():
         assert not any("mgd_kernels" in operator for operator in found), name
 
 
-def test_grouped_queries_are_torchs_own():
-    q, k, v = torch.randn(2, 4, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
-    mine, torchs = functional.scaled_dot_product_attention, F.scaled_dot_product_attention
-    assert torch.equal(mine(q, k, v, enable_gqa=True), torchs(q, k, v, enable_gqa=True))
-
-
 def test_attention_draws_the_dropout_that_torch_draws():
     q, mask = torch.randn(2, 3, 5, 4), torch.rand(2, 1, 5, 5) > 0.2
     found = []
