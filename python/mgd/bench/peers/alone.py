@@ -31,7 +31,7 @@ from mgd.util.system import keep_freed_memory
 
 REFERENCE, TRAINING = "float64", "training"  # what a process measures besides the peers
 WARM = 60  # calls of the default, at most, before it is timed: until it has captured, which short trainings do late
-WARMING = 0.4  # of the limit, at most, for these calls
+WARMING = 60  # seconds, at most, for these calls
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -113,7 +113,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["peer"] == "mgd":
             told = lambda outcome: outcome.report.execution
             calls = 1
-            until = _computed() + WARMING * request["limit"]
+            until = _computed() + WARMING
             while length == steps and calls < WARM and "captured" not in told(outcome) and _computed() < until:
                 outcome, calls = run(), calls + 1
             found["calls_before"], found["execution"] = calls, told(outcome)

@@ -26,6 +26,7 @@ from mgd.ui.options import Json, parse_names
 from mgd.ui.result import write_json
 
 STEPS, QUICK_STEPS = 8, 4
+LIMIT = 300  # seconds that any other measurement may compute
 
 
 def versions() -> dict[str, str]:
@@ -45,12 +46,13 @@ Keep = Callable[[str, dict[str, Any]], None]
 
 
 def measure(source: str, steps: int, peers: list[str], rounds: int, limit: int, core: int, keep: Keep) -> None:
-    """Of one workload: the float64 reference, plain training, and each peer, in JSON's types. keep: is given what was
-    measured, and its name."""
+    """Of one workload: the float64 reference, plain training, and each peer, in JSON's types. limit: seconds, of peers
+    that compile. keep: is given what was measured, and its name."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.pt"
         for what in (alone.REFERENCE, alone.TRAINING, *peers):
-            one = alone.measure(source, what, steps, rounds, reference, limit, core)
+            compiles = what in PEERS and PEERS[what].compiles
+            one = alone.measure(source, what, steps, rounds, reference, limit if compiles else LIMIT, core)
             keep(what, one)
             if what not in PEERS and "error" in one:
                 return
@@ -68,8 +70,8 @@ def command(
     ] = STEPS,
     rounds: shared.Rounds = 2,
     limit: Annotated[
-        int, typer.Option("--limit", min=10, help="Seconds that one measurement may compute, compilation included.")
-    ] = 150,
+        int, typer.Option("--limit", min=10, help="Seconds that a peer that compiles may compute, on one workload.")
+    ] = 60,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workloads that are measured at a time, a core each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Workloads {', '.join(QUICK)} with {QUICK_STEPS} steps.")

@@ -18,11 +18,12 @@ QUICK = ("mlp", "llama-lora")
 @dataclass(frozen=True)
 class Peer:
     """what: for people. home: of `prepare(case)`, `module:function` in this package, or a name of METHODS. packages:
-    whose versions are told."""
+    whose versions are told. compiles: which may take minutes."""
 
     what: str
     home: str
     packages: tuple[str, ...] = ()
+    compiles: bool = False
 
     def prepare(self, case: Case) -> Callable[[], Outcome]:
         module, _, function = self.home.partition(":")
@@ -37,8 +38,12 @@ PEERS: dict[str, Peer] = {
     "higher": Peer("higher's patched modules, unrolled", "libraries:higher", ("higher",)),
     "bergson": Peer("bergson's MAGIC trainer, from checkpoints on disk", "bergson", ("bergson",)),
     "mgd": Peer("this package with its default arguments", "mgd"),
-    "jax": Peer("JAX and optax, one program of scans with sqrt(T) checkpoints", "jax_optax:prepare", ("jax", "optax")),
+    "jax": Peer(
+        "JAX and optax, one program of scans with sqrt(T) checkpoints", "jax_optax:prepare", ("jax", "optax"), True
+    ),
     "recipe": Peer(
-        "a step of torch.func compiled by torch.compile, under reentrant checkpoints of sqrt(T) steps", "recipe:prepare"
+        "a step of torch.func compiled by torch.compile, under reentrant checkpoints of sqrt(T) steps",
+        "recipe:prepare",
+        compiles=True,
     ),
 }
