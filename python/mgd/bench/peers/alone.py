@@ -31,7 +31,7 @@ from mgd.util.system import keep_freed_memory
 
 REFERENCE, TRAINING = "float64", "training"  # what a process measures besides the peers
 WARM = 60  # calls of the default, at most, before it is timed: until it has captured, which short trainings do late
-WARMING = 60  # seconds, at most, for these calls
+WARMING = 20  # seconds, at most, for these calls
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -139,7 +139,7 @@ def _plain(source: str, steps: int, rounds: int) -> tuple[dict[str, float], str]
     a peer's time is set against one of its own process, taken right after it."""
     run, by = training(load(source, steps))
     run()
-    return timing.quantiles([timing.seconds_of(run, clock=time.process_time) for _ in range(rounds + 1)]), by
+    return timing.quantiles([timing.seconds_of(run, clock=time.process_time) for _ in range(rounds)]), by
 
 
 def _computed() -> float:

@@ -71,7 +71,7 @@ def command(
     rounds: shared.Rounds = 2,
     limit: Annotated[
         int, typer.Option("--limit", min=10, help="Seconds that a peer that compiles may compute, on one workload.")
-    ] = 60,
+    ] = 40,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workloads that are measured at a time, a core each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Workloads {', '.join(QUICK)} with {QUICK_STEPS} steps.")
@@ -110,7 +110,8 @@ def command(
 
 
 def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one machine with the same versions, as one: of a workload that is in several, the peers are joined."""
+    """Runs of one machine with the same versions, as one: of a workload that is in several, the peers are joined, and
+    the first measurement of each is shown, or the first error."""
     first = runs[0]
     for one in runs:
         both = [(one["versions"][name], version) for name, version in first["versions"].items()]
@@ -122,7 +123,8 @@ def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     joined: dict[tuple[str, int], dict[str, Any]] = {}
     for found in (found for one in runs for found in one["results"]):
         before = joined.setdefault((found["workload"], found["steps"]), found)
-        before["peers"] = found["peers"] | before["peers"]
+        measured = {name: one for name, one in found["peers"].items() if "error" in before["peers"].get(name, {})}
+        before["peers"] = found["peers"] | before["peers"] | {k: x for k, x in measured.items() if "error" not in x}
     for found in joined.values():
         found["peers"] = {name: found["peers"][name] for name in PEERS if name in found["peers"]}
     return first | {"results": list(joined.values())}
