@@ -56,10 +56,11 @@ void softmax(Pass pass, const Softmax& s, int64_t begin, int64_t end) {
                                     MGD_INLINE { return lanes.load(x + at) * scale + lanes.load(mask + at); };
             if (!mask)
                 normalised_exponentials(y, n, maximum(n, scaled), scaled);
-            else if (const float most = maximum(n, masked); most > -INFINITY)
-                normalised_exponentials(y, n, most, masked);
-            else
-                __builtin_memset(y, 0, sizeof(float) * n);
+            else {
+                const float most = maximum(n, masked);  // without NaN, as far as a later one is larger
+                const bool visible = most > -INFINITY || exponentials(y, n, 0, masked) != 0;
+                if (visible) normalised_exponentials(y, n, most, masked);
+            }
             __builtin_memset(y + n, 0, hidden);
         } else if (pass == Pass::backward) {
             double sum = 0;

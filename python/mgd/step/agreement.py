@@ -31,6 +31,7 @@ Summands = list["Tensor | None"]
 REPLAY_TOLERANCE = 1e-3
 CONFIRMED = 8  # steps of the reverse sweep that are compared at once, to learn what is rounding
 SLIGHT = 4  # tolerances: a discrepancy that deep models show (30 layers: 1.6)
+ROUNDED = 8  # machine epsilons that a graph's discrepancy may be, where autograd has none
 LATE = 2  # machine epsilons that pass where the comparison is read after its step
 ROUNDING = 1e-6  # relative to the largest one: what a derivative that is 0 in exact arithmetic may come out as
 
@@ -184,8 +185,9 @@ class Agreement:
         reads.later(self.shards.products(pairs, beside=terms.products), look)
 
     def widen(self, discrepancy: float) -> None:
-        """A discrepancy was rounding: let those of its size pass, within limits."""
-        self.tolerance = max(self.tolerance, min(4 * discrepancy, math.sqrt(self._eps)))
+        """A discrepancy was rounding: let those of its size pass, within limits, if it is more than what passes."""
+        if discrepancy > self.tolerance:
+            self.tolerance = min(4 * discrepancy, math.sqrt(self._eps))
 
     def confirm(self, step: int, gradient: Tensor, directions: Sequence[Tensor], terms: Terms) -> None:
         """Raises ReplayDivergence where the evaluation has another gradient than the logged one, tensor by tensor, and

@@ -19,7 +19,7 @@ from torch import Tensor
 from mgd.errors import ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
-from mgd.step.agreement import CONFIRMED, SLIGHT, Agreement, Terms
+from mgd.step.agreement import CONFIRMED, ROUNDED, SLIGHT, Agreement, Terms
 from mgd.step.batches import exact_content_of, fingerprints, microbatches, shares, split_tensors
 from mgd.step.combined import after_step, after_tangents, changed
 from mgd.step.evaluator import Direction, Evaluator, Residuals
@@ -270,13 +270,12 @@ class StepFunction:
         self.agreement.confirm(t, result.gradient, directions, plain)
         if key := self._other_influence(t, plain):
             raise self.influence.diverged(t, key)
-        if plain is not terms and not self.shards.ranks.every(plain.agree(terms)):
+        own = self.agreement.discrepancy(result.gradient, directions, plain) if plain is not terms else discrepancy
+        rounding = own > self.agreement.tolerance or discrepancy <= ROUNDED * self._machine_epsilon
+        if plain is not terms and not self.shards.ranks.every(rounding and plain.agree(terms)):
             self.evaluator.refuse(f"the gradient that it has at step {t} is not the one that trained")
             return plain
-        if kept:
-            discrepancy = self.agreement.discrepancy(result.gradient, directions, plain)
-        if discrepancy > self.agreement.tolerance:
-            self.agreement.widen(discrepancy)
+        self.agreement.widen(own if kept else discrepancy)
         return plain if kept else terms
 
     def _repeats(

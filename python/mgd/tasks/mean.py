@@ -35,6 +35,8 @@ def mean_over(tasks: Iterable[TrainingFunction], z: Mapping[str, Any]) -> Tensor
     out of tensors, keeps state in Python, changes buffers, or leaves parameters without a gradient. With `trace=True` a
     warning says so.
 
+    Of a list, no objective may change what a later task reads past autograd (`.data`, NumPy), where no one sees it.
+
     tasks: training functions of one objective each. A generator may make them one by one; those that `replaced` makes
         of one function share its graphs, as do all with one model and one loss. An objective that reads its own
         tensors, as a function made for each task does, is evaluated with the others.

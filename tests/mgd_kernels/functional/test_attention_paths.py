@@ -72,3 +72,17 @@ def test_grouped_queries_are_those_of_repeated_keys(length, heads, causal):
     )
     # Of a norm: the second derivatives of both are in directions that differ by rounding.
     assert all(float((x - y).norm() / y.norm()) < 1e-5 for x, y in zip(grouped, torchs, strict=True))
+
+
+@pytest.mark.parametrize("column", [0, 3, 15, 19])
+@pytest.mark.parametrize("kind", ["logit", "mask", "only one seen"])
+def test_nan_is_not_taken_for_hidden(kind, column):
+    q, k, v = (x.detach().clone() for x in problem(20, HEADS))
+    mask = torch.zeros(2, 1, 20, 20)
+    if kind == "only one seen":
+        mask.fill_(-torch.inf)[..., column] = 0
+    if kind == "mask":
+        mask[..., column] = torch.nan
+    else:
+        k[:, :, column] = torch.nan
+    assert scaled_dot_product_attention(q, k, v, attn_mask=mask).isnan().all()
