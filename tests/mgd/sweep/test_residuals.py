@@ -132,7 +132,7 @@ def test_a_step_without_room_holds_no_residuals_and_has_the_same_bits(monkeypatc
     monkeypatch.setattr(mgd.sweep.storage, "residual_cache", lambda plan: ResidualCache(1000, plan.T))
     function = case.function(trace=True)
     assert same(function.metagradient(case.z), whole)
-    steps = [(size, kept) for room, size, kept in held if room is not None]
+    steps = [(size, kept) for room, size, kept in held if room]  # not where a gradient is confirmed
     assert len(steps) == 2 * len(function) and all(size > 1000 // 2 and not kept for size, kept in steps)
     assert function._residuals == sum(size for size, _ in steps[:2])  # for the next plan
 
