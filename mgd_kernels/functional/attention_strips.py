@@ -61,7 +61,7 @@ class _Heads:
         if self.mask is None:
             return None
         part = _of(self.mask, self.b, self.heads[0])
-        seen = (part if part.dtype is torch.bool else part != -torch.inf).any(0)  # NaN is seen
+        seen = _visible(part).any(0)
         return seen.expand(self.keys) if seen.any() else None
 
     def centred(self, k: Tensor) -> Tensor:
@@ -101,6 +101,11 @@ class _Heads:
         return q, softmax_(s.masked_fill_(blind, 0)).masked_fill_(blind, 0)
 
 
+def _visible(mask: Tensor) -> Tensor:
+    """Where a mask hides nothing; what it holds as NaN, neither."""
+    return mask if mask.dtype is torch.bool else mask != -torch.inf
+
+
 def _strips(rows: int, keys: int, offset: int | None, mask: Tensor | None) -> list[tuple[slice, int]]:
     """Rows, and the number of keys up to the last one that they see; not those that see none. mask: of one head."""
     found = []
@@ -108,7 +113,7 @@ def _strips(rows: int, keys: int, offset: int | None, mask: Tensor | None) -> li
         n = keys if offset is None else min(keys, at.stop + offset)
         if mask is not None and mask.shape[1] == keys and n > 0:
             part = mask if mask.shape[0] == 1 else mask[at]
-            seen = (part if part.dtype is torch.bool else part != -torch.inf)[:, :n].any(0).nonzero()
+            seen = _visible(part[:, :n]).any(0).nonzero()
             n = int(seen[-1]) + 1 if len(seen) else 0
         if n > 0:
             found.append((at, n))
