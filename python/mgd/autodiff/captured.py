@@ -24,6 +24,8 @@ from torch import Tensor
 
 from mgd.autodiff.captured_step import CapturedStep
 from mgd.autodiff.derived import derive
+from mgd.autodiff.device_graphs import DeviceGraphs
+from mgd.autodiff.device_recording import Packed
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
 from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
@@ -66,6 +68,7 @@ class CapturedEvaluator:
         self._failed: set[Kind] = set()
         self._failures: Counter[Kind] = Counter()
         self.objectives = CapturedObjectives()
+        self.on_device = DeviceGraphs()
 
     @property
     def made(self) -> int:
@@ -89,7 +92,7 @@ class CapturedEvaluator:
             return f"eager, since capture was given up: {self.refused}"
         if not self.graphs and not self.at_once:
             return self.payoff.describe()
-        captured = "captured, compiled" if self.compile else "captured"
+        captured = "captured, compiled" if self.compile else f"captured{self.on_device.describe()}"
         if self.payoff.preferred:
             captured += "; by autograd where that is faster"
         return f"{captured}; some steps eager: {self.left_out}" if self.left_out else captured
@@ -118,7 +121,10 @@ class CapturedEvaluator:
                 step.evaluation = Evaluation(loss, grads, buffers, influence, not_kept=joint.residual_bytes)
             else:
                 of = [x._version for x in given], microbatch.metaparameters, microbatch.share
-                kept = GraphResiduals(graph, given, residuals, *of, microbatch.batch, content_of(microbatch.batch))
+                layout = residuals.layout if isinstance(residuals, Packed) else None
+                tensors = [residuals.memory] if isinstance(residuals, Packed) else residuals
+                content = content_of(microbatch.batch)
+                kept = GraphResiduals(graph, given, tensors, *of, microbatch.batch, content, layout=layout)
                 step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
             return loss, left[count:]
 
@@ -269,7 +275,7 @@ class CapturedEvaluator:
                 if key not in self.graphs:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                    joint, extras = derive(graph, places, step, others, self.at_once, self.compile)
+                    joint, extras = derive(graph, places, step, others, self.at_once, self.compile, self.on_device)
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
                 step.note(places)

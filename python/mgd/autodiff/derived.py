@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgd.autodiff.captured_step import NUMBER, CapturedStep
+from mgd.autodiff.device_graphs import DeviceGraphs
 from mgd.autodiff.execution import present, same_bits, same_loss
 from mgd.autodiff.front import CapturedGraph, NotCaptured
 from mgd.autodiff.graphs import changes_inputs, traced
@@ -32,8 +33,10 @@ def derive(
     others: list[Tensor],
     may_round: bool,
     compile: bool,
+    on_device: DeviceGraphs,
 ) -> tuple[JointGraph, int]:
-    """The joint graph at this step, and the number of outputs beside loss and buffers.
+    """The joint graph at this step, and the number of outputs beside loss and buffers. Its parts are recorded
+    `on_device`, if that is one that is served.
 
     may_round: whether it may have other bits than the captured graph run by autograd, and be rewritten for that. Raises
     NotCaptured where it has, and where it has other derivatives.
@@ -103,7 +106,9 @@ def derive(
         module = traced(function, inputs)
         if changes_inputs(module.graph):
             raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
-        joint = JointGraph(module, fixed, (len(point.parameters), len(point.metaparameters), left), compile)
+        counts = len(point.parameters), len(point.metaparameters), left
+        served = on_device.serve(step.parameters[0].device)
+        joint = JointGraph(module, fixed, counts, compile, on_device if served else None)
         step.microbatch.reseed()
         parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
         loss, grads, influence, after, residuals = joint.forward(parameters, given)

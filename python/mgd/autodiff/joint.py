@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mgd.autodiff.device_graphs import DeviceGraphs
+from mgd.autodiff.device_recording import Packed
 from mgd.autodiff.execution import below_autograd, compiled, direct
 from mgd.autodiff.graphs import ancestors, chained, dependents, draws, is_symbolic, is_view, part
 from mgd.autodiff.order import compute_late
 from mgd.autodiff.sums import add_in_place
 from mgd.step.evaluator import SecondDerivatives
+
+Residuals = Sequence[Tensor] | Packed
 
 
 class JointGraph:
@@ -29,11 +33,18 @@ class JointGraph:
     graph: without mutation. Its first `fixed` inputs depend on no direction. Its outputs are the loss, its derivatives
     with respect to each parameter and each metaparameter, the buffers as the step leaves them, the second derivatives,
     and last `<gradient, direction>`. counts: the numbers of parameters, metaparameters and buffers. compile: whether to
-    compile the parts. residual_bytes: of what `forward` leaves behind for the second derivatives, as far as sizes do
-    not depend on data. graph, fixed, counts, compile: as given.
+    compile the parts. on_device: records them where they are not compiled. residual_bytes: of what `forward` leaves
+    behind for the second derivatives, as far as sizes do not depend on data. graph, fixed, counts, compile: as given.
     """
 
-    def __init__(self, graph: fx.GraphModule, fixed: int, counts: tuple[int, int, int], compile: bool):
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        fixed: int,
+        counts: tuple[int, int, int],
+        compile: bool,
+        on_device: DeviceGraphs | None = None,
+    ):
         nodes = list(graph.graph.nodes)
         placeholders = [node for node in nodes if node.op == "placeholder"]
         outputs = list(next(node for node in nodes if node.op == "output").args[0])
@@ -57,29 +68,48 @@ class JointGraph:
         each = compute_late(part(graph, [*placeholders, *second_reads], second, results))
         if not compile:
             add_in_place(each)
-        executable = compiled if compile else direct
-        own_outputs = [outputs[0], *grads, *left]
-        self._forward = executable(part(graph, fixed_placeholders, first, [*own_outputs, *sources]))
 
-        def without_residuals(wanted: list[fx.Node | None]) -> Any:
+        def executable(module: fx.GraphModule, *pieces: int, packs: bool = False) -> Callable[..., Any]:
+            """pieces, packs: as of `DeviceGraphs.direct`."""
+            if compile or on_device is None:
+                return compiled(module) if compile else direct(module)
+            return on_device.direct(module, *pieces, packs=packs)
+
+        own_outputs = [outputs[0], *grads, *left]
+        own_pieces, second_pieces = (1, *counts), (len(results) - 1, 1)
+        self._forward = executable(
+            part(graph, fixed_placeholders, first, [*own_outputs, *sources]), *own_pieces, len(sources), packs=True
+        )
+
+        def without_residuals(wanted: list[fx.Node | None], *pieces: int) -> Any:
             needed = ancestors([*wanted, *random])
-            return executable(part(graph, fixed_placeholders, [node for node in own if node in needed], wanted))
+            nodes = [node for node in own if node in needed]
+            return executable(part(graph, fixed_placeholders, nodes, wanted), *pieces)
 
         # To compile these, too, takes as long again.
-        self._bare = None if compile else without_residuals(own_outputs)
-        self._alone = without_residuals([outputs[0], *grads, *buffers]) if influence and not compile else self._bare
+        self._bare = self._alone = None if compile else without_residuals(own_outputs, *own_pieces)
+        if influence and not compile:
+            self._alone = without_residuals([outputs[0], *grads, *buffers], 1, counts[0], counts[2])
         self.residual_bytes = _bytes(sources)
         # The second part, from the inputs alone (recompute) or from the residuals too (refresh). For one direction, it
         # is one graph, which frees what it has read; for several, it is two.
-        self._each = executable(each)
-        self._recompute = executable(part(graph, fixed_placeholders, again, [*seen, *second_reads]))
-        self._recompute_once = executable(chained(graph, placeholders, again, seen, second_reads, each))
-        self._refresh = executable(part(graph, [*fixed_placeholders, *sources], refresh, second_reads))
-        self._refresh_once = executable(chained(graph, [*placeholders, *sources], refresh, [], second_reads, each))
+        self._each = executable(each, *second_pieces)
+        self._recompute = executable(
+            part(graph, fixed_placeholders, again, [*seen, *second_reads]), 1, counts[1], len(second_reads)
+        )
+        self._recompute_once = executable(
+            chained(graph, placeholders, again, seen, second_reads, each), 1, counts[1], *second_pieces
+        )
+        self._refresh = executable(
+            part(graph, [*fixed_placeholders, *sources], refresh, second_reads), len(second_reads)
+        )
+        self._refresh_once = executable(
+            chained(graph, [*placeholders, *sources], refresh, [], second_reads, each), *second_pieces
+        )
 
     def forward(
         self, parameters: list[Tensor], inputs: list[Tensor], room: int | None = None, compared: bool = True
-    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], list[Tensor] | None]:
+    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[Tensor], Residuals | None]:
         """The loss, its derivatives with respect to parameters and to metaparameters, the buffers as the step leaves
         them, and the residuals to keep; None in their place where they need not be held, since they would take more
         bytes than `room`.
@@ -95,7 +125,8 @@ class JointGraph:
         with below_autograd(not self.compile):
             loss, *rest = (bare or self._forward)(*parameters, *inputs)
         first, second, third = accumulate(self.counts)
-        residuals = None if bare else rest[third:]
+        kept = rest[third:]
+        residuals: Residuals | None = None if bare else kept[0] if kept and type(kept[0]) is Packed else kept
         return loss, rest[:first], rest[first:second], rest[second:third], residuals
 
     def recompute_hvp(
@@ -119,14 +150,15 @@ class JointGraph:
         self,
         parameters: list[Tensor],
         inputs: list[Tensor],
-        residuals: Sequence[Tensor],
+        residuals: Residuals,
         directions: Sequence[Sequence[Tensor]],
     ) -> SecondDerivatives:
         """The second derivatives of `recompute_hvp`, from the residuals of `forward` for the same tensors."""
+        each = [residuals] if isinstance(residuals, Packed) else residuals
         with below_autograd(not self.compile):
             if len(directions) == 1:
-                return [list(self._refresh_once(*parameters, *inputs, *directions[0], *residuals))]
-            read = self._refresh(*parameters, *inputs, *residuals)
+                return [list(self._refresh_once(*parameters, *inputs, *directions[0], *each))]
+            read = self._refresh(*parameters, *inputs, *each)
             return [list(self._each(*parameters, *inputs, *way, *read)) for way in directions]
 
 

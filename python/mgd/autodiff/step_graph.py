@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mgd.autodiff.device_recording import Layout, Packed
 from mgd.autodiff.execution import derivatives_of
-from mgd.autodiff.joint import JointGraph
+from mgd.autodiff.joint import JointGraph, Residuals
 from mgd.errors import ReplayDivergence
 from mgd.step.batches import content_of
 from mgd.step.evaluator import Derivatives, SecondDerivatives
@@ -57,8 +58,9 @@ class GraphResiduals:
     """What a joint graph computed for the second derivatives of one microbatch.
 
     given: the graph's inputs beside parameters, of `versions`, the number of times each had been changed in place.
-    batch: the microbatch's, of `content`, its bits. tensors: what the graph reads beside them; whoever keeps it may put
-    copies in their place. around: who calls the graph, with a look at the clock.
+    batch: the microbatch's, of `content`, its bits. tensors: what the graph reads beside them, or the memory of that;
+    whoever keeps it may put copies in their place. layout: of the memory. around: who calls the graph, with a look at
+    the clock.
     """
 
     graph: StepGraph
@@ -70,6 +72,7 @@ class GraphResiduals:
     batch: Any
     content: int
     held: int = 0
+    layout: Layout | None = None
     around: Callable[[Callable[[], SecondDerivatives]], SecondDerivatives] | None = None
 
     def second_derivatives(
@@ -84,6 +87,7 @@ class GraphResiduals:
         if [x._version for x in self.given] != self.versions:
             raise ReplayDivergence(step, "the tensors of its batch, or metaparameters, were changed in place since.")
         ways = self.graph.ways(directions, cotangents)
-        evaluate = functools.partial(self.graph.joint.hvp_from_residuals, parameters, self.given, self.tensors, ways)
+        residuals: Residuals = self.tensors if self.layout is None else Packed(self.tensors[0], self.layout)
+        evaluate = functools.partial(self.graph.joint.hvp_from_residuals, parameters, self.given, residuals, ways)
         results = evaluate() if self.around is None else self.around(evaluate)
         return self.graph.derivatives(results, len(parameters))

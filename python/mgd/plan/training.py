@@ -13,6 +13,7 @@ from torch import Tensor
 from mgd.errors import BudgetTooSmall
 from mgd.plan.budget import Budget, Costs, Sizes
 from mgd.plan.plan import Plan, plan
+from mgd.util.devices import set_aside
 from mgd.util.system import free_memory
 from mgd_kernels import Arena, Optimizer
 from mgd_kernels.arena import Stretch
@@ -195,10 +196,11 @@ def device_room(device: torch.device, size: Sizes) -> int:
     """Bytes of an accelerator for a plan, if no budget is given: a share of what neither a tensor nor the sweep itself
     takes, and so much less that the second derivatives of a step fit beside it, as far as they are known.
 
-    What torch's allocator holds and no tensor has is free, although the driver does not say so.
+    What torch's allocator holds and no tensor has is free, although the driver does not say so, but for what is set
+    aside.
     """
     module = torch.get_device_module(device)
-    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device) - set_aside[device]
     free = module.mem_get_info(device)[0] + cached - STATES * size.snapshot - GRADIENTS * size.gradient
     return max(0, min(int(SHARE * free), free - ACTIVATIONS * size.residuals))
 

@@ -1,10 +1,15 @@
-"""Devices by name, as the command line takes them."""
+"""Devices by name, as the command line takes them, and memory of theirs that is set aside."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 
 from mgd.errors import BadArgument
+
+# Bytes that torch's allocator holds, that no tensor has, and that no tensor can have: device graphs compute in them.
+set_aside: Counter[torch.device] = Counter()
 
 
 def checked_device(name: str) -> torch.device:
