@@ -76,7 +76,8 @@ class JointGraph:
             return on_device.direct(module, *pieces, packs=packs)
 
         own_outputs = [outputs[0], *grads, *left]
-        own_pieces, second_pieces = (1, *counts), (len(results) - 1, 1)
+        # The loss is held until it is read, and derivatives until they are added up.
+        own_pieces, second_pieces = (1, counts[0] + counts[1], counts[2]), (len(results) - 1, 1)
         self._forward = executable(
             part(graph, fixed_placeholders, first, [*own_outputs, *sources]), *own_pieces, len(sources), packs=True
         )
@@ -95,10 +96,10 @@ class JointGraph:
         # is one graph, which frees what it has read; for several, it is two.
         self._each = executable(each, *second_pieces)
         self._recompute = executable(
-            part(graph, fixed_placeholders, again, [*seen, *second_reads]), 1, counts[1], len(second_reads)
+            part(graph, fixed_placeholders, again, [*seen, *second_reads]), len(seen), len(second_reads)
         )
         self._recompute_once = executable(
-            chained(graph, placeholders, again, seen, second_reads, each), 1, counts[1], *second_pieces
+            chained(graph, placeholders, again, seen, second_reads, each), len(seen), *second_pieces
         )
         self._refresh = executable(
             part(graph, [*fixed_placeholders, *sources], refresh, second_reads), len(second_reads)

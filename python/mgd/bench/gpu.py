@@ -18,6 +18,7 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
+from mgd.autodiff import device_graphs
 from mgd.bench import kernels, overhead, shared, throughput, timing
 from mgd.bench.cases import Case, load
 from mgd.bench.kernel_cases import RULES, Problem
@@ -96,8 +97,15 @@ def _checks(device: str, tick: Tick) -> Iterator[tuple[str, float, float]]:
             found = there.function.replaced(trace=False).metagradient(there.z, resume=Path(folder) / "run")
             yield f"{source}: other bits of a resumable run", float(not _same(found, expected)), 0.0
         tick(f"{source}: captured")
-        found = there.function.replaced(trace=True).metagradient(there.z)
+        captured = there.function.replaced(trace=True)
+        found = captured.metagradient(there.z)
         yield f"{source}: captured against the CPU's float64", _difference(found, exact), SINGLE
+        tick(f"{source}: as device graphs")
+        again = captured.metagradient(there.z)
+        with device_graphs.switched(False):
+            plain = captured.metagradient(there.z)
+        other = not (_same(found, plain) and _same(again, plain))
+        yield f"{source}: other bits as device graphs", float(other), 0.0
 
 
 def _in_double(case: Case) -> Metagradient:
@@ -116,7 +124,8 @@ def _difference(found: Metagradient, exact: Metagradient) -> float:
 
 
 def _same(x: Metagradient, y: Metagradient) -> bool:
-    return torch.equal(x.value, y.value) and all(torch.equal(x.grads[key], y.grads[key]) for key in y.grads)
+    same = torch.equal(x.value, y.value) and torch.equal(x.losses, y.losses)
+    return same and all(torch.equal(x.grads[key], y.grads[key]) for key in y.grads)
 
 
 # --- what is timed -------------------------------------------------------------------------------------------------
@@ -149,14 +158,23 @@ def determinism(case: Case, rounds: int = 5) -> dict[str, Any]:
     return {"seconds": timing.quantiles(plain), **samples["deterministic"].summary()}
 
 
-def host(device: str, steps: int = 512, rounds: int = 3) -> dict[str, float]:
-    """Microseconds per step of a network so small that the host is what takes the time: of a training, and of a
-    metagradient, which makes two passes over it."""
-    function, z = overhead.smallest(steps, device=device)
-    found = {}
-    for name, run in (("training", function.train), ("metagradient", function.metagradient)):
-        run(z)
-        found[name] = 1e6 * timing.least(rounds, functools.partial(run, z), device=device)[0] / steps
+def host(device: str, steps: int = 512, rounds: int = 3) -> dict[str, dict[str, float]]:
+    """Microseconds per step of a network so small that the host is what takes the time: of a training, of a
+    metagradient, which makes two passes over it, and of the two parts of its captured graph; as device graphs, where
+    the device has them, and launched one by one."""
+    found: dict[str, dict[str, float]] = {}
+    for way, on in (("device graphs", True), ("one by one", False)):
+        with device_graphs.switched(on):
+            function, z = overhead.smallest(steps, device=device)
+            runs: dict[str, Callable[[], Any]] = {
+                "training": functools.partial(function.train, z),
+                "metagradient": functools.partial(function.metagradient, z),
+            }
+            for run in runs.values():
+                run()
+            runs |= overhead.parts_of(function, z)
+            seconds = timing.least(rounds, *runs.values(), device=device)
+            found[way] = {name: 1e6 * value / steps for name, value in zip(runs, seconds, strict=True)}
     return found
 
 
@@ -233,7 +251,9 @@ def command(
         session.table("Optimizer kernels", kernels.rows(found["kernels"]), kernels.CAPTION)
         for measured in found["workloads"]:
             throughput.display(session, measured)
-        session.print(f"host: {found['host_microseconds_per_step']} µs per step")
+        for way, columns in found["host_microseconds_per_step"].items():
+            shown = ", ".join(f"{name} {value:.0f}" for name, value in columns.items())
+            session.print(f"host, {way}: {shown} µs per step")
     session.write(None, found | {"seconds": time.perf_counter() - start})
     if failed or throughput.disagreeing(found["workloads"]):
         raise typer.Exit(1)

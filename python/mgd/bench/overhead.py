@@ -59,7 +59,7 @@ def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[st
         found = {}
         for name, run in {"captured": function}.items():
             run.metagradient(z)  # captures
-            parts = _parts(run, z)
+            parts = parts_of(run, z)
             whole = functools.partial(run.metagradient, z)
             seconds = timing.least(rounds, whole, *parts.values())
             micro = [1e6 * value / steps for value in seconds]
@@ -68,7 +68,7 @@ def measure(steps: int = 512, rounds: int = 7, core: int | None = -1) -> dict[st
         return {"steps": steps, "parameters": parameters, **pinning, "microseconds": found}
 
 
-def _parts(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+def parts_of(function: TrainingFunction, z: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
     """The runs of each part of the captured graph in a metagradient."""
     evaluator = function._evaluator
     assert isinstance(evaluator, CapturedEvaluator)

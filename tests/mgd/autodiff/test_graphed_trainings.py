@@ -64,7 +64,7 @@ def test_same_bits(name, how):
             replays.append(Emulated.replays)
     expected = [g.metagradient(each) for each in values]
     assert all(map(same, found, expected)) and not same(found[0], found[1])
-    assert Emulated.made >= 2 and replays[2] - replays[1] >= 2 * STEPS - 1, replays
+    assert Emulated.made >= 2 and replays[2] - replays[1] >= 2 * STEPS - 6, replays
     assert "device graphs" in found[-1].report.execution and "one by one" not in found[-1].report.execution
     assert expected[-1].report.execution == "captured"
 

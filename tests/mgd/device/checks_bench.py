@@ -5,7 +5,10 @@ from __future__ import annotations
 import device_cases  # noqa: F401  # makes the device known
 import pytest
 import torch
+from emulated_graphs import Emulated, emulated
 
+from mgd.autodiff import device_graphs
+from mgd.autodiff.device_recording import Recording
 from mgd.bench import gpu
 from mgd.cli.main import main
 from mgd.errors import BadArgument
@@ -17,8 +20,10 @@ WHERE = {"accelerators": ["a GPU"], "driver": "1.2", "versions": {"torch": "2", 
 def test_the_gate_holds_and_a_wrong_number_shuts_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "GATE", ("small",))
     monkeypatch.setattr(gpu, "GATE_STEPS", 2)
-    checks = gpu.gate("pretend")
-    assert all(check["holds"] for check in checks) and len(checks) == 8, checks
+    with emulated("pretend"):
+        checks = gpu.gate("pretend")
+        assert Emulated.replays
+    assert all(check["holds"] for check in checks) and len(checks) == 9, checks
     exact = Shards.vjp_
     wrong = lambda *arguments: (x := exact(*arguments)) * (1.0 if x.device.type == "cpu" else 1.01)
     monkeypatch.setattr(Shards, "vjp_", wrong)
@@ -34,12 +39,29 @@ def test_the_gate_holds_and_a_wrong_number_shuts_it(monkeypatch, capsys, tmp_pat
 
 def test_everything_is_measured(monkeypatch):
     monkeypatch.setattr(gpu, "METHODS", ("eager",))
-    found = gpu.measure("pretend", parameters=1 << 12, rounds=1, steps=4, table=("small",))
+    with emulated("pretend"):
+        found = gpu.measure("pretend", parameters=1 << 12, rounds=1, steps=6, table=("small",))
     (measured,) = found["workloads"]
     assert not [entry for entry in measured["methods"].values() if not entry.get("agrees", True)]
     assert measured["flops_per_second"]["ratio"] > 0 and measured["deterministic"]["ratio"]["median"] > 0
-    assert all(x > 0 for x in found["host_microseconds_per_step"].values())
+    ways = found["host_microseconds_per_step"]
+    assert list(ways) == ["device graphs", "one by one"]
+    assert all(x > 0 for columns in ways.values() for x in columns.values()) and Emulated.replays
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_bits_of_device_graphs_shut_the_gate(monkeypatch):
+    class Other(Recording):
+        def _handed_out(self, inputs):
+            found = super()._handed_out(inputs)
+            # An error that the first call does not have, and that is within the limits of the other checks.
+            return [x * (1 + 1e-6) if self.confirmed and isinstance(x, torch.Tensor) else x for x in found]
+
+    monkeypatch.setattr(gpu, "GATE", ("small",))
+    monkeypatch.setattr(device_graphs, "Recording", Other)
+    with emulated("pretend"):
+        failed = [check for check in gpu.gate("pretend") if not check["holds"]]
+    assert [check["check"] for check in failed] == ["small: other bits as device graphs"]
 
 
 def test_a_gpu_enters_the_list(tmp_path):
