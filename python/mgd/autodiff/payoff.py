@@ -213,18 +213,19 @@ def _bytes(node: Any) -> int:
 
 
 @dataclass
-class _Rate:
-    """Seconds of a capture per node, in this process."""
+class Rate:
+    """Seconds of a capture for each node of a loss's autograd graph, in this process. seconds: as long as none was
+    measured."""
 
-    seconds: float = PER_NODE
+    seconds: float
     nodes: int = 0
     total: float = 0.0
 
     def measured(self, seconds: float, nodes: int) -> None:
-        self.total += seconds
-        self.nodes += nodes
-        if self.nodes:
+        if nodes:
+            self.total += seconds
+            self.nodes += nodes
             self.seconds = self.total / self.nodes
 
 
-_rate = _Rate()
+_rate = Rate(PER_NODE)
