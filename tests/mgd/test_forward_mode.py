@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import mgd
+from mgd.autodiff import payoff
+from mgd.autodiff.step_graph import StepGraph
 from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
 from mgd_kernels import SGD, Adam, Muon, RMSprop
 
@@ -64,15 +66,105 @@ def test_schedules_weights_and_initial_parameters(trace):
     assert_agrees(supervised(mlp(), (5,)), trace=trace)
 
 
-def test_running_statistics_move_too():
+@pytest.mark.parametrize("trace", [False, True])
+def test_running_statistics_move_too(trace):
     case = supervised(convnet(), (1, 6, 6), steps=4)
-    assert_agrees(case.but(objective=lambda m, held_out=case.objective: held_out(m.eval())))
-    assert_agrees(case, objective_mode="train", microbatches=2)
+    held_out = case.but(objective=lambda m, held_out=case.objective: held_out(m.eval()))
+    for forward in (
+        assert_agrees(held_out, trace=trace),
+        assert_agrees(case, objective_mode="train", microbatches=2, trace=trace),
+    ):
+        assert forward.report.execution == ("captured" if trace else "eager")
 
 
-def test_a_language_model_with_clipping():
-    forward = assert_agrees(language(steps=3), max_grad_norm=0.5)
+class Remembering(nn.Module):
+    """Reads what its parameters were at all steps before."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, self.body[0].weight.sum().reshape(1)])
+        return self.body(x) * (1 + 0.1 * self.seen.mean())
+
+
+@pytest.mark.parametrize("trace", [None, False])
+def test_buffers_that_grow(trace):
+    assert_agrees(supervised(Remembering(), (5,), steps=4), trace=trace)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_language_model_with_clipping(trace):
+    forward = assert_agrees(language(steps=3), max_grad_norm=0.5, trace=trace)
     assert set(forward.model_tangent) == set(dict(gpt().named_parameters()))
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------
+
+
+def weighted_case(**options):
+    return supervised(mlp(dropout=0.2), (5,)).but({"data_weights": weights()}, loss=weighted, **options)
+
+
+def graphs_of(f):
+    """Whether each graph's metaparameters move, of a graph of forward mode."""
+    return [graph.along for graph in f._evaluator.graphs.values()]
+
+
+def test_a_graph_has_the_bits_of_the_step_and_its_derivatives():
+    case = weighted_case()
+    f, plain = case.function(trace=True), case.function(trace=False)
+    directions = [drawn(case.z, seed) for seed in (1, 2)]
+    for dz in (directions, directions[0], {"lr": case.z["lr"]}, [{"lr": case.z["lr"]}, directions[0]]):
+        found, expected = f.jvp(case.z, dz), plain.jvp(case.z, dz)
+        assert torch.equal(found.value, expected.value)
+        torch.testing.assert_close(found.tangent, expected.tangent, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(found.model_tangent, expected.model_tangent, rtol=1e-10, atol=1e-13)
+    assert graphs_of(f) == [(True,), (False,)]  # one for what moves, whatever the number of directions
+
+
+def test_by_default_a_graph_is_made_once_that_pays(monkeypatch):
+    case = weighted_case()
+    f, dz = case.function(), drawn(case.z)
+    expected = case.function(trace=False).jvp(case.z, dz)
+    assert f.jvp(case.z, dz).report.execution.startswith("eager; a capture would take")
+    monkeypatch.setattr(payoff, "CAUTION", 0.0)
+    found = f.jvp(case.z, dz)
+    assert found.report.execution == "captured" and graphs_of(f) == [(True,)]
+    assert torch.equal(found.value, expected.value)
+    torch.testing.assert_close(found.tangent, expected.tangent, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("trace", [None, True])
+def test_a_graph_that_is_not_the_loss_as_written_is_refused(monkeypatch, trace):
+    """Forward mode evaluates each step once: nothing later would show it."""
+    case = weighted_case()
+    dz = drawn(case.z)
+    expected = case.function(trace=False).jvp(case.z, dz)
+    monkeypatch.setattr(payoff, "CAUTION", 0.0)
+    tangents = StepGraph.tangents
+
+    def wrong(self, *arguments):
+        found, rest = tangents(self, *arguments)
+        found.gradients[0][0] = found.gradients[0][0] * 1.01
+        return found, rest
+
+    monkeypatch.setattr(StepGraph, "tangents", wrong)
+    f = case.function(trace=trace)
+    with pytest.warns(RuntimeWarning, match="cannot capture"):
+        found = f.jvp(case.z, dz)
+    assert torch.equal(found.tangent, expected.tangent)
+
+
+def test_a_captured_sweep_begins_where_differentiation_does():
+    case = weighted_case()
+    dz = drawn(case.z)
+    found = case.function(trace=True, since=3).jvp(case.z, dz)
+    expected = case.function(trace=False, since=3).jvp(case.z, dz)
+    torch.testing.assert_close(found.tangent, expected.tangent, rtol=1e-11, atol=1e-14)
 
 
 def test_several_directions_and_outputs_share_a_sweep():

@@ -17,18 +17,18 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mgd.autodiff.captured_step import CapturedStep
-from mgd.autodiff.derived import derive
+from mgd.autodiff.derived import ROUNDS, Along, derive
 from mgd.autodiff.device_graphs import DeviceGraphs
 from mgd.autodiff.device_recording import Packed
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
-from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation
-from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, NotCaptured, unheard
+from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation, same_tangents
+from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, Methods, NotCaptured, methods_of, unheard
 from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.objectives import CapturedObjectives
 from mgd.autodiff.payoff import Payoff
@@ -37,13 +37,16 @@ from mgd.errors import BadLoss, MetagradientError
 from mgd.step.batches import content_of, described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
 from mgd.step.loss import Microbatch
-from mgd.step.model import Buffers, differentiable, numbers_of, put_back
+from mgd.step.model import Buffers, numbers_of, put_back
 from mgd.util.system import return_freed_memory
 
 MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long as a capture
 
-# The structure of the batch and of z (Dynamo does not guard that a key is missing), the microbatch's share, shapes.
-Kind = tuple[str, str, float, tuple[torch.Size, ...]]
+T = TypeVar("T")
+
+# The structure of the batch and of z (Dynamo does not guard that a key is missing), the microbatch's share, shapes; of
+# forward mode, which metaparameters move.
+Kind = tuple[str, str, float, tuple[torch.Size, ...], Along | None]
 
 
 class CapturedEvaluator:
@@ -69,6 +72,8 @@ class CapturedEvaluator:
         self._failures: Counter[Kind] = Counter()
         self.objectives = CapturedObjectives()
         self.on_device = DeviceGraphs()
+        self._methods: Methods = []
+        self._looked = False  # whether the model's classes are those that were captured, in this training
 
     @property
     def made(self) -> int:
@@ -81,9 +86,11 @@ class CapturedEvaluator:
 
     @property
     def residual_bytes(self) -> int:
-        return 0 if self.refused else max([graph.joint.residual_bytes for graph in self.graphs.values()], default=0)
+        kept = [graph.joint.residual_bytes for graph in self.graphs.values() if graph.along is None]
+        return 0 if self.refused else max(kept, default=0)
 
     def begin(self, reversals: int, room: int) -> None:
+        self._looked = False
         self.payoff.begin(reversals, room)
         self.eager.begin(reversals, room)
 
@@ -114,9 +121,7 @@ class CapturedEvaluator:
             loss, grads, influence, left, residuals = joint.forward(parameters, given, room, compared)
             if all(g is None for g in grads):
                 raise BadLoss(DETACHED.format(microbatch.step))
-            count = len(left) - graph.extras
-            after = dict(zip(step.names, left[:count], strict=True))
-            buffers = {name: after[name] if name in graph.written else b for name, b in before.items()}
+            buffers, rest = graph.buffers_after(step, before, left)
             if residuals is None:
                 step.evaluation = Evaluation(loss, grads, buffers, influence, not_kept=joint.residual_bytes)
             else:
@@ -126,7 +131,7 @@ class CapturedEvaluator:
                 content = content_of(microbatch.batch)
                 kept = GraphResiduals(graph, given, tensors, *of, microbatch.batch, content, layout=layout)
                 step.evaluation = Evaluation(loss, grads, buffers, influence, kept)
-            return loss, left[count:]
+            return loss, rest
 
         kind = self.kind_of(microbatch)
         if kind is None:
@@ -139,9 +144,7 @@ class CapturedEvaluator:
             return self._by_autograd(kind, microbatch, parameters, before, room)
         plain = None
         if not known:
-            before_it = numbers_of(microbatch.loss.binding.model)
-            plain = self.eager.gradient(microbatch, parameters, before, room=0)
-            put_back(before_it)  # a model that counts its calls counts one
+            plain = _uncounted(microbatch, lambda: self.eager.gradient(microbatch, parameters, before, room=0))
         step = CapturedStep(microbatch, parameters, before)
         call = functools.partial(self.call, kind, step, forward)
         if not (self.payoff.by_graph(kind, 0, call) if decided else call()):
@@ -149,7 +152,7 @@ class CapturedEvaluator:
         assert step.evaluation is not None
         if plain is not None and not same_evaluation(step.evaluation, plain):
             self._served.discard(kind)
-            self._give_up(kind, "it rounds differently in a graph, which trace=True allows")
+            self._give_up(kind, ROUNDS)
             return plain
         if decided and isinstance(step.evaluation.residuals, GraphResiduals):
             step.evaluation.residuals.around = functools.partial(self.payoff.by_graph, kind, 1)
@@ -166,8 +169,11 @@ class CapturedEvaluator:
             evaluation.residuals.around = functools.partial(self.payoff.second, kind, kept=True)
         return evaluation
 
-    def kind_of(self, microbatch: Microbatch) -> Kind | None:
-        """What steps have in common that may share a graph; None for those that have none."""
+    def kind_of(self, microbatch: Microbatch, along: Along | None = None) -> Kind | None:
+        """What steps have in common that may share a graph; None for those that have none. along: of forward mode."""
+        if not self._looked:
+            self._looked = True
+            self._look_at(microbatch.loss.binding.model)
         if self.refused:
             return None
         if why := unheard():
@@ -175,7 +181,7 @@ class CapturedEvaluator:
             return None
         tensors, structure = described(microbatch.batch)
         shapes = tuple([x.shape for x in tensors])
-        kind: Kind = structure, microbatch.metaparameters.structure, microbatch.share, shapes
+        kind: Kind = structure, microbatch.metaparameters.structure, microbatch.share, shapes, along
         return None if kind in self._failed else kind
 
     def second_derivatives(
@@ -217,18 +223,44 @@ class CapturedEvaluator:
     def tangents(
         self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
     ) -> Tangents:
-        """By the graph where only parameters move: it has their second derivatives, which are symmetric."""
-        kind = self.kind_of(microbatch)
-        moved = differentiable(before) or any(x is not None for d in directions for x in d.metaparameters)
-        if kind is not None and not moved and (self.at_once or kind in self._served):
-            evaluation = self.gradient(microbatch, parameters, before)
-            if evaluation.residuals is not None:
-                along, none = [d.parameters for d in directions], [()] * len(directions)
-                found = evaluation.residuals.second_derivatives(microbatch.step, parameters, along, none)
-                if found is not None:
-                    gradients = [each[: len(parameters)] for each in found.results]
-                    return Tangents(evaluation, found.products, gradients, [[] for _ in directions])
-        return self.eager.tangents(microbatch, parameters, before, directions)
+        """By a graph of its own, once that pays."""
+        found: Tangents | None = None
+
+        def run(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
+            nonlocal found
+            found, rest = graph.tangents(step, given, before, directions)
+            return found.evaluation.loss, rest
+
+        moves = [[x is not None for x in direction.metaparameters] for direction in directions]
+        along = tuple(map(any, zip(*moves, strict=True)))
+        kind = self.kind_of(microbatch, along)
+        by_autograd = functools.partial(self.eager.tangents, microbatch, parameters, before, directions)
+        if kind is None:
+            return by_autograd()
+        if not self.trusts(kind) and not self.payoff.pays(kind, parameters[0].device):
+            return self.payoff.tangents(kind, by_autograd)
+        # No reverse sweep will compare these gradients with others: here, every new graph is.
+        plain = None if kind in self._served else _uncounted(microbatch, by_autograd)
+        step = CapturedStep(microbatch, parameters, before)
+        if not self.call(kind, step, run):
+            return plain or by_autograd()
+        assert found is not None
+        if plain is not None and not same_tangents(found, plain, self.at_once):
+            self._served.discard(kind)
+            self._give_up(
+                kind, "its graph has other derivatives than the loss as it is written" if self.at_once else ROUNDS
+            )
+            return plain
+        return found
+
+    def _look_at(self, model: torch.nn.Module) -> None:
+        """Let go of all graphs if the model's classes have other methods than when they were captured."""
+        methods = methods_of(model)
+        if methods != self._methods:
+            self._methods = methods
+            for known in (self.graphs, self._fronts, self._writes, self._served):
+                known.clear()
+            self.objectives = CapturedObjectives()
 
     def trusts(self, kind: Kind) -> bool:
         """Whether steps of this kind run by their graphs: by default, those compared with the loss as it is written."""
@@ -270,14 +302,16 @@ class CapturedEvaluator:
                     microbatch.share,
                     places,
                     step.moving,
+                    kind[-1],
                     tuple([(x.shape, x.stride(), x.dtype) for x in (*step.parameters, *given)]),
                 )
                 if key not in self.graphs:
                     if len(self.graphs) >= MOST_GRAPHS:
                         raise NotCaptured(f"expected steps of at most {MOST_GRAPHS} shapes")
-                    joint, extras = derive(graph, places, step, others, self.at_once, self.compile, self.on_device)
+                    how = self.at_once, self.compile, self.on_device
+                    joint, extras = derive(graph, places, step, others, kind[-1], *how)
                     return_freed_memory()  # its comparison takes more than steps will
-                    self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving)
+                    self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving, kind[-1])
                 step.note(places)
                 microbatch.reseed()
                 began = time.perf_counter()
@@ -317,3 +351,11 @@ class CapturedEvaluator:
             warnings.warn(
                 f"mgd evaluates steps by autograd that it cannot capture: {why}", RuntimeWarning, stacklevel=2
             )
+
+
+def _uncounted(microbatch: Microbatch, evaluate: Callable[[], T]) -> T:
+    """What an evaluation gives, of a model that counts its calls and does not count this one."""
+    before_it = numbers_of(microbatch.loss.binding.model)
+    found = evaluate()
+    put_back(before_it)
+    return found

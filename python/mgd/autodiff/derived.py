@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,9 +18,14 @@ from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.second_order import Point, first_and_second
+from mgd.autodiff.tangents import first_and_tangents
 from mgd.step.agreement import agree
+from mgd.step.evaluator import Direction
 from mgd.step.overrides import FunctionOverrides
 from mgd.util.system import return_freed_memory
+
+Along = tuple[bool, ...]
+ROUNDS = "it rounds differently in a graph, which trace=True allows"
 
 
 class _LooksInside(Exception):
@@ -31,6 +37,7 @@ def derive(
     places: tuple[Any, ...],
     step: CapturedStep,
     others: list[Tensor],
+    along: Along | None,
     may_round: bool,
     compile: bool,
     on_device: DeviceGraphs,
@@ -38,18 +45,18 @@ def derive(
     """The joint graph at this step, and the number of outputs beside loss and buffers. Its parts are recorded
     `on_device`, if that is one that is served.
 
-    may_round: whether it may have other bits than the captured graph run by autograd, and be rewritten for that. Raises
-    NotCaptured where it has, and where it has other derivatives.
+    along: of forward mode, whether each metaparameter moves. may_round: whether it may have other bits than the
+    captured graph run by autograd, and be rewritten for that. Raises NotCaptured where it has, and where it has other
+    derivatives.
+
+    A graph of forward mode has, in place of the second derivatives, the derivatives of the gradient and of the buffers
+    along its directions, and gradient and buffers in place of the derivatives with respect to metaparameters, since
+    nothing is kept for later.
     """
-    point = Point(
-        step.parameters,
-        step.floats,
-        step.metaparameters,
-        [*step.others, *others],
-        [[p.clone() for p in step.parameters]],
-        [[torch.ones_like(b) for b in step.floats]],
-    )
-    kinds = [*point.fixed(), point.directions[0], point.cotangents[0]]
+    point = Point(step.parameters, step.floats, step.metaparameters, [*step.others, *others], [], [])
+    moving = [x for x, moves in zip(step.metaparameters, along or (), strict=False) if moves]
+    directions = [[p.clone() for p in step.parameters], *map(_ones, (step.floats, moving))]
+    kinds = [*point.fixed(), *directions]
     bounds = list(pairwise(accumulate(map(len, kinds), initial=0)))
     inputs = [x for kind in kinds for x in kind]
     fixed = bounds[3][1]
@@ -79,7 +86,13 @@ def derive(
 
     def function(*tensors: Tensor) -> tuple[Tensor | None, ...]:
         nonlocal left
-        p, b, z, constants, direction, cotangent = (list(tensors[start:stop]) for start, stop in bounds)
+        p, b, z, constants, direction, cotangent, rest = (list(tensors[start:stop]) for start, stop in bounds)
+        if along is not None:
+            shift = iter(rest)
+            moved = Direction(direction, cotangent, [next(shift) if moves else None for moves in along])
+            found = first_and_tangents(evaluate, Point(p, b, z, constants, [], []), [moved], lambda *_: True)
+            left = len(found.buffers)
+            return found.loss, *found.gradient, *found.buffers, *found.gradients[0], *found.floats[0], found.losses[0]
         second = first_and_second(evaluate, Point(p, b, z, constants, [direction], [cotangent]))
         left = len(second.buffers)
         return (
@@ -108,15 +121,24 @@ def derive(
             raise NotCaptured("the loss changes a tensor in place that is no buffer of the model")
         counts = len(point.parameters), len(point.metaparameters), left
         served = on_device.serve(step.parameters[0].device)
-        joint = JointGraph(module, fixed, counts, compile, on_device if served else None)
+        parts = counts if along is None else (0, counts[0] + left, 0)
+        joint = JointGraph(module, fixed, parts, compile, on_device if served else None)
         step.microbatch.reseed()
         parameters, given = inputs[: len(kinds[0])], inputs[len(kinds[0]) : fixed]
-        loss, grads, influence, after, residuals = joint.forward(parameters, given)
-        assert residuals is not None
-        (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
-    found = [*grads, *influence, *after, *results]
+        if along is None:
+            loss, grads, influence, after, residuals = joint.forward(parameters, given)
+            assert residuals is not None
+            (results,) = joint.hvp_from_residuals(parameters, given, residuals, [inputs[fixed:]])
+            found = [*grads, *influence, *after, *results]
+        else:
+            loss, fixed_part, (results,) = joint.recompute_hvp(parameters, given, [inputs[fixed:]])
+            found = [*fixed_part, *results]
     if not (agree(found, expected[1:]) and same_loss(loss, present(expected[0]), compile)):
         raise NotCaptured("its graph has other derivatives than the evaluation that it traced")
     if not may_round and not same_bits(found, expected[1:]):
-        raise NotCaptured("it rounds differently in a graph, which trace=True allows")
+        raise NotCaptured(ROUNDS)
     return joint, extras
+
+
+def _ones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.ones_like(x) for x in tensors]

@@ -241,7 +241,12 @@ class EagerEvaluator:
             return self.at(microbatch, function, point, expected)
 
     def tangents(
-        self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, directions: Sequence[Direction]
+        self,
+        microbatch: Microbatch,
+        parameters: list[Tensor],
+        before: Buffers,
+        directions: Sequence[Direction],
+        look: Look | None = None,
     ) -> Tangents:
         known = microbatch.loss.plain_since
         with contextlib.ExitStack() as stack:
@@ -250,10 +255,10 @@ class EagerEvaluator:
             microbatch.reseed()
             equal = microbatch.loss.reads.equal
             found = self._twice(
-                microbatch, function, lambda function: first_and_tangents(function, point, directions, equal)
+                microbatch, function, lambda function: first_and_tangents(function, point, directions, equal, look)
             )
         if microbatch.loss.plain_since != known:
-            return self.tangents(microbatch, parameters, before, directions)
+            return self.tangents(microbatch, parameters, before, directions, look)
         left = dict(zip(function.names, found.buffers, strict=True))
         written = dict(zip(function.names, found.written, strict=False))
         for name in function.names[function.floats :]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name
 
 from mgd.step.agreement import agree
-from mgd.step.evaluator import Derivatives, Evaluation
+from mgd.step.evaluator import Derivatives, Evaluation, Tangents
 
 # Relative, of losses where one evaluation rounds differently. Another dropout mask or batch moves a loss by far more
 # than the rounding of a float32 mean, about 1e-6.
@@ -86,6 +87,20 @@ def same_evaluation(x: Evaluation, y: Evaluation) -> bool:
         and agree(x.influence, y.influence)
         and all(a.equal(b) for a, b in buffers)
     )
+
+
+def same_tangents(x: Tangents, y: Tangents, rounds: bool) -> bool:
+    """Whether two evaluations are equal, and their derivatives along directions up to rounding. rounds: whether the
+    evaluations may differ by rounding, too."""
+    sides = [[*t.losses, *chain.from_iterable(t.gradients), *chain.from_iterable(t.buffers)] for t in (x, y)]
+    same = same_up_to_rounding if rounds else same_evaluation
+    return same(x.evaluation, y.evaluation) and agree(*sides)
+
+
+def same_up_to_rounding(x: Evaluation, y: Evaluation) -> bool:
+    """Whether two evaluations differ by rounding at most."""
+    sides = [[*e.gradients, *(b for b in e.buffers.values() if b.is_floating_point())] for e in (x, y)]
+    return same_loss(x.loss, y.loss, True) and agree(*sides)
 
 
 def reason(error: Exception) -> str:

@@ -50,6 +50,22 @@ def unheard() -> str | None:
     return None
 
 
+# Of each class of a model's modules, itself and the functions that it defines
+Methods = list[weakref.ref]
+
+
+def methods_of(model: torch.nn.Module) -> Methods:
+    """What Dynamo takes for granted without a guard: libraries put other methods into the classes of models."""
+    found: list[Any] = []
+    for each in dict.fromkeys(itertools.chain.from_iterable(type(module).__mro__ for module in model.modules())):
+        found.append(each)
+        for x in vars(each).values():
+            x = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
+            if isinstance(x, types.FunctionType):
+                found.append(x)
+    return [weakref.ref(x) for x in found]
+
+
 class NotCaptured(Exception):
     """Why a loss has no graph."""
 

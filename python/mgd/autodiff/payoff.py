@@ -137,6 +137,21 @@ class Payoff:
                 kind.kept = kept
         return evaluation
 
+    def tangents(self, key: Hashable, evaluate: Callable[[Look | None], T]) -> T:
+        """An evaluation of forward mode by autograd: all that a graph would have saved goes to the account."""
+        kind = self._kinds[key]
+
+        def look(loss: Tensor) -> None:
+            kind.nodes = sum(1 for _ in graph_of(loss))
+
+        def note(seconds: float) -> None:
+            kind.gradient = min(kind.gradient, seconds / (1 + SECOND))
+            kind.measured += 1
+            kind.account += self._saved(kind)
+
+        with self._clock.timed(note):
+            return evaluate(None if kind.nodes else look)
+
     def second(self, key: Hashable, evaluate: Callable[[], T], kept: bool = False) -> T:
         """Second derivatives by autograd: what a graph would have saved goes to the account. kept: from a graph that
         autograd kept."""
@@ -198,18 +213,19 @@ def _bytes(node: Any) -> int:
 
 
 @dataclass
-class _Rate:
-    """Seconds of a capture per node, in this process."""
+class Rate:
+    """Seconds of a capture for each node of a loss's autograd graph, in this process. seconds: as long as none was
+    measured."""
 
-    seconds: float = PER_NODE
+    seconds: float
     nodes: int = 0
     total: float = 0.0
 
     def measured(self, seconds: float, nodes: int) -> None:
-        self.total += seconds
-        self.nodes += nodes
-        if self.nodes:
+        if nodes:
+            self.total += seconds
+            self.nodes += nodes
             self.seconds = self.total / self.nodes
 
 
-_rate = _Rate()
+_rate = Rate(PER_NODE)

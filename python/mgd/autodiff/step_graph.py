@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mgd.autodiff.captured_step import CapturedStep
+from mgd.autodiff.derived import Along
 from mgd.autodiff.device_recording import Layout, Packed
-from mgd.autodiff.execution import derivatives_of
+from mgd.autodiff.eager import DETACHED
+from mgd.autodiff.execution import derivatives_of, present
 from mgd.autodiff.joint import JointGraph, Residuals
-from mgd.errors import ReplayDivergence
+from mgd.errors import BadLoss, ReplayDivergence
 from mgd.step.batches import content_of
-from mgd.step.evaluator import Derivatives, SecondDerivatives
+from mgd.step.evaluator import Derivatives, Direction, Evaluation, SecondDerivatives, Tangents
 from mgd.step.metaparameters import BatchMetaparameters
+from mgd.step.model import Buffers
 
 
 @dataclass(slots=True, eq=False)
@@ -24,13 +29,15 @@ class StepGraph:
 
     extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
     for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
-    evaluated: whether an evaluation was made of which only its inputs are recorded (`mgd.autodiff.recorded`).
+    along: of a graph of forward mode, for each metaparameter, whether it moves. evaluated: whether an evaluation was
+    made of which only its inputs are recorded (`mgd.autodiff.recorded`).
     """
 
     joint: JointGraph
     extras: int
     written: frozenset[str]
     moving: tuple[bool, ...]
+    along: Along | None = None
     evaluated: bool = False
     batched: Any = None
 
@@ -51,6 +58,38 @@ class StepGraph:
                 for result, rest in zip(results, rests, strict=True)
             ]
         return derivatives_of(results)
+
+    def buffers_after(
+        self, step: CapturedStep, before: Buffers, left: Sequence[Tensor]
+    ) -> tuple[Buffers, Sequence[Tensor]]:
+        """From what the graph leaves of the step's buffers, those after it, and the outputs beside."""
+        count = len(left) - self.extras
+        after = dict(zip(step.names, left[:count], strict=True))
+        return {name: after[name] if name in self.written else b for name, b in before.items()}, left[count:]
+
+    def tangents(
+        self, step: CapturedStep, given: list[Tensor], before: Buffers, directions: Sequence[Direction]
+    ) -> tuple[Tangents, Sequence[Tensor]]:
+        """What a graph of forward mode computes, and its outputs beside."""
+        assert self.along is not None
+        count, ways = len(step.parameters), []
+        for d in directions:
+            buffers = [x for x, moves in zip(d.buffers, self.moving, strict=True) if moves]
+            leaves = zip(d.metaparameters, step.metaparameters, self.along, strict=True)
+            moved = [torch.zeros_like(z) if x is None else x for x, z, moves in leaves if moves]
+            ways.append((*d.parameters, *buffers, *moved))
+        loss, outputs, results = self.joint.recompute_hvp(step.parameters, given, ways)
+        grads, left = outputs[:count], [present(x) for x in outputs[count:]]
+        if all(g is None for g in grads):
+            raise BadLoss(DETACHED.format(step.microbatch.step))
+        after, rest = self.buffers_after(step, before, left)
+        floats = []
+        for d, result in zip(directions, results, strict=True):
+            own = iter(result[count:-1])
+            pairs = zip(d.buffers, self.moving, strict=True)
+            floats.append([present(next(own)) if moves else x for x, moves in pairs])
+        gradients, losses = [result[:count] for result in results], [present(result[-1]) for result in results]
+        return Tangents(Evaluation(loss, grads, after), losses, gradients, floats), rest
 
 
 @dataclass(slots=True)

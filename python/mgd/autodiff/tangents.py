@@ -40,15 +40,18 @@ def first_and_tangents(
     point: Point,
     directions: Sequence[Direction],
     equal: Callable[[Tensor, Tensor], bool] = torch.equal,
+    look: Callable[[Tensor], None] | None = None,
 ) -> FirstAndTangents:
     """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction. equal:
-    whether a buffer is as it was."""
+    whether a buffer is as it was. look: is shown the loss with its autograd graph."""
     p, b, z = point.leaves()
     copies = [x.clone() for x in b]
     loss, left = evaluate(p, list(copies), z, list(point.constants))
     kept = [x is y and x._version == 0 and equal(x, own) for x, y, own in zip(copies, left, b, strict=False)]
     if not loss.requires_grad:
         raise BadLoss("the loss does not depend on the parameters; was it detached?")
+    if look is not None:
+        look(loss)
     inputs, after = [*p, *b, *z], left[: len(b)]
     first = gradients([loss], inputs, create_graph=True)
     moving = [i for i, x in enumerate(after) if x.requires_grad]
@@ -63,9 +66,7 @@ def first_and_tangents(
         found.losses.append(_inner(first, tangents, torch.zeros_like(loss)))
         found.gradients.append(_vjp(first, p, tangents))
         moved = dict(zip(moving, _vjp(pulled, seeds, tangents), strict=True))
-        found.floats.append(
-            [torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(point.buffers)]
-        )
+        found.floats.append([torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(after)])
     return found
 
 

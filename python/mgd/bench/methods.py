@@ -96,9 +96,10 @@ def _forward(count: int) -> Callable[[Case], Callable[[], Outcome]]:
             return noise * x.detach().abs().mean()
 
         directions = [moved(dict(case.z)) for _ in range(count)]
+        function = case.function.replaced(trace=True)
 
         def run() -> Outcome:
-            found = case.function.jvp(case.z, directions)
+            found = function.jvp(case.z, directions)
             return Outcome(found.value, {}, found.report, (directions, found.tangent))
 
         return run
@@ -126,9 +127,9 @@ METHODS: dict[str, Method] = {
         objectives=OBJECTIVES,
         share=1 / 8,
     ),
-    "forward": Method("mgd, forward mode along one direction, no gradient", _forward(1), ours=True),
+    "forward": Method("mgd captured, forward mode along one direction, no gradient", _forward(1), ours=True),
     "directions": Method(
-        f"mgd, forward mode along {DIRECTIONS} directions in one sweep, ratio for one of them",
+        f"mgd captured, forward mode along {DIRECTIONS} directions in one sweep, ratio for one of them",
         _forward(DIRECTIONS),
         ours=True,
         objectives=DIRECTIONS,

@@ -54,7 +54,7 @@ def microbatches(batch: Any, count: int, step: int, wanted: range | None = None)
     wanted = range(count) if wanted is None else wanted
     if is_partial(batch):
         return _loaded_microbatches(batch, count, step, wanted)
-    leaves, spec = flatten(batch)
+    batch, leaves, spec = _of_autograd(batch)
     if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
     if count == 1:
@@ -77,8 +77,8 @@ def _loaded_microbatches(batch: PartialBatch, count: int, step: int, wanted: ran
     _check_length(length, count, step)
     stretches = slices(length, count)
     for start, stop in (stretches[i] for i in wanted):
-        part = batch.load(start, stop)
-        sizes = {leaf.shape[0] for leaf in flatten(part)[0] if isinstance(leaf, Tensor) and leaf.ndim}
+        part, leaves, _ = _of_autograd(batch.load(start, stop))
+        sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
         if sizes != {stop - start}:
             raise BadBatch(
                 f"expected batches[{step}].load({start}, {stop}) to return tensors with {stop - start} examples; got "
@@ -86,6 +86,15 @@ def _loaded_microbatches(batch: PartialBatch, count: int, step: int, wanted: ran
             )
         found.append((part, (stop - start) / length))
     return found
+
+
+def _of_autograd(batch: Any) -> tuple[Any, list[Any], Any]:
+    """A batch, its leaves, and its structure, with copies of tensors of inference mode, which autograd refuses."""
+    leaves, spec = flatten(batch)
+    if any([isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves]):
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        batch = tree_unflatten(leaves, spec)
+    return batch, leaves, spec
 
 
 def _check_length(length: int, count: int, step: int) -> None:

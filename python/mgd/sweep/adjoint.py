@@ -100,10 +100,11 @@ class TrainedObjective:
 
     def tangents(self, shards: Shards, tangents: Sequence[Adjoint]) -> tuple[Tensor, list[Tensor]]:
         """The value, and its derivative along each tangent of the final state. Outputs may be many: they share one
-        evaluation. The derivative is that of the VJP, which is linear in its cotangent."""
+        evaluation. Their derivative is that of the VJP, which is linear in its cotangent."""
         with self._evaluated() as (value, parameters, floats):
-            seed, inputs = torch.zeros_like(value).requires_grad_(), [*parameters, *floats.values()]
-            pulled = torch.autograd.grad(value, inputs, seed, create_graph=True, allow_unused=True)
+            several, inputs = value.numel() > 1, [*parameters, *floats.values()]
+            seed = torch.zeros_like(value).requires_grad_() if several else torch.ones_like(value)
+            pulled = torch.autograd.grad(value, inputs, seed, create_graph=several, allow_unused=True)
             if all(g is None for g in pulled):
                 raise BadObjective("the objective depends on no trained parameter")
             found = []
@@ -112,6 +113,9 @@ class TrainedObjective:
                 along = [*shards.arena.tensors(shards.whole(tangent.state.params)), *(buffers[name] for name in floats)]
                 terms = [(g * x).sum() for g, x in zip(pulled, along, strict=True) if g is not None]
                 whole = torch.stack(terms).sum()
+                if not several:
+                    found.append(whole.reshape(value.shape).to(value))
+                    continue
                 (derivative,) = torch.autograd.grad(whole, seed, retain_graph=True, allow_unused=True)
                 found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
         return value.detach(), [x.detach() for x in found]

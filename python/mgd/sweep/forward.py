@@ -31,6 +31,7 @@ class ForwardSweep(Sweep):
         self.tangents = [Adjoint.zeros(self.state, self.buffers) for _ in directions]
         for tangent, direction in zip(self.tangents, self._directions, strict=True):
             tangent.state.params.copy_(self.shards.part(direction.init))
+        self._expect(self.length - self.meta.origin)  # each has second derivatives
 
     def derivatives_of(self, objective: TrainedObjective) -> tuple[Tensor, list[Any]]:
         """The value of the objective at the end of the training, and its derivatives along the directions."""

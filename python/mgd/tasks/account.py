@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mgd.autodiff.captured import CapturedEvaluator
 from mgd.autodiff.objectives import code_of
-from mgd.autodiff.payoff import IMPORT
+from mgd.autodiff.payoff import IMPORT, Rate
 from mgd.function import TrainingFunction
 from mgd.step.batches import described
 
@@ -41,26 +41,11 @@ MOST_SIZES = 8  # numbers of tasks at once, each of which takes graphs of its ow
 MOST_ACCOUNTS = 64  # of one model and loss
 
 
-@dataclass
-class _Rate:
-    """Seconds for each node of a loss's autograd graph, in this process. As long as none was measured: see `_rates`."""
-
-    seconds: float
-    nodes: int = 0
-    total: float = 0.0
-
-    def measured(self, seconds: float, nodes: int) -> None:
-        if nodes:
-            self.total += seconds
-            self.nodes += nodes
-            self.seconds = self.total / self.nodes
-
-
 class _Rates:
     """Of the graphs of a step and of an objective, and of these for several tasks."""
 
     def __init__(self) -> None:
-        self.recorded, self.mapped = _Rate(40e-3), _Rate(40e-3)
+        self.recorded, self.mapped = Rate(40e-3), Rate(40e-3)
 
 
 _rates = _Rates()

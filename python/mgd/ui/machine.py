@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgd.util.system import fields, free_memory
+from mgd.util.system import busy_cores, fields, free_memory
 
 _PACKAGES = ("torch", "triton", "numpy", "matplotlib", "scikit-learn", "torchopt")
 _FEATURES = (
@@ -38,15 +38,18 @@ def conditions() -> dict[str, Any]:
         "cores": usable_cores(),
         "accelerators": accelerators(),
         "free_memory_bytes": free_memory(),
-        "load_average": list(os.getloadavg()),
+        "busy_cores": busy_cores(),
     }
 
 
 def describe(where: Mapping[str, Any]) -> str:
     """The conditions in one line."""
     model = where["processor"]["model"] if not where["accelerators"] else where["accelerators"][0]
-    load = where["load_average"][0]
-    busy = f", load average {load:.1f} at the start: other programs were running" if load > 0.7 else ""
+    busy = ""
+    if (where.get("busy_cores") or 0.0) > 0.3:
+        busy = f", beside other programs, which took the time of {where['busy_cores']:.1f} cores at the start"
+    elif "load_average" in where and where["load_average"][0] > 0.7:  # of earlier versions; of a minute before
+        busy = f", load average {where['load_average'][0]:.1f} at the start"
     return f"{model}, {where['cores']} cores, torch {where['versions']['torch']}, {where['date']}{busy}"
 
 

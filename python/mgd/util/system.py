@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,21 @@ def _mallinfo() -> Callable[[], _Mallinfo] | None:
         return None
     mallinfo.restype = _Mallinfo
     return mallinfo
+
+
+def busy_cores(seconds: float = 0.2, root: Path = Path("/")) -> float | None:
+    """How many cores other programs keep busy; None where the system does not say. Sleeps for so many seconds."""
+
+    def worked() -> float:
+        user, nice, system, _, _, *others = map(int, (root / "proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+        return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        before, start = worked(), time.perf_counter()
+        time.sleep(seconds)
+        return round((worked() - before) / (time.perf_counter() - start), 2)
+    except (OSError, ValueError):
+        return None
 
 
 def fields(path: Path) -> dict[str, str]:

@@ -58,6 +58,50 @@ def test_hooks_come_and_go(kind, at_once):
     assert same(f.metagradient(case.z), without)
 
 
+class Scaled(nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def scaled(self, y):
+        return self.factor * y
+
+    @property
+    def depth(self):
+        return 1.0
+
+    def forward(self, x):
+        return self.depth * self.scaled(self.body(x))
+
+
+# What is put into the model's class, or into the model
+PATCHES = {
+    "forward": lambda model: (Scaled, "forward", lambda self, x: 0.5 * self.body(x)),
+    "another method": lambda model: (Scaled, "scaled", lambda self, y: 0.5 * y),
+    "a property": lambda model: (Scaled, "depth", property(lambda self: 0.5)),
+    "a number": lambda model: (Scaled, "factor", 0.5),
+    "a layer's forward": lambda model: (nn.Tanh, "forward", lambda self, x: 0.5 * torch.tanh(x)),
+    "the model's own forward": lambda model: (model, "forward", lambda x: 0.5 * model.body(x)),
+    "a layer's own forward": lambda model: (model.body[1], "forward", lambda x: 0.5 * torch.tanh(x)),
+}
+
+
+@pytest.mark.parametrize("what, trace", [("forward", None), *((what, True) for what in PATCHES)])
+def test_methods_are_replaced_between_calls(what, trace, at_once, monkeypatch):
+    case = supervised(Scaled(), (5,))
+    f = case.function(trace=trace)
+    before = case.metagradient(trace=False)
+    assert same(f.metagradient(case.z), before) and same(f.metagradient(case.z), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(*PATCHES[what](case.model))
+        expected = case.metagradient(trace=False)
+        assert same(f.metagradient(case.z), expected) and not same(before, expected)
+    again = f.metagradient(case.z)
+    assert same(again, before) and again.report.execution == "captured"
+
+
 class Halved(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -84,6 +84,19 @@ def test_by_default_once_a_capture_pays(monkeypatch):
     assert "device graphs" in found[1].report.execution
 
 
+def test_forward_mode():
+    found = []
+    for graphed in (True, False):
+        case = make("convnet")
+        dz = {"lr": torch.full((STEPS,), 0.1)}
+        z = {"lr": torch.full((STEPS,), 0.02)}
+        with emulated("cpu" if graphed else "nothing"):
+            f = case.but(z).function(trace=True)
+            found.append([f.jvp(z, dz).tangent for _ in range(2)])
+            assert bool(Emulated.replays) == graphed
+    assert all(map(torch.equal, *found)) and found[0][0]
+
+
 def test_batches_at_other_addresses_each_time():
     class Batches:
         def __len__(self):

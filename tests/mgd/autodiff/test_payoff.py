@@ -28,7 +28,7 @@ class Clock:
         self.now, self.residuals = 0.0, None
         self.known: set[int] = set()  # kinds that were captured
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
+        monkeypatch.setattr(payoff, "_rate", payoff.Rate(per_node))
         monkeypatch.setattr(payoff, "graph_of", lambda loss: range(nodes))
         monkeypatch.setattr(payoff, "_bytes", lambda node: 0)
 

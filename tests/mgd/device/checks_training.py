@@ -214,7 +214,7 @@ def test_the_default_budget_leaves_room_for_second_derivatives():
 @pytest.mark.parametrize("per_node", [1e-12, 1e3])
 def test_a_capture_is_decided_by_the_time_of_the_device(per_node, monkeypatch):
     """It takes 10 µs for a launch, whatever the host does; nobody waits for it."""
-    monkeypatch.setattr(payoff, "_rate", payoff._Rate(per_node))
+    monkeypatch.setattr(payoff, "_rate", payoff.Rate(per_node))
     monkeypatch.setattr(payoff, "IMPORT", 0.0)
     f = on(device_cases.mlp(steps=6), PRETENDED).function()
     result = f.metagradient(on(device_cases.mlp(steps=6), PRETENDED).z)

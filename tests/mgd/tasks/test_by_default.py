@@ -33,8 +33,10 @@ def the_account(f):
 @pytest.fixture
 def cheap(monkeypatch):
     """Graphs seem to cost next to nothing, so that few tasks pay for them."""
-    monkeypatch.setattr(account._Rate, "measured", lambda self, seconds, nodes: None)
-    monkeypatch.setattr(account, "_rates", account._Rates())
+    rates = account._Rates()
+    for each in (rates.recorded, rates.mapped):
+        monkeypatch.setattr(each, "measured", lambda seconds, nodes: None)
+    monkeypatch.setattr(account, "_rates", rates)
     costing(1e-5)
 
 

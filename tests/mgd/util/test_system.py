@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from mgd.util import system
+from mgd.util.system import busy_cores
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 
 PROGRAM = """
@@ -59,3 +62,20 @@ def test_malloc_settings_of_the_environment_win(name):
     value = "131072" if name.startswith("MALLOC") else "glibc.malloc.trim_threshold=131072"
     kept, grown, _ = run(**{name: value})
     assert not kept and grown < 40 << 20
+
+
+def test_how_busy_the_machine_is(tmp_path, monkeypatch):
+    assert busy_cores(0.0, tmp_path) is None
+    stat = tmp_path / "proc" / "stat"
+    stat.parent.mkdir()
+    stat.write_text("cpu  10 0 5 100 7 1 1 0 0 0\n")
+    assert busy_cores(0.0, tmp_path) == 0.0
+
+    def later(seconds):  # half of two cores' time; the rest was idle or waited for a disk
+        ticks = round(seconds * os.sysconf("SC_CLK_TCK"))
+        stat.write_text(f"cpu  {10 + ticks} 0 5 {100 + ticks // 2} {7 + ticks // 2} 1 1 0 0 0\n")
+
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(system.time, "sleep", later)
+    monkeypatch.setattr(system.time, "perf_counter", lambda: next(clock))
+    assert busy_cores(2.0, tmp_path) == 1.0

@@ -31,7 +31,7 @@ from mgd.util.system import keep_freed_memory
 
 REFERENCE, TRAINING = "float64", "training"  # what a process measures besides the peers
 WARM = 60  # calls of the default, at most, before it is timed: until it has captured, which short trainings do late
-WARMING = 20  # seconds, at most, for these calls
+WARMING = 12  # seconds, at most, for these calls
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
