@@ -88,7 +88,8 @@ def launch_losses(vocabularies: Sequence[int] = VOCABULARIES) -> None:
 
 
 def rows(target: str, functions: Sequence[str] = FUNCTIONS, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
-    """Of each kernel that `launch` launches: registers, spills, and bytes of the widest access to global memory."""
+    """Of each kernel that `launch` launches: registers, spills, bytes of shared memory and of the widest access to
+    global memory, and columns of tensor memory, of which sm_100 has 512."""
     return _compiled(target, lambda: launch(functions, widths))
 
 
@@ -118,6 +119,7 @@ def _compiled(target: str, launch: Callable[[], None]) -> list[dict[str, Any]]:
                 "scalar_spills": used.scalar_spills,
                 "shared": kernel.metadata.shared,
                 "vector_bytes": used.widest,
+                "tensor_memory": getattr(kernel.metadata, "tmem_size", 0) or 0,
             }
         )
     return found

@@ -33,7 +33,8 @@ def _table(*kernels: tuple[Tile, Tile, Tile]) -> dict[str, dict[int, Tile]]:
 
 
 # Architecture -> kernel -> what holds a head -> tile. Chosen by registers alone (`mgd_kernels.aot_operators`), not by
-# time: with a whole head in a product instead of a chunk, second derivatives spill hundreds of them.
+# time: with a whole head in a product instead of a chunk, second derivatives spill hundreds of them. On sm_100, Triton
+# takes products of 64 rows and more to tensor memory, of which many tiles would need more than there is.
 TILES = {
     "sm_80": _table(
         (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 16, 8)),
@@ -48,6 +49,13 @@ TILES = {
         (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
         (Tile(64, 16, 4), Tile(64, 16, 4), Tile(64, 16, 8)),
         (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
+    ),
+    "sm_100": _table(
+        (Tile(32, 16, 4),) * 3,
+        (Tile(32, 16, 4),) * 3,
+        (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
+        (Tile(32, 16, 4), Tile(32, 16, 4), Tile(32, 16, 8)),
+        (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
     ),
     "gfx942": _table(
         (Tile(64, 16, 4),) * 3,

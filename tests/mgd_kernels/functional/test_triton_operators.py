@@ -59,21 +59,38 @@ def test_nothing_spills_and_accesses_are_wide(target):
 
 ATTENTION = """
 import json, sys
+import torch
 from mgd_kernels import aot_operators
 
-print(json.dumps(aot_operators.attention_rows(sys.argv[1])))
+print(json.dumps(aot_operators.attention_rows(sys.argv[1], **eval(sys.argv[2]))))
 """
 # What a program may have; sm_80's tiles fit the smaller GPUs of its kind, too.
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+def attention_spills_nothing(target: str, options: str, widths: int) -> None:
+    rows = json.loads(run("-c", ATTENTION, target, options))
+    assert len({row["kernel"] for row in rows}) == 5 and len(rows) == 5 * widths
+    for row in rows:
+        assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row
+        assert row["tensor_memory"] == 0, row  # which one program takes from the others
+
+
+def test_attention_of_a_common_width_spills_nothing():
+    attention_spills_nothing("sm_100", "{'heads': (64,)}", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 def test_attention_spills_nothing_to_memory(target):
-    rows = json.loads(run("-c", ATTENTION, target))
-    assert len({row["kernel"] for row in rows}) == 5 and len(rows) == 15
-    for row in rows:
-        assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row
+    attention_spills_nothing(target, "{}", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mask", ["bool", "float32"])
+def test_attention_spills_nothing_with_masks_and_dropout_on_the_newest(mask, dropout):
+    attention_spills_nothing("sm_100", f"{{'masks': (torch.{mask},), 'dropout': {dropout}}}", 3)
 
 
 LOSS = """
