@@ -66,10 +66,12 @@ def launch_attention(
         k, v, statistics = _empty(2, 2, 1024, size), _empty(2, 2, 1024, size), _empty(2, 2, 4, 1024)
         for dtype in masks:
             mask = None if dtype is None else _empty(2, 1, 1024, 1024).to(dtype)
+            added = mask if dtype is not torch.bool else None  # which has a gradient
             options = 0.125, 0, _empty(1).long()[0] if dropout else None, dropout
+            rest = mask, added is not None, o, statistics, *options
             triton_attention.forward(q, k, v, mask, *options)
-            triton_attention.backward(g, q, k, v, mask, o, statistics, *options)
-            triton_attention.double_backward(q, k, v, g, q, k, v, mask, o, statistics, *options)
+            triton_attention.backward(g, q, k, v, *rest)
+            triton_attention.double_backward(q, k, v, added, g, q, k, v, *rest)
 
 
 def launch_losses(vocabularies: Sequence[int] = VOCABULARIES) -> None:
