@@ -95,6 +95,25 @@ def test_attention_spills_nothing_with_masks_and_dropout_on_the_newest(mask, cou
     attention_spills_nothing("sm_100", f"{{'masks': (torch.{mask},), 'dropout': {dropout}}}", count)
 
 
+CHANNELS = """
+import json, sys
+from mgd_kernels import aot_operators
+
+print(json.dumps(aot_operators.channel_norm_rows(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_norms_of_channels_spill_nothing_and_read_wide(target):
+    """Batch and group norm of channels of 1,024 elements, and of 49, which begin anywhere."""
+    rows = json.loads(run("-c", CHANNELS, target))
+    assert len(rows) == 12 and len({row["kernel"] for row in rows}) == 3
+    for i, row in enumerate(rows):
+        assert row["spills"] == row["scalar_spills"] == 0 and row["registers"] <= 128, row
+        assert row["vector_bytes"] == (16 if i < 6 else 4), row
+
+
 LOSS = """
 import json, sys
 from mgd_kernels import aot_operators
@@ -104,7 +123,7 @@ print(json.dumps(aot_operators.loss_rows(sys.argv[1])))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", SHARED)
 def test_losses_spill_nothing_and_read_wide(target):
     """Rows of an odd number of elements begin anywhere."""
     rows = json.loads(run("-c", LOSS, target))
