@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from mgd_kernels.backends import triton
 from mgd_kernels.backends.triton_nn import _on, serves
 
-KERNELS = ("forward", "backward_rows", "backward_columns", "twice_rows", "twice_columns")
+KERNELS = ("forward", "backward_rows", "backward_columns", "twice_rows", "twice_columns", "mask_gradient")
 BLOCKS = (32, 64, 128)  # powers of two that hold a head
 WIDEST = BLOCKS[-1]  # elements of a head
 # Elements of a head that one product of a score takes at a time: the same in all kernels, whose scores must be rounded
@@ -33,7 +34,8 @@ def _table(*kernels: tuple[Tile, Tile, Tile]) -> dict[str, dict[int, Tile]]:
 
 
 # Architecture -> kernel -> what holds a head -> tile. Chosen by registers alone (`mgd_kernels.aot_operators`), not by
-# time: with a whole head in a product instead of a chunk, second derivatives spill hundreds of them.
+# time: with a whole head in a product instead of a chunk, second derivatives spill hundreds of them. On sm_100, Triton
+# takes products of 64 rows and more to tensor memory, of which many tiles would need more than there is.
 TILES = {
     "sm_80": _table(
         (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 16, 8)),
@@ -41,6 +43,7 @@ TILES = {
         (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 64, 8)),
         (Tile(32, 16, 4), Tile(32, 16, 4), Tile(64, 16, 8)),
         (Tile(16, 64, 8), Tile(16, 64, 8), Tile(16, 64, 8)),
+        (Tile(16, 16, 4), Tile(16, 64, 8), Tile(16, 64, 8)),
     ),
     "sm_90": _table(
         (Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 16, 4)),
@@ -48,6 +51,15 @@ TILES = {
         (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
         (Tile(64, 16, 4), Tile(64, 16, 4), Tile(64, 16, 8)),
         (Tile(16, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
+        (Tile(64, 16, 4),) * 3,
+    ),
+    "sm_100": _table(
+        (Tile(32, 16, 4),) * 3,
+        (Tile(32, 16, 4),) * 3,
+        (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
+        (Tile(32, 16, 4), Tile(32, 16, 4), Tile(32, 16, 8)),
+        (Tile(16, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
+        (Tile(32, 16, 4),) * 3,
     ),
     "gfx942": _table(
         (Tile(64, 16, 4),) * 3,
@@ -55,6 +67,7 @@ TILES = {
         (Tile(16, 64, 4),) * 3,
         (Tile(64, 16, 4),) * 3,
         (Tile(16, 64, 4),) * 3,
+        (Tile(64, 16, 4),) * 3,
     ),
 }
 
@@ -103,19 +116,32 @@ def _how(kernel: str, x: Tensor, block: int) -> tuple[Tile, dict[str, Any]]:
 
 
 def _launch(
-    kernel: str, queries: bool, tensors: tuple, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+    kernel: str, over: Sequence[int], given: tuple, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
     offset: int | None, dropout: float,
 ) -> None:  # fmt: skip
-    """queries: of a row pass, whose programs have tiles of queries; else of keys."""
+    """over: matrices, rows and columns, of which each program has a tile. given: the kernel's first arguments."""
     (batch, heads, length, width), (_, shared, keys, depth) = q.shape, v.shape
     tile, how = _how(kernel, q, max(BLOCKS[0], 1 << (max(width, depth) - 1).bit_length()))
     steps = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, length, keys).stride()
     sizes = heads, heads // shared, length, keys, width, depth, *steps
-    programs = batch * heads * -(-length // tile.rows) if queries else batch * shared * -(-keys // tile.keys)
+    matrices, rows, columns = over
+    programs = matrices * -(-rows // tile.rows) * -(-columns // tile.keys)
     with _on(q):
         getattr(_kernels(), kernel + "_kernel")[(programs,)](
-            *tensors, *sizes, scale, offset or 0, dropout, CAUSAL=offset is not None, **how
+            *given, *sizes, scale, offset or 0, dropout, CAUSAL=offset is not None, **how
         )
+
+
+def _row_tiles(q: Tensor) -> Sequence[int]:
+    return q.shape[0] * q.shape[1], q.shape[2], 1
+
+
+def _column_tiles(k: Tensor) -> Sequence[int]:
+    return k.shape[0] * k.shape[1], 1, k.shape[2]
+
+
+def _mask_tiles(dm: Tensor) -> Sequence[int]:
+    return dm.shape[0] * dm.shape[1], dm.shape[2], dm.shape[3]
 
 
 def _ready(*tensors: Tensor | None) -> list[Any]:
@@ -155,40 +181,55 @@ def forward(
     centred, mask = _centred(k, _seen(q, k, mask)), _byte(mask)
     o, statistics = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(2, *q.shape[:3], dtype=torch.float32)
     given = q, centred, v, mask, seed, o, *statistics
-    _launch("forward", True, given, q, k, v, mask, scale, offset, dropout)
+    _launch("forward", _row_tiles(q), given, q, k, v, mask, scale, offset, dropout)
     return o, statistics
 
 
 def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, statistics: Tensor, scale: float,
-    offset: int | None, seed: Tensor | None, dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The cotangents of q, k and v."""
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mask_gradient: bool, o: Tensor, statistics: Tensor,
+    scale: float, offset: int | None, seed: Tensor | None, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The cotangents of q, k, v, and of the mask if it is wanted."""
     g, q, v, o, statistics = _ready(g, q, v, o, statistics)
+    if mask_gradient:
+        (mask,) = _ready(mask)  # laid out as its cotangent is
     centred, mask = _centred(k, _seen(q, k, mask)), _byte(mask)
     dq, dk, dv, delta = *map(_empty, (q, k, v)), _empty(statistics[0])
     rest = q, k, v, mask, scale, offset, dropout
     given = g, q, centred, v, mask, seed
-    _launch("backward_rows", True, (*given, o, *statistics, dq, delta), *rest)
-    _launch("backward_columns", False, (*given, *statistics, delta, dk, dv), *rest)
-    return dq, dk, dv
+    _launch("backward_rows", _row_tiles(q), (*given, o, *statistics, dq, delta), *rest)
+    _launch("backward_columns", _column_tiles(k), (*given, *statistics, delta, dk, dv), *rest)
+    if mask is None or not mask_gradient:
+        return dq, dk, dv, q.new_empty(0)
+    dm, absent = _empty(mask), (None, None, None, None)
+    given = *absent, *given, *statistics, delta, None, None, dm, q.shape[0], *dm.shape
+    _launch("mask_gradient", _mask_tiles(dm), given, *rest)
+    return dq, dk, dv, dm
 
 
 def double_backward(
-    cq: Tensor | None, ck: Tensor | None, cv: Tensor | None, g: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None, o: Tensor, statistics: Tensor, scale: float, offset: int | None, seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The cotangents of g, q, k and v. cq, ck, cv: those of the gradients; products of absent ones are not made."""
-    cq, cv, g, q, v, o, statistics = _ready(cq, cv, g, q, v, o, statistics)
+    cq: Tensor | None, ck: Tensor | None, cv: Tensor | None, cm: Tensor | None, g: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, mask: Tensor | None, mask_gradient: bool, o: Tensor, statistics: Tensor, scale: float,
+    offset: int | None, seed: Tensor | None, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The cotangents of g, q, k, v, and of the mask if it is wanted. cq, ck, cv, cm: those of the gradients; products
+    of absent ones are not made."""
+    cq, cv, cm, g, q, v, o, statistics = _ready(cq, cv, cm, g, q, v, o, statistics)
+    if mask_gradient or cm is not None:
+        (mask,) = _ready(mask)
     seen, mask = _seen(q, k, mask), _byte(mask)
     gg, again_q, again_k, again_v = map(_empty, (g, q, k, v))
     delta, alpha, epsilon = (_empty(statistics[0]) for _ in range(3))
     rest = q, k, v, mask, scale, offset, dropout
-    given = cq, _centred(ck, seen), cv, g, q, _centred(k, seen), v, mask, seed
-    _launch("twice_rows", True, (*given, o, *statistics, delta, gg, again_q, alpha, epsilon), *rest)
-    _launch("twice_columns", False, (*given, *statistics, delta, alpha, epsilon, again_k, again_v), *rest)
-    return gg, again_q, again_k, again_v
+    given = cq, _centred(ck, seen), cv, cm, g, q, _centred(k, seen), v, mask, seed
+    _launch("twice_rows", _row_tiles(q), (*given, o, *statistics, delta, gg, again_q, alpha, epsilon), *rest)
+    given = *given, *statistics, delta, alpha, epsilon
+    _launch("twice_columns", _column_tiles(k), (*given, again_k, again_v), *rest)
+    if mask is None or not mask_gradient:
+        return gg, again_q, again_k, again_v, q.new_empty(0)
+    dm = _empty(mask)
+    _launch("mask_gradient", _mask_tiles(dm), (*given, dm, q.shape[0], *dm.shape), *rest)
+    return gg, again_q, again_k, again_v, dm
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Names and formulas are those of `mgd_kernels.functional.attention_strips`. One program has a tile of queries and goes
 over the keys that they see (the row passes), or a tile of keys, over the query heads that share them in order and their
-queries (the column passes). Each writes its tile alone, so that the order of every sum follows from shapes. float32
-accumulation; 16-bit inputs become float32 as they are read. Keys and their cotangents come centred and in float32.
+queries (the column passes), or a tile of the mask, over all that it was broadcast to in order. Each writes its tile
+alone, so that the order of every sum follows from shapes. float32 accumulation; 16-bit inputs become float32 as they
+are read. Keys and their cotangents come centred and in float32.
 
     largest, weight, [2, B, H, L]: largest = max s, and weight = 1 / sum e^(s - largest): P = e^(s - largest) weight
     delta = g o = <P M>    alpha = <P X>    epsilon = g (cotangent of g)    dS = P (M - delta)    R = P (X - alpha)
@@ -17,98 +18,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgd_kernels.backends.triton_attention_parts import (
+    _across,
+    _first,
+    _kept,
+    _last,
+    _masked,
+    _place,
+    _plus,
+    _probabilities,
+    _put,
+    _rows,
+    _tangents,
+)
 from mgd_kernels.backends.triton_nn_kernels import _exponential
 
 UNSPECIALIZED = ("heads", "group", "length", "keys", "step_b", "step_h", "step_i", "offset")  # values compile nothing
-
-
-@triton.jit
-def _across(x, y, at, to, rows, columns, width, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """x yT of the rows `at` of x and `to` of y, CHUNK elements of them at a time. In a loop that is not unrolled:
-    Triton would keep what does not change between tiles in registers, and spill it."""
-    total = tl.zeros((at.shape[0], to.shape[0]), tl.float32)
-    for start in range(0, BLOCK, CHUNK):
-        e = start + tl.arange(0, CHUNK)
-        left = tl.load(x + at[:, None] * width + e[None, :], (at < rows)[:, None] & (e < width)[None, :], 0.0)
-        right = tl.load(y + to[None, :] * width + e[:, None], (to < columns)[None, :] & (e < width)[:, None], 0.0)
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _rows(x, at, rows, width, BLOCK: tl.constexpr):
-    e = tl.arange(0, BLOCK)
-    return tl.load(x + at[:, None] * width + e[None, :], (at < rows)[:, None] & (e < width)[None, :], 0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def _put(x, at, rows, width, value, BLOCK: tl.constexpr):
-    e = tl.arange(0, BLOCK)
-    tl.store(
-        x + at[:, None] * width + e[None, :], value.to(x.dtype.element_ty), (at < rows)[:, None] & (e < width)[None, :]
-    )
-
-
-@triton.jit
-def _masked(s, mask, i, j, length, keys, step_i, step_j, offset, CAUSAL: tl.constexpr):
-    """s of a tile with the mask, minus infinity where it is hidden. i, j: rows and columns, in a column and a row of
-    numbers, or the other way round."""
-    inside = (i < length) & (j < keys)
-    seen = inside
-    if CAUSAL:
-        seen = seen & (j <= i + offset)
-    if mask is not None:
-        at = mask + i * step_i + j * step_j
-        if mask.dtype.element_ty == tl.uint8:
-            seen = seen & (tl.load(at, inside, 0) != 0)
-        else:
-            s += tl.load(at, inside, 0.0).to(tl.float32)
-    return tl.where(seen, s, float("-inf"))
-
-
-@triton.jit
-def _probabilities(s, most, share):
-    return tl.where(s == float("-inf"), 0.0, _exponential(s - most) * share)
-
-
-@triton.jit
-def _kept(x, seed, matrix, i, j, dropout):
-    """Z x. Z is a function of seed, matrix, row and column: the same in tiles of any shape."""
-    if seed is not None:
-        zero = (i * 0 + j * 0).to(tl.uint32)
-        place = (zero + j.to(tl.uint32), zero + i.to(tl.uint32), (zero + matrix).to(tl.uint32), zero)
-        word, _, _, _ = tl.philox(tl.load(seed), place[0], place[1], place[2], place[3])
-        drawn = (word >> 8).to(tl.float32) * 5.9604644775390625e-08
-        x = tl.where(drawn < dropout, 0.0, x * tl.div_rn(1.0, 1.0 - dropout))
-    return x
-
-
-@triton.jit
-def _last(i, keys, offset, CAUSAL: tl.constexpr):
-    """The number of keys that some row of the tile may see."""
-    last = keys
-    if CAUSAL:
-        last = tl.maximum(0, tl.minimum(keys, tl.max(i, axis=0) + offset + 1))
-    return last
-
-
-@triton.jit
-def _first(j, offset, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """The first row of the tiles of which some row may see a key of the tile."""
-    first = tl.min(j, axis=0) * 0
-    if CAUSAL:
-        first = tl.maximum(0, tl.min(j, axis=0) - offset) // ROWS * ROWS
-    return first
-
-
-@triton.jit
-def _place(count, SIZE: tl.constexpr):
-    """This program's matrix, counted over the batch, and its rows of `count`. One axis: the others end at 65,535."""
-    tiles = tl.cdiv(count, SIZE)
-    program = tl.program_id(0)
-    return (program // tiles).to(tl.int64), (program % tiles).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+MASKS = ("batch", "mask_b", "mask_h", "mask_i", "mask_j")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -220,23 +146,9 @@ def backward_columns_kernel(
     _put(dv + shared * keys * depth, j, keys, depth, out_v, BLOCK)
 
 
-@triton.jit
-def _tangents(
-    x, y, cx, cy, at, to, rows, columns, width, scale, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """X of a tile, or its transpose: (cx yT + x cyT) scale. Cotangents that are absent are None, here as below."""
-    total = tl.zeros((at.shape[0], to.shape[0]), tl.float32)
-    if cx is not None:
-        total += _across(cx, y, at, to, rows, columns, width, BLOCK, CHUNK, PRECISION)
-    if cy is not None:
-        total += _across(x, cy, at, to, rows, columns, width, BLOCK, CHUNK, PRECISION)
-    return total * scale
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def twice_rows_kernel(
-    cq, ck, cv, g, q, k, v, mask, seed, o, largest, weight, delta, gg, cotangent_q, alpha, epsilon, heads, group,
+    cq, ck, cv, cm, g, q, k, v, mask, seed, o, largest, weight, delta, gg, cotangent_q, alpha, epsilon, heads, group,
     length, keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -255,6 +167,8 @@ def twice_rows_kernel(
         cv += shared * keys * depth
     if mask is not None:
         mask += matrix // heads * step_b + matrix % heads * step_h
+    if cm is not None:
+        cm += matrix // heads * step_b + matrix % heads * step_h
     most = tl.load(largest + matrix * length + i, i < length, float("inf"))[:, None]
     share = tl.load(weight + matrix * length + i, i < length, 0.0)[:, None]
     last = _last(i, keys, offset, CAUSAL)
@@ -266,6 +180,7 @@ def twice_rows_kernel(
         s = _masked(s, mask, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
         p = _probabilities(s, most, share)
         x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION)
+        x = _plus(x, cm, i[:, None], j[None, :], length, keys, step_i, step_j)
         x = tl.where(s == float("-inf"), 0.0, p * x)
         a += tl.sum(x, axis=1)
         x = _kept(x, seed, matrix, i[:, None], j[None, :], dropout)
@@ -297,7 +212,8 @@ def twice_rows_kernel(
             dropout,
         )
         m -= d[:, None]
-        x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION) - a[:, None]
+        x = _tangents(q, k, cq, ck, i, j, length, keys, width, scale, BLOCK, CHUNK, PRECISION)
+        x = _plus(x, cm, i[:, None], j[None, :], length, keys, step_i, step_j) - a[:, None]
         u = x * m - e[:, None]
         if cv is not None:
             n = _across(g, cv, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
@@ -312,8 +228,8 @@ def twice_rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def twice_columns_kernel(
-    cq, ck, cv, g, q, k, v, mask, seed, largest, weight, delta, alpha, epsilon, cotangent_k, cotangent_v, heads, group,
-    length, keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr,
+    cq, ck, cv, cm, g, q, k, v, mask, seed, largest, weight, delta, alpha, epsilon, cotangent_k, cotangent_v, heads,
+    group, length, keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The cotangents of k and v."""
@@ -335,6 +251,9 @@ def twice_columns_kernel(
         seen_by = mask
         if mask is not None:
             seen_by = mask + matrix // heads * step_b + matrix % heads * step_h
+        added = cm
+        if cm is not None:
+            added = cm + matrix // heads * step_b + matrix % heads * step_h
         for start in range(_first(j, offset, ROWS, CAUSAL), length, ROWS):
             i = start + tl.arange(0, ROWS).to(tl.int64)
             at = matrix * length + i
@@ -347,7 +266,7 @@ def twice_columns_kernel(
             s = _masked(s, seen_by, i[None, :], j[:, None], length, keys, step_i, step_j, offset, CAUSAL)
             p = _probabilities(s, most, share)
             x = _tangents(k, queries, ck, tangent, j, i, keys, length, width, scale, BLOCK, CHUNK, PRECISION)
-            x -= a
+            x = _plus(x, added, i[None, :], j[:, None], length, keys, step_i, step_j) - a
             r = _kept(tl.where(s == float("-inf"), 0.0, p * x), seed, matrix, i[None, :], j[:, None], dropout)
             right = _rows(cotangent, i, length, depth, BLOCK)
             out_v = tl.dot(r, right, out_v, input_precision=PRECISION)
@@ -364,6 +283,74 @@ def twice_columns_kernel(
                 out_k = tl.dot(ds, _rows(tangent, i, length, width, BLOCK), out_k, input_precision=PRECISION)
     _put(cotangent_k + shared * keys * width, j, keys, width, out_k * scale, BLOCK)
     _put(cotangent_v + shared * keys * depth, j, keys, depth, out_v, BLOCK)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, *MASKS))
+def mask_gradient_kernel(
+    cq, ck, cv, cm, g, q, k, v, mask, seed, largest, weight, delta, alpha, epsilon, dm, batch, mask_b, mask_h, mask_i,
+    mask_j, heads, group, length, keys, width, depth, step_b, step_h, step_i, step_j, scale, offset, dropout,
+    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The cotangent of a mask [mask_b, mask_h, mask_i, mask_j], each 1 or the whole: dS, or U where there is alpha."""
+    tiles_i, tiles_j = tl.cdiv(mask_i, ROWS), tl.cdiv(mask_j, KEYS)
+    program = tl.program_id(0).to(tl.int64)
+    of_b = program // tiles_j // tiles_i // mask_h
+    of_h = program // tiles_j // tiles_i % mask_h
+    of_i = program // tiles_j % tiles_i * ROWS + tl.arange(0, ROWS)
+    of_j = program % tiles_j * KEYS + tl.arange(0, KEYS)
+    total = tl.zeros((ROWS, KEYS), tl.float32)
+    # Each loop has one turn where the mask has a tile, a head or an example of its own.
+    for b in range(of_b, batch, mask_b):
+        for h in range(of_h, heads, mask_h):
+            matrix, shared = b * heads + h, b * (heads // group) + h // group
+            queries = q + matrix * length * width
+            cotangent = g + matrix * length * depth
+            key = k + shared * keys * width
+            value = v + shared * keys * depth
+            added_to = mask + b * step_b + h * step_h
+            tangent, key_tangent, value_tangent, added = cq, ck, cv, cm
+            if cq is not None:
+                tangent = cq + matrix * length * width
+            if ck is not None:
+                key_tangent = ck + shared * keys * width
+            if cv is not None:
+                value_tangent = cv + shared * keys * depth
+            if cm is not None:
+                added = cm + b * step_b + h * step_h
+            for start_i in range(0, length, tiles_i * ROWS):
+                i = start_i + of_i
+                at = matrix * length + i
+                most = tl.load(largest + at, i < length, float("inf"))[:, None]
+                share = tl.load(weight + at, i < length, 0.0)[:, None]
+                d = tl.load(delta + at, i < length, 0.0)[:, None]
+                for start_j in range(0, keys, tiles_j * KEYS):
+                    j = start_j + of_j
+                    s = _across(queries, key, i, j, length, keys, width, BLOCK, CHUNK, PRECISION) * scale
+                    s = _masked(s, added_to, i[:, None], j[None, :], length, keys, step_i, step_j, offset, CAUSAL)
+                    m = _across(cotangent, value, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION)
+                    m = _kept(m, seed, matrix, i[:, None], j[None, :], dropout) - d
+                    if alpha is not None:
+                        x = _tangents(
+                            queries, key, tangent, key_tangent, i, j, length, keys, width, scale, BLOCK, CHUNK,
+                            PRECISION,
+                        )  # fmt: skip
+                        x = _plus(x, added, i[:, None], j[None, :], length, keys, step_i, step_j)
+                        x -= tl.load(alpha + at, i < length, 0.0)[:, None]
+                        m = x * m - tl.load(epsilon + at, i < length, 0.0)[:, None]
+                        if cv is not None:
+                            n = _across(
+                                cotangent, value_tangent, i, j, length, keys, depth, BLOCK, CHUNK, PRECISION
+                            )  # fmt: skip
+                            m += _kept(n, seed, matrix, i[:, None], j[None, :], dropout)
+                    total += tl.where(s == float("-inf"), 0.0, _probabilities(s, most, share) * m)
+    if mask_i == 1:
+        total = tl.broadcast_to(tl.sum(total, axis=0, keep_dims=True), (ROWS, KEYS))
+    if mask_j == 1:
+        total = tl.broadcast_to(tl.sum(total, axis=1, keep_dims=True), (ROWS, KEYS))
+    dm += of_b * step_b + of_h * step_h
+    inside = (of_i < mask_i)[:, None] & (of_j < mask_j)[None, :]
+    tl.store(dm + of_i[:, None] * step_i + of_j[None, :] * step_j, total.to(dm.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=("length", "keys"))

@@ -147,7 +147,7 @@ def _without_matrix(query, key, value, mask, dropout_p, is_causal, scale, enable
         return None
     tiles = _library.on_gpu(query)
     if tiles:
-        if not served_by_tiles(query, key, value) or (mask is not None and mask.requires_grad):
+        if not served_by_tiles(query, key, value):
             return None
     elif query.shape[-2] * key.shape[-2] < LARGE or not served_by_products(query, key, value):
         return None
@@ -191,10 +191,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """As `torch.nn.functional.scaled_dot_product_attention`: query `[..., L, E]`, key `[..., S, E]`, value
     `[..., S, D]`. On a CPU from L S = 2^20 on by strips of queries, on a GPU that has kernels by tiles, of float32,
-    bfloat16 or float16 heads of at most 128 elements and masks without a gradient: neither ever holds `[L, S]`, and
-    dropout has other masks than torch's, from a seed that torch's generator draws. Else, queries, keys and values of
-    the same leading dimensions, two where there is a mask or queries are grouped. A mask that hides what `is_causal`
-    does gives the same bits, and grouped queries those of keys and values that are repeated."""
+    bfloat16 or float16 heads of at most 128 elements: neither ever holds `[L, S]`, unless a mask does, and dropout has
+    other masks than torch's, from a seed that torch's generator draws. Else, queries, keys and values of the same
+    leading dimensions, two where there is a mask or queries are grouped. A mask that hides what `is_causal` does gives
+    the same bits, and grouped queries those of keys and values that are repeated."""
     o = _without_matrix(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if o is not None:
         return o.view(*query.shape[:-1], value.shape[-1])

@@ -28,7 +28,7 @@ def served_by_tiles(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _check(q, k, v, mask, seed, like_q=(), like_k=(), like_o=(), statistics=None) -> None:
+def _check(q, k, v, mask, seed, like_q=(), like_k=(), like_o=(), statistics=None, mask_gradient=False) -> None:
     """The kernels take addresses: what is not checked here could read memory that is not ours."""
     if not _library.on_gpu(q):
         raise BadArgument(f"expected tensors on a GPU; got {q.device}: `attention` takes the CPU's")
@@ -47,6 +47,8 @@ def _check(q, k, v, mask, seed, like_q=(), like_k=(), like_o=(), statistics=None
         or any(m not in (1, n) for m, n in zip(mask.shape, (*rows, keys), strict=True))
     ):
         wrong.append(f"a mask {mask.dtype} {list(mask.shape)}")
+    if mask_gradient and (mask is None or mask.dtype is torch.bool):
+        wrong.append("no mask that has a gradient")
     others = [x for x, *_ in expected if x is not None] + ([] if mask is None else [mask])
     wrong += [f"a tensor on {x.device}" for x in others if x.device != q.device]
     if wrong or q.dtype not in DTYPES or heads % shared or not triton_attention.served(q.device, width, depth):
@@ -62,37 +64,41 @@ def _attention(q, k, v, mask, scale, offset, seed, dropout):
     return triton_attention.forward(q, k, v, mask, scale, offset, seed, dropout)
 
 
-def _backward(g, q, k, v, mask, o, statistics, scale, offset, seed, dropout):
-    _check(q, k, v, mask, seed, like_o=(g, o), statistics=statistics)
-    return triton_attention.backward(g, q, k, v, mask, o, statistics, scale, offset, seed, dropout)
+def _backward(g, q, k, v, mask, mask_gradient, o, statistics, scale, offset, seed, dropout):
+    _check(q, k, v, mask, seed, like_o=(g, o), statistics=statistics, mask_gradient=mask_gradient)
+    return triton_attention.backward(g, q, k, v, mask, mask_gradient, o, statistics, scale, offset, seed, dropout)
 
 
-def _double_backward(cq, ck, cv, g, q, k, v, mask, o, statistics, scale, offset, seed, dropout):
-    _check(q, k, v, mask, seed, (cq,), (ck,), (g, o), statistics)
-    _check(q, k, v if cv is None else cv, mask, seed)
+def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, o, statistics, scale, offset, seed, dropout):
+    _check(q, k, v, mask, seed, (cq,), (ck,), (g, o), statistics, mask_gradient or cm is not None)
+    _check(q, k, v if cv is None else cv, mask if cm is None else cm, seed)
+    if cm is not None and cm.shape != mask.shape:
+        raise BadArgument(f"expected a cotangent of the mask {list(mask.shape)}; got {list(cm.shape)}")
     return triton_attention.double_backward(
-        cq, ck, cv, g, q, k, v, mask, o, statistics, scale, offset, seed, dropout
+        cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, o, statistics, scale, offset, seed, dropout
     )  # fmt: skip
 
 
 def _differentiate(ctx, g, _):
     if g is None:
         return (None,) * 8
-    if ctx.saved_tensors[3] is not None and ctx.needs_input_grad[4]:  # the first is the dispatcher's
-        raise NotImplementedError("derivative with respect to the mask of tiled_attention is not implemented")
     q, k, v, mask, seed, o, statistics = ctx.saved_tensors
+    wanted = mask is not None and ctx.needs_input_grad[4]  # the first is the dispatcher's
     scale, offset, _, dropout = ctx.arguments[4:]
-    found = tiled_attention_backward(g, q, k, v, mask, o, statistics, scale, offset, seed, dropout)
-    return *found, *[None] * 5
+    *found, dm = tiled_attention_backward(g, q, k, v, mask, wanted, o, statistics, scale, offset, seed, dropout)
+    return *found, dm if wanted else None, *[None] * 4
 
 
-def _differentiate_twice(ctx, cq, ck, cv):
-    if cq is None and ck is None and cv is None:
-        return (None,) * 11
-    *tensors, seed = ctx.saved_tensors
-    scale, offset, _, dropout = ctx.arguments[7:]
-    found = tiled_attention_double_backward(cq, ck, cv, *tensors, scale, offset, seed, dropout)
-    return *found, *[None] * 7  # o and statistics count as functions of q, k and v
+def _differentiate_twice(ctx, cq, ck, cv, cm):
+    cm = cm if ctx.arguments[5] else None
+    if cq is None and ck is None and cv is None and cm is None:
+        return (None,) * 12
+    g, q, k, v, mask, o, statistics, seed = ctx.saved_tensors
+    wanted = mask is not None and ctx.needs_input_grad[5]
+    scale, offset, _, dropout = ctx.arguments[8:]
+    given = cq, ck, cv, cm, g, q, k, v, mask, wanted, o, statistics
+    *found, dm = tiled_attention_double_backward(*given, scale, offset, seed, dropout)
+    return *found, dm if wanted else None, *[None] * 7  # o and statistics count as functions of q, k, v and mask
 
 
 def plain_tiled_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor:
@@ -103,8 +109,18 @@ def plain_tiled_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor
     return plain_attention(q, k, v, mask, scale, offset, None, 0.0, z.to(q.dtype))
 
 
-def _plain_double_backward(cq, ck, cv, g, q, k, v, mask, o, statistics, *options):
-    return twice(lambda q, k, v: plain_tiled_attention(q, k, v, mask, *options), [q, k, v], [g], [cq, ck, cv])
+def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, o, statistics, *options):
+    added = None if mask is None or mask.dtype is torch.bool else mask
+
+    def function(q, k, v, added):
+        return plain_tiled_attention(q, k, v, mask if added is None else added, *options)
+
+    *found, dm = twice(function, [q, k, v, added], [g], [cq, ck, cv, cm])
+    return *found, dm if mask_gradient else q.new_zeros(0)
+
+
+def _empty(q, k, v, mask, mask_gradient):
+    return like(q), like(k), like(v), like(mask) if mask_gradient else q.new_empty(0)
 
 
 _OPTIONS = "float scale, SymInt? offset, Tensor? seed, float dropout"
@@ -122,19 +138,20 @@ tiled_attention = operator(
     gpu=True,
 )
 tiled_attention_backward = operator(
-    "tiled_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor o, Tensor statistics,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "tiled_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, bool mask_gradient, Tensor o,"
+    f" Tensor statistics, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda g, q, k, v, *_: (like(q), like(k), like(v)),
-    lambda args, out: (*args[:7], args[9]),
+    lambda g, q, k, v, mask, mask_gradient, *_: _empty(q, k, v, mask, mask_gradient),
+    lambda args, out: (*args[:5], *args[6:8], args[10]),
     _differentiate_twice,
     gpu=True,
 )
 tiled_attention_double_backward = operator(
-    "tiled_attention_double_backward(Tensor? cq, Tensor? ck, Tensor? cv, Tensor g, Tensor q, Tensor k, Tensor v,"
-    f" Tensor? mask, Tensor o, Tensor statistics, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "tiled_attention_double_backward(Tensor? cq, Tensor? ck, Tensor? cv, Tensor? cm, Tensor g, Tensor q, Tensor k,"
+    f" Tensor v, Tensor? mask, bool mask_gradient, Tensor o, Tensor statistics, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _double_backward,
-    lambda cq, ck, cv, g, q, k, v, *_: (like(g), like(q), like(k), like(v)),
+    lambda cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *_: (like(g), *_empty(q, k, v, mask, mask_gradient)),
     plain=_plain_double_backward,
     gpu=True,
 )

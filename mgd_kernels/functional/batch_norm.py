@@ -90,6 +90,7 @@ batch_norm_forward = operator(
     lambda args, out: (args[0], out[1], out[3], args[1], args[2]),
     _differentiate_batch_norm,
     non_differentiable=slice(3, 4),
+    gpu=True,
 )
 batch_norm_backward = operator(
     "batch_norm_backward(Tensor? gy, Tensor? gmean, Tensor? gvar, Tensor x, Tensor mean, Tensor rstd, Tensor? weight,"
@@ -98,6 +99,7 @@ batch_norm_backward = operator(
     lambda gy, gmean, gvar, x, mean, rstd, weight, eps: (like(x), like(mean), like(mean)),
     lambda args, out: args[:7],
     _differentiate_batch_norm_twice,
+    gpu=True,
 )
 batch_norm_double_backward = operator(
     "batch_norm_double_backward(Tensor? c, Tensor? cw, Tensor? cb, Tensor? gy, Tensor? gvar, Tensor x, Tensor mean,"
@@ -105,6 +107,7 @@ batch_norm_double_backward = operator(
     _batch_norm_double_backward,
     lambda c, cw, cb, gy, gvar, x, mean, rstd, weight, eps: (like(x), like(mean), like(mean), like(x), like(mean)),
     plain=_plain_batch_norm,
+    gpu=True,
 )
 
 

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_kernels.backends.cpu import _core
+from mgd_kernels.backends.triton_loss import TritonRows
 from mgd_kernels.errors import BadArgument
+from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
     BACKWARD,
     DOUBLE_BACKWARD,
@@ -26,9 +28,21 @@ from mgd_kernels.functional._library import (
 
 
 def _call(pass_, x, target, ignore_index, gl=None, c=None, losses=None, statistics=None, gx=None, ggl=None) -> None:
-    if target.dtype is not torch.int64 or target.shape != x.shape[:1]:
-        raise BadArgument(f"expected target int64 {list(x.shape[:1])}; got {target.dtype} {list(target.shape)}")
+    if target.dtype is not torch.int64 or target.shape != x.shape[:1] or target.device != x.device:
+        raise BadArgument(
+            f"expected target int64 {list(x.shape[:1])} on {x.device}; got {target.dtype} {list(target.shape)} on "
+            f"{target.device}"
+        )
     target = target.resolve_neg().contiguous()
+    if _library.on_gpu(x):
+        rows, at = TritonRows(target, x.shape[1], ignore_index, 0.0, 0.0, 0.0), slice(0, len(x))
+        if pass_ == FORWARD:
+            return rows.forward(at, x, losses, statistics)
+        gx.copy_(x)  # whose place the kernels take
+        if pass_ == BACKWARD:
+            return rows.backward(at, gx, gl, statistics)
+        ggl.copy_(rows.double_backward(at, gx, c.clone(), gl, statistics))
+        return None
     tensors = (x, gl, c, target, losses, statistics, gx, ggl, None)
     _core().nn_cross_entropy(pass_, *x.shape, ignore_index, *addresses(tensors), torch.get_num_threads())
 
@@ -89,6 +103,7 @@ cross_entropy_forward = operator(
     lambda args, out: (args[0], args[1], out[1]),
     _differentiate,
     non_differentiable=slice(1, 2),
+    gpu=True,
     batch=by_rows,
 )
 cross_entropy_backward = operator(
@@ -97,6 +112,7 @@ cross_entropy_backward = operator(
     lambda gl, x, target, statistics, ignore_index: like(x),
     lambda args, gx: args[:4],
     _differentiate_twice,
+    gpu=True,
     batch=by_rows,
 )
 cross_entropy_double_backward = operator(
@@ -105,6 +121,7 @@ cross_entropy_double_backward = operator(
     _cross_entropy_double_backward,
     lambda c, gl, x, target, statistics, ignore_index: (like(gl), like(x)),
     plain=_plain_double_backward,
+    gpu=True,
     batch=by_rows,
 )
 
@@ -121,10 +138,10 @@ def cross_entropy(
 ) -> Tensor:
     """As `torch.nn.functional.cross_entropy`: fused for class indices `[N]` with logits `[N, C]`."""
     fits = (
-        served(input)
+        served(input, gpu=True)
         and input.ndim == 2
         and target.dtype is torch.int64
-        and target.device.type == "cpu"
+        and target.device == input.device
         and target.shape == input.shape[:1]
         and weight is None
         and size_average is None

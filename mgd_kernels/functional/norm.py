@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_kernels.backends import triton_nn
+from mgd_kernels.backends import triton_channel_norm, triton_nn
 from mgd_kernels.backends.cpu import _core
 from mgd_kernels.functional import _library
 from mgd_kernels.functional._library import (
@@ -205,6 +205,11 @@ def channel_kernel(
     mean=None, var=None, rstd=None, y=None, gx=None, ggy=None, ggmean=None, ggvar=None, gw=None, gb=None,
 ) -> None:  # fmt: skip
     """Group norm, or batch norm where `groups` is 0; mean, var and rstd: one for each group or channel."""
+    if _library.on_gpu(x):
+        return triton_channel_norm.channel_norm(
+            pass_, x, groups, eps, weight=weight, bias=bias, gy=gy, c=c, cw=cw, cb=cb, gmean=gmean, gvar=gvar,
+            mean=mean, var=var, rstd=rstd, y=y, gx=gx, ggy=ggy, ggmean=ggmean, ggvar=ggvar, gw=gw, gb=gb,
+        )  # fmt: skip
     batch, channels = x.shape[:2]
     tensors = (
         x, weight, bias, gy, c, cw, cb, gmean, gvar, mean, var, rstd, y, gx, ggy, ggmean, ggvar, gw, gb
@@ -222,7 +227,12 @@ def channel_kernel(
 
 
 _group_norm = define(
-    "group_norm", "int groups", channel_kernel, lambda x, groups: (x.shape[1], x.shape[0] * groups), Layout.of_groups
+    "group_norm",
+    "int groups",
+    channel_kernel,
+    lambda x, groups: (x.shape[1], x.shape[0] * groups),
+    Layout.of_groups,
+    gpu=True,
 )
 
 
@@ -232,7 +242,7 @@ def by_channel(x: Tensor, *parameters: Tensor | None) -> bool:
     Where those are short they are no faster than torch's, whose gradient has other bits under `create_graph`.
     """
     return (
-        served(x, *parameters)
+        served(x, *parameters, gpu=True)
         and x.ndim >= 3
         and not channels_last(x)
         and all(p is None or p.shape == x.shape[1:2] for p in parameters)

@@ -59,6 +59,7 @@ def test_tiles_of_attention_are_powers_of_two():
     from mgd_kernels.backends import (  # noqa: F401
         triton_attention,
         triton_attention_kernels,
+        triton_channel_kernels,
         triton_loss_kernels,
         triton_nn_kernels,
     )

@@ -59,21 +59,59 @@ def test_nothing_spills_and_accesses_are_wide(target):
 
 ATTENTION = """
 import json, sys
+import torch
 from mgd_kernels import aot_operators
 
-print(json.dumps(aot_operators.attention_rows(sys.argv[1])))
+print(json.dumps(aot_operators.attention_rows(sys.argv[1], **eval(sys.argv[2]))))
 """
 # What a program may have; sm_80's tiles fit the smaller GPUs of its kind, too.
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+def attention_spills_nothing(target: str, options: str, count: int, kernel: str = "") -> None:
+    """kernel: the only one that is looked at, if any. count: how often those are launched."""
+    rows = [row for row in json.loads(run("-c", ATTENTION, target, options)) if kernel in row["kernel"]]
+    assert len(rows) == count
+    for row in rows:
+        assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row
+        assert row["tensor_memory"] == 0, row  # which one program takes from the others
+
+
+def test_attention_of_a_common_width_spills_nothing():
+    attention_spills_nothing("sm_100", "{'heads': (64,), 'masks': (torch.float32,)}", 7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED)
 def test_attention_spills_nothing_to_memory(target):
-    rows = json.loads(run("-c", ATTENTION, target))
-    assert len({row["kernel"] for row in rows}) == 5 and len(rows) == 15
-    for row in rows:
-        assert row["spills"] == row["scalar_spills"] and row["shared"] <= SHARED[target], row
+    attention_spills_nothing(target, "{}", 15)
+    attention_spills_nothing(target, "{'masks': (torch.float32,)}", 6, "mask_gradient")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("mask", "count"), [("bool", 15), ("float32", 21)])
+def test_attention_spills_nothing_with_masks_and_dropout_on_the_newest(mask, count, dropout):
+    attention_spills_nothing("sm_100", f"{{'masks': (torch.{mask},), 'dropout': {dropout}}}", count)
+
+
+CHANNELS = """
+import json, sys
+from mgd_kernels import aot_operators
+
+print(json.dumps(aot_operators.channel_norm_rows(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_norms_of_channels_spill_nothing_and_read_wide(target):
+    """Batch and group norm of channels of 1,024 elements, and of 49, which begin anywhere."""
+    rows = json.loads(run("-c", CHANNELS, target))
+    assert len(rows) == 12 and len({row["kernel"] for row in rows}) == 3
+    for i, row in enumerate(rows):
+        assert row["spills"] == row["scalar_spills"] == 0 and row["registers"] <= 128, row
+        assert row["vector_bytes"] == (16 if i < 6 else 4), row
 
 
 LOSS = """
@@ -85,7 +123,7 @@ print(json.dumps(aot_operators.loss_rows(sys.argv[1])))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", SHARED)
 def test_losses_spill_nothing_and_read_wide(target):
     """Rows of an odd number of elements begin anywhere."""
     rows = json.loads(run("-c", LOSS, target))

@@ -21,17 +21,18 @@ import pretended
 
 import mgd
 from mgd_kernels import SGD, functional
-from mgd_kernels.backends import triton_nn
-from mgd_kernels.functional import _library
+from mgd_kernels.backends import triton_channel_norm, triton_nn
+from mgd_kernels.functional import _library, loss
 from mgd_kernels.functional import attention as whole
 
 GPU = torch.cuda.is_available()
 PRETENDS = not GPU and pretended.missing() is None
 if PRETENDS:  # before autograd is used
     pretended.load()
-KINDS = ("gelu", "silu", "tanh", "sigmoid", "layer_norm", "rms_norm", "softmax", "attention")
+NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
+KINDS = ("gelu", "silu", "tanh", "sigmoid", *NORMS, "softmax", "attention", "cross_entropy")
 # Of many rows and columns none, where the interpreter takes them.
-SLOW = "-130x40 -1037 -16 -40x64 -plain -33x33-True -seen-7x40 -20x6-True -5x9-False -2x3x1x33".split()
+SLOW = "-130x40 -1037 -16 -40x64 -plain -33x33-True -seen-7x40 -20x6-True -5x9-False -2x3x1x33 group_norm-70".split()
 NAMES = [name for name in CASES if name.startswith(KINDS) and (GPU or not any(x in name for x in SLOW))]
 
 
@@ -42,11 +43,10 @@ def launches(monkeypatch) -> list[str]:
     if not GPU:
         monkeypatch.setattr(_library, "on_gpu", lambda x: True)
     monkeypatch.setattr(whole, "served_by_tiles", lambda *_: False)  # its tests are in triton_tiles.py
-    for name in ("activation", "row_norm", "softmax"):
-        real = getattr(triton_nn, name)
-        monkeypatch.setattr(
-            triton_nn, name, lambda *a, name=name, real=real, **k: (found.append(name), real(*a, **k))[1]
-        )
+    kernels = [(triton_nn, name) for name in ("activation", "row_norm", "softmax")]
+    for module, name in (*kernels, (triton_channel_norm, "channel_norm"), (loss, "TritonRows")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real, **k: (found.append(name), real(*a, **k))[1])
     return found
 
 
@@ -57,8 +57,8 @@ def there(case: Case) -> Case:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_gradients_and_second_derivatives(name, launches):
-    if GPU and "seen" in name:
-        pytest.skip("its mask is the CPU's")
+    if GPU and ("seen" in name or name.startswith("cross_entropy")):
+        pytest.skip("its mask or its target is the CPU's")
     check_against_float64(there(CASES[name]))
     assert launches
 
@@ -72,6 +72,13 @@ def test_sums_over_rows_of_several_programs():
     inputs = [torch.randn(18, 3, generator=g), torch.randn(3, generator=g), torch.randn(3, generator=g)]
     pair = [lambda x, w, b, f=f: f(x, (3,), w, b) for f in (functional.layer_norm, F.layer_norm)]
     check_against_float64(there(Case(*pair, inputs, "layer_norm")))
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("name", ["group_norm-4x8x5x5", "batch_norm-4x8x5x5"])
+def test_sets_of_several_tiles(name, block, monkeypatch):
+    monkeypatch.setattr(triton_channel_norm._kernels(), "BLOCK", block)
+    check_against_float64(there(CASES[name]))
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
@@ -117,7 +124,8 @@ def test_a_captured_step_on_a_device_uses_them(launches, monkeypatch):
     for device in ("cpu", "pretend:0"):
         torch.manual_seed(0)
         x, y = torch.randn(2, 3, 5), torch.randint(3, (2, 3))
-        layers = torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)
+        layers = [torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.LayerNorm(6), torch.nn.Unflatten(1, (2, 3))]
+        layers += [torch.nn.BatchNorm1d(2), torch.nn.GroupNorm(1, 2), torch.nn.Flatten(), torch.nn.Linear(6, 3)]
         model, x, y = torch.nn.Sequential(*layers).to(device), x.to(device), y.to(device)
 
         def loss(model, batch, z):
@@ -134,6 +142,7 @@ def test_a_captured_step_on_a_device_uses_them(launches, monkeypatch):
         result = f.metagradient({"scale": torch.tensor(2.0, device=device), "lr": torch.full((2,), 0.1)})
         assert result.report.execution == "captured"
         found[device] = [result.value, *result.grads.values()]
-        assert set(launches) == (set() if device == "cpu" else {"activation", "row_norm", "softmax"})
+        every = {"activation", "row_norm", "channel_norm", "softmax", "TritonRows"}
+        assert set(launches) == (set() if device == "cpu" else every)
     for ours, theirs in zip(found["pretend:0"], found["cpu"], strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-7)

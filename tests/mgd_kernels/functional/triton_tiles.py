@@ -18,7 +18,12 @@ from mgd_kernels.backends import triton_attention
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.functional import _library
 from mgd_kernels.functional import attention as whole
-from mgd_kernels.functional.attention_tiles import plain_tiled_attention, tiled_attention
+from mgd_kernels.functional.attention_tiles import (
+    plain_tiled_attention,
+    tiled_attention,
+    tiled_attention_backward,
+    tiled_attention_double_backward,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,7 +37,7 @@ def _on_a_gpu(monkeypatch):
 
 
 def problem(queries, keys, width=9, depth=5, mask=None, group=1, common=0.0) -> list[Tensor]:
-    """q, k, v in float32, and the mask if there is one. The boolean ones leave queries that see nothing."""
+    """q, k, v in float32, and the mask if there is one: of numbers, or boolean, with queries that see nothing."""
     g = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=g)
     inputs = [random(1, group, queries, width), random(1, 1, keys, width) + common, random(1, 1, keys, depth)]
@@ -56,9 +61,12 @@ def pair(offset=None, dropout=0.0):
 
 
 def derivatives(function, inputs: list[Tensor], dtype=torch.float32, absent="") -> list[Tensor]:
-    """Of all inputs but `absent`, which are frozen, as a layer's projections are."""
+    """Of all inputs of numbers but `absent`, which are frozen, as a layer's projections are."""
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-    inputs[:3] = (x.detach().requires_grad_(name not in absent) for x, name in zip(inputs[:3], "qkv", strict=True))
+    inputs = [
+        x.detach().requires_grad_(x.is_floating_point() and name not in absent)
+        for x, name in zip(inputs, "qkvm", strict=False)
+    ]
     g = torch.Generator().manual_seed(1)
     random = lambda x: torch.randn(x.shape, generator=g).to(x)
     wanted = [x for x in inputs if x.requires_grad]
@@ -95,7 +103,7 @@ def test_every_tile_that_is_shipped(tiles, monkeypatch):
     """Queries and keys that are no multiple of a tile, several tiles of both, an edge across them."""
     if not GPU:
         monkeypatch.setattr(triton_attention, "_family", lambda device: SHIPPED[tiles])
-    check(problem(66, 66, tiles[0] - 3, tiles[0] // 2 + 1), offset=0)
+    check(problem(66, 66, tiles[0] - 3, tiles[0] // 2 + 1, "added"), offset=0)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +137,40 @@ def test_dropout_drops_its_share_of_every_matrix_anew():
         assert float((x @ x.T / x.shape[1] / 0.16).fill_diagonal_(0).abs().max()) < 6 / x.shape[1] ** 0.5
 
 
-@pytest.mark.parametrize("absent", ["q", "k", "v"])
+@pytest.mark.parametrize("absent", ["q", "k", "v", "qkv", "m"])
 def test_absent_cotangents(absent):
-    check(problem(21, 18), absent)
+    check(problem(21, 18, mask="added"), absent)
+
+
+@pytest.fixture
+def broadcast(monkeypatch):
+    """q, k, v of two examples and two heads, and a mask of a shape; tiles of 16, so that loops over tiles are seen."""
+    monkeypatch.setitem(triton_attention.TILES["sm_90"], "mask_gradient", {32: triton_attention.Tile(16, 16, 4)})
+    g = torch.Generator().manual_seed(2)
+    shapes = (2, 2, 20, 5), (2, 1, 17, 5), (2, 1, 17, 6)
+    return lambda *shape: [torch.randn(s, generator=g).to(DEVICE) for s in (*shapes, shape)]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 20, 17), (1, 2, 20, 17), (2, 1, 1, 17), (1, 1, 20, 17)])
+def test_the_gradient_of_a_mask_is_summed_over_what_it_is_broadcast_to(shape, broadcast):
+    found = check(broadcast(*shape))
+    assert found[4].shape == found[9].shape == shape
+
+
+def test_a_mask_of_one_column_changes_nothing(broadcast):
+    """Its derivatives are 0, here sums of 34 numbers that are rounded each."""
+    inputs = broadcast(2, 1, 20, 1)
+    mine, plain = pair()
+    found = derivatives(mine, inputs)
+    assert error(found, derivatives(plain, inputs, torch.float64)) < 32 * EPS
+    assert max(float(found[i].abs().max()) for i in (4, 9)) < 32 * EPS
+
+
+def test_a_mask_that_is_laid_out_otherwise():
+    q, k, v, mask = problem(21, 18, mask="added", group=2)
+    crosswise = mask.mT.contiguous().mT
+    found, expected = (derivatives(pair()[0], [q, k, v, m]) for m in (crosswise, mask))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_row_that_sees_nothing_is_zero_and_leaves_its_queries_without_a_gradient():
@@ -166,7 +205,7 @@ def test_not_a_number_comes_through():
 
 
 def test_the_same_bits_twice():
-    inputs = problem(21, 18, group=2)
+    inputs = problem(21, 18, mask="added", group=2)
     found = [derivatives(pair(0, 0.3)[0], inputs) for _ in range(2)]
     assert all(map(torch.equal, *found))
 
@@ -174,7 +213,7 @@ def test_the_same_bits_twice():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_rounded_once(dtype):
     """Half a unit of what is largest, of values; of derivatives, whose o was rounded before, a few."""
-    inputs = [x.to(dtype) for x in problem(21, 18, group=2)]
+    inputs = [x.to(dtype) for x in problem(21, 18, mask="added", group=2)]
     mine, plain = pair(0)
     found = derivatives(mine, inputs, dtype)
     g = [x.double() for x in derivatives(plain, [x.double() for x in inputs], torch.float64)]
@@ -184,7 +223,7 @@ def test_16_bits_are_rounded_once(dtype):
 
 
 def test_third_derivatives():
-    found, inputs = [], problem(7, 6)
+    found, inputs = [], problem(7, 6, mask="added")
     for function, dtype in zip(pair(0, 0.3), (torch.float32, torch.float64), strict=True):
         x = [p.to(dtype).requires_grad_() for p in inputs]
         first = torch.autograd.grad(function(*x).square().sum(), x, create_graph=True)
@@ -206,6 +245,7 @@ def test_it_is_called_as_torchs(monkeypatch):
         ((q, k, v, boolean), {"scale": 0.3}),
         ((grouped, k, v), {"enable_gqa": True}),
         ((q[0], k[0], v[0], boolean[0, 0]), {}),
+        ((q, k, v, torch.rand(10, 12, device=DEVICE, requires_grad=True)), {}),
         ((q, k, v, causal_lower_right(10, 12)), {}),
         ((q.bfloat16(), k.bfloat16(), v.bfloat16()), {}),
     ):
@@ -216,16 +256,13 @@ def test_it_is_called_as_torchs(monkeypatch):
         )
     torch.manual_seed(0)
     functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    assert len(called) == 7 and called[-1][6] is not None
+    assert len(called) == 8 and called[-1][6] is not None
 
 
 def test_what_is_left_to_others(monkeypatch):
     monkeypatch.setattr(whole, "tiled_attention", lambda *_: pytest.fail("by tiles"))
     q, k, v = problem(10, 12)
     wide = [torch.cat([x] * 15, -1) for x in (q, k)]  # 135 elements
-    added = torch.zeros(10, 12, device=DEVICE, requires_grad=True)
-    functional.scaled_dot_product_attention(q, k, v, added[None, None]).sum().backward()
-    assert added.grad is not None
     for arguments in ((*wide, v), (q.double(), k.double(), v.double())):
         torch.testing.assert_close(
             functional.scaled_dot_product_attention(*arguments), F.scaled_dot_product_attention(*arguments)
@@ -242,9 +279,13 @@ def test_operators_check_what_they_are_given(monkeypatch):
         tiled_attention(q, k, v.double(), None, 1.0, None, None, 0.0)
     with pytest.raises(BadArgument, match="mask"):
         tiled_attention(q, k, v, mask[0], 1.0, None, None, 0.0)
-    with pytest.raises(NotImplementedError, match="mask"):
-        o, _ = tiled_attention(q, k, v, torch.zeros_like(q[..., :1], requires_grad=True), 1.0, None, None, 0.0)
-        o.sum().backward()
+    o, statistics = tiled_attention(q, k, v, mask, 1.0, None, None, 0.0)
+    with pytest.raises(BadArgument, match="no mask that has a gradient"):
+        tiled_attention_backward(o, q, k, v, mask, True, o, statistics, 1.0, None, None, 0.0)
+    added, one = torch.zeros(1, 1, 10, 12, device=DEVICE), torch.zeros(1, 1, 1, 12, device=DEVICE)
+    given = None, None, None, one, o, q, k, v, added, False, o, statistics
+    with pytest.raises(BadArgument, match=r"\[1, 1, 10, 12\]; got \[1, 1, 1, 12\]"):
+        tiled_attention_double_backward(*given, 1.0, None, None, 0.0)
     monkeypatch.setattr(_library, "on_gpu", lambda x: False)
     with pytest.raises(BadArgument, match="GPU"):
         tiled_attention(q, k, v, None, 1.0, None, None, 0.0)
@@ -252,12 +293,13 @@ def test_operators_check_what_they_are_given(monkeypatch):
 
 def test_opcheck():
     r = lambda *shape: torch.randn(*shape, device=DEVICE, requires_grad=True)
-    inputs = r(1, 2, 6, 3), r(1, 1, 5, 3), r(1, 1, 5, 2)
+    inputs = r(1, 2, 6, 3), r(1, 1, 5, 3), r(1, 1, 5, 2), r(1, 2, 1, 5)
     ops, options = torch.ops.mgd_kernels, (0.5, 0, None, 0.0)
-    o, statistics = (x.detach() for x in ops.tiled_attention(*inputs, None, *options))
+    o, statistics = (x.detach() for x in ops.tiled_attention(*inputs, *options))
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, arguments in (
-        (ops.tiled_attention, (*inputs, None, *options)),
-        (ops.tiled_attention_backward, (r(1, 2, 6, 2), *inputs, None, o, statistics, *options)),
+        (ops.tiled_attention, (*inputs, *options)),
+        (ops.tiled_attention_backward, (r(1, 2, 6, 2), *inputs, True, o, statistics, *options)),
+        (ops.tiled_attention_backward, (r(1, 2, 6, 2), *inputs, False, o, statistics, *options)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=utilities)
