@@ -93,7 +93,9 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize("trace", [None, False])
 def test_buffers_that_grow(trace):
-    assert_agrees(supervised(Remembering(), (5,), steps=4), trace=trace)
+    case = supervised(Remembering(), (5,), steps=4)
+    assert_agrees(case, trace=trace)
+    assert_agrees(case, trace=trace, since=2)
 
 
 @pytest.mark.parametrize("trace", [False, True])
@@ -230,6 +232,14 @@ def test_a_tangent_that_grows_without_bounds_is_named():
     case = supervised(mlp(), (5,), steps=40, optimizer=SGD(lr=1.0)).to(torch.float32)
     with pytest.raises(NonFiniteState, match="tangent"):
         case.function().jvp({"lr": torch.full((40,), 1.0)}, {"lr": torch.full((40,), 3e38)})
+
+
+def test_a_direction_of_another_dtype_is_as_any_other():
+    case = weighted_case().to(torch.float32)
+    f, dz = case.function(trace=True), drawn(case.z)
+    double = f.jvp(case.z, {key: x.double() for key, x in dz.items()})
+    assert double.report.execution == "captured"
+    assert torch.equal(double.tangent, f.jvp(case.z, dz).tangent)
 
 
 def test_a_result_of_forward_mode_goes_to_a_file(tmp_path):

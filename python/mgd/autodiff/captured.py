@@ -27,8 +27,9 @@ from mgd.autodiff.derived import ROUNDS, Along, derive
 from mgd.autodiff.device_graphs import DeviceGraphs
 from mgd.autodiff.device_recording import Packed
 from mgd.autodiff.eager import DETACHED, EagerEvaluator
-from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation, same_tangents
+from mgd.autodiff.execution import LOSS_TOLERANCE, reason, same_evaluation, same_tangents, same_up_to_rounding
 from mgd.autodiff.front import MOST_GRAPHS, CapturedGraph, Front, Methods, NotCaptured, methods_of, unheard
+from mgd.autodiff.gathered import does_nothing_beside
 from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.objectives import CapturedObjectives
 from mgd.autodiff.payoff import Payoff
@@ -40,6 +41,7 @@ from mgd.step.loss import Microbatch
 from mgd.step.model import Buffers, numbers_of, put_back
 from mgd.util.system import return_freed_memory
 
+UNLIKE = "its graph has other derivatives than the loss as it is written"
 MOST_FAILURES = 4  # to capture steps of a kind that had a graph, each as long as a capture
 
 T = TypeVar("T")
@@ -117,7 +119,7 @@ class CapturedEvaluator:
         def forward(graph: StepGraph, given: list[Tensor]) -> tuple[Tensor, Sequence[Any]]:
             assert step is not None
             joint = graph.joint
-            compared = microbatch.loss.compared or plain is not None
+            compared = microbatch.loss.compared or not graph.compared
             loss, grads, influence, left, residuals = joint.forward(parameters, given, room, compared)
             if all(g is None for g in grads):
                 raise BadLoss(DETACHED.format(microbatch.step))
@@ -142,21 +144,38 @@ class CapturedEvaluator:
             return self._by_autograd(kind, microbatch, parameters, before, room)
         if not known and not now and not self.payoff.pays(kind, parameters[0].device):
             return self._by_autograd(kind, microbatch, parameters, before, room)
-        plain = None
-        if not known:
-            plain = _uncounted(microbatch, lambda: self.eager.gradient(microbatch, parameters, before, room=0))
         step = CapturedStep(microbatch, parameters, before)
         call = functools.partial(self.call, kind, step, forward)
         if not (self.payoff.by_graph(kind, 0, call) if decided else call()):
-            return plain or self.eager.gradient(microbatch, parameters, before, room=room)
+            return self.eager.gradient(microbatch, parameters, before, room=room)
         assert step.evaluation is not None
-        if plain is not None and not same_evaluation(step.evaluation, plain):
-            self._served.discard(kind)
-            self._give_up(kind, ROUNDS)
-            return plain
+        by_autograd = functools.partial(self.eager.gradient, microbatch, parameters, before, room=0)
+        same = same_up_to_rounding if self.at_once else same_evaluation
+        if other := self._as_written(kind, step, step.evaluation, by_autograd, same):
+            return other
         if decided and isinstance(step.evaluation.residuals, GraphResiduals):
             step.evaluation.residuals.around = functools.partial(self.payoff.by_graph, kind, 1)
         return step.evaluation
+
+    def _as_written(
+        self, kind: Kind, step: CapturedStep, found: T, by_autograd: Callable[[], T], same: Callable[[T, T], bool]
+    ) -> T | None:
+        """What autograd gives, where a new graph gave something else: what Dynamo sees of a loss may be another one
+        than what runs without it. A model that counts its calls counts one."""
+        graph, model = step.graph, step.microbatch.loss.binding.model
+        codes = self._fronts[kind[:2]].codes
+        if graph.compared or (self.at_once and not (codes and all(map(does_nothing_beside, codes)))):
+            return None  # where it was asked for, a loss that counts is not called twice for that
+        after = numbers_of(model)
+        put_back(step.numbers)
+        plain = by_autograd()
+        graph.compared = same(found, plain)
+        if graph.compared:
+            put_back(after)
+            return None
+        self._served.discard(kind)
+        self._give_up(kind, UNLIKE if self.at_once else ROUNDS)
+        return plain
 
     def _by_autograd(
         self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
@@ -173,7 +192,7 @@ class CapturedEvaluator:
         """What steps have in common that may share a graph; None for those that have none. along: of forward mode."""
         if not self._looked:
             self._looked = True
-            self._look_at(microbatch.loss.binding.model)
+            self._look_at(microbatch.loss.binding.model, microbatch.loss.function)
         if self.refused:
             return None
         if why := unheard():
@@ -239,23 +258,18 @@ class CapturedEvaluator:
             return by_autograd()
         if not self.trusts(kind) and not self.payoff.pays(kind, parameters[0].device):
             return self.payoff.tangents(kind, by_autograd)
-        # No reverse sweep will compare these gradients with others: here, every new graph is.
-        plain = None if kind in self._served else _uncounted(microbatch, by_autograd)
         step = CapturedStep(microbatch, parameters, before)
         if not self.call(kind, step, run):
-            return plain or by_autograd()
+            return by_autograd()
         assert found is not None
-        if plain is not None and not same_tangents(found, plain, self.at_once):
-            self._served.discard(kind)
-            self._give_up(
-                kind, "its graph has other derivatives than the loss as it is written" if self.at_once else ROUNDS
-            )
-            return plain
+        same = functools.partial(same_tangents, rounds=self.at_once)
+        if other := self._as_written(kind, step, found, by_autograd, same):
+            return other
         return found
 
-    def _look_at(self, model: torch.nn.Module) -> None:
-        """Let go of all graphs if the model's classes have other methods than when they were captured."""
-        methods = methods_of(model)
+    def _look_at(self, model: torch.nn.Module, loss: Callable[..., Tensor]) -> None:
+        """Let go of all graphs if classes that they may use have other methods than when they were captured."""
+        methods = methods_of(model, loss)
         if methods != self._methods:
             self._methods = methods
             for known in (self.graphs, self._fronts, self._writes, self._served):
@@ -312,6 +326,9 @@ class CapturedEvaluator:
                     joint, extras = derive(graph, places, step, others, kind[-1], *how)
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving, kind[-1])
+                step.graph = self.graphs[key]
+                if not (step.graph.compared or step.numbers):  # the loss has not ended yet
+                    step.numbers = numbers_of(microbatch.loss.binding.model)
                 step.note(places)
                 microbatch.reseed()
                 began = time.perf_counter()
@@ -351,11 +368,3 @@ class CapturedEvaluator:
             warnings.warn(
                 f"mgd evaluates steps by autograd that it cannot capture: {why}", RuntimeWarning, stacklevel=2
             )
-
-
-def _uncounted(microbatch: Microbatch, evaluate: Callable[[], T]) -> T:
-    """What an evaluation gives, of a model that counts its calls and does not count this one."""
-    before_it = numbers_of(microbatch.loss.binding.model)
-    found = evaluate()
-    put_back(before_it)
-    return found

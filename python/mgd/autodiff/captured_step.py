@@ -12,7 +12,7 @@ from torch import Tensor
 from mgd.autodiff.front import CapturedGraph, NotCaptured
 from mgd.step.evaluator import Evaluation
 from mgd.step.loss import Microbatch
-from mgd.step.model import Buffers, differentiable
+from mgd.step.model import Buffers, Numbers, differentiable
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.written_out import data_of
 
@@ -28,7 +28,8 @@ class CapturedStep:
     """The tensors of one microbatch, bound to the model while its loss is called through a graph.
 
     names: of the buffers, first the `floats` that are differentiated (see `arrange`), then the `others`. z: what the
-    loss sees of it.
+    loss sees of it. graph: the `StepGraph` that the loss was called through. numbers: those of the model before, if
+    that was new.
     """
 
     def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
@@ -41,6 +42,8 @@ class CapturedStep:
         self.z = slices.owner.rebuilt(self._slices)
         self.loss: Tensor | None = None
         self.evaluation: Evaluation | None = None
+        self.graph: Any = None
+        self.numbers: Numbers = []
 
     @contextlib.contextmanager
     def bound(self):

@@ -18,7 +18,7 @@ from mgd.autodiff.graphs import changes_inputs, traced
 from mgd.autodiff.joint import JointGraph
 from mgd.autodiff.linear_losses import without_logits
 from mgd.autodiff.second_order import Point, first_and_second
-from mgd.autodiff.tangents import first_and_tangents
+from mgd.autodiff.tangents import confirm, first_and_tangents
 from mgd.step.agreement import agree
 from mgd.step.evaluator import Direction
 from mgd.step.overrides import FunctionOverrides
@@ -113,6 +113,9 @@ def derive(
             plain = True
             step.microbatch.reseed()
             expected = function(*inputs)
+        if along is not None:
+            step.microbatch.reseed()
+            confirm(evaluate, point)
         return_freed_memory()  # of the autograd graph of all second derivatives
         loss_of.refuse_writes(step.microbatch.step, overrides, step.parameters, step.metaparameters)
         step.microbatch.reseed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,15 +19,15 @@ from mgd.autodiff.second_order import (
     blocking_operator,
     first_and_second,
     leaves,
-    precision_of,
 )
-from mgd.autodiff.tangents import first_and_tangents
+from mgd.autodiff.tangents import confirm, first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
 from mgd.step.agreement import agree
+from mgd.step.autograd_graph import precision_of
 from mgd.step.batches import split_tensors
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
-from mgd.step.model import Buffers, differentiable
+from mgd.step.model import Buffers, differentiable, numbers_of, put_back
 from mgd.step.reads import Reads
 
 DETACHED = "the loss of step {} does not depend on the parameters; was it detached?"
@@ -49,6 +50,7 @@ class EagerEvaluator:
     def __init__(self, rounds: bool = False):
         self.rounds = rounds
         self.kept = KeptGraphs()
+        self._along: Counter[str] = Counter()  # evaluations of forward mode in this training, by their shapes
 
     def describe(self) -> str:
         return "eager"
@@ -58,6 +60,7 @@ class EagerEvaluator:
 
     def begin(self, reversals: int, room: int) -> None:
         self.kept.begin(reversals)
+        self._along.clear()
 
     def gradient(
         self,
@@ -252,6 +255,7 @@ class EagerEvaluator:
         with contextlib.ExitStack() as stack:
             function = microbatch.of_tensors(before, stack)
             point = point_of(microbatch, function, parameters, before, [], [])
+            self._confirm(microbatch, function, point)
             microbatch.reseed()
             equal = microbatch.loss.reads.equal
             found = self._twice(
@@ -266,6 +270,18 @@ class EagerEvaluator:
         after = {name: left[name] if written[name] else before[name] for name in before}
         evaluation = Evaluation(found.loss, found.gradient, after)
         return Tangents(evaluation, found.losses, found.gradients, found.floats)
+
+    def _confirm(self, microbatch: Microbatch, function: TensorLoss, point: Point) -> None:
+        """See `tangents.confirm`: at the first step of its shapes, the fourth, the sixteenth and so on."""
+        shape = str([x.shape for x in split_tensors(microbatch.batch)[0]])
+        self._along[shape] += 1
+        times = self._along[shape]
+        if times & (times - 1) or times.bit_length() % 2 == 0:
+            return
+        numbers = numbers_of(microbatch.loss.binding.model)
+        microbatch.reseed()
+        self._twice(microbatch, function, lambda function: confirm(function, point))
+        put_back(numbers)
 
     def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:
         """The second derivatives at a point; the loss there must be `expected`."""

@@ -50,20 +50,44 @@ def unheard() -> str | None:
     return None
 
 
-# Of each class of a model's modules, itself and the functions that it defines
-Methods = list[weakref.ref]
+# Of each class that a loss may use, itself and the functions that it defines, with their code
+Methods = list[Any]
 
 
-def methods_of(model: torch.nn.Module) -> Methods:
-    """What Dynamo takes for granted without a guard: libraries put other methods into the classes of models."""
+def methods_of(model: torch.nn.Module, loss: Callable[..., Any]) -> Methods:
+    """What Dynamo takes for granted without a guard: libraries put other methods into classes. The classes are those of
+    the model and the loss, of their modules, and of these modules' attributes."""
+    inside = [loss, getattr(loss, "func", None), *[cell.cell_contents for cell in _cells(loss)]]
+    roots = [model, *[x for x in inside if isinstance(x, torch.nn.Module)]]
+    modules = [module for root in roots for module in root.modules()]
+    objects = itertools.chain(modules, inside, *[vars(module).values() for module in modules])
     found: list[Any] = []
-    for each in dict.fromkeys(itertools.chain.from_iterable(type(module).__mro__ for module in model.modules())):
-        found.append(each)
+    for each in dict.fromkeys(itertools.chain.from_iterable(map(_mro, dict.fromkeys(map(type, objects))))):
+        found.append(weakref.ref(each))
         for x in vars(each).values():
             x = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
             if isinstance(x, types.FunctionType):
-                found.append(x)
-    return [weakref.ref(x) for x in found]
+                found += [weakref.ref(x), id(x.__code__)]
+    return found
+
+
+def _mro(kind: type) -> tuple[type, ...]:
+    return kind.__mro__ if kind.__flags__ & _HEAP else ()  # nobody changes those of C
+
+
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+def _cells(loss: Any) -> list[types.CellType]:
+    """Of a function's closure, those that have something in them."""
+    return [cell for cell in getattr(loss, "__closure__", None) or () if _is_full(cell)]
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 class NotCaptured(Exception):
@@ -119,6 +143,11 @@ class Front:
             self._loss = None
         if loss is None or value is not loss:
             raise NotCaptured("what the loss returns is not what its graph computes first")
+
+    @property
+    def codes(self) -> list[types.CodeType]:
+        """All that Dynamo made, as far as that is known."""
+        return [code.__code__ for _, code in self._known if isinstance(code, types.FunctionType)]
 
     def _value(self, function: Callable[..., Tensor], model: Any, batch: Any, z: Any) -> Any:
         """What the code returns whose guards hold. Dynamo's own way to it takes 15 of 22 µs, and five times that where

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from mgd.autodiff.second_order import along, graph_of, precision_of
+from mgd.autodiff.second_order import along
+from mgd.step.autograd_graph import graph_of, precision_of
 from mgd.step.batches import content_of, described, split_tensors
 from mgd.step.evaluator import Derivatives
 from mgd.step.loss import Microbatch

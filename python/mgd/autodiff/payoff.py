@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mgd.autodiff.eager import Look
-from mgd.autodiff.second_order import graph_of
+from mgd.step.autograd_graph import graph_of
 from mgd.step.evaluator import Evaluation
 from mgd.util.clock import Clock
 

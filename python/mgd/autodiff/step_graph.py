@@ -29,8 +29,9 @@ class StepGraph:
 
     extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
     for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
-    along: of a graph of forward mode, for each metaparameter, whether it moves. evaluated: whether an evaluation was
-    made of which only its inputs are recorded (`mgd.autodiff.recorded`).
+    along: of a graph of forward mode, for each metaparameter, whether it moves. compared: whether it was seen to give
+    what the loss gives as it is written. evaluated: whether an evaluation was made of which only its inputs are
+    recorded (`mgd.autodiff.recorded`).
     """
 
     joint: JointGraph
@@ -38,6 +39,7 @@ class StepGraph:
     written: frozenset[str]
     moving: tuple[bool, ...]
     along: Along | None = None
+    compared: bool = False
     evaluated: bool = False
     batched: Any = None
 

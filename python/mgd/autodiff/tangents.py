@@ -16,8 +16,10 @@ from torch import Tensor
 
 from mgd.autodiff.second_order import Point, gradients
 from mgd.errors import BadLoss
+from mgd.step.autograd_graph import precision_of
 from mgd.step.evaluator import Direction
 from mgd.step.loss import Evaluate
+from mgd.step.random_directions import inner, random_directions, require_equal
 
 
 @dataclass
@@ -63,16 +65,42 @@ def first_and_tangents(
     found = FirstAndTangents(loss.detach(), gradient, [x.detach() for x in left], [not k for k in kept])
     for direction in directions:
         tangents = [*direction.parameters, *direction.buffers, *direction.metaparameters]
-        found.losses.append(_inner(first, tangents, torch.zeros_like(loss)))
+        found.losses.append(inner(first, tangents, torch.zeros_like(loss)))
         found.gradients.append(_vjp(first, p, tangents))
         moved = dict(zip(moving, _vjp(pulled, seeds, tangents), strict=True))
         found.floats.append([torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(after)])
     return found
 
 
-@torch.no_grad()
-def _inner(xs: Sequence[Tensor | None], ys: Sequence[Tensor | None], zero: Tensor) -> Tensor:
-    return sum(((x * y).sum() for x, y in zip(xs, ys, strict=True) if x is not None and y is not None), zero)
+def confirm(evaluate: Evaluate, point: Point) -> None:
+    """Raises BadLoss where the step's backward pass is no derivative that can be taken as one here.
+
+    The derivative of the gradient along d, as `first_and_tangents` takes it, has the same inner product with u as d has
+    with the VJP of the gradient with u; and gradient and VJPs are linear in what they are seeded with. d, u: random; d
+    also moves one metaparameter at a time.
+    """
+    p, b, z = point.leaves()
+    loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
+    epsilon, zero = precision_of(loss), torch.zeros_like(loss).detach()
+    after = [x for x in left[: len(b)] if x.requires_grad]
+    seeds = [x.requires_grad_() for x in (torch.ones_like(loss), *random_directions(after))]
+    inputs, count = [*p, *b, *z], len(p)
+    first = gradients([loss], inputs, seeds[:1], create_graph=True)
+    whole, u = random_directions(inputs, 1), random_directions(p, 2)
+    back = _vjp(first[:count], inputs, u)
+    state = range(count + len(b))
+    for moving in (state, *[[i] for i in range(len(state), len(inputs))]):
+        d = [x if i in moving else None for i, x in enumerate(whole)]
+        *along, product = _vjp(first, [*p, seeds[0]], d)
+        mine = [x for i, x in enumerate(back) if i in moving]
+        require_equal(inner(along, u, zero), inner(back, d, zero), [*along, *mine], epsilon, "the loss")
+        own = [x for i, x in enumerate(first) if i in moving]
+        linear = zero if product is None else product
+        require_equal(linear, inner(first, d, zero), own, epsilon, "the loss")
+    if after:
+        pulled = gradients(after, inputs, seeds[1:], create_graph=True)
+        moved = _vjp(pulled, seeds[1:], whole)
+        require_equal(inner(moved, seeds[1:], zero), inner(pulled, whole, zero), pulled, epsilon, "buffers")
 
 
 def _vjp(
@@ -83,4 +111,4 @@ def _vjp(
     if not live or not inputs:
         return [None] * len(inputs)
     xs, ys = zip(*live, strict=True)
-    return list(torch.autograd.grad(xs, inputs, ys, retain_graph=True, allow_unused=True))
+    return gradients(xs, inputs, ys, retain_graph=True)

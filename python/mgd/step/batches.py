@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -55,7 +55,12 @@ def microbatches(batch: Any, count: int, step: int, wanted: range | None = None)
     if is_partial(batch):
         return _loaded_microbatches(batch, count, step, wanted)
     batch, leaves, spec = _of_autograd(batch)
-    if any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
+    odd = [leaf for leaf in leaves if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided)]
+    if odd and count > 1:
+        raise BadBatch(
+            f"expected dense tensors for microbatches={count}; batch {step} has one that is nested or sparse"
+        )
+    if not odd and any([isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 0 for leaf in leaves]):
         raise BadBatch(f"expected at least one example in a batch; batch {step} has a tensor of length 0")
     if count == 1:
         return [(batch, 1.0)]
@@ -198,6 +203,11 @@ def _closed(values: Any, kind: _Kind) -> Any:
         made = copy.copy(kind.template)
         for name, value in values.items():
             object.__setattr__(made, name, value)  # the dataclass may be frozen
+        return made
+    if issubclass(kind.kind, MutableMapping):
+        made = copy.copy(kind.template)  # with its attributes
+        for key, value in values.items():
+            made[key] = value
         return made
     try:
         return kind.kind(values)  # type: ignore[call-arg]

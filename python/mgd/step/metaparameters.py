@@ -191,8 +191,9 @@ class Metaparameters:
                 hypers[:, :, self.optimizer.column(key)] = spread(value, groups, steps)
         leaves: list[Tensor | None] = []
         for key in self.loss_keys:
-            count = len(tree_flatten(self.z[key])[0])
-            leaves += [x.detach() for x in tree_flatten(dz[key])[0]] if key in dz else [None] * count
+            own = tree_flatten(self.z[key])[0]
+            moved = tree_flatten(dz[key])[0] if key in dz else [None] * len(own)
+            leaves += [x if x is None else x.detach().to(y) for x, y in zip(moved, own, strict=True)]
         zeros = dict(zip(self.arena.names, self.arena.slices(self.arena.zeros()), strict=True))
         return MetaTangent(self.arena.flatten(zeros | dict(dz.get("init", {}))), hypers.to(self.arena.device), leaves)
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from mgd.errors import BadObjective, NonFiniteState
 from mgd.ranks.shards import Shards
 from mgd.results import Trained
+from mgd.step.autograd_graph import precision_of
 from mgd.step.model import Binding, Buffers, differentiable, modes_kept
 from mgd.step.overrides import FunctionOverrides
+from mgd.step.random_directions import random_directions, require_equal
 from mgd.util.finite import all_finite
 from mgd.util.text import describe
 from mgd_kernels import OptimizerState
@@ -103,7 +105,9 @@ class TrainedObjective:
         evaluation. Their derivative is that of the VJP, which is linear in its cotangent."""
         with self._evaluated() as (value, parameters, floats):
             several, inputs = value.numel() > 1, [*parameters, *floats.values()]
-            seed = torch.zeros_like(value).requires_grad_() if several else torch.ones_like(value)
+            seed = torch.ones_like(value)
+            if several:  # another seed for each, so that it shows where the VJP is not linear in it
+                seed, epsilon = random_directions([value.detach()])[0].requires_grad_(), _twice_differentiable(value)
             pulled = torch.autograd.grad(value, inputs, seed, create_graph=several, allow_unused=True)
             if all(g is None for g in pulled):
                 raise BadObjective("the objective depends on no trained parameter")
@@ -117,7 +121,10 @@ class TrainedObjective:
                     found.append(whole.reshape(value.shape).to(value))
                     continue
                 (derivative,) = torch.autograd.grad(whole, seed, retain_graph=True, allow_unused=True)
-                found.append(torch.zeros_like(value) if derivative is None else derivative.detach())
+                own = torch.zeros_like(value) if derivative is None else derivative
+                parts = [g * x for g, x in zip(pulled, along, strict=True) if g is not None]
+                require_equal(whole, (own * seed).sum(), parts, epsilon, "the objective")
+                found.append(own.detach())
         return value.detach(), [x.detach() for x in found]
 
     @contextlib.contextmanager
@@ -139,6 +146,17 @@ class TrainedObjective:
                 if [p._version for p in parameters] != versions or overrides.written(parameters):
                     raise BadObjective("the objective changed parameters in place; expected it to only read them")
             yield value, parameters, floats
+
+
+def _twice_differentiable(value: Tensor) -> float:
+    """The machine epsilon of the objective's coarsest arithmetic. Raises BadObjective if it cannot be."""
+    try:
+        with torch._C.DisableTorchFunction():
+            return precision_of(value)
+    except NotImplementedError as error:
+        raise BadObjective(
+            f"forward mode expects an objective of several outputs to be differentiable twice: {error}"
+        ) from error
 
 
 def _checked(value: Any, steps: int) -> Tensor:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mgd.errors import BadMetaparameter, NonFiniteState
+from mgd.step.model import differentiable
 from mgd.step.step import StateDirection
 from mgd.sweep.adjoint import Adjoint, TrainedObjective
 from mgd.sweep.sweep import Sweep
+from mgd.util.finite import all_finite
 
 
 class ForwardSweep(Sweep):
@@ -35,7 +37,11 @@ class ForwardSweep(Sweep):
 
     def derivatives_of(self, objective: TrainedObjective) -> tuple[Tensor, list[Any]]:
         """The value of the objective at the end of the training, and its derivatives along the directions."""
-        return objective.tangents(self.shards, self.tangents)
+        value, found = objective.tangents(self.shards, self.tangents)
+        for i, each in enumerate(found):
+            if not all_finite(each):
+                raise NonFiniteState(self.length, f"the derivative of the objective along direction {i}")
+        return value, found
 
     def model_tangents(self) -> list[dict[str, Tensor]]:
         """Of the trained parameters, by name, for each direction."""
@@ -44,6 +50,9 @@ class ForwardSweep(Sweep):
     def _train(self, t: int, tier: str | None) -> None:
         if t < self.meta.origin:  # nothing moves yet
             return super()._train(t, tier)
+        if t == self.meta.origin:  # buffers may have grown
+            for tangent in self.tangents:
+                tangent.buffers = [torch.zeros_like(self.buffers[name]) for name in differentiable(self.buffers)]
         given = [
             StateDirection(tangent.state.params, tangent.buffers, direction.leaves)
             for tangent, direction in zip(self.tangents, self._directions, strict=True)

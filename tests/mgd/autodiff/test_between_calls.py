@@ -102,6 +102,95 @@ def test_methods_are_replaced_between_calls(what, trace, at_once, monkeypatch):
     assert same(again, before) and again.report.execution == "captured"
 
 
+class Criterion(nn.Module):
+    """A loss that is a module."""
+
+    def forward(self, model, batch, z):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Scale:
+    def __call__(self, x):
+        return x
+
+
+class Helped(nn.Module):
+    """Calls what is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = mlp(), Scale()
+
+    def forward(self, x):
+        return self.scale(self.body(x))
+
+
+def test_methods_of_a_loss_and_of_helpers_are_replaced(monkeypatch):
+    half = Criterion(), Criterion.forward
+    case = supervised(Helped(), (5,)).but(loss=half[0])
+    f = case.function(trace=True)
+    before = f.metagradient(case.z)
+    for kind, name, other in (
+        (Criterion, "forward", lambda self, *seen: 0.5 * half[1](self, *seen)),
+        (Scale, "__call__", lambda self, x: 0.5 * x),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, other)
+            expected = case.metagradient(trace=False)
+            assert same(f.metagradient(case.z), expected) and not same(before, expected)
+    monkeypatch.setattr(Scale.__call__, "__code__", (lambda self, x: 0.5 * x).__code__)
+    expected = case.metagradient(trace=False)
+    assert same(f.metagradient(case.z), expected) and not same(before, expected)
+
+
+class Doubled(nn.Module):
+    """Another function in a graph than without one, once the batch says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x, number):
+        y = self.body(x)
+        return 2 * y if number > 0 and torch.compiler.is_compiling() else y
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
+@pytest.mark.parametrize("trace", [None, True])
+def test_every_graph_is_compared_with_the_loss_as_it_is_written(trace, at_once):
+    case = supervised(Doubled(), (5,))
+    case.batches = [(*batch, float(t > 4)) for t, batch in enumerate(case.batches)]
+    case.loss = lambda model, batch, z: F.cross_entropy(model(batch[0], batch[3]), batch[1])
+    case.objective = lambda model: model.body[0].weight.square().sum()
+    expected = case.metagradient(trace=False)
+    assert same(case.metagradient(trace=trace), expected)
+    dz = {"lr": case.z["lr"]}
+    assert torch.equal(case.function(trace=trace).jvp(case.z, dz).value, expected.value)
+
+
+class Warm(nn.Module):
+    """Counts its calls, and does what cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.calls = mlp(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        torch.Generator().manual_seed(0)
+        return self.body(x) * min(self.calls / 5, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
+@pytest.mark.parametrize("trace", [None, True])
+def test_a_capture_that_fails_counts_no_call(trace, at_once):
+    def value(trace):
+        case = supervised(Warm(), (5,)).but(objective=lambda model: model.body[0].weight.square().sum())
+        return case.function(trace=trace).jvp(case.z, {"lr": case.z["lr"]}).value
+
+    assert torch.equal(value(trace), value(False))
+
+
 class Halved(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -72,7 +72,7 @@ def test_same_bits(name, how):
 def test_by_default_once_a_capture_pays(monkeypatch):
     from mgd.autodiff import payoff
 
-    monkeypatch.setattr(payoff, "_rate", payoff._Rate(1e-12))
+    monkeypatch.setattr(payoff, "_rate", payoff.Rate(1e-12))
     monkeypatch.setattr(payoff, "IMPORT", 0.0)
     monkeypatch.setattr(payoff.Payoff, "prefers_autograd", lambda *arguments: False)
     case = make("mlp")
