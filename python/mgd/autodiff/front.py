@@ -64,7 +64,9 @@ def methods_of(model: torch.nn.Module, loss: Callable[..., Any]) -> Methods:
     found: list[Any] = []
     for each in dict.fromkeys(itertools.chain.from_iterable(map(_mro, dict.fromkeys(map(type, objects))))):
         found.append(weakref.ref(each))
-        for x in vars(each).values():
+        for name, x in vars(each).items():
+            if each is torch.nn.Module and name in _REPLACED:
+                continue
             x = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
             if isinstance(x, types.FunctionType):
                 found += [weakref.ref(x), id(x.__code__)]
@@ -75,6 +77,7 @@ def _mro(kind: type) -> tuple[type, ...]:
     return kind.__mro__ if kind.__flags__ & _HEAP else ()  # nobody changes those of C
 
 
+_REPLACED = "__init__", "__setstate__"  # of nn.Module, by Dynamo itself at its first capture
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 

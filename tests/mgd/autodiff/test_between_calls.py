@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -100,6 +102,22 @@ def test_methods_are_replaced_between_calls(what, trace, at_once, monkeypatch):
         assert same(f.metagradient(case.z), expected) and not same(before, expected)
     again = f.metagradient(case.z)
     assert same(again, before) and again.report.execution == "captured"
+
+
+FIRST = """
+import sys
+sys.path[:0] = {path!r}
+from cases import mlp, supervised
+case = supervised(mlp(), (5,), 2)
+f = case.function(trace=True)
+print(["capture" in f.metagradient(case.z).report.seconds for _ in range(2)])
+"""
+
+
+def test_the_first_capture_of_a_process_stays():
+    """In it, Dynamo replaces methods of nn.Module."""
+    found = subprocess.run([sys.executable, "-c", FIRST.format(path=sys.path)], capture_output=True, text=True)
+    assert found.stdout.strip() == "[True, False]", found
 
 
 class Criterion(nn.Module):
