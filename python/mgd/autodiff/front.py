@@ -57,7 +57,8 @@ Methods = list[Any]
 def methods_of(model: torch.nn.Module, loss: Callable[..., Any]) -> Methods:
     """What Dynamo takes for granted without a guard: libraries put other methods into classes. The classes are those of
     the model and the loss, of their modules, and of these modules' attributes."""
-    inside = [loss, getattr(loss, "func", None), *[cell.cell_contents for cell in _cells(loss)]]
+    around = [getattr(loss, name, None) for name in ("func", "__self__")]  # of a partial function, of a method
+    inside = [loss, *around, *[cell.cell_contents for cell in _cells(loss)]]
     roots = [model, *[x for x in inside if isinstance(x, torch.nn.Module)]]
     modules = [module for root in roots for module in root.modules()]
     objects = itertools.chain(modules, inside, *[vars(module).values() for module in modules])

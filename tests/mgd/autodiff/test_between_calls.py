@@ -123,8 +123,11 @@ def test_the_first_capture_of_a_process_stays():
 class Criterion(nn.Module):
     """A loss that is a module."""
 
+    def inner(self, value):
+        return value
+
     def forward(self, model, batch, z):
-        return F.cross_entropy(model(batch[0]), batch[1])
+        return self.inner(F.cross_entropy(model(batch[0]), batch[1]))
 
 
 class Scale:
@@ -143,13 +146,13 @@ class Helped(nn.Module):
         return self.scale(self.body(x))
 
 
-def test_methods_of_a_loss_and_of_helpers_are_replaced(monkeypatch):
-    half = Criterion(), Criterion.forward
-    case = supervised(Helped(), (5,)).but(loss=half[0])
+@pytest.mark.parametrize("loss", [Criterion(), Criterion().forward], ids=["module", "method"])
+def test_methods_of_a_loss_and_of_helpers_are_replaced(loss, monkeypatch):
+    case = supervised(Helped(), (5,)).but(loss=loss)
     f = case.function(trace=True)
     before = f.metagradient(case.z)
     for kind, name, other in (
-        (Criterion, "forward", lambda self, *seen: 0.5 * half[1](self, *seen)),
+        (Criterion, "inner", lambda self, value: 0.5 * value),
         (Scale, "__call__", lambda self, x: 0.5 * x),
     ):
         with monkeypatch.context() as patch:
