@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import mgd
 from mgd.autodiff import payoff
 from mgd.autodiff.step_graph import StepGraph
-from mgd.errors import BadArgument, BadMetaparameter, NonFiniteState
+from mgd.errors import BadArgument, BadLoss, BadMetaparameter, NonFiniteState
 from mgd_kernels import SGD, Adam, Muon, RMSprop
 
 EXACT = 1e-10
@@ -96,6 +96,37 @@ def test_buffers_that_grow(trace):
     case = supervised(Remembering(), (5,), steps=4)
     assert_agrees(case, trace=trace)
     assert_agrees(case, trace=trace, since=2)
+
+
+class Late(nn.Module):
+    """Gives a value to a buffer that was None: a mean of what it saw, or a constant."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.body, self.constant = mlp(), constant
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = torch.ones_like(x[0]) if self.constant else x.detach().mean(0)
+        elif not self.constant:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return self.body(x * self.mean)
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_buffer_that_is_none_at_first(constant, trace):
+    case = supervised(Late(constant), (5,), steps=3)
+    f = case.function(trace=trace)
+    if constant:
+        expected = inner(f.metagradient(case.z).grads, case.z)
+        torch.testing.assert_close(f.jvp(case.z, case.z).tangent, expected, rtol=EXACT, atol=1e-14)
+        return
+    for call in (f.metagradient, lambda z: f.jvp(z, z)):
+        with pytest.raises(BadLoss, match="'mean' was None"):
+            call(case.z)
 
 
 @pytest.mark.parametrize("trace", [False, True])

@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mgd.errors import BadArgument
+from mgd.errors import BadArgument, BadLoss
 from mgd.step.overrides import FunctionOverrides
 
 Buffers = dict[str, Tensor]
@@ -38,6 +39,13 @@ class Binding:
                 )
         self._parameter_places = self._places(list(self._trainable.values()), "_parameters")
         self._buffer_places = self._places(list(self._buffers.values()), "_buffers")
+        self._absent = [
+            (module._buffers, key, f"{name}.{key}".lstrip("."))
+            for name, module in model.named_modules()
+            for key, buffer in module._buffers.items()
+            if buffer is None
+        ]
+        self._assigned: dict[str, Tensor] = {}
 
     def _places(self, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
         """`(the module's dict, key, index into tensors)` for every place where one of the tensors occurs."""
@@ -67,9 +75,20 @@ class Binding:
                     originals.append((owner, key, owner[key]))
                     owner[key] = tensors[i]
             yield
+            self._look_at_new()
         finally:
             for owner, key, tensor in originals:
                 owner[key] = tensor
+
+    def _look_at_new(self) -> None:
+        """Raises BadLoss if a buffer that was None is no constant: it is not among those that a training carries on."""
+        for registry, key, name in self._absent:
+            x = registry.get(key)
+            if x is not None and not torch.equal(self._assigned.setdefault(name, x.detach().clone()), x.detach()):
+                raise BadLoss(
+                    f"expected buffers that hold a tensor before the training; {name!r} was None, and steps give it "
+                    "different values. Register it with a tensor: then it is part of the training's state."
+                )
 
     def holds(self, buffers: Sequence[Tensor]) -> bool:
         """Whether the model holds these very buffers, by `buffer_names`."""
