@@ -163,8 +163,10 @@ class CapturedEvaluator:
         """What autograd gives, where a new graph gave something else: what Dynamo sees of a loss may be another one
         than what runs without it. A model that counts its calls counts one."""
         graph, model = step.graph, step.microbatch.loss.binding.model
+        if graph.compared:
+            return None
         codes = self._fronts[kind[:2]].codes
-        if graph.compared or (self.at_once and not (codes and all(map(does_nothing_beside, codes)))):
+        if self.at_once and not (codes and all(map(does_nothing_beside, codes))):
             return None  # where it was asked for, a loss that counts is not called twice for that
         after = numbers_of(model)
         put_back(step.numbers)
