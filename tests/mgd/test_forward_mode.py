@@ -99,28 +99,33 @@ def test_buffers_that_grow(trace):
 
 
 class Late(nn.Module):
-    """Gives a value to a buffer that was None: a mean of what it saw, or a constant."""
+    """Gives values to a buffer that was None: a mean of what it saw, a constant, or what nobody reads in a training."""
 
-    def __init__(self, constant):
+    def __init__(self, kind):
         super().__init__()
-        self.body, self.constant = mlp(), constant
+        self.body, self.kind = mlp(), kind
         self.register_buffer("mean", None)
 
     def forward(self, x):
+        if self.kind.startswith("written"):
+            y = self.body(x)
+            if self.training:
+                self.mean = y.mean(0)
+            return y * self.mean if not self.training and self.kind == "written, read in the end" else y
         if self.mean is None:
-            self.mean = torch.ones_like(x[0]) if self.constant else x.detach().mean(0)
-        elif not self.constant:
+            self.mean = torch.ones_like(x[0]) if self.kind == "constant" else x.detach().mean(0)
+        elif self.kind == "mean":
             self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
         return self.body(x * self.mean)
 
 
 @pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
 @pytest.mark.parametrize("trace", [False, True])
-@pytest.mark.parametrize("constant", [True, False])
-def test_a_buffer_that_is_none_at_first(constant, trace):
-    case = supervised(Late(constant), (5,), steps=3)
+@pytest.mark.parametrize("kind", ["constant", "written", "written, read in the end", "mean"])
+def test_a_buffer_that_is_none_at_first(kind, trace):
+    case = supervised(Late(kind), (5,), steps=3)
     f = case.function(trace=trace)
-    if constant:
+    if kind in ("constant", "written"):
         expected = inner(f.metagradient(case.z).grads, case.z)
         torch.testing.assert_close(f.jvp(case.z, case.z).tangent, expected, rtol=EXACT, atol=1e-14)
         return

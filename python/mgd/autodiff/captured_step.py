@@ -43,6 +43,7 @@ class CapturedStep:
         self.loss: Tensor | None = None
         self.evaluation: Evaluation | None = None
         self.graph: Any = None
+        self._reads_assigned = False
         self.numbers: Numbers = []
 
     @contextlib.contextmanager
@@ -54,6 +55,7 @@ class CapturedStep:
             yield
             if not loss.binding.holds(buffers):
                 raise NotCaptured("the loss replaces a buffer of the model")
+            loss.binding.look_at_assigned(self._reads_assigned)
 
     def writes(self, graph: CapturedGraph, arguments: Sequence[Any]) -> frozenset[str]:
         """The names of the buffers that a graph of this step writes to."""
@@ -83,6 +85,8 @@ class CapturedStep:
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
         """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
+        assigned = self.microbatch.loss.binding.assigned()
+        self._reads_assigned |= any(x is y for x in arguments for y in assigned)
         return places_of(arguments, self._places)
 
     def note(self, places: tuple[int, ...]) -> None:

@@ -45,7 +45,8 @@ class Binding:
             for key, buffer in module._buffers.items()
             if buffer is None
         ]
-        self._assigned: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        self._reads_assigned = self._assigned_varies = False
 
     def _places(self, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
         """`(the module's dict, key, index into tensors)` for every place where one of the tensors occurs."""
@@ -75,19 +76,32 @@ class Binding:
                     originals.append((owner, key, owner[key]))
                     owner[key] = tensors[i]
             yield
-            self._look_at_new()
         finally:
             for owner, key, tensor in originals:
                 owner[key] = tensor
 
-    def _look_at_new(self) -> None:
-        """Raises BadLoss if a buffer that was None is no constant: it is not among those that a training carries on."""
+    def assigned(self) -> list[Tensor]:
+        """What the model holds now as buffers that were None at first."""
+        return [x for registry, key, _ in self._absent if (x := registry.get(key)) is not None]
+
+    def look_at_assigned(self, read: bool) -> None:
+        """Raises BadLoss if a buffer that was None at first varies and is read: a training carries on the others only.
+
+        read: whether a call of the model just now read what `assigned` had been before it.
+        """
+        self._reads_assigned |= read
         for registry, key, name in self._absent:
-            x = registry.get(key)
-            if x is not None and not torch.equal(self._assigned.setdefault(name, x.detach().clone()), x.detach()):
+            if (x := registry.get(key)) is None:
+                continue
+            first = self._first.setdefault(name, x.detach().clone())
+            shown = tuple(map(slice, map(min, zip(first.shape, x.shape, strict=False))))  # tables grow with the input
+            same = first.ndim == x.ndim and torch.equal(first[shown], x.detach()[shown])
+            self._assigned_varies |= x.requires_grad or not same
+            if self._reads_assigned and self._assigned_varies:
                 raise BadLoss(
-                    f"expected buffers that hold a tensor before the training; {name!r} was None, and steps give it "
-                    "different values. Register it with a tensor: then it is part of the training's state."
+                    f"expected buffers that hold a tensor before the training; {name!r} was None, steps give it "
+                    "different values, and they are read. Register it with a tensor: then it is part of the "
+                    "training's state."
                 )
 
     def holds(self, buffers: Sequence[Tensor]) -> bool:
@@ -114,9 +128,11 @@ class Binding:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
             overrides = stack.enter_context(overrides or FunctionOverrides(formulas=False))
+            overrides.carried = self.assigned()
             overrides.in_loss = True
             value = function(self.model, *args)
             overrides.in_loss = False
+            self.look_at_assigned(overrides.reads_carried)
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it
         return value, dict(zip(self.buffer_names, tensors, strict=True))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mgd.step import class_weights, norms, written_out
 from mgd_kernels import functional
@@ -37,6 +38,8 @@ class FunctionOverrides(TorchFunctionMode):
 
     opened: tensors whose memory was asked for while `in_loss`, where it may be written unseen: the memory, held so that
     no other tensor gets it, the tensor, and its values then.
+
+    carried: tensors that earlier calls left in the model. reads_carried: whether a function was given one of them.
     """
 
     def __init__(self, plain: bool = False, formulas: bool = True):
@@ -44,6 +47,8 @@ class FunctionOverrides(TorchFunctionMode):
         self.plain, self.formulas = plain, formulas and not plain
         self.in_loss = self.differentiates = self.replaced = False
         self.opened: list[tuple[torch.UntypedStorage, torch.Tensor, torch.Tensor]] = []
+        self.carried: list[torch.Tensor] = []
+        self.reads_carried = False
 
     def written(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether one of these tensors was changed past autograd, as `.data` allows. What changes a tensor otherwise
@@ -59,6 +64,8 @@ class FunctionOverrides(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.carried and not self.reads_carried:
+            self.reads_carried = any(x is tensor for x in tree_leaves((args, kwargs)) for tensor in self.carried)
         if self.in_loss and func in _WATCHED:
             self._watch(func, args, kwargs)
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):
