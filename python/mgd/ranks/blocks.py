@@ -28,6 +28,10 @@ class Blocks(Generic[T]):
             level, index = level + 1, index >> 1
         self._held[level, index] = value
 
+    def joins(self, index: int) -> bool:
+        """Whether the value of this microbatch would be added to that of its left neighbour at once."""
+        return bool(index & 1) and (0, index ^ 1) in self._held
+
     def items(self) -> list[tuple[Place, T]]:
         """What is not yet part of a larger block, in the order of the microbatches."""
         held = list(self._held.items())

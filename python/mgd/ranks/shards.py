@@ -115,6 +115,14 @@ class Shards:
         if pairs:
             torch._foreach_copy_([x for x, _ in pairs], [g for _, g in pairs])
 
+    def sum_(self, flat: Tensor, more: Tensor | Tensors) -> Tensor:
+        """Add another flat buffer, or one tensor per parameter, to a flat buffer: to the same bits."""
+        if isinstance(more, Tensor):
+            return flat.add_(more)
+        for x, g in zip(self.arena.slices(flat), more, strict=True):
+            x.add_(0.0 if g is None else g.detach())
+        return flat
+
     def gradient(self, blocks: Blocks[Tensor], into: Tensor | None = None) -> Tensor:
         """This process's part of the sum of flat gradients, in `into` where it is given."""
         total = blocks.total()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
-from mgd.errors import BadBatch
+from mgd.errors import BadBatch, ReplayDivergence
 from mgd.util.fingerprint import digest
 
 
@@ -276,6 +276,33 @@ def exact_content_of(tensors: list[Tensor]) -> int:
         return hash(tuple([(x.dtype, x.shape, x.numpy().tobytes()) for x in tensors]))
     except (RuntimeError, TypeError):  # one that numpy does not have
         return hash(digest(tensors))
+
+
+class BatchNumbers:
+    """The integers and booleans of batches on the CPU, such as indices and labels, have to stay the same: the loss
+    need not show another one, where weights are equal. To copy them from a GPU would wait for it."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[int, set[int]] = {}  # of each step's
+
+    def check(self, t: int, batches: Sequence[Any]) -> list[Tensor]:
+        """Those of the microbatches of step `t`. Raises ReplayDivergence where they were others before."""
+        tensors = [x for batch in batches for x in split_tensors(batch)[0]]
+        numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
+        if numbers:
+            found = exact_content_of(numbers)
+            if found not in self._hashes.setdefault(t, {found}):
+                raise ReplayDivergence(
+                    t,
+                    f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
+                    "(fix the order of the examples and their augmentation).",
+                )
+        return numbers
+
+    def note(self, t: int, numbers: Sequence[Tensor]) -> None:
+        """What the loss has left of them: it may mask labels in place, to the same end each time."""
+        if any([not x.is_inference() and x._version for x in numbers]):
+            self._hashes[t].add(exact_content_of(list(numbers)))
 
 
 def _sums(x: Tensor | np.ndarray) -> int:

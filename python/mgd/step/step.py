@@ -8,6 +8,7 @@ is evaluated is up to an `Evaluator`.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from mgd.errors import ReplayDivergence
 from mgd.ranks.blocks import Blocks
 from mgd.ranks.shards import Shards
 from mgd.step.agreement import CONFIRMED, ROUNDED, SLIGHT, Agreement, Terms
-from mgd.step.batches import exact_content_of, fingerprints, microbatches, shares, split_tensors
+from mgd.step.batches import BatchNumbers, fingerprints, microbatches, shares
 from mgd.step.combined import after_step, after_tangents, changed
 from mgd.step.evaluator import Direction, Evaluator, Residuals
 from mgd.step.influence import Influence, projections
@@ -28,6 +29,7 @@ from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters, Metaparameters
 from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import LookCloser
+from mgd.util.system import return_freed_memory_before
 
 
 @dataclass
@@ -94,7 +96,8 @@ class StepFunction:
         self.agreement = Agreement(shards)
         dtypes = [self.arena.gradient_dtype, loss.autocast or self.arena.gradient_dtype]
         self._machine_epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
-        self._numbers: dict[int, set[int]] = {}  # of each step's batch: hashes of its indices and labels
+        self._numbers = BatchNumbers()
+        self._took = 0.0  # seconds, the last second derivatives of a microbatch
 
     def gradient(
         self,
@@ -107,7 +110,7 @@ class StepFunction:
     ) -> StepResult:
         """Evaluate step `t` at the flat `params`. into: memory for the gradient. room: bytes that residuals may take;
         None: as many as there are. Errors name the step."""
-        blocks: Blocks[Tensor] = Blocks(Tensor.add_)
+        blocks: Blocks[Any] = Blocks(self.shards.sum_)
         rows, left, residuals, influence, not_kept = [], [], [], [], 0
         room = None if room is None else room // len(self.shards.own)
         self.influence.prepare(meta)
@@ -118,8 +121,9 @@ class StepFunction:
             result = self.evaluator.gradient(microbatch, parameters, buffers, room=room)
             absent = {i for i, g in enumerate(result.gradients) if g is None}
             unmoved = absent if unmoved is None else unmoved & absent
-            blocks.add(microbatch.index, self.shards.flat(result.gradients, place))
-            place, result.gradients = None, ()  # or they would be held while the next ones are computed
+            i, gradients = microbatch.index, result.gradients
+            blocks.add(i, gradients if blocks.joins(i) else self.shards.flat(gradients, place))
+            place, gradients, result.gradients = None, (), ()  # or they would be held while the next are computed
             rows.append(result.loss.double().reshape(1))
             if self.loss.compared and result.influence:
                 influence.append(projections(result.influence, result.loss.device))
@@ -287,6 +291,7 @@ class StepFunction:
         slight = discrepancy <= SLIGHT * self.agreement.tolerance and self._other_influence(t, terms) is None
         if not self.shards.ranks.every(graphs and slight):
             return False
+        return_freed_memory_before(self._took)
         again = self.gradient(t, params, result.buffers[0], meta, room=0)
         return self.shards.ranks.every(torch.equal(again.gradient, result.gradient))
 
@@ -346,6 +351,8 @@ class StepFunction:
         own: Sequence[Microbatch | Residuals] = evaluations or result.residuals or ()
         for k, i in reversed(list(enumerate(self.shards.own))):
             one, cotangents = own[k], buffer_adjoints
+            return_freed_memory_before(self._took)
+            start = time.perf_counter()
             if any(moved) and self.microbatches > 1:  # each has its share in the mean
                 cotangents = [
                     [a * one.share if moves else a for a, moves in zip(adjoints, moved, strict=True)]
@@ -362,6 +369,7 @@ class StepFunction:
                     kept = evaluator.second_derivatives(one, parameters, before, tangents, cotangents, result.losses[i])
                 derivatives = kept
             terms.append(i, derivatives, len(parameters), before, one.metaparameters)
+            self._took = time.perf_counter() - start
         return terms
 
     def diverged(self, t: int, i: int, first: float, second: float, meta: Metaparameters) -> Exception:
@@ -376,24 +384,7 @@ class StepFunction:
     def _evaluations(self, t: int, whole: Any, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
         own = self.shards.own if own is None else own
         parts = microbatches(whole, self.microbatches, t, own)
-        tensors = [x for batch, _ in parts for x in split_tensors(batch)[0]]
-        numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
-        if numbers:
-            self._check_numbers(t, numbers)
+        numbers = self._numbers.check(t, [batch for batch, _ in parts])
         for i, (batch, share) in zip(own, parts, strict=True):
             yield Microbatch(self.loss, self.batches, t, i, batch, share, meta.at(batch, t))
-        if any([not x.is_inference() and x._version for x in numbers]):
-            self._numbers[t].add(
-                exact_content_of(numbers)
-            )  # the loss may mask labels in place, to the same end each time
-
-    def _check_numbers(self, t: int, numbers: list[Tensor]) -> None:
-        """Raises ReplayDivergence if the batch has other indices or labels than when it was read first: the loss need
-        not show it, where weights are equal. On the CPU: to copy them from a GPU would wait for it."""
-        found = exact_content_of(numbers)
-        if found not in self._numbers.setdefault(t, {found}):
-            raise ReplayDivergence(
-                t,
-                f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
-                "(fix the order of the examples and their augmentation).",
-            )
+        self._numbers.note(t, numbers)

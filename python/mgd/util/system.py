@@ -102,6 +102,18 @@ def return_freed_memory(least: int = 0) -> None:
         pass  # another C library
 
 
+FAULT = 0.25e-9  # seconds per byte to fault memory in again
+SPARED = 0.05  # of the time of what follows
+
+
+def return_freed_memory_before(seconds: float) -> None:
+    """The same, before something that takes so long, where that is long against faulting the memory in again."""
+    if seconds * SPARED < MUCH * FAULT or (mallinfo := _mallinfo()) is None:
+        return
+    if MUCH < mallinfo().fordblks < seconds * SPARED / FAULT:
+        return_freed_memory()
+
+
 _TRIM_THRESHOLD = 2**31 - 1  # bytes, the largest number that mallopt takes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MMAP_THRESHOLD = 32 << 20  # bytes; the most to which glibc itself raises its threshold as larger blocks are freed
