@@ -57,8 +57,12 @@ class FusedOptimizer(Optimizer):
         with _copied(state) as copy:
             backend.step_(*given, **copy)
 
-    def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
-        return self.backend(state.params, grad).vjp_(
+    def _vjp_(self, state, grad, table, adjoint, u, grad_scale, wanted):
+        backend = self.backend(state.params, grad)
+        options = {}
+        if wanted is not None and getattr(backend, "CHOOSES_SUMS", False):
+            options["wanted"] = self.rule.wanted([self.column(name) for name in wanted])
+        return backend.vjp_(
             self.rule,
             state.params,
             state.slots,
@@ -70,6 +74,7 @@ class FusedOptimizer(Optimizer):
             adjoint.slots,
             u,
             grad_scale,
+            **options,
         )
 
     def _jvp_(self, state, grad, table, tangents, grad_tangents, hyper_tangents, grad_scale, advance):

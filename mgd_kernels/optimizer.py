@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -354,9 +354,14 @@ class Optimizer(ABC):
         adjoint: OptimizerState,
         u: Tensor,
         grad_scale: float | Tensor = 1.0,
+        wanted: Collection[str] | None = None,
     ) -> Tensor:
-        """`step_vjp_` with hyperparameters and their cotangents as tables: float64 `[G, H]` in, `[G, H + 1]` out."""
-        return self._vjp_(state, grad, table, adjoint, u, grad_scale)
+        """`step_vjp_` with hyperparameters and their cotangents as tables: float64 `[G, H]` in, `[G, H + 1]` out.
+
+        wanted: names of the hyperparameters whose cotangents are needed, which spares the sums of others: these are 0,
+        or what they are. None: of all, and of `grad_scale`, in the last column.
+        """
+        return self._vjp_(state, grad, table, adjoint, u, grad_scale, wanted)
 
     @abstractmethod
     def _vjp_(
@@ -367,6 +372,7 @@ class Optimizer(ABC):
         adjoint: OptimizerState,
         u: Tensor,
         grad_scale: float | Tensor,
+        wanted: Collection[str] | None,
     ) -> Tensor: ...
 
     @abstractmethod
@@ -383,11 +389,7 @@ class Optimizer(ABC):
     ) -> None: ...
 
     def _replay_(
-        self,
-        state: OptimizerState,
-        grads: Sequence[Tensor],
-        tables: Tensor,
-        grad_scales: Sequence[float | Tensor],
+        self, state: OptimizerState, grads: Sequence[Tensor], tables: Tensor, grad_scales: Sequence[float | Tensor]
     ) -> None:
         for i, (grad, scale) in enumerate(zip(grads, grad_scales, strict=True)):
             self._step_(replace(state, step=state.step + i), grad, tables[i], scale)

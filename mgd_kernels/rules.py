@@ -8,8 +8,9 @@ language: `backends/reference.py` (torch, the specification), `csrc/optim/*.h` (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -29,6 +30,12 @@ def check_range(ranges: Mapping[str, tuple[float, float]], name: str, values: fl
             raise BadArgument(f"expected {wanted} for {called or name}; got {number}")
 
 
+# Which cotangents a VJP computes: none, those of `lr` and `weight_decay`, the first columns of every rule, or all, that
+# of the gradient's scale among them.
+Wanted = Literal["none", "rates", "all"]
+WANTED: tuple[Wanted, ...] = get_args(Wanted)
+
+
 @dataclass(frozen=True)
 class Rule:
     """An element-wise update rule.
@@ -45,6 +52,10 @@ class Rule:
 
     def column(self, name: str) -> int:
         return self.hyper.index(name)
+
+    def wanted(self, columns: Collection[int]) -> Wanted:
+        """What has to be computed for the cotangents of these columns."""
+        return "none" if not columns else "rates" if set(columns) <= {0, 1} else "all"
 
 
 ADAM = Rule(

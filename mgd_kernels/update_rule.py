@@ -76,7 +76,7 @@ class UpdateRule(Optimizer):
             new = self._call(views[0], views[1:], g, table[group].unbind(), state.next_count)
             _assign(views, new)
 
-    def _vjp_(self, state, grad, table, adjoint, u, grad_scale):
+    def _vjp_(self, state, grad, table, adjoint, u, grad_scale, wanted):
         check_extents_apart([*adjoint.tensors(), u], [*state.tensors(), grad, table])
         out = torch.zeros(table.shape[0], self.width + 1, dtype=torch.float64, device=state.params.device)
         raw = grad.to(state.params.dtype)

@@ -18,7 +18,7 @@ struct Adam {
     static constexpr int slots = 2;    // exp_avg, exp_avg_sq
     static constexpr int columns = 7;  // of the hyperparameter table, in the order of the enumeration
     static constexpr int sums = 9;     // over all elements, from which the cotangents of the columns come
-    static_assert(sums <= kMaxSums);
+    static_assert(sums <= kMaxSums && kRates <= sums);
     enum Column { lr, weight_decay, l2, beta1, beta2, eps, eps_root };
     enum Sum { ap_n, ap_p, u_p, dm_m, dv_v, dvhat_v, dD, dvhat, u_grad };
 

@@ -111,7 +111,7 @@ void bind_optim(py::module_& m) {
         "optim_vjp",
         [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, Address grad, double grad_scale,
            Address hyper, int64_t groups, int64_t k, Address segments, int64_t rows, const Addresses& adjoint,
-           const Addresses& new_adjoint, Address u, Address out, int threads) {
+           const Addresses& new_adjoint, Address u, Address out, int wanted, int threads) {
             const Addresses grads{grad};
             Tensors tensors{};
             set(tensors.state, state);
@@ -121,10 +121,13 @@ void bind_optim(py::module_& m) {
             tensors.grads = pointers(grads);
             const Problem all = flat(n, segments, rows, groups, hyper, k, threads, tensors);
             py::gil_scoped_release release;
-            run_vjp(task(rule, dtype, grad_dtype, 1, groups, false), all, grad_scale, reinterpret_cast<double*>(out));
+            Task made = task(rule, dtype, grad_dtype, 1, groups, false);
+            made.wanted = static_cast<Wanted>(wanted);
+            run_vjp(made, all, grad_scale, reinterpret_cast<double*>(out));
         },
         "The VJP of step k, from adjoint to new_adjoint (which may be the same) and u; out: address of float64 "
-        "[groups, columns + 1].");
+        "[groups, columns + 1], of which those are written that `wanted` names: 0 none, 1 learning rate and weight decay, 2 "
+        "all.");
     m.def(
         "optim_jvp",
         [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, Address grad, double grad_scale,
@@ -176,8 +179,9 @@ void bind_optim(py::module_& m) {
                 leaves.tensors[i].grads = pointers(grads, i);
             }
             py::gil_scoped_release release;
-            run_vjp(task(rule, dtype, grad_dtype, 1, groups, true), leaves.problem(hyper, k, threads), 1,
-                    reinterpret_cast<double*>(out));
+            Task made = task(rule, dtype, grad_dtype, 1, groups, true);
+            made.wanted = out ? Wanted::all : Wanted::none;
+            run_vjp(made, leaves.problem(hyper, k, threads), 1, reinterpret_cast<double*>(out));
         },
         "The VJP of optim_update; 0 in adjoint for zeros, in new_adjoint and out for a cotangent that is not wanted.");
     m.def(

@@ -164,24 +164,25 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
     const Tiles tiles(problem);
     const Kernels& kernels = current().kernels;
     static thread_local std::vector<double> kept;
-    double* const partial = out ? workspace(kept, tiles.count() * kMaxSums) : nullptr;
+    double* const partial = workspace(kept, tiles.count() * kMaxSums);
     parallel(problem.threads, tiles.count(), [&](int64_t tile) {
         tiles.visit(tile, [&](const Tensors& tensors, int64_t group, int64_t begin, int64_t end) {
-            kernels.vjp(task, tensors, group, begin, end, partial ? partial + tile * kMaxSums : nullptr);
+            kernels.vjp(task, tensors, group, begin, end, partial + tile * kMaxSums);
         });
     });
-    if (!out) return;
+    if (task.wanted == Wanted::none) return;
+    const bool all = task.wanted == Wanted::all;
     with_rule(task.rule, [&](auto rule) {
         using R = decltype(rule);
         std::fill(out, out + task.groups * (R::columns + 1), 0.0);
         for (int64_t r = 0; r < problem.rows; ++r) {  // tiles in order: the sums depend on nothing else
             double sums[R::sums] = {}, cotangents[R::columns + 1];
             for (int64_t tile = tiles.first[r]; tile < tiles.first[r + 1]; ++tile)
-                for (int i = 0; i < R::sums; ++i) sums[i] += partial[tile * kMaxSums + i];
+                for (int i = 0; i < (all ? R::sums : kRates); ++i) sums[i] += partial[tile * kMaxSums + i];
             const int64_t group = problem.segments[3 * r + 2];
             const double* row = problem.hyper + group * R::columns;
             R::cotangents(row, static_cast<double>(problem.first_step), sums, cotangents);
-            for (int c = 0; c <= R::columns; ++c) out[group * (R::columns + 1) + c] += cotangents[c];
+            for (int c = 0; c < (all ? R::columns + 1 : kRates); ++c) out[group * (R::columns + 1) + c] += cotangents[c];
         }
     });
 }

@@ -38,6 +38,7 @@ struct Task {
     const void* coefficients;  // [steps][groups] of the rule's Coefficients<dtype>
     int64_t directions;        // of a JVP
     const void* tangents;      // [directions][groups] of the rule's Tangents<dtype>
+    Wanted wanted;             // of a VJP's sums
 };
 
 struct Dot {
@@ -45,8 +46,8 @@ struct Dot {
     const void *x, *y;
 };
 
-// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places, or null
-// where they are not wanted.
+// One instruction set's kernels, each over the elements [begin, end) of one tile. `sums`: kMaxSums places, of
+// which a VJP writes those that its task wants.
 struct Kernels {
     void (*replay)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end);
     void (*vjp)(const Task&, const Tensors&, int64_t group, int64_t begin, int64_t end, double* sums);

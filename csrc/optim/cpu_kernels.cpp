@@ -28,23 +28,21 @@ constexpr int kPacks = kPass / Pack<T>::width;
 // made of; from four per pass on, everything is added in double.
 template <class T, int sums>
 struct Terms {
-    typename Pack<T>::type of[sums][kPacks<T>] = {};
+    typename Pack<T>::type of[sums > 0 ? sums : 1][kPacks<T>] = {};
 };
 
-// What an element function sees of them: those of one register.
+// What an element function sees of them: those of one register. The others, from `sums` on, are not wanted.
 template <class T, int sums>
 struct RegisterTerms {
     using V = typename Pack<T>::type;
     Terms<T, sums>& terms;
     int pack;
-    inline __attribute__((always_inline)) void add(int i, V x) const { terms.of[i][pack] = x; }
-    inline __attribute__((always_inline)) void add(int i, V x, V y) const { terms.of[i][pack] = x * y; }
-};
-
-// Where the sums are not wanted.
-struct NoSums {
-    template <class... V>
-    inline __attribute__((always_inline)) void add(int, V...) const {}
+    inline __attribute__((always_inline)) void add(int i, V x) const {
+        if (i < sums) terms.of[i][pack] = x;
+    }
+    inline __attribute__((always_inline)) void add(int i, V x, V y) const {
+        if (i < sums) terms.of[i][pack] = x * y;
+    }
 };
 
 double in_order(Quad x) { return ((x[0] + x[1]) + x[2]) + x[3]; }
@@ -68,6 +66,7 @@ alignas(64) const T zeros_of[kTile] = {};
 
 template <class R, class T, class G>
 struct Over {
+    static constexpr int all_sums = R::sums;
     static constexpr int tensors = R::slots + 1;
     using V = typename Pack<T>::type;
     using Coefficients = typename R::template Coefficients<T>;
@@ -261,10 +260,10 @@ struct Over {
     enum { kNothing, kCotangent, kEverything };
 
     // The kPass elements from `at` on.
-    template <int Stream, bool Sum>
+    template <int Stream, int Sums>
     MGD_HD void vjp_pass(const Coefficients& c, const T* const* state, const G* grad, const T* const* adjoint,
                          T* const* out, T* u, int64_t at, Quad* sums) {
-        Terms<T, R::sums> terms;
+        Terms<T, Sums> terms;
 #pragma GCC unroll 8
         for (int j = 0; j < kPacks<T>; ++j, at += Pack<T>::width) {
             V s[tensors], a[tensors], cotangent;
@@ -274,20 +273,16 @@ struct Over {
                 a[i] = load<V>(adjoint[i] + at);
             }
             const V g = load_as(grad + at, V{});
-            if constexpr (Sum)
-                R::vjp(c, g, s, a, cotangent, RegisterTerms<T, R::sums>{terms, j});
-            else
-                R::vjp(c, g, s, a, cotangent, NoSums{});
+            R::vjp(c, g, s, a, cotangent, RegisterTerms<T, Sums>{terms, j});
 #pragma GCC unroll 3
             for (int i = 0; i < tensors; ++i) put<Stream == kEverything>(out[i] + at, a[i]);
             put<Stream != kNothing>(u + at, cotangent);
         }
-        if constexpr (Sum)
 #pragma GCC unroll 16
-            for (int i = 0; i < R::sums; ++i) sums[i] += doubles(fold(terms.of[i]));
+        for (int i = 0; i < Sums; ++i) sums[i] += doubles(fold(terms.of[i]));
     }
 
-    template <int Stream, bool Sum>
+    template <int Stream, int Sums>
     static void vjp_passes(const Coefficients& given, const T* const* state_at, const G* grad,
                            const T* const* adjoint_at, T* const* to, T* u, int64_t count, Quad* total) {
         const Coefficients c = given;  // as in `step`
@@ -300,11 +295,11 @@ struct Over {
         }
         Quad sums[R::sums] = {};
         for (int64_t at = 0; at < count; at += kPass)
-            vjp_pass<Stream, Sum>(c, state, grad, adjoint, out, u, at, sums);
+            vjp_pass<Stream, Sums>(c, state, grad, adjoint, out, u, at, sums);
         __builtin_memcpy(total, sums, sizeof sums);
     }
 
-    template <bool Sum>
+    template <int Sums>
     static void vjp(const Task& task, const Tensors& all, int64_t group, int64_t begin, int64_t end, double* sums) {
         const Coefficients c = coefficients(task, 0, group);
         const int64_t count = end - begin, whole = count / kPass * kPass, rest = count - whole;
@@ -323,11 +318,11 @@ struct Over {
         }
         Quad totals[R::sums];
         if (!aligned(u))
-            vjp_passes<kNothing, Sum>(c, state, grad, adjoint, out, u, whole, totals);
+            vjp_passes<kNothing, Sums>(c, state, grad, adjoint, out, u, whole, totals);
         else if (apart)
-            vjp_passes<kEverything, Sum>(c, state, grad, adjoint, out, u, whole, totals);
+            vjp_passes<kEverything, Sums>(c, state, grad, adjoint, out, u, whole, totals);
         else
-            vjp_passes<kCotangent, Sum>(c, state, grad, adjoint, out, u, whole, totals);
+            vjp_passes<kCotangent, Sums>(c, state, grad, adjoint, out, u, whole, totals);
         fence();
         if (rest) {
             Padded<T> last_state[tensors], last_adjoint[tensors], last_u;
@@ -340,12 +335,11 @@ struct Over {
                 a[i] = o[i] = last_adjoint[i].values;
             }
             const Padded<G> last_grad(grad + whole, rest);
-            vjp_pass<kNothing, Sum>(c, s, last_grad.values, a, o, last_u.values, 0, totals);
+            vjp_pass<kNothing, Sums>(c, s, last_grad.values, a, o, last_u.values, 0, totals);
             for (int i = 0; i < tensors; ++i) last_adjoint[i].write(out[i] + whole, rest);
             last_u.write(u + whole, rest);
         }
-        if constexpr (Sum)
-            for (int i = 0; i < R::sums; ++i) sums[i] = in_order(totals[i]);
+        for (int i = 0; i < Sums; ++i) sums[i] = in_order(totals[i]);
     }
 };
 
@@ -428,8 +422,14 @@ void replay(const Task& task, const Tensors& tensors, int64_t group, int64_t beg
 void vjp(const Task& task, const Tensors& tensors, int64_t group, int64_t begin, int64_t end, double* sums) {
     with_types(task, [&](auto over) {
         using O = decltype(over);
-        sums ? O::template vjp<true>(task, tensors, group, begin, end, sums)
-             : O::template vjp<false>(task, tensors, group, begin, end, sums);
+        switch (task.wanted) {
+            case Wanted::none:
+                return O::template vjp<0>(task, tensors, group, begin, end, sums);
+            case Wanted::rates:
+                return O::template vjp<kRates>(task, tensors, group, begin, end, sums);
+            case Wanted::all:
+                return O::template vjp<O::all_sums>(task, tensors, group, begin, end, sums);
+        }
     });
 }
 

@@ -17,7 +17,7 @@ struct Sgd {
     static constexpr int slots = Slots;
     static constexpr int columns = 5;  // of the hyperparameter table, in the order of the enumeration
     static constexpr int sums = 7;     // over all elements, from which the cotangents of the columns come
-    static_assert(sums <= kMaxSums);
+    static_assert(sums <= kMaxSums && kRates <= sums);
     enum Column { lr, weight_decay, l2, momentum, dampening };
     enum Sum { ap_d, ap_p, u_p, dd_buf1, dbuf1_buf, dbuf1_g, u_grad };
 

@@ -32,9 +32,10 @@ from mgd_kernels.backends.addresses import (
 from mgd_kernels.backends.interface import Leaves
 from mgd_kernels.errors import BackendUnavailable, BadArgument
 from mgd_kernels.memory import address, gate, wrote
-from mgd_kernels.rules import Rule
+from mgd_kernels.rules import WANTED, Rule, Wanted
 
 OUT_OF_PLACE = True  # `step_`, `replay_` and `vjp_` take `out`
+CHOOSES_SUMS = True  # `vjp_` takes `wanted`
 
 
 @cache
@@ -158,9 +159,10 @@ def vjp_(
     u: Tensor,
     grad_scale: float | Tensor = 1.0,
     out: Sequence[Tensor] | None = None,
-    hyper_wanted: bool = True,
-) -> Tensor | None:
-    """One pass over memory. hyper_wanted: False saves the sums (half of Adam's arithmetic), and None is returned."""
+    wanted: Wanted = "all",
+) -> Tensor:
+    """One pass over memory, which computes the sums that are `wanted` alone. Without any it does half of Adam's
+    arithmetic."""
     core = _core()
     state = [params, *check_slots(rule, slots, "slots")]
     adjoint = [adjoint_params, *check_slots(rule, adjoint_slots, "adjoints of slots")]
@@ -170,7 +172,7 @@ def vjp_(
     _check_step(k)
     hyper = _table(rule, hyper, segments.groups)
     table = check_table(segments)
-    cotangents = torch.empty(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device="cpu")
+    cotangents = torch.zeros(segments.groups, len(rule.hyper) + 1, dtype=torch.float64, device="cpu")
     count = len(state)
     to, source = gate(written, [*state, *(() if out is None else adjoint), grad, hyper])
     core.optim_vjp(
@@ -189,11 +191,12 @@ def vjp_(
         to[:count] if out is None else source[count:-2],
         to[:count],
         to[count],
-        address(cotangents) if hyper_wanted else 0,
+        address(cotangents),
+        WANTED.index(wanted),
         torch.get_num_threads(),
     )
     wrote(written)
-    return cotangents if hyper_wanted else None
+    return cotangents
 
 
 def jvp_(

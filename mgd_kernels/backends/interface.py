@@ -18,7 +18,9 @@ class Backend(Protocol):
 
     A backend with `OUT_OF_PLACE = True` also takes `out=` in `step_`, `replay_` and `vjp_`: tensors apart from all
     others, which receive the elements of the segments of what otherwise is overwritten. One with `WRITES_COPY = True`
-    takes `low=` in `step_` and `replay_`: a 16-bit `[n]` tensor that receives the new parameters in the same pass.
+    takes `low=` in `step_` and `replay_`: a 16-bit `[n]` tensor that receives the new parameters in the same pass. One
+    with `CHOOSES_SUMS = True` takes `wanted=` in `vjp_`: which cotangents of hyperparameters are computed. The others
+    are 0.
     """
 
     def unavailable(self) -> str | None:
@@ -73,12 +75,12 @@ class Backend(Protocol):
         adjoint_slots: Sequence[Tensor],
         u: Tensor,
         grad_scale: float | Tensor = 1.0,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Turn the adjoints of the state after step `k` into those of the state before it, in place.
 
         params and slots are the state before the step and stay as they are. `u` `[n]` receives the cotangent of `grad`
         (with `grad_scale` held fixed). Returns float64 `[G, H + 1]`: the cotangent of every hyperparameter and, in the
-        last column, that of `grad_scale`. (None only where a backend was told that they are not wanted.)
+        last column, that of `grad_scale`.
         """
 
     def jvp_(

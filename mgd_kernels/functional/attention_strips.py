@@ -18,6 +18,7 @@ mean is. Keys with a large common part would lose X in rounding otherwise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -186,7 +187,7 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
 
     def work(piece: tuple[int, int]) -> None:
         heads, (first, second) = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 2)
-        dks, dvs = (x.new_empty(len(heads.heads), *x.shape[2:]) for x in (k, v))
+        shared = _Shared(k, v, len(heads.heads))
         for head in heads.heads:
             dkt, dvt = _transposed(k), _transposed(v)
             for at, n in heads.strips(head):
@@ -199,9 +200,8 @@ def _backward(g, q, k, v, mask, mask_gradient, scale, *options):
                 dvt[:, :n].addmm_(cotangent.t(), heads.drop_(p, head, at))
                 if mask_gradient:
                     _add_to_mask(dm, heads.b, head, at, ds)
-            dks[head % len(dks)], dvs[head % len(dvs)] = dkt.t(), dvt.t()
-        torch.sum(dks, 0, out=dk[piece])  # the bits of keys that were repeated for each head
-        torch.sum(dvs, 0, out=dv[piece])
+            shared.set(head, dkt, dvt)
+        shared.write(dk[piece], dv[piece])
 
     with team() as crew:
         _each(crew, work, q, k, dm)
@@ -218,7 +218,7 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
         heads, buffers = _Heads(*piece, q, k, v, mask, scale, *options), _workspace(q, k, 4)
         ckc = heads.centred(ck)
         both = torch.cat([ckc, heads.k], 1)  # of one product, which is faster than two
-        dks, dvs = (x.new_empty(len(heads.heads), *x.shape[2:]) for x in (k, v))
+        shared = _Shared(k, v, len(heads.heads))
         for head in heads.heads:
             dkt, dvt = _transposed(k), _transposed(v)
             for at, n in heads.strips(head):
@@ -246,13 +246,28 @@ def _double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, scale, *op
                     _add_to_mask(dm, heads.b, head, at, m)
                 if cv is not None:
                     out.addmm_(heads.drop_(p, head, at), cv[piece][:n])
-            dks[head % len(dks)], dvs[head % len(dvs)] = dkt.t(), dvt.t()
-        torch.sum(dks, 0, out=dk[piece])  # the bits of keys that were repeated for each head
-        torch.sum(dvs, 0, out=dv[piece])
+            shared.set(head, dkt, dvt)
+        shared.write(dk[piece], dv[piece])
 
     with team() as crew:
         _each(crew, work, q, k, dm)
     return gg, dq, dk, dv, dm
+
+
+class _Shared:
+    """Cotangents of the keys and values that `count` heads share: each head's own, and then their sum, which has the
+    bits of keys that were repeated for each head."""
+
+    def __init__(self, k: Tensor, v: Tensor, count: int):
+        self._own = [x.new_empty(count, *x.shape[2:]) for x in (k, v)]
+
+    def set(self, head: int, *transposed: Tensor) -> None:
+        for own, x in zip(self._own, transposed, strict=True):
+            own[head % len(own)] = x.t()
+
+    def write(self, *out: Tensor) -> None:
+        for own, x in zip(self._own, out, strict=True):
+            torch.sum(own, 0, out=x)
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -311,17 +326,18 @@ def _all_factors(p: Tensor, seed: Tensor, offset: int | None, dropout: float, ma
     return z
 
 
-def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *options):
+def plain_double_backward(attention, cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *options):
+    """By autograd through `attention(q, k, v, mask, *options)`."""
     added = None if mask is None or mask.dtype is torch.bool else mask
 
     def function(q, k, v, added):
-        return plain_attention(q, k, v, mask if added is None else added, *options)
+        return attention(q, k, v, mask if added is None else added, *options)
 
     *found, dm = twice(function, [q, k, v, added], [g], [cq, ck, cv, cm])
     return *found, dm if mask_gradient else q.new_zeros(0)
 
 
-def _empty(q, k, v, mask, mask_gradient):
+def empty_cotangents(q, k, v, mask, mask_gradient):
     return like(q), like(k), like(v), like(mask) if mask_gradient else q.new_empty(0)
 
 
@@ -338,7 +354,7 @@ attention_backward = operator(
     f"attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, bool mask_gradient, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda g, q, k, v, mask, mask_gradient, *_: _empty(q, k, v, mask, mask_gradient),
+    lambda g, q, k, v, mask, mask_gradient, *_: empty_cotangents(q, k, v, mask, mask_gradient),
     lambda args, out: (*args[:5], args[8]),
     _differentiate_twice,
 )
@@ -346,6 +362,6 @@ attention_double_backward = operator(
     "attention_double_backward(Tensor? cq, Tensor? ck, Tensor? cv, Tensor? cm, Tensor g, Tensor q, Tensor k, Tensor v,"
     f" Tensor? mask, bool mask_gradient, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _double_backward,
-    lambda cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *_: (like(g), *_empty(q, k, v, mask, mask_gradient)),
-    plain=_plain_double_backward,
+    lambda cq, ck, cv, cm, g, *given: (like(g), *empty_cotangents(*given[:5])),
+    plain=functools.partial(plain_double_backward, plain_attention),
 )

@@ -11,8 +11,8 @@ from torch import Tensor
 from mgd_kernels.backends import triton_attention
 from mgd_kernels.errors import BadArgument
 from mgd_kernels.functional import _library
-from mgd_kernels.functional._library import like, operator, served, twice
-from mgd_kernels.functional.attention_strips import plain_attention
+from mgd_kernels.functional._library import like, operator, served
+from mgd_kernels.functional.attention_strips import empty_cotangents, plain_attention, plain_double_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,18 +109,9 @@ def plain_tiled_attention(q, k, v, mask, scale, offset, seed, dropout) -> Tensor
     return plain_attention(q, k, v, mask, scale, offset, None, 0.0, z.to(q.dtype))
 
 
-def _plain_double_backward(cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, o, statistics, *options):
-    added = None if mask is None or mask.dtype is torch.bool else mask
-
-    def function(q, k, v, added):
-        return plain_tiled_attention(q, k, v, mask if added is None else added, *options)
-
-    *found, dm = twice(function, [q, k, v, added], [g], [cq, ck, cv, cm])
-    return *found, dm if mask_gradient else q.new_zeros(0)
-
-
-def _empty(q, k, v, mask, mask_gradient):
-    return like(q), like(k), like(v), like(mask) if mask_gradient else q.new_empty(0)
+def _plain_double_backward(*given):
+    *tensors, _, _, scale, offset, seed, dropout = given  # without the output and the statistics
+    return plain_double_backward(plain_tiled_attention, *tensors, scale, offset, seed, dropout)
 
 
 _OPTIONS = "float scale, SymInt? offset, Tensor? seed, float dropout"
@@ -141,7 +132,7 @@ tiled_attention_backward = operator(
     "tiled_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, bool mask_gradient, Tensor o,"
     f" Tensor statistics, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda g, q, k, v, mask, mask_gradient, *_: _empty(q, k, v, mask, mask_gradient),
+    lambda g, q, k, v, mask, mask_gradient, *_: empty_cotangents(q, k, v, mask, mask_gradient),
     lambda args, out: (*args[:5], *args[6:8], args[10]),
     _differentiate_twice,
     gpu=True,
@@ -151,7 +142,7 @@ tiled_attention_double_backward = operator(
     f" Tensor v, Tensor? mask, bool mask_gradient, Tensor o, Tensor statistics, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _double_backward,
-    lambda cq, ck, cv, cm, g, q, k, v, mask, mask_gradient, *_: (like(g), *_empty(q, k, v, mask, mask_gradient)),
+    lambda cq, ck, cv, cm, g, *given: (like(g), *empty_cotangents(*given[:5])),
     plain=_plain_double_backward,
     gpu=True,
 )

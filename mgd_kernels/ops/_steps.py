@@ -89,8 +89,6 @@ def vjp_(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, u: 
     out = backend.vjp_(
         rule, params, slots, grad, hyper, k, _segments(segments, len(hyper)), adjoints[0], adjoints[1:], u, **options
     )
-    if out is None:
-        return torch.zeros_like(hyper, memory_format=torch.contiguous_format)
     return out[:, :-1].to(hyper.device).contiguous()  # the last column belongs to a gradient scale
 
 
@@ -100,7 +98,7 @@ def vjp(rule: Rule, params, slots, grad, hyper, k: int, segments, adjoints, hype
         new, u = [tensor.clone() for tensor in adjoints], torch.zeros_like(params)
         return [*new, u, vjp_(rule, params, slots, grad, hyper, k, segments, new, u)]
     new, u = [_like(tensor, segments) for tensor in adjoints], _like(params.new_zeros(()).expand_as(params), segments)
-    options = {"out": new, "hyper_wanted": hyper_wanted}
+    options = {"out": new, "wanted": "all" if hyper_wanted else "none"}
     return [*new, u, vjp_(rule, params, slots, grad, hyper, k, segments, adjoints, u, **options)]
 
 

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[Rule, list[float]]] = {
     "AdamW": (ADAM, [1e-3, 0.01, 0.0, 0.9, 0.999, 1e-8, 1e-8]),
     "SGD-momentum": (SGD_MOMENTUM, [1e-2, 0.0, 5e-4, 0.9, 0.0]),
 }
+VJPS = {"vjp": None, "vjp_rates": 2, "vjp_none": 0}  # and how many columns each has the cotangents of
 K = 10  # the number of the step, past the first ones with their large bias corrections
 
 
@@ -49,19 +50,28 @@ class Problem:
     def bytes(self, pass_: str) -> int:
         """That one parameter must move."""
         width = len(self.state)
-        tensors = {"step": 2 * width + 1, "vjp": 3 * width + 2, "replay": 2 * width + self.logged, "jvp": 4 * width + 2}
+        tensors = {"step": 2 * width + 1, "replay": 2 * width + self.logged, "jvp": 4 * width + 2}
+        tensors |= dict.fromkeys(VJPS, 3 * width + 2)
         return 4 * tensors[pass_]
 
     def step(self) -> None:
         p, *slots = self.state
         self.backend.step_(self.rule, p, slots, self.grad, self.hyper, K, self.segments)
 
-    def vjp(self) -> Tensor:
+    def vjp(self, **wanted: Any) -> Tensor:
         p, *slots = self.state
         a, *adjoint = self.adjoint
-        sums = self.backend.vjp_(self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u)
-        assert sums is not None  # asked for by default
-        return sums
+        return self.backend.vjp_(
+            self.rule, p, slots, self.grad, self.hyper, K, self.segments, a, adjoint, self.u, **wanted
+        )
+
+    def vjp_rates(self) -> Tensor:
+        """With the cotangents of learning rate and weight decay alone."""
+        return self.vjp(wanted="rates")
+
+    def vjp_none(self) -> Tensor:
+        """Without cotangents of hyperparameters."""
+        return self.vjp(wanted="none")
 
     def replay(self) -> None:
         """`logged` steps in one pass."""
@@ -120,13 +130,15 @@ class Problem:
 
         found = {}
         wanted = self.autograd(torch.float64)
-        hyper = self.vjp()[0, :-1]
-        mine = [*self.adjoint, self.u]
-        found["vjp"] = max(_error(a, b) for a, b in zip(mine, wanted[: width + 1], strict=True))
-        found["hyperparameters"] = max(
-            _error(a, b.to(a.device)) for a, b in zip(hyper, wanted[width + 1 :], strict=True)
-        )
-        restore()
+        for name, columns in VJPS.items():
+            if name != "vjp" and not getattr(self.backend, "CHOOSES_SUMS", False):
+                continue
+            hyper = getattr(self, name)()[0, :-1]
+            mine = [*self.adjoint, self.u]
+            found[name] = max(_error(a, b) for a, b in zip(mine, wanted[: width + 1], strict=True))
+            pairs = list(zip(hyper, wanted[width + 1 :], strict=True))[:columns]
+            found[f"{name}, hyperparameters"] = max([_error(a, b.to(a.device)) for a, b in pairs], default=0.0)
+            restore()
         for name, steps in (("step", 1), ("replay", self.logged)):
             getattr(self, name)()
             found[name] = max(_error(a, b) for a, b in zip(self.state, advanced(precise, steps), strict=True))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from mgd.bench import figures, shared, timing
-from mgd.bench.kernel_cases import RULES, Problem, plain
+from mgd.bench.kernel_cases import RULES, VJPS, Problem, plain
 from mgd.errors import BadArgument
 from mgd.ui import machine
 from mgd.ui.console import Session
@@ -23,8 +23,13 @@ from mgd.ui.options import Device, Json, Out, parse_count
 from mgd.ui.page import Page, Section, Table
 from mgd.util.devices import checked_device
 
-PASSES = ("step", "vjp", "replay", "jvp")
-NAMES = {"jvp": "step and jvp"}
+PASSES = ("step", *VJPS, "replay", "jvp")
+NAMES = {
+    "vjp": "vjp",
+    "vjp_rates": "vjp, rates",
+    "vjp_none": "vjp, none",
+    "jvp": "step and jvp",
+}
 CHECKED = 1 << 16  # parameters of the problem on which results are compared with float64
 # In norm. A float32 result of a few operations rounds by some 1e-7; sums over 65,536 parameters are made in double.
 PRECISE = 2e-6
@@ -66,6 +71,8 @@ def measure(
                 errors = Problem(rule, module, CHECKED, device).errors()
                 problem = Problem(rule, module, parameters, device)
                 for pass_ in PASSES:
+                    if pass_ not in errors:
+                        continue
                     tick(f"{name}, {rule} {pass_}")
                     run = getattr(problem, pass_)
                     run()
@@ -87,7 +94,7 @@ def measure(
                         "plain_gigabytes_per_second": bandwidths,
                         "share_of_plain": moved / 1e9 / best,
                         "error": errors[pass_],
-                        "hyperparameter_error": errors["hyperparameters"] if pass_ == "vjp" else None,
+                        "hyperparameter_error": errors.get(f"{pass_}, hyperparameters"),
                     }
                     if against_torch:
                         row |= _torch(problem, pass_, device)
@@ -105,7 +112,7 @@ def _torch(problem: Problem, pass_: str, device: str) -> dict[str, Any]:
 
         seconds = timing.least(2, lambda: problem.jvp(reference), device=device)[0]
         return {"torch": "torch, in strips", "torch_seconds": seconds}
-    if pass_ == "vjp":
+    if pass_ in VJPS:
         return {"torch": "autograd", "torch_seconds": timing.least(2, problem.autograd, device=device)[0]}
     seconds = timing.least(2, problem.optim(), device=device)[0]
     steps = problem.logged if pass_ == "replay" else 1
@@ -137,8 +144,8 @@ def rows(measured: dict[str, Any]) -> Table:
 CAPTION = (
     "GB/s: bytes that must be moved over the time. of plain: of the best bandwidth of a copy, memcpy and an addition "
     "in place, measured in between. "
-    "vjp: the step is computed again inside. jvp: along one direction. error: against float64, the largest of all "
-    "results, relative in norm."
+    "vjp: the step is computed again inside; of all hyperparameters, of learning rate and weight decay, or of none. "
+    "jvp: along one direction. error: against float64, the largest of all results, relative in norm."
 )
 
 STATIC = (

@@ -7,7 +7,7 @@ the bits of a training depend on the number of its microbatches, not on the numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -192,10 +192,11 @@ class Shards:
         adjoint: OptimizerState,
         u: Tensor,
         scale: float | Tensor,
+        wanted: Collection[str] | None,
     ) -> Tensor:
         """`Optimizer.vjp_table_` on this process's part. Returns the cotangents of the whole: float64 `[G, H + 1]`."""
         if self.microbatches == 1:
-            return optimizer.vjp_table_(state, gradient, table, adjoint, u, scale)
+            return optimizer.vjp_table_(state, gradient, table, adjoint, u, scale, wanted)
         found = []
         for start, stop, arena in self.pieces:
             if start == stop:
@@ -203,7 +204,7 @@ class Shards:
                 continue
             mine, theirs = (x.part(start, stop, arena) for x in (state, adjoint))
             part = slice(start, stop)
-            found.append(optimizer.vjp_table_(mine, gradient[part], table, theirs, u[part], scale))
+            found.append(optimizer.vjp_table_(mine, gradient[part], table, theirs, u[part], scale, wanted))
         return self.totals(torch.stack([x.to(found[-1].device) for x in found]))
 
 

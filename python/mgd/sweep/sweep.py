@@ -358,8 +358,9 @@ class Sweep:
     def _through_update(self, t: int, gradient: Tensor, directions: list[Tensor], gradients: Gradients) -> None:
         """The adjoint through the optimizer's step. directions: take the cotangents of the gradient."""
         scale = self.clipping.factor(t, gradient)
+        wanted = self.meta.hyper_keys if self.clipping.max_norm is None else None
         for j, (adjoint, u) in enumerate(zip(self.adjoints, directions, strict=True)):
-            out = self.updates.vjp_(self.state, gradient, self.meta.tables[t], adjoint.state, u, scale)
+            out = self.updates.vjp_(self.state, gradient, self.meta.tables[t], adjoint.state, u, scale, wanted)
             gradients.add_hyper(j, t, out, self.reads)
             self.clipping.add_derivative_(t, gradient, u, out[:, -1])
 

@@ -8,7 +8,7 @@ falls into stretches of parameters that are as many steps behind, and each is a 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -139,12 +139,19 @@ class Updates:
             state.step += b - a
 
     def vjp_(
-        self, state: OptimizerState, gradient: Tensor, table: Tensor, adjoint: OptimizerState, u: Tensor, scale: Scale
+        self,
+        state: OptimizerState,
+        gradient: Tensor,
+        table: Tensor,
+        adjoint: OptimizerState,
+        u: Tensor,
+        scale: Scale,
+        wanted: Collection[str] | None,
     ) -> Tensor:
         """The VJP of `step_`, as `Optimizer.vjp_table_`. Returns the cotangents of the whole: float64 `[G, H + 1]`."""
         shards, stretches = self.shards, self._stretches(state.step)
         if stretches is None:
-            return shards.vjp_(self.optimizer, state, gradient, table, adjoint, u, scale)
+            return shards.vjp_(self.optimizer, state, gradient, table, adjoint, u, scale, wanted)
         u.zero_()
         found = []
         for begin, end, _ in shards.pieces:
@@ -153,7 +160,7 @@ class Updates:
                 a, b = max(start, begin), min(stop, end)
                 if a < b:
                     mine, theirs = (self._part(x, a, b, lag) for x in (state, adjoint))
-                    out = self.optimizer.vjp_table_(mine, gradient[a:b], table, theirs, u[a:b], scale)
+                    out = self.optimizer.vjp_table_(mine, gradient[a:b], table, theirs, u[a:b], scale, wanted)
                     total = total.to(out.device) + out
             found.append(total)
         return shards.totals(torch.stack([x.to(found[-1].device) for x in found]))

@@ -176,7 +176,7 @@ class Group:
             left = steps.pop()
             growth.squares[:, t, 0] = torch.linalg.vector_norm(self._rows(adjoint), dim=1, dtype=torch.float64) ** 2
             state = self._state(left.state, t)
-            out = self.optimizer.vjp_table_(state, left.gradient, meta.tables[t], whole, u)
+            out = self.optimizer.vjp_table_(state, left.gradient, meta.tables[t], whole, u, wanted=meta.hyper_keys)
             gradients.add_hyper(0, t, out, self.start.step.loss.reads)
             if t > meta.first_step or meta.reads_at(t):
                 self._through_gradient(t, left, adjoint, u, gradients)
