@@ -119,8 +119,11 @@ class Shards:
         """Add another flat buffer, or one tensor per parameter, to a flat buffer: to the same bits."""
         if isinstance(more, Tensor):
             return flat.add_(more)
-        for x, g in zip(self.arena.slices(flat), more, strict=True):
-            x.add_(0.0 if g is None else g.detach())
+        pairs = list(zip(self.arena.slices(flat), more, strict=True))
+        if present := [(x, g.detach()) for x, g in pairs if g is not None]:
+            torch._foreach_add_([x for x, _ in present], [g for _, g in present])
+        for x in [x for x, g in pairs if g is None]:
+            x.add_(0.0)  # which makes 0 of -0, as the sum with zeros does
         return flat
 
     def gradient(self, blocks: Blocks[Tensor], into: Tensor | None = None) -> Tensor:

@@ -279,8 +279,8 @@ def exact_content_of(tensors: list[Tensor]) -> int:
 
 
 class BatchNumbers:
-    """The integers and booleans of batches on the CPU, such as indices and labels, have to stay the same: the loss
-    need not show another one, where weights are equal. To copy them from a GPU would wait for it."""
+    """Hashes of the integers and booleans that batches hold on the CPU, such as indices and labels: these have to stay
+    the same, and the loss need not show others, where weights are equal. To copy them from a GPU would wait for it."""
 
     def __init__(self) -> None:
         self._hashes: dict[int, set[int]] = {}  # of each step's
