@@ -105,7 +105,7 @@ bench-peers:
 	for each in torchopt higher 'jax optax' bergson; do $(PEERS_PIP) $$each || echo "$$each cannot be installed here"; done
 	-$(PEERS)/bin/pip uninstall --quiet --yes torchvision torchaudio
 	mkdir -p $(RESULTS)
-	$(PEERS)/bin/mgd bench peers --jobs $(JOBS) --json $(RESULTS)/$(TODAY)-peers-at-once.json $(ARGS)
+	$(PEERS)/bin/mgd bench peers --jobs $(JOBS) --json $(RESULTS)/$(TODAY)-peers.json $(ARGS)
 
 # For a machine with a GPU: the tests that need one, then `mgd bench gpu`, which times nothing before its own checks
 # hold. It has never run on one. The list of GPUs that were tested is written by it alone.

@@ -71,7 +71,7 @@ def command(
     rounds: shared.Rounds = 2,
     limit: Annotated[
         int, typer.Option("--limit", min=10, help="Seconds that a peer that compiles may compute, on one workload.")
-    ] = 90,
+    ] = 75,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Workloads that are measured at a time, a core each.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Workloads {', '.join(QUICK)} with {QUICK_STEPS} steps.")
