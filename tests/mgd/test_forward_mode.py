@@ -119,6 +119,46 @@ class Late(nn.Module):
         return self.body(x * self.mean)
 
 
+class Keeping(nn.Module):
+    """Keeps a table that is read, and beside it what `kind` names."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.kind = mlp(), kind
+        for name in ("table", "last", "history"):
+            self.register_buffer(name, None)
+
+    def forward(self, x):
+        if self.kind == "sparse":
+            self.table = torch.eye(5, dtype=x.dtype).to_sparse() if self.table is None else self.table
+            return self.body(torch.sparse.mm(self.table, x.t()).t())
+        if self.table is None or len(self.table) < len(x):
+            self.table = torch.full((len(x), 1), 2.0, dtype=x.dtype)
+        y = self.body(x * self.table[: len(x)])
+        if self.kind == "last":
+            self.last = y.detach()
+        if self.kind == "history" and self.training:
+            added = y.mean().detach().reshape(1)
+            self.history = added.new_zeros(0) if self.history is None else torch.cat([self.history, added])
+            y = y * (1 + self.history.sum())
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("kind", ["sparse", "last", "history"])
+def test_tables_beside_other_buffers(kind, trace):
+    case = supervised(Keeping(kind), (5,), steps=3)
+    f = case.function(trace=trace)
+    if kind == "history":  # it grows by what it was, as no table does
+        for call in (f.metagradient, lambda z: f.jvp(z, z)):
+            with pytest.raises(BadLoss, match="'history' was None"):
+                call(case.z)
+        return
+    expected = inner(f.metagradient(case.z).grads, case.z)
+    torch.testing.assert_close(f.jvp(case.z, case.z).tangent, expected, rtol=EXACT, atol=1e-14)
+
+
 @pytest.mark.filterwarnings("ignore:mgd evaluates steps by autograd")
 @pytest.mark.parametrize("trace", [False, True])
 @pytest.mark.parametrize("kind", ["constant", "written", "written, read in the end", "mean"])

@@ -34,11 +34,12 @@ from mgd.autodiff.kept_graph import AutogradResiduals
 from mgd.autodiff.objectives import CapturedObjectives
 from mgd.autodiff.payoff import Payoff
 from mgd.autodiff.step_graph import GraphResiduals, StepGraph
-from mgd.errors import BadLoss, MetagradientError
+from mgd.errors import BadLoss, MetagradientError, ReplayDivergence
 from mgd.step.batches import content_of, described
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Tangents
+from mgd.step.hidden_state import HiddenState
 from mgd.step.loss import Microbatch
-from mgd.step.model import Buffers, numbers_of, put_back
+from mgd.step.model import Buffers
 from mgd.util.system import return_freed_memory
 
 UNLIKE = "its graph has other derivatives than the loss as it is written"
@@ -161,20 +162,31 @@ class CapturedEvaluator:
         self, kind: Kind, step: CapturedStep, found: T, by_autograd: Callable[[], T], same: Callable[[T, T], bool]
     ) -> T | None:
         """What autograd gives, where a new graph gave something else: what Dynamo sees of a loss may be another one
-        than what runs without it. A model that counts its calls counts one."""
-        graph, model = step.graph, step.microbatch.loss.binding.model
+        than what runs without it. A model that counts its calls counts one. Raises ReplayDivergence where autograd
+        gives something else each time."""
+        graph, loss, hidden = step.graph, step.microbatch.loss, step.hidden
         if graph.compared:
             return None
         codes = self._fronts[kind[:2]].codes
-        if self.at_once and not (codes and all(map(does_nothing_beside, codes))):
+        alone = bool(codes) and all(map(does_nothing_beside, codes))
+        if self.at_once and not alone:
             return None  # where it was asked for, a loss that counts is not called twice for that
-        after = numbers_of(model)
-        put_back(step.numbers)
+        assert hidden is not None
+        after = HiddenState(loss.binding, loss.function)
+        hidden.put_back()
         plain = by_autograd()
         graph.compared = same(found, plain)
         if graph.compared:
-            put_back(after)
+            after.put_back()
             return None
+        if not alone:  # whether what it keeps has been put back
+            hidden.put_back()
+            if not same(plain, by_autograd()):
+                raise ReplayDivergence(
+                    step.microbatch.step,
+                    "the loss is another one each time it is called: it reads something that it changes, such as a "
+                    "count or a list. Keep that in a buffer of the model, or take it from the batch.",
+                )
         self._served.discard(kind)
         self._give_up(kind, UNLIKE if self.at_once else ROUNDS)
         return plain
@@ -329,8 +341,8 @@ class CapturedEvaluator:
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving, kind[-1])
                 step.graph = self.graphs[key]
-                if not (step.graph.compared or step.numbers):  # the loss has not ended yet
-                    step.numbers = numbers_of(microbatch.loss.binding.model)
+                if not (step.graph.compared or step.hidden):  # the loss has not ended yet
+                    step.hidden = HiddenState(microbatch.loss.binding, microbatch.loss.function)
                 step.note(places)
                 microbatch.reseed()
                 began = time.perf_counter()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mgd.autodiff.front import CapturedGraph, NotCaptured
 from mgd.step.evaluator import Evaluation
+from mgd.step.hidden_state import HiddenState
 from mgd.step.loss import Microbatch
-from mgd.step.model import Buffers, Numbers, differentiable
+from mgd.step.model import Buffers, differentiable
 from mgd.step.overrides import FunctionOverrides
 from mgd.step.written_out import data_of
 
@@ -28,8 +29,8 @@ class CapturedStep:
     """The tensors of one microbatch, bound to the model while its loss is called through a graph.
 
     names: of the buffers, first the `floats` that are differentiated (see `arrange`), then the `others`. z: what the
-    loss sees of it. graph: the `StepGraph` that the loss was called through. numbers: those of the model before, if
-    that was new.
+    loss sees of it. graph: the `StepGraph` that the loss was called through. hidden: what the loss held before, if that
+    was new.
     """
 
     def __init__(self, microbatch: Microbatch, parameters: list[Tensor], before: Buffers):
@@ -43,8 +44,8 @@ class CapturedStep:
         self.loss: Tensor | None = None
         self.evaluation: Evaluation | None = None
         self.graph: Any = None
-        self._reads_assigned = False
-        self.numbers: Numbers = []
+        self._read: set[str] = set()
+        self.hidden: HiddenState | None = None
 
     @contextlib.contextmanager
     def bound(self):
@@ -55,7 +56,7 @@ class CapturedStep:
             yield
             if not loss.binding.holds(buffers):
                 raise NotCaptured("the loss replaces a buffer of the model")
-            loss.binding.look_at_assigned(self._reads_assigned)
+            loss.binding.look_at_assigned(self._read)
 
     def writes(self, graph: CapturedGraph, arguments: Sequence[Any]) -> frozenset[str]:
         """The names of the buffers that a graph of this step writes to."""
@@ -86,7 +87,7 @@ class CapturedStep:
     def split(self, arguments: Sequence[Any]) -> tuple[list[Tensor], tuple[int, ...]]:
         """Of a graph's arguments, the tensors that are none of the step's own, and for each argument where it is."""
         assigned = self.microbatch.loss.binding.assigned()
-        self._reads_assigned |= any(x is y for x in arguments for y in assigned)
+        self._read.update(name for name, x in assigned.items() if any(x is y for y in arguments))
         return places_of(arguments, self._places)
 
     def note(self, places: tuple[int, ...]) -> None:

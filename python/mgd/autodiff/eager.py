@@ -20,14 +20,14 @@ from mgd.autodiff.second_order import (
     first_and_second,
     leaves,
 )
-from mgd.autodiff.tangents import confirm, first_and_tangents
+from mgd.autodiff.tangents import first_and_tangents
 from mgd.errors import BadLoss, MetagradientError, NotDifferentiable, ParametersModified
 from mgd.step.agreement import agree
 from mgd.step.autograd_graph import precision_of
 from mgd.step.batches import split_tensors
 from mgd.step.evaluator import Derivatives, Direction, Evaluation, Evaluator, Tangents
 from mgd.step.loss import Evaluate, Microbatch, TensorLoss
-from mgd.step.model import Buffers, differentiable, numbers_of, put_back
+from mgd.step.model import Buffers, differentiable
 from mgd.step.reads import Reads
 
 DETACHED = "the loss of step {} does not depend on the parameters; was it detached?"
@@ -163,7 +163,7 @@ class EagerEvaluator:
                     look(loss)
                 stays = keep is not None and self.kept.covers(keep, loss, known)
                 one, wanted = torch.ones_like(loss, requires_grad=stays), [*inputs, *metaparameters]
-                before_it = Rewind(microbatch.loss.binding.model) if seen else None
+                before_it = Rewind(microbatch.loss) if seen else None
                 found = torch.autograd.grad(
                     loss, wanted, one, retain_graph=stays or seen is not None, create_graph=stays, allow_unused=True
                 )
@@ -255,11 +255,11 @@ class EagerEvaluator:
         with contextlib.ExitStack() as stack:
             function = microbatch.of_tensors(before, stack)
             point = point_of(microbatch, function, parameters, before, [], [])
-            self._confirm(microbatch, function, point)
             microbatch.reseed()
             equal = microbatch.loss.reads.equal
+            how = equal, look, self._confirms(microbatch)
             found = self._twice(
-                microbatch, function, lambda function: first_and_tangents(function, point, directions, equal, look)
+                microbatch, function, lambda function: first_and_tangents(function, point, directions, *how)
             )
         if microbatch.loss.plain_since != known:
             return self.tangents(microbatch, parameters, before, directions, look)
@@ -271,17 +271,12 @@ class EagerEvaluator:
         evaluation = Evaluation(found.loss, found.gradient, after)
         return Tangents(evaluation, found.losses, found.gradients, found.floats)
 
-    def _confirm(self, microbatch: Microbatch, function: TensorLoss, point: Point) -> None:
-        """See `tangents.confirm`: at the first step of its shapes, the fourth, the sixteenth and so on."""
+    def _confirms(self, microbatch: Microbatch) -> bool:
+        """Whether to do as `tangents.confirm`: at the first step of its shapes, the fourth, the sixteenth and so on."""
         shape = str([x.shape for x in split_tensors(microbatch.batch)[0]])
         self._along[shape] += 1
         times = self._along[shape]
-        if times & (times - 1) or times.bit_length() % 2 == 0:
-            return
-        numbers = numbers_of(microbatch.loss.binding.model)
-        microbatch.reseed()
-        self._twice(microbatch, function, lambda function: confirm(function, point))
-        put_back(numbers)
+        return not (times & (times - 1) or times.bit_length() % 2 == 0)
 
     def at(self, microbatch: Microbatch, function: TensorLoss, point: Point, expected: Tensor) -> Derivatives:
         """The second derivatives at a point; the loss there must be `expected`."""

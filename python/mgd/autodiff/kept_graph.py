@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -25,9 +25,10 @@ from mgd.autodiff.second_order import along
 from mgd.step.autograd_graph import graph_of, precision_of
 from mgd.step.batches import content_of, described, split_tensors
 from mgd.step.evaluator import Derivatives
-from mgd.step.loss import Microbatch
+from mgd.step.hidden_state import HiddenState
+from mgd.step.loss import BoundLoss, Microbatch
 from mgd.step.metaparameters import BatchMetaparameters
-from mgd.step.model import Buffers, numbers_of, put_back
+from mgd.step.model import Buffers
 
 HOOKS = "hooks of saved tensors, where an autograd graph is kept"  # an error that no caller sees
 AT_FIRST, MOST_CREDIT = 4, 8  # evaluations that may be measured before any graph was kept, and after many were
@@ -282,15 +283,15 @@ def extent_of(loss: Tensor, leaves: Sequence[Tensor]) -> Extent:
 
 
 class Rewind:
-    """Where numbers that a model holds, and Python's and numpy's random generators, are now."""
+    """Where what a loss holds, and Python's and numpy's random generators, are now."""
 
-    def __init__(self, model: nn.Module):
-        self._numbers = numbers_of(model)
+    def __init__(self, loss: BoundLoss):
+        self._hidden = HiddenState(loss.binding, loss.function)
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def rewind(self) -> None:
         """Put them back: what is evaluated once more draws and counts what it did."""
-        put_back(self._numbers)
+        self._hidden.put_back()
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
 

@@ -43,9 +43,11 @@ def first_and_tangents(
     directions: Sequence[Direction],
     equal: Callable[[Tensor, Tensor], bool] = torch.equal,
     look: Callable[[Tensor], None] | None = None,
+    confirming: bool = False,
 ) -> FirstAndTangents:
     """The loss, its gradient and the buffers that the step leaves, and their derivatives along each direction. equal:
-    whether a buffer is as it was. look: is shown the loss with its autograd graph."""
+    whether a buffer is as it was. look: is shown the loss with its autograd graph. confirming: do as `confirm` does,
+    without another evaluation, which a loss might count."""
     p, b, z = point.leaves()
     copies = [x.clone() for x in b]
     loss, left = evaluate(p, list(copies), z, list(point.constants))
@@ -55,7 +57,8 @@ def first_and_tangents(
     if look is not None:
         look(loss)
     inputs, after = [*p, *b, *z], left[: len(b)]
-    first = gradients([loss], inputs, create_graph=True)
+    seed = torch.ones_like(loss).requires_grad_() if confirming else None
+    first = gradients([loss], inputs, None if seed is None else [seed], create_graph=True)
     moving = [i for i, x in enumerate(after) if x.requires_grad]
     seeds = [torch.zeros_like(after[i]).requires_grad_() for i in moving]
     pulled: Sequence[Tensor | None] = [None] * len(inputs)
@@ -69,6 +72,8 @@ def first_and_tangents(
         found.gradients.append(_vjp(first, p, tangents))
         moved = dict(zip(moving, _vjp(pulled, seeds, tangents), strict=True))
         found.floats.append([torch.zeros_like(x) if (m := moved.get(i)) is None else m for i, x in enumerate(after)])
+    if seed is not None:
+        _confirm(loss, after, (p, b, z), first, seed)
     return found
 
 
@@ -81,11 +86,24 @@ def confirm(evaluate: Evaluate, point: Point) -> None:
     """
     p, b, z = point.leaves()
     loss, left = evaluate(p, [x.clone() for x in b], z, list(point.constants))
+    seed = torch.ones_like(loss).requires_grad_()
+    first = gradients([loss], [*p, *b, *z], [seed], create_graph=True)
+    _confirm(loss, left[: len(b)], (p, b, z), first, seed)
+
+
+def _confirm(
+    loss: Tensor,
+    left: Sequence[Tensor],
+    leaves: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    first: Sequence[Tensor | None],
+    seed: Tensor,
+) -> None:
+    """See `confirm`. left: the floating-point buffers after the step. first: the gradient, from the seed."""
+    p, b, z = leaves
     epsilon, zero = precision_of(loss), torch.zeros_like(loss).detach()
-    after = [x for x in left[: len(b)] if x.requires_grad]
-    seeds = [x.requires_grad_() for x in (torch.ones_like(loss), *random_directions(after))]
+    after = [x for x in left if x.requires_grad]
+    seeds = [seed, *[x.requires_grad_() for x in random_directions(after)]]
     inputs, count = [*p, *b, *z], len(p)
-    first = gradients([loss], inputs, seeds[:1], create_graph=True)
     whole, u = random_directions(inputs, 1), random_directions(p, 2)
     back = _vjp(first[:count], inputs, u)
     state = range(count + len(b))

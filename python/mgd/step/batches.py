@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -283,26 +283,29 @@ class BatchNumbers:
     the same, and the loss need not show others, where weights are equal. To copy them from a GPU would wait for it."""
 
     def __init__(self) -> None:
-        self._hashes: dict[int, set[int]] = {}  # of each step's
+        self._hashes: dict[tuple[int, int], set[int]] = {}  # of each step's microbatches, by their numbers
 
-    def check(self, t: int, batches: Sequence[Any]) -> list[Tensor]:
-        """Those of the microbatches of step `t`. Raises ReplayDivergence where they were others before."""
-        tensors = [x for batch in batches for x in split_tensors(batch)[0]]
-        numbers = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
-        if numbers:
-            found = exact_content_of(numbers)
-            if found not in self._hashes.setdefault(t, {found}):
-                raise ReplayDivergence(
-                    t,
-                    f"batches[{t}] has other indices or labels than when it was read before; expected the same ones "
-                    "(fix the order of the examples and their augmentation).",
-                )
+    def check(self, t: int, own: Iterable[int], batches: Iterable[Any]) -> dict[int, list[Tensor]]:
+        """Those of microbatches of step `t`. Raises ReplayDivergence where they were others before."""
+        numbers: dict[int, list[Tensor]] = {}
+        for i, batch in zip(own, batches, strict=True):
+            tensors = split_tensors(batch)[0]
+            numbers[i] = [x for x in tensors if not x.is_floating_point() and x.device.type == "cpu"]
+            if numbers[i]:
+                found = exact_content_of(numbers[i])
+                if found not in self._hashes.setdefault((t, i), {found}):
+                    raise ReplayDivergence(
+                        t,
+                        f"batches[{t}] has other indices or labels than when it was read before; expected the same "
+                        "ones (fix the order of the examples and their augmentation).",
+                    )
         return numbers
 
-    def note(self, t: int, numbers: Sequence[Tensor]) -> None:
+    def note(self, t: int, numbers: dict[int, list[Tensor]]) -> None:
         """What the loss has left of them: it may mask labels in place, to the same end each time."""
-        if any([not x.is_inference() and x._version for x in numbers]):
-            self._hashes[t].add(exact_content_of(list(numbers)))
+        for i, tensors in numbers.items():
+            if any([not x.is_inference() and x._version for x in tensors]):
+                self._hashes[t, i].add(exact_content_of(tensors))
 
 
 def _sums(x: Tensor | np.ndarray) -> int:

@@ -7,7 +7,7 @@ exception. Tied tensors are replaced everywhere they occur.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,15 @@ class Binding:
                 )
         self._parameter_places = self._places(list(self._trainable.values()), "_parameters")
         self._buffer_places = self._places(list(self._buffers.values()), "_buffers")
-        self._absent = [
+        self.absent = [
             (module._buffers, key, f"{name}.{key}".lstrip("."))
             for name, module in model.named_modules()
             for key, buffer in module._buffers.items()
             if buffer is None
         ]
-        self._first: dict[str, Tensor] = {}
-        self._reads_assigned = self._assigned_varies = False
+        self._last: dict[str, Tensor] = {}
+        self._read: set[str] = set()
+        self._varies: set[str] = set()
 
     def _places(self, tensors: Sequence[Tensor], attribute: str) -> list[tuple[dict[str, Any], str, int]]:
         """`(the module's dict, key, index into tensors)` for every place where one of the tensors occurs."""
@@ -80,24 +81,25 @@ class Binding:
             for owner, key, tensor in originals:
                 owner[key] = tensor
 
-    def assigned(self) -> list[Tensor]:
-        """What the model holds now as buffers that were None at first."""
-        return [x for registry, key, _ in self._absent if (x := registry.get(key)) is not None]
+    def assigned(self) -> dict[str, Tensor]:
+        """What the model holds now as buffers that were None at first, by name."""
+        return {name: x for registry, key, name in self.absent if (x := registry.get(key)) is not None}
 
-    def look_at_assigned(self, read: bool) -> None:
+    def look_at_assigned(self, read: Collection[str]) -> None:
         """Raises BadLoss if a buffer that was None at first varies and is read: a training carries on the others only.
 
-        read: whether a call of the model just now read what `assigned` had been before it.
+        read: those whose values before it a call of the model just now read. Tables may grow with the input.
         """
-        self._reads_assigned |= read
-        for registry, key, name in self._absent:
-            if (x := registry.get(key)) is None:
-                continue
-            first = self._first.setdefault(name, x.detach().clone())
-            shown = tuple(map(slice, map(min, zip(first.shape, x.shape, strict=False))))  # tables grow with the input
-            same = first.ndim == x.ndim and torch.equal(first[shown], x.detach()[shown])
-            self._assigned_varies |= x.requires_grad or not same
-            if self._reads_assigned and self._assigned_varies:
+        self._read.update(read)
+        for name, x in self.assigned().items():
+            last = self._last.get(name)
+            if last is None or x.requires_grad or not _grown(last, x, name in read):
+                if last is not None or x.requires_grad:
+                    self._varies.add(name)
+                self._last[name] = x.detach().clone()
+            elif x.shape != last.shape:
+                self._last[name] = x.detach().clone()
+            if name in self._read and name in self._varies:
                 raise BadLoss(
                     f"expected buffers that hold a tensor before the training; {name!r} was None, steps give it "
                     "different values, and they are read. Register it with a tensor: then it is part of the "
@@ -128,14 +130,29 @@ class Binding:
             stack = own if until is None else until
             stack.enter_context(self.swapped(parameters, tensors))
             overrides = stack.enter_context(overrides or FunctionOverrides(formulas=False))
-            overrides.carried = self.assigned()
+            carried = self.assigned()
+            overrides.carried = list(carried.values())
             overrides.in_loss = True
             value = function(self.model, *args)
             overrides.in_loss = False
-            self.look_at_assigned(overrides.reads_carried)
+            if self.absent:
+                self.look_at_assigned([name for name, x in carried.items() if id(x) in overrides.read])
             for owner, key, i in self._buffer_places:
                 tensors[i] = owner[key]  # the model may have replaced it
         return value, dict(zip(self.buffer_names, tensors, strict=True))
+
+
+def _grown(last: Tensor, x: Tensor, read: bool) -> bool:
+    """Whether x has the values of `last`, and maybe more that were not made from it. read: whether that was."""
+    if x.device.type == "meta":
+        return True
+    if x.layout is not torch.strided:
+        last, x = last.to_dense(), x.to_dense()
+    if (x.ndim, x.dtype, x.device) != (last.ndim, last.dtype, last.device) or (read and x.shape != last.shape):
+        return False
+    shown = tuple(map(slice, map(min, zip(last.shape, x.shape, strict=True))))
+    a, b = last[shown], x.detach()[shown]
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @contextlib.contextmanager
@@ -167,19 +184,3 @@ def model_kept(model: nn.Module) -> Iterator[None]:
 def differentiable(buffers: Mapping[str, Tensor]) -> list[str]:
     """The names of the buffers that can carry an adjoint."""
     return [name for name, buffer in buffers.items() if buffer.is_floating_point()]
-
-
-Numbers = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-def numbers_of(model: nn.Module) -> Numbers:
-    """Of each module its attributes, and those of them that are numbers, text or None."""
-    plain = (int, float, str, type(None))  # bool is an int
-    modules = [vars(module) for module in model.modules()]
-    return [(each, {name: x for name, x in each.items() if isinstance(x, plain)}) for each in modules]
-
-
-def put_back(numbers: Numbers) -> None:
-    """Give the modules the values that `numbers_of` found."""
-    for attributes, values in numbers:
-        attributes.update(values)

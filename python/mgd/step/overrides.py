@@ -16,6 +16,11 @@ from mgd_kernels import functional
 
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
 _WATCHED = {*_DIFFERENTIATE, *written_out.LOOKS, *written_out.EXPOSES, written_out.NODE}
+# Of a tensor itself, not of its values.
+_LOOKS = {
+    *[getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")],
+    *[getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__")],
+}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -39,7 +44,7 @@ class FunctionOverrides(TorchFunctionMode):
     opened: tensors whose memory was asked for while `in_loss`, where it may be written unseen: the memory, held so that
     no other tensor gets it, the tensor, and its values then.
 
-    carried: tensors that earlier calls left in the model. reads_carried: whether a function was given one of them.
+    carried: tensors that earlier calls left in the model. read: the ids of those whose values a function was given.
     """
 
     def __init__(self, plain: bool = False, formulas: bool = True):
@@ -48,7 +53,7 @@ class FunctionOverrides(TorchFunctionMode):
         self.in_loss = self.differentiates = self.replaced = False
         self.opened: list[tuple[torch.UntypedStorage, torch.Tensor, torch.Tensor]] = []
         self.carried: list[torch.Tensor] = []
-        self.reads_carried = False
+        self.read: set[int] = set()
 
     def written(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether one of these tensors was changed past autograd, as `.data` allows. What changes a tensor otherwise
@@ -64,8 +69,9 @@ class FunctionOverrides(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.carried and not self.reads_carried:
-            self.reads_carried = any(x is tensor for x in tree_leaves((args, kwargs)) for tensor in self.carried)
+        if self.carried and self.in_loss and func not in _LOOKS:
+            given = {id(x) for x in tree_leaves((args, kwargs))}
+            self.read |= {id(x) for x in self.carried if id(x) in given}
         if self.in_loss and func in _WATCHED:
             self._watch(func, args, kwargs)
         if func is torch.autograd.grad and not kwargs.get("is_grads_batched"):

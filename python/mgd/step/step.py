@@ -384,7 +384,7 @@ class StepFunction:
     def _evaluations(self, t: int, whole: Any, meta: Metaparameters, own: range | None = None) -> Iterator[Microbatch]:
         own = self.shards.own if own is None else own
         parts = microbatches(whole, self.microbatches, t, own)
-        numbers = self._numbers.check(t, [batch for batch, _ in parts])
+        numbers = self._numbers.check(t, own, [batch for batch, _ in parts])
         for i, (batch, share) in zip(own, parts, strict=True):
             yield Microbatch(self.loss, self.batches, t, i, batch, share, meta.at(batch, t))
         self._numbers.note(t, numbers)

@@ -21,8 +21,9 @@ from mgd.plan.training import SHARE, PlanRequest
 from mgd.step.agreement import Terms
 from mgd.step.combined import changed
 from mgd.step.evaluator import Residuals
+from mgd.step.hidden_state import HiddenState
 from mgd.step.metaparameters import Gradients, Metaparameters
-from mgd.step.model import Buffers, numbers_of, put_back
+from mgd.step.model import Buffers
 from mgd.step.step import StepFunction, StepResult
 from mgd.sweep.growth import AdjointGrowth
 from mgd.sweep.residuals import FRAGMENTED
@@ -82,7 +83,7 @@ class ResidentSweep(Sweep):
     def _train_all(self) -> tuple[OptimizerState, Buffers]:
         self._steps: list[_Step] = []
         self._inputs: set[tuple[int, int]] = set()
-        step, state, numbers = self.step, self.state, numbers_of(self.step.loss.binding.model)
+        step, state, hidden = self.step, self.state, HiddenState(self.step.loss.binding, self.step.loss.function)
         training, update, captured = self.timings.timed("training"), self.timings.timed("update"), self._captured()
         for t in range(self.length):
             room = 0 if t < self.meta.origin else None
@@ -95,7 +96,7 @@ class ResidentSweep(Sweep):
                 self.timings.move(self._captured() - captured, "training", "capture")
                 captured = self._captured()
             if (room is None and not self._has_room(found.residuals)) or changed(self.buffers, [found.buffers]):
-                put_back(numbers)
+                hidden.put_back()
                 self.tick("train", -t)  # which another sweep will report
                 raise NotResident
             self._note_loss(t, found.loss.item())
