@@ -165,12 +165,13 @@ class CapturedEvaluator:
         than what runs without it. A model that counts its calls counts one. Raises ReplayDivergence where autograd
         gives something else each time."""
         graph, loss, hidden = step.graph, step.microbatch.loss, step.hidden
-        if graph.compared:
+        if self._settled(graph):
             return None
         codes = self._fronts[kind[:2]].codes
         alone = bool(codes) and all(map(does_nothing_beside, codes))
         if self.at_once and not alone:
-            return None  # where it was asked for, a loss that counts is not called twice for that
+            graph.beside = True  # where it was asked for, a loss that counts is not called twice for that
+            return None
         assert hidden is not None
         after = HiddenState(loss.binding, loss.function)
         hidden.put_back()
@@ -190,6 +191,10 @@ class CapturedEvaluator:
         self._served.discard(kind)
         self._give_up(kind, UNLIKE if self.at_once else ROUNDS)
         return plain
+
+    def _settled(self, graph: StepGraph) -> bool:
+        """Whether there is nothing more to compare of a graph."""
+        return graph.compared or (self.at_once and graph.beside)
 
     def _by_autograd(
         self, kind: Kind, microbatch: Microbatch, parameters: list[Tensor], before: Buffers, room: int | None
@@ -341,7 +346,7 @@ class CapturedEvaluator:
                     return_freed_memory()  # its comparison takes more than steps will
                     self.graphs[key] = StepGraph(joint, extras, self._writes[named], step.moving, kind[-1])
                 step.graph = self.graphs[key]
-                if not (step.graph.compared or step.hidden):  # the loss has not ended yet
+                if not (self._settled(step.graph) or step.hidden):  # the loss has not ended yet
                     step.hidden = HiddenState(microbatch.loss.binding, microbatch.loss.function)
                 step.note(places)
                 microbatch.reseed()

@@ -30,8 +30,8 @@ class StepGraph:
     extras: the number of outputs beside loss and buffers. written: the names of the buffers that it writes to. moving:
     for each floating-point buffer, whether the graph differentiates it; the others are constants, without an adjoint.
     along: of a graph of forward mode, for each metaparameter, whether it moves. compared: whether it was seen to give
-    what the loss gives as it is written. evaluated: whether an evaluation was made of which only its inputs are
-    recorded (`mgd.autodiff.recorded`).
+    what the loss gives as it is written. beside: whether its loss changes something beside. evaluated: whether an
+    evaluation was made of which only its inputs are recorded (`mgd.autodiff.recorded`).
     """
 
     joint: JointGraph
@@ -40,6 +40,7 @@ class StepGraph:
     moving: tuple[bool, ...]
     along: Along | None = None
     compared: bool = False
+    beside: bool = False
     evaluated: bool = False
     batched: Any = None
 
