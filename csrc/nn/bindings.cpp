@@ -24,7 +24,14 @@ Strides outer(const Shape& strides) { return {strides[0], strides[1], strides[2]
 template <class T>
 MaxPool<T> max_pool(const std::array<int64_t, 6>& sizes, Address x, Address y, Address which) {
     const auto [planes, height, width, kernel, stride, padding] = sizes;
-    return {planes,  height, width, kernel, stride, padding, reinterpret_cast<T*>(x), reinterpret_cast<T*>(y),
+    return {planes,
+            height,
+            width,
+            kernel,
+            stride,
+            padding,
+            reinterpret_cast<T*>(x),
+            reinterpret_cast<T*>(y),
             reinterpret_cast<uint8_t*>(which)};
 }
 

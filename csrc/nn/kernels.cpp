@@ -13,7 +13,7 @@
 namespace mgd {
 namespace MGD_ISA {
 NnKernels nn_kernels() {
-    return {activation, layer_norm, channel_norm, softmax, cross_entropy,
+    return {activation, layer_norm,  channel_norm,    softmax,         cross_entropy,
             rotary,     rotary_sums, max_pool<float>, max_pool<double>};
 }
 }  // namespace MGD_ISA

@@ -61,8 +61,8 @@ MGD_HD double total(V x) {
 }
 
 // sums[s] += the sum over [0, n) of the s-th of the terms that terms(at, lanes, out) gives. Registers add up in float
-// over kRun registers at most, in two interleaved chains, then in double. Zeros behind the terms change no bit of a sum:
-// a row that ends early has that of a row whose last columns are hidden.
+// over kRun registers at most, in two interleaved chains, then in double. Zeros behind the terms change no bit of a
+// sum: a row that ends early has that of a row whose last columns are hidden.
 constexpr int64_t kRun = 64;
 
 template <int S, class F>

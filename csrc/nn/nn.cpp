@@ -63,9 +63,8 @@ T* workspace(int64_t size) {
 
 template <class T, class Kernel>
 void run_max_pool(Kernel kernel, Pass pass, const MaxPool<T>& task, int threads) {
-    parallel(threads, task.planes, task.planes * task.height * task.width, [&](int64_t begin, int64_t end) {
-        kernel(pass, task, workspace<T>(task.scratch()), begin, end);
-    });
+    parallel(threads, task.planes, task.planes * task.height * task.width,
+             [&](int64_t begin, int64_t end) { kernel(pass, task, workspace<T>(task.scratch()), begin, end); });
 }
 
 }  // namespace

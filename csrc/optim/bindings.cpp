@@ -47,9 +47,9 @@ Problem flat(int64_t n, Address segments, int64_t rows, int64_t groups, Address 
         const int64_t start = table[3 * r], stop = table[3 * r + 1], group = table[3 * r + 2];
         if (start < end || stop < start || stop > n || group < 0 || group >= groups)
             throw std::invalid_argument("expected sorted, disjoint segments inside [0, " + std::to_string(n) +
-                                        ") of groups below " + std::to_string(groups) + "; got row " + std::to_string(r) +
-                                        ", (" + std::to_string(start) + ", " + std::to_string(stop) + ", " +
-                                        std::to_string(group) + ")");
+                                        ") of groups below " + std::to_string(groups) + "; got row " +
+                                        std::to_string(r) + ", (" + std::to_string(start) + ", " +
+                                        std::to_string(stop) + ", " + std::to_string(group) + ")");
         end = stop;
     }
     return {table, rows, &tensors, false, reinterpret_cast<const double*>(hyper), k, threads};
@@ -126,8 +126,7 @@ void bind_optim(py::module_& m) {
             run_vjp(made, all, grad_scale, reinterpret_cast<double*>(out));
         },
         "The VJP of step k, from adjoint to new_adjoint (which may be the same) and u; out: address of float64 "
-        "[groups, columns + 1], of which those are written that `wanted` names: 0 none, 1 learning rate and weight decay, 2 "
-        "all.");
+        "[groups, columns + 1]; wanted: which of them, 0 none, 1 those of learning rate and weight decay, 2 all.");
     m.def(
         "optim_jvp",
         [](int rule, int dtype, int grad_dtype, int64_t n, const Addresses& state, Address grad, double grad_scale,
@@ -147,7 +146,8 @@ void bind_optim(py::module_& m) {
             run_jvp(made, all, reinterpret_cast<const double*>(hyper_tangents), grad_scale);
         },
         "The JVP of step k in place, one direction for each of grad_tangents; tangents: addresses, direction by "
-        "direction; hyper_tangents: address of float64 [directions, groups, columns]; advance: the state makes the step.");
+        "direction; hyper_tangents: address of float64 [directions, groups, columns]; advance: the state makes the "
+        "step.");
     m.def(
         "optim_update",
         [](int rule, int dtype, int grad_dtype, const std::vector<int64_t>& sizes, const std::vector<int64_t>& group_of,

@@ -141,8 +141,8 @@ const void* prepare_tangents(R, const Task& task, const Problem& problem, const 
     static thread_local std::vector<Tangents> kept;
     Tangents* out = workspace(kept, task.directions * task.groups);
     for (int64_t i = 0; i < task.directions * task.groups; ++i)
-        out[i] = R::template prepare_tangents<T>(problem.hyper + i % task.groups * R::columns, tangents + i * R::columns,
-                                                 static_cast<double>(problem.first_step));
+        out[i] = R::template prepare_tangents<T>(problem.hyper + i % task.groups * R::columns,
+                                                 tangents + i * R::columns, static_cast<double>(problem.first_step));
     return out;
 }
 
@@ -182,7 +182,8 @@ void run_vjp(Task task, const Problem& problem, double grad_scale, double* out) 
             const int64_t group = problem.segments[3 * r + 2];
             const double* row = problem.hyper + group * R::columns;
             R::cotangents(row, static_cast<double>(problem.first_step), sums, cotangents);
-            for (int c = 0; c < (all ? R::columns + 1 : kRates); ++c) out[group * (R::columns + 1) + c] += cotangents[c];
+            for (int c = 0; c < (all ? R::columns + 1 : kRates); ++c)
+                out[group * (R::columns + 1) + c] += cotangents[c];
         }
     });
 }

@@ -194,8 +194,8 @@ struct Over {
         if (streams) fence();
     }
 
-    MGD_HD void jvp_pass(const Coefficients& c, const Tangents& d, const T* const* state, const G* grad, T* const* tangent,
-                         const T* dgrad, int64_t at) {
+    MGD_HD void jvp_pass(const Coefficients& c, const Tangents& d, const T* const* state, const G* grad,
+                         T* const* tangent, const T* dgrad, int64_t at) {
 #pragma GCC unroll 8
         for (int j = 0; j < kPacks<T>; ++j, at += Pack<T>::width) {
             V s[tensors], ds[tensors];
@@ -210,8 +210,8 @@ struct Over {
         }
     }
 
-    static void jvp_passes(const Coefficients& given, const Tangents& given_tangents, const T* const* from, const G* grad,
-                           T* const* tangent_at, const T* dgrad, int64_t count) {
+    static void jvp_passes(const Coefficients& given, const Tangents& given_tangents, const T* const* from,
+                           const G* grad, T* const* tangent_at, const T* dgrad, int64_t count) {
         const Coefficients c = given;  // as in `step`
         const Tangents d = given_tangents;
         const T* state[tensors];
@@ -294,8 +294,7 @@ struct Over {
             out[i] = to[i];
         }
         Quad sums[R::sums] = {};
-        for (int64_t at = 0; at < count; at += kPass)
-            vjp_pass<Stream, Sums>(c, state, grad, adjoint, out, u, at, sums);
+        for (int64_t at = 0; at < count; at += kPass) vjp_pass<Stream, Sums>(c, state, grad, adjoint, out, u, at, sums);
         __builtin_memcpy(total, sums, sizeof sums);
     }
 
@@ -442,7 +441,8 @@ void dot(const Dot& task, int64_t begin, int64_t end, double* sums) {
         with_float(task.y_dtype, [&](auto y_type) {
             using X = typename decltype(x_type)::type;
             using Y = typename decltype(y_type)::type;
-            sums[0] = dot_tile(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin, end - begin);
+            sums[0] =
+                dot_tile(static_cast<const X*>(task.x) + begin, static_cast<const Y*>(task.y) + begin, end - begin);
         });
     });
 }

@@ -35,8 +35,8 @@ constexpr int kMaxSteps = 32;  // of one launch: their gradients' addresses trav
 // The arguments of every launch over the segments; all pointers are to device memory.
 struct Launch {
     void* state[3];
-    void* adjoint[3];  // JVP: the tangents
-    void* u;           // JVP: the tangent of the scaled gradient, which is read
+    void* adjoint[3];              // JVP: the tangents
+    void* u;                       // JVP: the tangent of the scaled gradient, which is read
     const void* grads[kMaxSteps];  // one for each step
     const int64_t* segments;       // [rows][3]: start, stop, group
     const int64_t* first_tile;     // [rows + 1]: of each row, then the number of tiles
@@ -44,9 +44,9 @@ struct Launch {
     int64_t steps;        // of this launch, at most kMaxSteps
     int64_t step_offset;  // its first step is *k + step_offset
     const int64_t* k;
-    const double* hyper;       // [steps][groups][columns]
-    const double* grad_scale;  // [steps]
-    double* out;               // VJP: [groups][columns + 1]
+    const double* hyper;          // [steps][groups][columns]
+    const double* grad_scale;     // [steps]
+    double* out;                  // VJP: [groups][columns + 1]
     const double* hyper_tangent;  // JVP: [groups][columns]
     void* workspace;
     RuleId rule;
@@ -222,7 +222,7 @@ __global__ void prepare_tangents_kernel(const Launch a) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= a.groups) return;
     tangents<R, T>(a)[i] = R::template prepare_tangents<T>(a.hyper + i * R::columns, a.hyper_tangent + i * R::columns,
-                                                          double(*a.k + a.step_offset));
+                                                           double(*a.k + a.step_offset));
 }
 
 // One block per multiprocessor is enough: otherwise the compiler spills registers to have room for more of them.

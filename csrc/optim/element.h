@@ -2,8 +2,8 @@
 // CPU's vector units (`cpu_kernels.cpp`) and for CUDA (`cuda.cu`).
 //
 // Element functions are templated on `V`, the type of one element or of a vector register of elements, and on `T`,
-// the scalar type of the coefficients: everything they need is + - * / > ?:, `root` and `maximum`, which must be declared
-// before they are (`simd.h` declares them for vector registers).
+// the scalar type of the coefficients: everything they need is + - * / > ?:, `root` and `maximum`, which must be
+// declared before they are (`simd.h` declares them for vector registers).
 
 #pragma once
 

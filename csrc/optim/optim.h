@@ -24,7 +24,7 @@ struct Problem {
 // Steps first_step, first_step + 1, ... of `task`; grad_scales: one for each step.
 void run_replay(Task task, const Problem& problem, const double* grad_scales);
 
-// The VJP of one step; out: [groups][columns + 1], overwritten where task.wanted is not `none`; what is not wanted is 0.
+// The VJP of one step; out: [groups][columns + 1], overwritten unless task.wanted is `none`; 0 is what is not wanted.
 void run_vjp(Task task, const Problem& problem, double grad_scale, double* out);
 
 // The JVP of one step along task.directions, and where there is a new_state, which is the state, the step itself;

@@ -1,6 +1,6 @@
-// SGD, element by element: the step, its vector-Jacobian product and its Jacobian-vector product. The rule is that of `torch.optim.SGD` (coupled
-// weight decay l2, momentum, dampening, Nesterov; the first step sets the buffer to g), with decoupled weight decay
-// beside it. With g = grad_scale * grad + l2 * p:
+// SGD, element by element: the step, its vector-Jacobian product and its Jacobian-vector product. The rule is that of
+// `torch.optim.SGD` (coupled weight decay l2, momentum, dampening, Nesterov; the first step sets the buffer to g), with
+// decoupled weight decay beside it. With g = grad_scale * grad + l2 * p:
 //
 //     buf' = momentum buf + (1 - dampening) g, or g when k = 1    d = g + momentum buf' (Nesterov), buf', or g (plain)
 //     p' = (1 - lr wd) p - lr d
