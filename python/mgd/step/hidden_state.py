@@ -35,7 +35,10 @@ class HiddenState:
             self._values.append((among, self._kept(among, among.keys() & set(code.co_names)), None))
         self._cells: list[tuple[types.CellType, Any]] = []
         for cell in getattr(function, "__closure__", None) or ():
-            found = self._kept(dict(_content(cell)), {"content"})
+            try:
+                found = self._kept({"content": cell.cell_contents}, ["content"])
+            except ValueError:  # it is empty
+                continue
             self._cells += [(cell, x) for x in found.values()]
 
     def _kept(self, values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -60,10 +63,3 @@ class HiddenState:
 
 def _held(container: Any) -> Iterable[Any]:
     return container.values() if isinstance(container, dict) else container
-
-
-def _content(cell: types.CellType) -> Iterable[tuple[str, Any]]:
-    try:
-        yield "content", cell.cell_contents
-    except ValueError:  # it is empty
-        return

@@ -93,11 +93,10 @@ class Binding:
         self._read.update(read)
         for name, x in self.assigned().items():
             last = self._last.get(name)
-            if last is None or x.requires_grad or not _grown(last, x, name in read):
-                if last is not None or x.requires_grad:
-                    self._varies.add(name)
-                self._last[name] = x.detach().clone()
-            elif x.shape != last.shape:
+            grown = last is None or _grown(last, x, name in read)
+            if x.requires_grad or not grown:
+                self._varies.add(name)
+            if last is None or not grown or x.shape != last.shape:
                 self._last[name] = x.detach().clone()
             if name in self._read and name in self._varies:
                 raise BadLoss(

@@ -17,7 +17,7 @@ from mgd_kernels import functional
 _DIFFERENTIATE = (torch.autograd.grad, torch.Tensor.backward)
 _WATCHED = {*_DIFFERENTIATE, *written_out.LOOKS, *written_out.EXPOSES, written_out.NODE}
 # Of a tensor itself, not of its values.
-_LOOKS = {
+_OF_ITSELF = {
     *[getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")],
     *[getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "__len__")],
 }
@@ -69,7 +69,7 @@ class FunctionOverrides(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.carried and self.in_loss and func not in _LOOKS:
+        if self.carried and self.in_loss and func not in _OF_ITSELF:
             given = {id(x) for x in tree_leaves((args, kwargs))}
             self.read |= {id(x) for x in self.carried if id(x) in given}
         if self.in_loss and func in _WATCHED:
